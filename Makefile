@@ -1,0 +1,27 @@
+.PHONY: demo test test-all check
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+demo: $(STAMP)
+	$(BIN)/lycoris demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch goes first and from constraints.txt: any other requirement would bring gigabytes of CUDA onto a CPU machine.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,49 @@
+"""Adapters beyond LoRA for any PyTorch model: make, train, stack, merge, save and load them."""
+
+from lycoris.adapters import AdapterSet
+from lycoris.algorithms import DoRA, Full, LoHa, LoKr, LoRA, TLoRA
+from lycoris.bundle import Bundle
+from lycoris.dropin.network import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+from lycoris.dropin.tlora import (
+    clear_timestep_mask,
+    compute_timestep_mask,
+    get_timestep_mask,
+    set_timestep_mask,
+)
+from lycoris.errors import AttachError, ConfigError, FileError, LycorisError, NotFiniteError, PlanError
+from lycoris.files import read, write
+from lycoris.planning import Plan, Rule, plan
+from lycoris.schedule import RankSchedule
+
+__version__ = "5.0.0.dev0"
+
+__all__ = [
+    "AdapterSet",
+    "AttachError",
+    "Bundle",
+    "ConfigError",
+    "DoRA",
+    "FileError",
+    "Full",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LycorisError",
+    "LycorisNetwork",
+    "NotFiniteError",
+    "Plan",
+    "PlanError",
+    "RankSchedule",
+    "Rule",
+    "TLoRA",
+    "__version__",
+    "clear_timestep_mask",
+    "compute_timestep_mask",
+    "create_lycoris",
+    "create_lycoris_from_weights",
+    "get_timestep_mask",
+    "plan",
+    "read",
+    "set_timestep_mask",
+    "write",
+]

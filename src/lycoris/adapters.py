@@ -1,0 +1,338 @@
+"""AdapterSet: the adapters that belong together on one model, and the handle a user keeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris import attach, bases
+from lycoris.algorithm import Additive, Affine, Call
+from lycoris.attach import Adapter
+from lycoris.bundle import Bundle, Entry
+from lycoris.errors import AttachError, FileError
+from lycoris.planning import Plan
+from lycoris.schedule import RankSchedule, read_timestep
+
+
+class AdapterSet:
+    """Adapters by layer path, made but not yet attached.
+
+    States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str = "default") -> None:
+        self.model, self.name = model, name
+        self.stacks = dict(stacks)
+        self.schedule: RankSchedule | None = None
+        self.metadata: dict[str, str] = {}
+        self._layers = {path: model.get_submodule(path) for path in self.stacks}
+        self._originals: dict[str, tuple[Affine, Affine]] = {}
+        self._strength = 1.0
+        self._keep: Tensor | None = None
+        self._attached = False
+        self._hooks: list[Any] = []
+        self._by_hand = False
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, plan: Plan, name: str = "default", dtype: torch.dtype = torch.float32
+    ) -> AdapterSet:
+        """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
+
+        Parameters are float32 unless told otherwise: in bfloat16 small updates round away.
+        """
+        stacks = {}
+        for placement in plan.placements:
+            layer = model.get_submodule(placement.path)
+            device = next(layer.parameters()).device
+            stack = [Adapter(a, placement.geometry, dtype=dtype, device=device) for a in placement.algorithms]
+            below = attach.top(layer)
+            for adapter in stack:
+                adapter.initialise(below)
+            stacks[placement.path] = tuple(stack)
+        return cls(model, stacks, name)
+
+    @classmethod
+    def load(cls, model: nn.Module, bundle: Bundle, name: str = "default") -> AdapterSet:
+        """Adapters with the tensors of a bundle; nothing is attached yet."""
+        stacks = {}
+        for path, entries in bundle.entries.items():
+            layer = model.get_submodule(path)
+            device, below = next(layer.parameters()).device, attach.top(layer)
+            stack = []
+            for entry in entries:
+                adapter = Adapter(entry.algorithm, entry.geometry, device=device)
+                adapter.fill(entry.algorithm.complete(entry.tensors, below))
+                stack.append(adapter)
+            stacks[path] = tuple(stack)
+        made = cls(model, stacks, name)
+        made.metadata = dict(bundle.metadata)
+        return made
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def attach(self) -> AdapterSet:
+        """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing."""
+        if self._attached or self._originals:
+            return self
+        done: list[tuple[str, int]] = []
+        try:
+            for path, at, adapter in self._each():
+                attach.attach(self._layers[path], self._child(at), adapter)
+                done.append((path, at))
+        except AttachError as error:
+            for path, at in done:
+                attach.detach(self._layers[path], self._child(at))
+            path = [path for path, _, _ in self._each()][len(done)]
+            raise AttachError(f"{path}: {error}") from error
+        self._attached = True
+        return self
+
+    def detach(self) -> None:
+        """Take every adapter off and undo a merge; the model is as it was before."""
+        self.unfollow()
+        if self._originals:
+            self.unmerge()
+        if self._attached:
+            for path, at, _ in self._each():
+                attach.detach(self._layers[path], self._child(at))
+        self._attached = False
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._originals)
+
+    @property
+    def rank_masked(self) -> bool:
+        """Whether any algorithm here follows the timestep."""
+        return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
+
+    # -- in force ----------------------------------------------------------------------------------------------------
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    def set_strength(self, strength: float) -> None:
+        """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`."""
+        if self.merged:
+            raise AttachError(f"the adapters are merged at strength {self._strength}; unmerge them to change it")
+        self._strength = float(strength)
+        self._refresh()
+
+    def set_keep(self, keep: Tensor | None) -> None:
+        """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
+        self._keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
+        self._refresh()
+
+    def set_timesteps(self, timesteps: Tensor | None) -> None:
+        """Timesteps on 0..T, one for all or one per sample, for algorithms that follow them; None: all ranks."""
+        if timesteps is None or self.schedule is None:
+            self.set_keep(None)
+        else:
+            self.set_keep(self.schedule.mask(timesteps))
+
+    @contextmanager
+    def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[AdapterSet]:
+        """Strength and timestep for the forward passes inside; what was in force before is put back."""
+        before = self._strength, self._keep
+        try:
+            if strength is not None:
+                self.set_strength(strength)
+            if timestep is not None:
+                self.set_timesteps(torch.as_tensor(timestep))
+            yield self
+        finally:
+            self._strength, self._keep = before
+            self._refresh()
+
+    def follow_timesteps(self) -> None:
+        """Read the timestep off every call of the model, in any pipeline, and mask ranks by `schedule`.
+
+        A mask that was set by hand stays in force.
+        """
+        if not self._hooks and self.rank_masked:
+            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = self.model.register_forward_hook(self._after, always_call=True)
+            self._hooks = [before, after]
+
+    def unfollow(self) -> None:
+        """Stop reading timesteps."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._by_hand = self._keep is not None
+        if not self._by_hand and self.schedule is not None:
+            self.set_timesteps(read_timestep(model, args, kwargs, self.schedule.steps))
+
+    def _after(self, *_: Any) -> None:
+        if not self._by_hand:
+            self.set_keep(None)
+
+    def _refresh(self) -> None:
+        """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
+        strength = torch.tensor(-self._strength if self.merged else self._strength, dtype=torch.float64)
+        keep = None if self._keep is None else 1 - self._keep if self.merged else self._keep
+        for _, _, adapter in self._each():
+            adapter.call = Call(strength, keep if adapter.algorithm.rank_masked else None)
+            adapter.silent = self.merged and (keep is None or not adapter.algorithm.rank_masked)
+
+    # -- merging -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, strength: float | None = None) -> None:
+        """Fold the adapters into the layers' weights, at the strength in force or the one given.
+
+        Computed in float32 (float64 for such weights) and rounded once. The layers' old parameters are kept aside and
+        `unmerge` puts the very same objects back. Layers that share a parameter no longer do so while merged.
+        """
+        if self.merged:
+            raise AttachError("these adapters are merged already")
+        self._check_order()
+        if self.rank_masked:
+            self._say_what_merging_means()
+            self.attach()
+        if strength is not None:
+            self._strength = float(strength)
+        merged = {}
+        for path, layer in self._layers.items():
+            affine = _in_full(bases.read(layer))
+            for adapter in self.stacks[path]:
+                affine = adapter.adapted(affine, Call(self._strength))
+            merged[path] = affine
+        for path, layer in self._layers.items():
+            old = bases.read(layer)
+            new = _install(layer, merged[path], old.weight.dtype)
+            self._originals[path] = (old, new)
+        self._refresh()
+
+    def unmerge(self) -> None:
+        """Put the layers' own parameters back, exactly; attached adapters act again.
+
+        Raises `AttachError` when something else was merged or loaded on top in the meantime.
+        """
+        for path, (_, new) in self._originals.items():
+            if self._layers[path].weight is not new.weight:
+                raise AttachError(
+                    f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
+                )
+        for path, (old, _) in self._originals.items():
+            layer = self._layers[path]
+            layer.weight, layer.bias = old.weight, old.bias  # type: ignore[assignment]
+        self._originals = {}
+        self._refresh()
+
+    def _say_what_merging_means(self) -> None:
+        if self.schedule is None:
+            warnings.warn(
+                "merging adapters that were trained with a timestep schedule, without one: every rank will count at "
+                "every step, which the training never showed the model and which tends to burn images. Set `schedule` "
+                "(or, on a pipeline, `_tlora_config`) and the ranks that should be off are taken away at each step.",
+                stacklevel=3,
+            )
+
+    def _check_order(self) -> None:
+        """Merging puts these adapters below all others on a layer. That is only the same if all of them add."""
+        for path, layer in self._layers.items():
+            own = self.stacks[path]
+            others = [a for a in attach.adapters_on(layer) if not any(a is mine for mine in own) and not a.silent]
+            if others and not all(isinstance(a.algorithm, Additive) for a in (*others, *own)):
+                names = ", ".join(a.algorithm.name for a in (*others, *own))
+                raise AttachError(
+                    f"{path} has adapters that do not commute ({names}); merge or detach the lower set first"
+                )
+
+    # -- contents ----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable parameters, always the same objects in the same order."""
+        for _, _, adapter in self._each():
+            yield from adapter.parameters()
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor under `path/index/slot`, detached: for checkpoints of this library."""
+        return {
+            f"{path}/{at}/{slot}": tensor.detach()
+            for path, at, adapter in self._each()
+            for slot, tensor in adapter.tensors().items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same."""
+        own = self.state_dict()
+        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+        off = sorted(own.keys() ^ state.keys()) + sorted(wrong)
+        if off:
+            raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    @torch.no_grad()
+    def fill(self, bundle: Bundle) -> None:
+        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
+        values = {path: self._values(path, entries) for path, entries in bundle.entries.items()}
+        for path, stack in values.items():
+            for adapter, tensors in zip(self.stacks[path], stack, strict=True):
+                adapter.fill(tensors)
+
+    def _values(self, path: str, entries: tuple[Entry, ...]) -> list[dict[str, Tensor]]:
+        stack = self.stacks.get(path)
+        if stack is None or len(stack) != len(entries):
+            raise FileError(f"{path} has no adapters to take these tensors")
+        found = []
+        for adapter, entry in zip(stack, entries, strict=True):
+            tensors = entry.algorithm.complete(entry.tensors, attach.top(self._layers[path]))
+            own, scale = adapter.tensors(), adapter.algorithm.stored_alpha(adapter.geometry)
+            if "gate" in own:
+                tensors["gate"] = torch.ones(())
+            same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
+            if not same or scale != entry.algorithm.stored_alpha(entry.geometry):
+                raise FileError(f"{path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
+            found.append(tensors)
+        return found
+
+    def bundle(self) -> Bundle:
+        """The adapters as a value, to be written to a file."""
+        entries = {
+            path: tuple(
+                Entry(a.algorithm, a.geometry, {slot: t.detach() for slot, t in a.tensors().items()}) for a in stack
+            )
+            for path, stack in self.stacks.items()
+        }
+        return Bundle(entries, dict(self.metadata))
+
+    def _each(self) -> Iterator[tuple[str, int, Adapter]]:
+        return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))
+
+    def _child(self, at: int) -> str:
+        return f"adapter_{self.name}" if at == 0 else f"adapter_{self.name}_{at}"
+
+
+def _in_full(affine: Affine) -> Affine:
+    dtype = torch.promote_types(affine.weight.dtype, torch.float32)
+    return Affine(affine.weight.to(dtype), None if affine.bias is None else affine.bias.to(dtype))
+
+
+def _install(layer: nn.Module, affine: Affine, dtype: torch.dtype) -> Affine:
+    """Give the layer new parameters, with the old one's `requires_grad`; returns them."""
+    trained = bool(layer.weight.requires_grad)
+    layer.weight = nn.Parameter(affine.weight.to(dtype), requires_grad=trained)
+    layer.bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
+    return Affine(layer.weight, layer.bias)

@@ -1,0 +1,102 @@
+"""The algorithms, one file each, and what finds them by name or by the tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithm import Algorithm, Ranked
+from lycoris.algorithms.dora import DoRA
+from lycoris.algorithms.full import Full
+from lycoris.algorithms.loha import LoHa
+from lycoris.algorithms.lokr import LoKr
+from lycoris.algorithms.lora import LoRA
+from lycoris.algorithms.tlora import TLoRA
+from lycoris.errors import FileError
+from lycoris.geometry import Geometry
+
+ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
+    {algorithm.name: algorithm for algorithm in (LoRA, LoHa, LoKr, TLoRA, Full, DoRA)}
+)
+
+MAGNITUDE = DoRA.keys["magnitude"]
+__all__ = ["ALGORITHMS", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "TLoRA", "read_tensors", "write_tensors"]
+
+
+def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+    """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in."""
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    stored = inner.stored({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
+    tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
+    alpha = inner.stored_alpha(g)
+    if alpha is not None:
+        tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    if isinstance(algorithm, DoRA):
+        tensors[MAGNITUDE] = p["magnitude"]
+    return tensors
+
+
+def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
+    """The algorithm and its tensors by slot name, from a layer's tensors as a file names them.
+
+    `where` names the layer in errors. Shapes are checked against the layer; trailing dimensions of 1 are taken as
+    the layer has them, so that a 1x1 convolution's adapter fits a linear layer of the same size.
+    """
+    rest = dict(tensors)
+    alpha, magnitude = rest.pop("alpha", None), rest.pop(MAGNITUDE, None)
+    scale = None if alpha is None else _number(alpha, f"{where}.alpha")
+    kind = _recognise(set(rest), where)
+    slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
+    p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
+    try:
+        algorithm: Algorithm = kind.infer(p, g, scale)
+    except (KeyError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(rest.items()))
+        raise FileError(
+            f"{where}: these tensors make no {kind.name} for a weight {g.shape}: {shapes} ({error})"
+        ) from error
+    if magnitude is not None:
+        if not isinstance(algorithm, Ranked):
+            raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
+        p["magnitude"] = magnitude
+        algorithm = DoRA.read(algorithm, p)
+    return algorithm, _fitted(algorithm, p, g, where)
+
+
+def _recognise(suffixes: set[str], where: str) -> type[Algorithm]:
+    fitting = [kind for kind in ALGORITHMS.values() if suffixes and suffixes <= set(kind.keys.values())]
+    if fitting:
+        return fitting[0]
+    partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.keys.values())]
+    why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here uses all of them"
+    raise FileError(f"{where}: cannot read the tensors {', '.join(sorted(suffixes)) or '(none)'}: {why}")
+
+
+def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    names = dict(inner.keys) | DoRA.keys
+    slots = algorithm.slots(g)
+    fitted = {}
+    for name, slot in slots.items():
+        if name not in p:
+            if slot.trainable:
+                raise FileError(f"{where}: {inner.name} needs {names[name]}, which the file does not have")
+            continue
+        given = tuple(p[name].shape)
+        if [size for size in given if size != 1] != [size for size in slot.shape if size != 1]:
+            raise FileError(f"{where}.{names[name]} has shape {given}; a weight {g.shape} needs {slot.shape}")
+        fitted[name] = p[name].reshape(slot.shape)
+    extra = sorted(names[name] for name in p.keys() - slots.keys())
+    if extra:
+        raise FileError(f"{where}: {inner.name} on a weight {g.shape} has no place for {', '.join(extra)}")
+    return fitted
+
+
+def _number(tensor: Tensor, where: str) -> float:
+    if tensor.numel() != 1 or not torch.isfinite(tensor.float()).all():
+        raise FileError(f"{where} must be one finite number, not {tensor.tolist()!r:.80}")
+    return float(tensor)

@@ -1,0 +1,182 @@
+"""LoKr: ΔW is a Kronecker product (arXiv:2309.14859)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, uniform_like_linear
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+from lycoris.ops.factorization import factorize
+from lycoris.ops.tucker import tucker
+
+
+class Layout(NamedTuple):
+    """How the two factors of one layer are stored. w1 is (ol, im), w2 is (ok, in, *K); O = ol·ok, I = im·in."""
+
+    ol: int
+    im: int
+    w1_split: bool = False
+    """w1 = w1_a·w1_b of rank r."""
+    w2_split: bool = True
+    """w2 = w2_a·w2_b of rank r."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Ranked):
+    """ΔW[a·ok + c, b·in + d, k] = w1[a, b] · w2[c, d, k]. Each factor is whole or itself a product of rank r.
+
+    When both factors are whole the scale is 1, whatever alpha says: files and trainers agree on that.
+    """
+
+    factor: int = -1
+    """Size wanted for the smaller factor of each dimension; -1: as near to the square root as divides it."""
+    decompose_both: bool = False
+    """Also split w1, where rank is below half its larger side."""
+    full_matrix: bool = False
+    """Keep both factors whole. A rank of at least half of w2's larger side means the same for w2."""
+    unbalanced: bool = False
+    """Give w1 the larger of the two output factors."""
+    tucker: bool = False
+    """On convolutions with a real kernel, split w2 with a core `t2` of r x r."""
+    layout: Layout | None = None
+    """Storage read from a file; None: what the options above say."""
+
+    name: ClassVar[str] = "lokr"
+    keys: ClassVar = {
+        "w1": "lokr_w1",
+        "w1_a": "lokr_w1_a",
+        "w1_b": "lokr_w1_b",
+        "w2": "lokr_w2",
+        "w2_a": "lokr_w2_a",
+        "w2_b": "lokr_w2_b",
+        "t2": "lokr_t2",
+    }
+    GATE_FOLDS_INTO: ClassVar = ("w1", "w1_a")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor == 0 or self.factor < -1:
+            raise ConfigError(f"factor of lokr must be -1 (automatic) or a positive whole number, not {self.factor!r}")
+        if self.full_matrix and self.decompose_both:
+            raise ConfigError("lokr cannot have both full_matrix and decompose_both: choose one")
+
+    def layout_for(self, g: Geometry) -> Layout:
+        """The storage of a layer's factors."""
+        if self.layout is not None:
+            return self.layout
+        im, inner = factorize(g.in_features, self.factor)
+        ol, ok = factorize(g.out_features, self.factor)
+        if self.unbalanced:
+            ol, ok = ok, ol
+        w1_split = self.decompose_both and self.rank < max(ol, im) / 2
+        w2_split = not self.full_matrix and self.rank < max(ok, inner) / 2
+        return Layout(ol, im, w1_split, w2_split)
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        r, (ol, im, w1_split, w2_split) = self.rank, self.layout_for(g)
+        ok, inner = g.out_features // ol, g.in_features // im
+        slots: dict[str, Slot] = {}
+        if w1_split:
+            slots |= {"w1_a": Slot((ol, r), "out"), "w1_b": Slot((r, im), "in")}
+        else:
+            slots |= {"w1": Slot((ol, im), "core")}
+        if not w2_split:
+            slots |= {"w2": Slot((ok, inner, *g.kernel), "out")}
+        elif self.tucker and not g.pointwise:
+            slots |= {
+                "w2_a": Slot((r, ok), "out"),
+                "w2_b": Slot((r, inner), "in"),
+                "t2": Slot((r, r, *g.kernel), "core"),
+            }
+        else:
+            slots |= {"w2_a": Slot((ok, r), "out"), "w2_b": Slot((r, inner * g.fan_in // g.in_features), "in")}
+        return slots | self._gate_slot()
+
+    def initialise(self, p: Params, below: Base) -> None:
+        for name, tensor in p.items():
+            if name != "gate":
+                uniform_like_linear(tensor, tensor[0].numel())
+        self._start_at_zero(p, "w2" if "w2" in p else "w2_b")
+
+    def scale(self, g: Geometry) -> float:
+        layout = self.layout_for(g)
+        return super().scale(g) if layout.w1_split or layout.w2_split else 1.0
+
+    def stored_alpha(self, g: Geometry) -> float | None:
+        layout = self.layout_for(g)
+        # With both factors whole readers ignore alpha; the rank is what makes those that do not arrive at 1.
+        return super().stored_alpha(g) if layout.w1_split or layout.w2_split else float(self.rank)
+
+    def _factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+        """(w1, w2) whole: (ol, im) and (ok, in, *K)."""
+        w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+        if "w2" in p:
+            return w1, p["w2"]
+        if "t2" in p:
+            return w1, tucker(p["t2"], p["w2_a"].T, p["w2_b"])
+        return w1, (p["w2_a"] @ p["w2_b"]).reshape(g.out_features // w1.shape[0], -1, *g.kernel)
+
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        w1, w2 = self._factors(p, g)
+        (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
+        blocks = w1.reshape(ol, 1, im, 1, *(1,) * len(g.kernel)) * w2.reshape(1, ok, 1, inner, *g.kernel)
+        return Affine(blocks.reshape(g.shape), None)
+
+    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+        w1, w2 = self._factors(p, g)
+        w1 = w1 * gain
+        return _linear(x, w1, w2) if g.kind == "linear" else _convolved(x, w1, w2, g)
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        w1_split, w2_split = "w1_a" in p, "w2_a" in p
+        ol, im = (p["w1_a"].shape[0], p["w1_b"].shape[1]) if w1_split else p["w1"].shape
+        if g.out_features % ol or g.in_features % im:
+            raise ConfigError(
+                f"a first factor of {ol}x{im} does not divide a layer of {g.out_features}x{g.in_features}"
+            )
+        rank = p["w2_b"].shape[0] if w2_split else p["w1_b"].shape[0] if w1_split else 1
+        whole = not (w1_split or w2_split)
+        layout = Layout(ol, im, w1_split, w2_split)
+        return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"layout": None if self.layout is None else list(self.layout)}
+
+
+def _first_small(ol: int, im: int, ok: int, inner: int) -> bool:
+    """Whether applying w1 before w2 takes fewer multiplications."""
+    return ol * im * inner + ol * inner * ok < im * inner * ok + ol * im * ok
+
+
+def _linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """(w1 ⊗ w2) applied to x (..., im·in): one small product on each side of x as a matrix (im, in)."""
+    (ol, im), (ok, inner) = w1.shape, w2.shape
+    x = x.unflatten(-1, (im, inner))
+    if _first_small(ol, im, ok, inner):
+        y = torch.matmul(torch.matmul(w1, x), w2.T)
+    else:
+        y = torch.matmul(w1, torch.matmul(x, w2.T))
+    return y.flatten(-2)
+
+
+def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
+    """(w1 ⊗ w2) convolved with x (B, im·in, *S): w2 as a convolution on each group, w1 across the groups."""
+    batched = x.dim() == len(g.kernel) + 2
+    x = x if batched else x.unsqueeze(0)
+    (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
+    x = x.unflatten(1, (im, inner))
+    first = _first_small(ol, im, ok, inner)
+    if first:
+        x = torch.einsum("ab,nb...->na...", w1, x)
+    y = g.op(x.flatten(0, 1), w2).unflatten(0, (-1, x.shape[1]))
+    if not first:
+        y = torch.einsum("ab,nb...->na...", w1, y)
+    y = y.flatten(1, 2)
+    return y if batched else y.squeeze(0)

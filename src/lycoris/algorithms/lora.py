@@ -1,0 +1,56 @@
+"""LoRA and, on convolutions, LoCon: ΔW = up · down, with an optional Tucker core (arXiv:2106.09685, 2309.14859)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, uniform_like_linear
+from lycoris.geometry import Geometry
+from lycoris.ops.tucker import tucker
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Ranked):
+    """ΔW[o, i, k] = Σ_r up[o, r] · down[r, i, k]; with a Tucker core Σ_pq up[o, p] · mid[p, q, k] · down[q, i]."""
+
+    tucker: bool = False
+    """On convolutions with a real kernel, put the kernel into a core of r x r instead of into `down`."""
+
+    name: ClassVar[str] = "lora"
+    keys: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
+    GATE_FOLDS_INTO: ClassVar = ("up",)
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        r, ones = self.rank, (1,) * len(g.kernel)
+        up = Slot((g.out_features, r, *ones), "out")
+        if self.tucker and not g.pointwise:
+            mid, down = Slot((r, r, *g.kernel), "core"), Slot((r, g.in_features, *ones), "in")
+            return {"up": up, "down": down, "mid": mid} | self._gate_slot()
+        return {"up": up, "down": Slot((r, *g.shape[1:]), "in")} | self._gate_slot()
+
+    def initialise(self, p: Params, below: Base) -> None:
+        for name in ("up", "down", "mid"):
+            if name in p:
+                uniform_like_linear(p[name], p[name][0].numel())
+        self._start_at_zero(p, "up")
+
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        up, down = p["up"].flatten(1), p["down"]
+        if "mid" in p:
+            return Affine(tucker(p["mid"], up, down.flatten(1)), None)
+        return Affine((up @ down.flatten(1)).reshape(g.shape), None)
+
+    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+        if "mid" in p:
+            h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"])
+        else:
+            h = g.op(x, p["down"])
+        return g.mix(h * gain, p["up"].flatten(1))
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        return cls(rank=p["down"].shape[0], alpha=alpha, tucker="mid" in p)

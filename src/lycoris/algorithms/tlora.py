@@ -1,0 +1,121 @@
+"""T-LoRA: a LoRA in orthogonal form, of which only the first ranks count at noisy timesteps (arXiv:2507.05964)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, one_mask
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+
+Vectors = Literal["principal", "middle", "last"]
+
+TINY = 1e-6
+"""Singular value for ranks beyond what the layer has: nothing at the start, yet with a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLoRA(Ranked):
+    """ΔW = p·diag(λ ⊙ keep)·q - p0·diag(λ0 ⊙ keep)·q0.
+
+    q, λ, p start as singular vectors and values of the layer's own weight; the copies with a 0 stay as they were, so
+    that ΔW starts at exactly zero under any mask. `keep` comes from a schedule over diffusion timesteps
+    (`lycoris.schedule`). The frozen copies are saved with the rest: a file does not depend on which base it meets.
+    """
+
+    vectors: Vectors = "principal"
+    """Which singular triplets to start from: the largest, those around the middle, or the smallest."""
+    data_init: bool = True
+    """Decompose the layer's own weight. False: a random matrix of standard deviation 1/r."""
+
+    name: ClassVar[str] = "tlora"
+    keys: ClassVar = {
+        "q": "q_layer.weight",
+        "p": "p_layer.weight",
+        "lam": "lambda_layer",
+        "q0": "base_q.weight",
+        "p0": "base_p.weight",
+        "lam0": "base_lambda",
+    }
+    GATE_FOLDS_INTO: ClassVar = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vectors not in ("principal", "middle", "last"):
+            raise ConfigError(f"vectors of tlora must be principal, middle or last, not {self.vectors!r}")
+        if self.gate:
+            raise ConfigError("tlora has no gate: it starts at zero effect and trains its singular values")
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        r, ones = self.rank, (1,) * len(g.kernel)
+        q, p, lam = (r, *g.shape[1:]), (g.out_features, r, *ones), (1, r)
+        trained = {"q": Slot(q, "in"), "p": Slot(p, "out"), "lam": Slot(lam, "gate")}
+        return trained | {"q0": Slot(q, "frozen"), "p0": Slot(p, "frozen"), "lam0": Slot(lam, "frozen")}
+
+    @property
+    def rank_masked(self) -> bool:
+        return True
+
+    def initialise(self, p: Params, below: Base) -> None:
+        g = below.geometry
+        weight = below.affine().weight.detach().float().flatten(1) if self.data_init else None
+        if weight is None:
+            weight = torch.randn(g.out_features, g.fan_in, device=p["q"].device) / self.rank
+        for name, start in self._start(weight, g).items():
+            p[name].copy_(start)
+            p[f"{name}0"].copy_(start)
+
+    def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
+        """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
+        tensors = dict(p)
+        if "q0" not in tensors:
+            start = self._start(below.affine().weight.detach().float().flatten(1), below.geometry)
+            tensors |= {f"{name}0": value.to(p[name]) for name, value in start.items()}
+        return tensors
+
+    def _start(self, weight: Tensor, g: Geometry) -> dict[str, Tensor]:
+        """q, p and λ for a weight (O, I·ΠK), padded with nothing where the layer has fewer triplets than ranks."""
+        u, values, v = torch.linalg.svd(weight, full_matrices=False)
+        r, n = min(self.rank, len(values)), len(values)
+        first = {"principal": 0, "middle": (n - r) // 2, "last": n - r}[self.vectors]
+        at, missing = slice(first, first + r), self.rank - r
+        q = torch.cat([v[at], v.new_zeros(missing, v.shape[1])])
+        p = torch.cat([u[:, at], u.new_zeros(u.shape[0], missing)], dim=1)
+        lam = torch.cat([values[at], values.new_full((missing,), TINY)])
+        shapes = {name: slot.shape for name, slot in self.slots(g).items()}
+        return {name: value.reshape(shapes[name]) for name, value in (("q", q), ("p", p), ("lam", lam))}
+
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        kept = 1.0 if keep is None else self._fit(one_mask(keep), p["lam"])
+        trained = (p["p"].flatten(1) * (p["lam"] * kept)) @ p["q"].flatten(1)
+        start = (p["p0"].flatten(1) * (p["lam0"] * kept)) @ p["q0"].flatten(1)
+        return Affine((trained - start).reshape(g.shape), None)
+
+    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+        mask: Tensor | None = None if keep is None else self._fit(keep, p["lam"])
+
+        def chain(q: Tensor, lam: Tensor, out: Tensor) -> Tensor:
+            h = g.op(x, q)
+            h = h * g.channels(lam * gain) if mask is None else h * (g.spread(mask * lam, h) * gain)
+            return g.mix(h, out.flatten(1))
+
+        # Two chains with the same operations in the same order: equal tensors cancel to the last bit.
+        return chain(p["q"], p["lam"], p["p"]) - chain(p["q0"], p["lam0"], p["p0"])
+
+    def _fit(self, keep: Tensor, like: Tensor) -> Tensor:
+        """The mask (..., r) on the right device and dtype: longer ones are cut, ranks beyond a shorter one count."""
+        keep = keep[..., : self.rank].to(like)
+        missing = self.rank - keep.shape[-1]
+        return torch.cat([keep, keep.new_ones(*keep.shape[:-1], missing)], dim=-1) if missing else keep
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        return cls(rank=p["q"].shape[0], alpha=alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "gate"}

@@ -1,0 +1,23 @@
+"""Reading a base layer's weight. What cannot be read densely is refused by name, never guessed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lycoris.algorithm import Affine
+from lycoris.errors import AttachError
+
+
+def read(layer: nn.Module) -> Affine:
+    """Weight and bias of a layer as floating-point tensors.
+
+    Raises `AttachError` for weights that are packed or quantised: reading those is not built yet.
+    """
+    weight, bias = layer.weight, layer.bias
+    if not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[operator]
+        kind = type(layer).__name__
+        raise AttachError(
+            f"{kind} holds its weight as {weight.dtype}, which cannot be read densely yet; "  # type: ignore[union-attr]
+            "use an algorithm that needs only the layer's output (LoRA, LoHa, LoKr), unmerged"
+        )
+    return Affine(weight, bias)  # type: ignore[arg-type]

@@ -1,0 +1,36 @@
+"""Adapters without a model: which layer has which algorithm with which tensors, and what the file said besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lycoris.algorithm import Algorithm
+from lycoris.geometry import Geometry
+
+
+class Entry(NamedTuple):
+    """One algorithm on one layer."""
+
+    algorithm: Algorithm
+    geometry: Geometry
+    tensors: dict[str, Tensor]
+    """By slot name."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an adapter file holds, in the library's own terms."""
+
+    entries: dict[str, tuple[Entry, ...]]
+    """Dotted module path → stack of algorithms, lowest first."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    """What reading the file brought up that is no error, such as keys for a component that was not given."""
+
+    def __str__(self) -> str:
+        names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})
+        return f"{len(self.entries)} layers of {', '.join(names)}"

@@ -1,0 +1,41 @@
+"""The command line: a table from a word to a typed function. A command parses, calls one function, prints."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from lycoris.cli.demo import demo
+from lycoris.cli.train import train
+
+app = typer.Typer(
+    name="lycoris",
+    help="Train and use LyCORIS adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(demo)
+
+
+def main() -> None:
+    """The program `lycoris`."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("lycoris-lora"))
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[  # noqa: ARG001 - the callback acts on it
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train and use LyCORIS adapters: LoRA, LoHa, LoKr, T-LoRA, DoRA and more."""

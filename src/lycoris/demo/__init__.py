@@ -1,0 +1,1 @@
+"""A small model, real images and settings that make a first result on a CPU in minutes."""

@@ -1,0 +1,15 @@
+"""The demo: the trainer, on a base model and images that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lycoris.training.settings import Settings, load
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
+    """The demo's settings, `assets/config.json`, with what the user chose put over them."""
+    chosen = {"output_dir": output_dir, "max_train_steps": steps, "resume_from_checkpoint": resume}
+    return load(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})

@@ -1,0 +1,1 @@
+"""The interface that existing trainers and scripts import, thin over `AdapterSet`."""

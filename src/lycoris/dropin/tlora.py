@@ -1,0 +1,103 @@
+"""T-LoRA as trainers and pipelines drive it: masks set for the whole process, and `_tlora_config` on a pipeline.
+
+The contract of `set_timestep_mask` is process-wide, so this file keeps the process's one list of networks it reaches.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lycoris.adapters import AdapterSet
+from lycoris.schedule import RankSchedule
+
+logger = logging.getLogger("LyCORIS")
+
+_masks: dict[int, Tensor] = {}
+_tracked: WeakKeyDictionary[AdapterSet, Any] = WeakKeyDictionary()
+
+
+def compute_timestep_mask(
+    timestep: float, max_timestep: int, max_rank: int, min_rank: int = 1, alpha: float = 1.0
+) -> Tensor:
+    """(1, max_rank): ones for the ranks that count at a timestep. See `lycoris.schedule.RankSchedule`."""
+    return RankSchedule(max_rank=max_rank, min_rank=min_rank, alpha=alpha, steps=max_timestep).mask(timestep)
+
+
+def set_timestep_mask(mask: Tensor, group_id: int = 0) -> None:
+    """Put a mask, (1, r) or (B, r), in force on every applied T-LoRA network until it is cleared."""
+    _masks[group_id] = mask
+    _push()
+
+
+def get_timestep_mask(group_id: int = 0) -> Tensor | None:
+    """The mask in force, or None."""
+    return _masks.get(group_id)
+
+
+def clear_timestep_mask(group_id: int = 0) -> None:
+    """All ranks count again. A backward pass still to come recomputes with the mask its forward had."""
+    _masks.pop(group_id, None)
+    _push()
+
+
+def track(adapters: AdapterSet) -> None:
+    """Let masks and pipelines reach these adapters."""
+    if adapters in _tracked or not adapters.rank_masked:
+        return
+    own = adapters.schedule
+    hook = adapters.model.register_forward_pre_hook(lambda model, args: _follow_pipeline(adapters, own))
+    _tracked[adapters] = hook
+    adapters.follow_timesteps()
+    adapters.set_keep(get_timestep_mask())
+
+
+def untrack(adapters: AdapterSet) -> None:
+    """Undo `track`."""
+    hook = _tracked.pop(adapters, None)
+    if hook is not None:
+        hook.remove()
+
+
+def _push() -> None:
+    for adapters in list(_tracked):
+        adapters.set_keep(get_timestep_mask())
+
+
+def _follow_pipeline(adapters: AdapterSet, own: RankSchedule | None) -> None:
+    """Take the schedule of the pipeline that is calling the denoiser, if it has one."""
+    pipeline = _calling_pipeline()
+    if pipeline is None:
+        adapters.schedule = own
+        return
+    config: Mapping[str, Any] = pipeline._tlora_config
+    steps = int(getattr(getattr(pipeline, "scheduler", None), "config", {}).get("num_train_timesteps", 1000))
+    wanted = RankSchedule(
+        max_rank=int(config["max_rank"]),
+        min_rank=int(config.get("min_rank", 1)),
+        alpha=float(config.get("alpha", 1.0)),
+        steps=steps,
+    )
+    if wanted != adapters.schedule:
+        ranks = {adapter.algorithm.rank for stack in adapters.stacks.values() for adapter in stack}  # type: ignore[attr-defined]
+        if max(ranks) != wanted.max_rank:
+            logger.warning("_tlora_config has max_rank %d; the adapters have rank %s", wanted.max_rank, sorted(ranks))
+        adapters.schedule = wanted
+
+
+def _calling_pipeline() -> Any:
+    """The object whose method is calling the denoiser right now and that has a `_tlora_config`.
+
+    Stock pipelines do not tell their denoiser that the attribute was set, so the caller is looked for on the stack.
+    """
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        caller = frame.f_locals.get("self")
+        if caller is not None and not isinstance(caller, nn.Module) and getattr(caller, "_tlora_config", None):
+            return caller
+    return None

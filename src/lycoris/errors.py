@@ -1,0 +1,43 @@
+"""Errors that the library raises on purpose. Each says what was given, what was expected, what exists, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LycorisError(ValueError):
+    """Base of every error that a user can mend; the CLI prints it without a stack trace and exits with 2."""
+
+
+class ConfigError(LycorisError):
+    """An option, a preset key or a config file is wrong."""
+
+
+class PlanError(LycorisError):
+    """Rules and model do not fit: nothing matched, or an algorithm cannot serve a layer."""
+
+
+class AttachError(LycorisError):
+    """A layer is not in a state in which an adapter can be put on, taken off, or merged."""
+
+
+class FileError(LycorisError):
+    """An adapter file is missing, damaged, or does not fit the model."""
+
+
+class NotFiniteError(LycorisError):
+    """Training produced NaN or infinity."""
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Known words most like `word`, best first; empty when none is close."""
+    return difflib.get_close_matches(word, sorted(known), n=limit, cutoff=0.55)
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """`unknown WHAT 'given'; did you mean 'x'? Known: ...`"""
+    names = sorted(known)
+    close = nearest(given, names, limit=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {given!r}{hint} Known: {', '.join(names)}"

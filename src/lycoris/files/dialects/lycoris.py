@@ -1,0 +1,5 @@
+"""LyCORIS' own wrapper format, which SimpleTuner writes: one model, `lycoris_<path>.<tensor>`."""
+
+from lycoris.files.dialect import Dialect
+
+LYCORIS = Dialect(name="lycoris", prefixes={"lycoris": ""}, default="lycoris")

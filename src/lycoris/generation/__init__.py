@@ -1,0 +1,1 @@
+"""Inference: pictures from stock pipelines with adapters."""

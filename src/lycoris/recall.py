@@ -1,0 +1,62 @@
+"""What was in force at a forward pass, for its recomputation during backward.
+
+Gradient checkpointing runs a layer's forward again while the backward pass is under way. By then a trainer may have
+changed the strength or cleared the timestep mask; the recomputation must see what the first run saw. Which first run
+it repeats is told by the input: the same layer gets the same values again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithm import Call
+
+LIMIT = 16
+SAMPLE = 16
+
+
+@dataclass(frozen=True)
+class _Record:
+    call: Call
+    with_grad: bool
+    probe: Tensor
+
+
+class Recall:
+    """The last few distinct calls of one adapter, with a few values of the input that each had."""
+
+    def __init__(self) -> None:
+        self._records: deque[_Record] = deque(maxlen=LIMIT)
+
+    def note(self, call: Call, x: Tensor) -> None:
+        """Remember a forward pass. One per change of state: an unchanged call is known already."""
+        with_grad = torch.is_grad_enabled()
+        last = self._records[-1] if self._records else None
+        if last is None or last.call is not call or last.with_grad != with_grad:
+            self._records.append(_Record(call, with_grad, _probe(x)))
+
+    def of(self, now: Call, x: Tensor) -> Call:
+        """The call whose forward pass is being recomputed with input `x`; `now` when none is known."""
+        # Passes with gradients first: only reentrant checkpointing recomputes one that ran without.
+        records = [r for r in self._records if r.with_grad] or list(self._records)
+        if len(records) < 2:
+            return records[0].call if records else now
+        probe = _probe(x)
+        fitting = [r for r in records if r.probe.shape == probe.shape] or records[-1:]
+        distances = [float((r.probe - probe).abs().max()) if r.probe.shape == probe.shape else 0.0 for r in fitting]
+        best = min(distances)
+        return next(r.call for r, d in zip(reversed(fitting), reversed(distances), strict=True) if d == best)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread, as `torch.utils.checkpoint` itself asks it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _probe(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().clone()

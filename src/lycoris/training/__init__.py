@@ -1,0 +1,1 @@
+"""Training: `settings.load` reads a config, `trainer.train` does the rest."""

@@ -1,0 +1,149 @@
+"""Images and captions: from a folder or a sheet, checked, split into training and held-out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lycoris.errors import ConfigError
+from lycoris.training.jsonfile import read_object
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+NAMED = 10
+"""How many bad files an error names one by one before it only counts."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image, opened when needed, and its caption."""
+
+    name: str
+    caption: str
+    open: Callable[[], Image]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Every usable example, and one line on each that is not."""
+
+    usable: list[Example]
+    problems: list[str] = field(default_factory=list)
+
+
+def read(source: Path, *, skip_unreadable: bool = False) -> Examples:
+    """Find and check all examples of a folder or a sheet.
+
+    Every image is decoded once, so that a broken one is found now and not in the middle of a run.
+    Raises ConfigError when there is none, or, unless `skip_unreadable`, when any cannot be used: named and counted.
+    """
+    if source.is_dir():
+        found = _folder(source)
+    elif source.suffix == ".json" and source.is_file():
+        found = _sheet(source)
+    else:
+        raise ConfigError(f"instance_data_dir = {str(source)!r} is neither a folder of images nor a sheet (.json)")
+    usable, problems = [], list(found.problems)
+    for example in found.usable:
+        try:
+            example.open()
+        except (OSError, SyntaxError, ValueError) as error:
+            problems.append(f"{example.name}: not a readable image ({error})")
+        else:
+            usable.append(example)
+    if problems and not (skip_unreadable and usable):
+        raise ConfigError(_complaint(source, usable, problems))
+    if not usable:
+        raise ConfigError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+    return Examples(usable, problems)
+
+
+def split(
+    examples: Sequence[Example], *, count: int, seed: int, inside: Iterable[str] = (), outside: Iterable[str] = ()
+) -> tuple[list[Example], list[Example]]:
+    """(training, held out). Captions in `outside` are held out, and `count` others, never one of `inside`."""
+    inside, outside = set(inside), set(outside)
+    free = [i for i, example in enumerate(examples) if example.caption not in inside | outside]
+    if count > len(free):
+        raise ConfigError(f"num_eval_images = {count}, but only {len(free)} images may be held out")
+    drawn = set(random.Random(seed).sample(free, count))
+    held = [i in drawn or example.caption in outside for i, example in enumerate(examples)]
+    training = [example for example, out in zip(examples, held, strict=True) if not out]
+    if not training:
+        raise ConfigError(f"all {len(examples)} images are held out; lower num_eval_images or add images")
+    return training, [example for example, out in zip(examples, held, strict=True) if out]
+
+
+def pixels(example: Example, resolution: int) -> torch.Tensor:
+    """(3, resolution, resolution) in [-1, 1], the range of the VAE: centre square, resized; alpha lies on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(example.open()).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _folder(folder: Path) -> Examples:
+    examples, problems = [], []
+    for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
+        caption = path.with_suffix(".txt")
+        try:
+            text = caption.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            problems.append(f"{path.name}: no caption, expected {caption.name}")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path.name}: {caption.name} cannot be read ({error})")
+        else:
+            examples.append(Example(path.name, text, partial(_open, path)))
+    return Examples(examples, problems)
+
+
+def _sheet(path: Path) -> Examples:
+    """A grid of square tiles in one image: `{"image": "x.png", "pixels": 64, "columns": 40, "items": [{"caption"}]}`."""
+    sheet = read_object(path)
+    try:
+        name, size, columns = str(sheet["image"]), int(sheet["pixels"]), int(sheet["columns"])
+        captions = [str(item["caption"]) for item in sheet["items"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not a sheet; expected image, pixels, columns, items[].caption: {error}") from None
+    if Path(name).name != name:
+        raise ConfigError(f"{path}: image = {name!r} must be the name of a file beside the sheet")
+    try:
+        grid = _open(path.parent / name)
+    except OSError as error:
+        raise ConfigError(f"{path}: {name} is not a readable image ({error})") from None
+    if size < 1 or columns < 1 or grid.width < columns * size or grid.height < -(-len(captions) // columns) * size:
+        raise ConfigError(
+            f"{path}: {len(captions)} tiles in {columns} columns of {size} pixels need more than {grid.size}"
+        )
+
+    def tile(index: int) -> Image:
+        row, column = divmod(index, columns)
+        return grid.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+
+    return Examples([Example(f"{name}[{i}]", text, partial(tile, i)) for i, text in enumerate(captions)])
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def _complaint(source: Path, usable: list[Example], problems: list[str]) -> str:
+    shown = "".join(f"\n  {line}" for line in problems[:NAMED])
+    more = f"\n  and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    cure = "mend them, or set skip_unreadable_images to true to train on the rest" if usable else "none is left"
+    return f"{source}: {len(problems)} of {len(usable) + len(problems)} images cannot be used; {cure}:{shown}{more}"

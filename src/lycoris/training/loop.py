@@ -1,0 +1,143 @@
+"""The training loop: steps, and what happens between them."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lycoris.errors import NotFiniteError
+from lycoris.training import diagnose
+from lycoris.training.draw import draw
+from lycoris.training.interrupt import interruptible
+from lycoris.training.objective import Batch, denoising_loss
+from lycoris.training.preview import preview
+from lycoris.training.run import Run, save
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def fit(run: Run, console: Console) -> bool:
+    """Train to `max_train_steps`; False when Ctrl-C stopped it earlier, after a whole step and a checkpoint.
+
+    Raises NotFiniteError, naming the first bad module, before a bad gradient reaches the adapter.
+    """
+    settings = run.settings
+    if run.step == 0:
+        _measure(run)
+    run.pipe.unet.train()
+    with interruptible() as stop_asked, _progress(console) as progress:
+        task = progress.add_task("training", total=settings.max_train_steps, completed=run.step, loss="")
+        while run.step < settings.max_train_steps:
+            started = time.perf_counter()
+            loss = step(run)
+            run.step += 1
+            run.history.losses.append(loss)
+            run.history.seconds += time.perf_counter() - started
+            recent = run.history.losses[-50:]
+            progress.update(task, completed=run.step, loss=f"loss {sum(recent) / len(recent):.4f}")
+            run.accelerator.log({"loss": loss, "learning_rate": run.rates.get_last_lr()[0]}, step=run.step)
+            if stop_asked():
+                save(run)
+                return run.step >= settings.max_train_steps
+            _between_steps(run)
+    return True
+
+
+def step(run: Run) -> float:
+    """One optimizer step over `gradient_accumulation_steps` batches; returns their mean loss."""
+    settings = run.settings
+    total = 0.0
+    for part in range(settings.gradient_accumulation_steps):
+        batch = draw(
+            run.training,
+            run.no_text,
+            seed=settings.seed,
+            index=run.step * settings.gradient_accumulation_steps + part,
+            size=settings.train_batch_size,
+            timesteps=run.noise_schedule.config.num_train_timesteps,
+            dropout=settings.caption_dropout_probability,
+        ).to(run.accelerator.device)
+        loss = denoising_loss(run.predict, run.noise_schedule, batch) / settings.gradient_accumulation_steps
+        if not math.isfinite(loss.item()):
+            raise NotFiniteError(_complaint(run, f"the loss is {loss.item()}", batch))
+        run.accelerator.backward(loss)
+        total += loss.item()
+    _clip(run, batch)
+    run.optimizer.step()
+    run.rates.step()
+    run.optimizer.zero_grad()
+    return total
+
+
+def _clip(run: Run, batch: Batch) -> None:
+    run.accelerator.unscale_gradients()
+    # With a gradient scaler (fp16) an overflow now and then is expected, and the scaler skips that step.
+    strict = run.accelerator.scaler is None
+    limit = run.settings.max_grad_norm or math.inf
+    try:
+        torch.nn.utils.clip_grad_norm_(list(run.adapters.parameters()), limit, error_if_nonfinite=strict)
+    except RuntimeError:
+        raise NotFiniteError(_complaint(run, "a gradient is NaN or infinite", batch)) from None
+
+
+def _between_steps(run: Run) -> None:
+    settings, last = run.settings, run.step == run.settings.max_train_steps
+    if last or _due(run.step, settings.eval_steps_interval):
+        _measure(run)
+    if not last and _due(run.step, settings.validation_steps):
+        preview(run)
+    if _due(run.step, settings.checkpointing_steps):
+        save(run)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _measure(run: Run) -> None:
+    loss = run.held_out_loss()
+    if loss is not None:
+        run.history.held_out[run.step] = loss
+        run.accelerator.log({"held_out_loss": loss}, step=run.step)
+
+
+def _complaint(run: Run, what: str, batch: Batch) -> str:
+    noisy = run.noise_schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
+    where = diagnose.first_bad_module(run.pipe.unet, lambda: run.predict(noisy, batch.timesteps, batch.text))
+    where = where or diagnose.first_bad_gradient(run.pipe.unet) or "no single module; it did not happen again"
+    values: dict[str, Any] = {
+        "learning_rate": run.settings.learning_rate,
+        "mixed_precision": run.settings.mixed_precision,
+    }
+    return (
+        f"training stopped at step {run.step + 1}: {what}. First seen in: {where}\n"
+        f"Nothing was saved from this step; earlier checkpoints in {run.settings.output_dir} are good.\n"
+        + diagnose.REMEDIES.format(**values)
+    )
+
+
+def _progress(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

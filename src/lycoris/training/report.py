@@ -1,0 +1,116 @@
+"""The report of a run: pictures, a loss plot, numbers as JSON, and a summary to read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lycoris.generation.pictures import grid
+from lycoris.training.jsonfile import write_atomically, write_object
+from lycoris.training.measure import Measured
+from lycoris.training.run import History
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PICTURE, PLOT, NUMBERS = "before_after.png", "loss.png", "report.json"
+USE = """from lycoris import create_lycoris_from_weights
+network, _ = create_lycoris_from_weights(1.0, {path!r}, pipe.unet)
+network.apply_to()"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of a finished run; times in seconds, sizes in bytes, losses None when nothing was held out."""
+
+    adapter: str
+    steps: int
+    images: int
+    images_held_out: int
+    images_skipped: int
+    layers: int
+    adapter_parameters: int
+    adapter_bytes: int
+    base_parameters: int
+    base_bytes: int | None
+    held_out_loss_base: float | None
+    held_out_loss_adapter: float | None
+    merge_difference: float
+    """Largest difference of a pixel between merged and attached, in grey levels of 0..255."""
+    seconds_training: float
+    seconds_total: float
+
+
+def write(report: Report, measured: Measured, history: History, folder: Path) -> list[Path]:
+    """Write the picture grid, the loss plot and the numbers; returns the files written.
+
+    Without matplotlib (`pip install "lycoris-lora[plots]"`) there is no plot, without prompts no picture.
+    """
+    written = [folder / NUMBERS]
+    write_object({**vars(report), "losses": history.losses, "held_out": history.held_out}, folder / NUMBERS)
+    if measured.blocks:
+        write_atomically(folder / PICTURE, grid(measured.blocks).save)
+        written.append(folder / PICTURE)
+    if importlib.util.find_spec("matplotlib") is not None:
+        write_atomically(folder / PLOT, lambda path: plot(history, path))
+        written.append(folder / PLOT)
+    return written
+
+
+def plot(history: History, path: Path) -> None:
+    """Training loss, raw and smoothed, and the held-out losses, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(history.losses) + 1)
+    axes.plot(steps, history.losses, color="tab:blue", alpha=0.2, linewidth=0.8)
+    axes.plot(steps, smooth(history.losses), color="tab:blue", label="training (smoothed)")
+    if history.held_out:
+        points = sorted(history.held_out.items())
+        axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(xlabel="step", ylabel="denoising loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def smooth(values: Sequence[float], window: int = 25) -> list[float]:
+    """Means over the last `window` values, fewer at the start."""
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
+
+
+def summarise(report: Report, written: Sequence[Path], console: Console) -> None:
+    """Print the numbers, the files, and how to use the adapter."""
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    table = Table(title="Result", show_header=True)
+    for column in ("", "adapter", "base"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("parameters", f"{report.adapter_parameters:,}", f"{report.base_parameters:,} (denoiser)")
+    table.add_row("file", _size(report.adapter_bytes), "-" if report.base_bytes is None else _size(report.base_bytes))
+    table.add_row(
+        f"held-out loss, {report.images_held_out} images",
+        _loss(report.held_out_loss_adapter),
+        _loss(report.held_out_loss_base),
+    )
+    table.add_row("seconds of training", f"{report.seconds_training:.0f} for {report.steps} steps", "")
+    table.add_row("seconds in all", f"{report.seconds_total:.0f}", "")
+    table.add_row("merged - attached, largest", f"{report.merge_difference:.3f} of 255", "")
+    console.print(table)
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    console.print("\nUse it on any pipeline with this base:\n")
+    console.print(Syntax(USE.format(path=report.adapter), "python", background_color="default"), soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

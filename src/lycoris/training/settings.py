@@ -1,0 +1,163 @@
+"""What `config.json` may say: the settings of one training run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lycoris.errors import ConfigError, unknown
+from lycoris.training.jsonfile import read_object
+
+AnyPath: TypeAlias = Annotated[Path, Field(strict=False)]
+Prompts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+
+FAMILIES = ("sd1x", "sd2x")
+"""Values of `model_family` that can be trained so far, under the names SimpleTuner gives them."""
+FILE_PATHS = ("lycoris_config", "instance_data_dir", "output_dir")
+"""Settings whose value is a path and, in a file, is meant relative to that file."""
+
+
+class Settings(BaseModel):
+    """One training run. Names and meaning are SimpleTuner's wherever it has the option too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    model_type: Literal["lora"] = "lora"
+    """What is trained. Only adapters (`lora`) are."""
+    lora_type: Literal["lycoris"] = "lycoris"
+    """Which kind of adapter; the details are in `lycoris_config`."""
+    lycoris_config: AnyPath
+    """Path of lycoris_config.json: algo, linear_dim, linear_alpha, apply_preset, ..."""
+
+    model_family: str | None = None
+    """`sd1x` or `sd2x`; None reads it from the pipeline's model_index.json."""
+    pretrained_model_name_or_path: str
+    """The base: a folder as `StableDiffusionPipeline.save_pretrained` writes it, or a repository on the hub."""
+
+    instance_data_dir: AnyPath
+    """The images: a folder with `name.png` and its caption `name.txt`, or a sheet (`sheet.json` beside its PNG)."""
+    skip_unreadable_images: bool = False
+    """False: an unreadable image or a missing caption is an error. True: the rest is used and the report counts them."""
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    """Side in pixels to which images are cropped and resized, in training and in the report."""
+    caption_dropout_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of samples trained with an empty caption, which classifier-free guidance needs."""
+    num_eval_images: Annotated[int, Field(ge=0)] = 4
+    """Images kept out of training for the held-out loss. 0 keeps out only `validation_prompts_outside`."""
+
+    output_dir: AnyPath = Path("output")
+    """Folder for the adapter, checkpoints, logs and the report."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Decides the adapter's start, the order of images, noise, timesteps and the held-out images."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in which the learning rate rises from 0."""
+    max_train_steps: Annotated[int, Field(gt=0)] = 1000
+    """Optimizer steps in all."""
+    train_batch_size: Annotated[int, Field(gt=0)] = 1
+    """Images in one forward pass."""
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term against division by zero."""
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward pass; weights and adapters stay float32. fp16 needs a GPU."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in the backward pass."""
+
+    checkpointing_steps: Annotated[int, Field(ge=0)] = 500
+    """Save a checkpoint every so many steps; 0 saves one only when training is interrupted."""
+    checkpoints_total_limit: Annotated[int, Field(ge=1)] | None = None
+    """Keep at most so many checkpoints, the newest; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or the path of a checkpoint folder to go on from; None starts anew."""
+
+    eval_steps_interval: Annotated[int, Field(ge=0)] = 0
+    """Measure the held-out loss every so many steps; 0 measures it only before and after training."""
+    validation_steps: Annotated[int, Field(ge=0)] = 0
+    """Draw the validation prompts every so many steps; 0 draws them only in the final report."""
+    validation_prompts: Prompts = ()
+    """Prompts of the report's first block. Images with such a caption are always trained on."""
+    validation_prompts_outside: Prompts = ()
+    """Prompts of the block labelled as outside the fine-tuning set. Images with such a caption are held out."""
+    validation_negative_prompt: str = ""
+    """Negative prompt of all validation pictures."""
+    validation_num_inference_steps: Annotated[int, Field(gt=0)] = 30
+    """Denoising steps of a validation picture."""
+    validation_guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance scale of validation pictures."""
+    validation_seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the first validation picture; each next one has the next seed."""
+    validation_lycoris_strength: float = 1.0
+    """Strength of the adapter in validation pictures; the report also shows half of it."""
+
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where losses are logged; TensorBoard's files are in `output_dir/logs`."""
+
+    @field_validator("model_family")
+    @classmethod
+    def _family_is_supported(cls, family: str | None) -> str | None:
+        if family is not None and family not in FAMILIES:
+            raise ValueError(f"this family is not yet supported; supported so far: {', '.join(FAMILIES)}")
+        return family
+
+    @model_validator(mode="after")
+    def _prompts_are_inside_or_outside(self) -> Settings:
+        both = sorted(set(self.validation_prompts) & set(self.validation_prompts_outside))
+        if both:
+            raise ValueError(f"{both} are in validation_prompts and in validation_prompts_outside; keep them in one")
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "config") -> Settings:
+        """Check `values`; ConfigError names every wrong key, its value, and for an unknown key the nearest known one.
+
+        Keys may carry the leading `--` of a command line, as older SimpleTuner files have them.
+        """
+        values = {key.removeprefix("--"): value for key, value in values.items()}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = "\n".join(f"  {_explain(problem, cls)}" for problem in error.errors())
+            raise ConfigError(f"{source} is not a valid training config:\n{lines}") from None
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read a config file; `overrides` are put over it. Relative paths in the file are relative to its folder."""
+    values: dict[str, Any] = {key.removeprefix("--"): value for key, value in read_object(path).items()}
+    for key in FILE_PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = path.parent / values[key]
+    base = values.get("pretrained_model_name_or_path")
+    if isinstance(base, str) and (path.parent / base).is_dir():
+        values["pretrained_model_name_or_path"] = str(path.parent / base)
+    return Settings.parse({**values, **(overrides or {})}, str(path))
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return unknown("key", key, model.model_fields) + f" (its value was {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key} is missing: {model.model_fields[key].description}"
+    if not key:
+        return str(message)
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"

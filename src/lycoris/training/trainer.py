@@ -1,0 +1,98 @@
+"""One call that trains an adapter from settings to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lycoris.training import checkpoint, report
+from lycoris.training.loop import fit
+from lycoris.training.measure import measure
+from lycoris.training.run import Checked, Run, check, prepare
+from lycoris.training.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind; `report` is None when Ctrl-C stopped it, and `checkpoint` is where it can go on."""
+
+    adapter: Path
+    report: report.Report | None
+    checkpoint: Path | None = None
+
+
+def train(settings: Settings, console: Console) -> Outcome:
+    """Check, train, save the adapter, reload it from its file into a fresh pipeline, and report.
+
+    Raises ConfigError, PlanError or FileError before anything is written, and NotFiniteError when training diverges.
+    """
+    started = time.perf_counter()
+    checked = check(settings)
+    _announce(checked, console)
+    with _fresh_accelerate():
+        run = prepare(checked, console)
+        layers, count = len(run.plan.placements), run.adapters.parameter_count()
+        console.print(f"{layers} layers get an adapter, {count:,} parameters", highlight=False)
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        run.accelerator.init_trackers("logs")
+        finished = fit(run, console)
+        run.accelerator.end_training()
+        adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
+        if not finished:
+            return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
+        console.print(f"saved {adapter}; reloading it into a fresh pipeline", soft_wrap=True, highlight=False)
+        return Outcome(adapter, _report(run, adapter, started, console))
+
+
+def _report(run: Run, adapter: Path, started: float, console: Console) -> report.Report:
+    measured = measure(run, adapter)
+    numbers = report.Report(
+        adapter=str(adapter),
+        steps=run.step,
+        images=len(run.checked.training),
+        images_held_out=len(run.checked.held_out),
+        images_skipped=len(run.checked.skipped),
+        layers=len(run.plan.placements),
+        adapter_parameters=run.adapters.parameter_count(),
+        adapter_bytes=adapter.stat().st_size,
+        base_parameters=measured.base_parameters,
+        base_bytes=measured.base_bytes,
+        held_out_loss_base=measured.base_loss,
+        held_out_loss_adapter=measured.adapter_loss,
+        merge_difference=measured.merge_difference,
+        seconds_training=run.history.seconds,
+        seconds_total=time.perf_counter() - started,
+    )
+    written = report.write(numbers, measured, run.history, run.settings.output_dir)
+    report.summarise(numbers, [adapter, *written], console)
+    return numbers
+
+
+def _announce(checked: Checked, console: Console) -> None:
+    console.print(
+        f"{len(checked.training)} images to train on, {len(checked.held_out)} held out, {len(checked.skipped)} skipped",
+        highlight=False,
+    )
+    for problem in checked.skipped:
+        console.print(f"  skipped {problem}", soft_wrap=True, highlight=False, markup=False)
+    if checked.resume is not None:
+        console.print(f"going on from {checked.resume}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the whole process; forget them, so that a second run may choose others."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
