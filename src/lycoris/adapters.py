@@ -245,15 +245,15 @@ class AdapterSet:
             )
 
     def _check_order(self) -> None:
-        """Merging puts these adapters below all others on a layer. That is only the same if all of them add."""
+        """Merging puts these adapters below those of other sets. That is the same only if all of them add."""
         for path, layer in self._layers.items():
             own = self.stacks[path]
-            others = [a for a in attach.adapters_on(layer) if not any(a is mine for mine in own) and not a.silent]
-            if others and not all(isinstance(a.algorithm, Additive) for a in (*others, *own)):
-                names = ", ".join(a.algorithm.name for a in (*others, *own))
-                raise AttachError(
-                    f"{path} has adapters that do not commute ({names}); merge or detach the lower set first"
-                )
+            order = list(attach.adapters_on(layer))
+            lower = order[: next((at for at, adapter in enumerate(order) if adapter is own[0]), 0)]
+            moved = [adapter.algorithm for adapter in (*lower, *own) if not adapter.silent]
+            if len(moved) > len(own) and not all(isinstance(algorithm, Additive) for algorithm in moved):
+                names = ", ".join(algorithm.name for algorithm in moved)
+                raise AttachError(f"on {path} {names} do not commute; merge or detach the lower set first")
 
     # -- contents ----------------------------------------------------------------------------------------------------
 
@@ -333,6 +333,8 @@ def _in_full(affine: Affine) -> Affine:
 def _install(layer: nn.Module, affine: Affine, dtype: torch.dtype) -> Affine:
     """Give the layer new parameters, with the old one's `requires_grad`; returns them."""
     trained = bool(layer.weight.requires_grad)
-    layer.weight = nn.Parameter(affine.weight.to(dtype), requires_grad=trained)
-    layer.bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
-    return Affine(layer.weight, layer.bias)
+    weight = nn.Parameter(affine.weight.to(dtype), requires_grad=trained)
+    bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
+    return Affine(weight, bias)

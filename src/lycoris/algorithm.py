@@ -24,7 +24,7 @@ from lycoris.errors import ConfigError, unknown
 from lycoris.geometry import Geometry
 
 Params = Mapping[str, Tensor]
-Role = Literal["in", "out", "core", "gate", "delta", "frozen"]
+Role = Literal["in", "out", "core", "gate", "length", "delta", "frozen"]
 
 
 class Affine(NamedTuple):
@@ -38,7 +38,8 @@ class Slot(NamedTuple):
     """A tensor that an algorithm keeps per layer.
 
     `role` groups parameters in a trainer: "in" and "out" are the sides of a factorisation (LoRA+ gives them separate
-    learning rates), "core" lies between them, "gate" scales, "delta" is stored densely, "frozen" is not trained.
+    learning rates), "core" lies between them, "gate" scales, "length" is a norm (kept in float32 or better: rounding
+    it would change the layer by itself), "delta" is stored densely, "frozen" is not trained.
     """
 
     shape: tuple[int, ...]
@@ -175,7 +176,7 @@ class Additive(Algorithm):
         return g.op(x, change.weight * gain, bias)
 
     def _gate(self, p: Params) -> Tensor | float:
-        return p["gate"] if "gate" in p else 1.0
+        return p.get("gate", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

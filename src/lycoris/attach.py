@@ -38,7 +38,8 @@ class Adapter(nn.Module):
         self.silent = False
         self._recall = Recall()
         for name, slot in algorithm.slots(geometry).items():
-            tensor = torch.empty(slot.shape, dtype=dtype, device=device)
+            own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
+            tensor = torch.empty(slot.shape, dtype=own, device=device)
             if slot.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -165,7 +166,7 @@ def adapters_on(layer: nn.Module) -> Iterator[Adapter]:
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
     """The class a layer had before adapters came onto it."""
-    order = type(layer).__mro__
+    order: Any = type(layer).__mro__
     return order[order.index(Adapted) + 1 if Adapted in order else 0]
 
 
@@ -193,15 +194,15 @@ def detach(layer: nn.Module, name: str) -> None:
     """Take an adapter off, wherever in the stack it is; without adapters the layer is as it was before."""
     del layer._modules[name]
     if isinstance(layer, Adapted) and not any(adapters_on(layer)):
-        layer.__class__ = base_class(layer)
+        layer.__class__ = base_class(layer)  # type: ignore[assignment]
 
 
 @cache
-def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
+def _adapted(cls: Any) -> Any:
     # Same name: other libraries recognise layers by it.
     return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    adapted = _adapted(cls)
+def _new(cls: type[nn.Module]) -> Any:
+    adapted = _adapted(cls)  # type: ignore[arg-type]
     return adapted.__new__(adapted)

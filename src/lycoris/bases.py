@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lycoris.algorithm import Affine
@@ -13,11 +15,12 @@ def read(layer: nn.Module) -> Affine:
 
     Raises `AttachError` for weights that are packed or quantised: reading those is not built yet.
     """
-    weight, bias = layer.weight, layer.bias
-    if not weight.is_floating_point() or weight.element_size() < 2:  # type: ignore[operator]
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if not weight.is_floating_point() or weight.element_size() < 2:
         kind = type(layer).__name__
         raise AttachError(
-            f"{kind} holds its weight as {weight.dtype}, which cannot be read densely yet; "  # type: ignore[union-attr]
+            f"{kind} holds its weight as {weight.dtype}, which cannot be read densely yet; "
             "use an algorithm that needs only the layer's output (LoRA, LoHa, LoKr), unmerged"
         )
-    return Affine(weight, bias)  # type: ignore[arg-type]
+    return Affine(weight, bias)

@@ -68,7 +68,7 @@ class Geometry:
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.pad, mode=self.padding_mode), 0
             return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def mix(self, x: Tensor, weight: Tensor) -> Tensor:
         """Mix channels without touching positions: `weight` is (rows, channels), whatever the layer's kernel."""

@@ -15,12 +15,15 @@ from lycoris.geometry import Geometry
 
 Axis = Literal["out", "in"]
 
+EPSILON = torch.finfo(torch.float32).eps
+"""Added to every norm, at the start too, so that a row of zeros divides; existing files were trained with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Algorithm):
     """V' = m · V / ‖V‖ with V = W + scale·ΔW of the algorithm underneath; m starts as ‖W‖, so V' starts as W.
 
-    The norm runs over all other axes of the weight and is differentiated through. The bias stays as it is.
+    A small ε is added to each norm. The norm runs over all other axes of the weight and is differentiated through. The bias stays as it is.
     """
 
     over: Ranked
@@ -42,7 +45,7 @@ class DoRA(Algorithm):
     def slots(self, g: Geometry) -> dict[str, Slot]:
         ones = (1,) * len(g.kernel)
         shape = (g.out_features, 1, *ones) if self.axis == "out" else (1, g.in_features, *ones)
-        return self.over.slots(g) | {"magnitude": Slot(shape, "gate")}
+        return self.over.slots(g) | {"magnitude": Slot(shape, "length")}
 
     def initialise(self, p: Params, below: Base) -> None:
         self.over.initialise({name: tensor for name, tensor in p.items() if name != "magnitude"}, below)
@@ -52,8 +55,7 @@ class DoRA(Algorithm):
     def _norm(self, weight: Tensor) -> Tensor:
         kept = 0 if self.axis == "out" else 1
         others = [axis for axis in range(weight.dim()) if axis != kept]
-        # A row of zeros keeps the direction "none" instead of becoming NaN.
-        return torch.linalg.vector_norm(weight, dim=others, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        return torch.linalg.vector_norm(weight, dim=others, keepdim=True) + EPSILON
 
     def _ratio(self, p: Params, base: Affine, g: Geometry) -> tuple[Affine, Tensor]:
         """V and m / ‖V‖, in the adapter's own precision: in half precision the ratio would not be 1 at the start."""
@@ -72,7 +74,7 @@ class DoRA(Algorithm):
             # y0 + μ((s - 1)·(y0 - b) + s·Δx): exactly y0 where s is 1 and Δ is 0.
             y = below(x)
             bend = g.channels(bend.to(y.dtype))
-            plain = y if base.bias is None else y - g.channels(base.bias)
+            plain = y if base.bias is None else y - g.channels(base.bias.to(y.dtype))
             return y + (plain * bend) * call.strength + self.over.added(p, g, x, call) * (1 + bend)
         bend = g.channels(bend.to(x.dtype).reshape(-1).repeat(g.groups))
         return below(x + x * bend * call.strength) + self.over.added(p, g, x + x * bend, call)

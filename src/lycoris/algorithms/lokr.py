@@ -158,7 +158,7 @@ def _first_small(ol: int, im: int, ok: int, inner: int) -> bool:
 def _linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """(w1 ⊗ w2) applied to x (..., im·in): one small product on each side of x as a matrix (im, in)."""
     (ol, im), (ok, inner) = w1.shape, w2.shape
-    x = x.unflatten(-1, (im, inner))
+    x = x.reshape(*x.shape[:-1], im, inner)
     if _first_small(ol, im, ok, inner):
         y = torch.matmul(torch.matmul(w1, x), w2.T)
     else:
@@ -171,11 +171,12 @@ def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
     batched = x.dim() == len(g.kernel) + 2
     x = x if batched else x.unsqueeze(0)
     (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
-    x = x.unflatten(1, (im, inner))
+    x = x.reshape(x.shape[0], im, inner, *x.shape[2:])
     first = _first_small(ol, im, ok, inner)
     if first:
         x = torch.einsum("ab,nb...->na...", w1, x)
-    y = g.op(x.flatten(0, 1), w2).unflatten(0, (-1, x.shape[1]))
+    y = g.op(x.flatten(0, 1), w2)
+    y = y.reshape(*x.shape[:2], *y.shape[1:])
     if not first:
         y = torch.einsum("ab,nb...->na...", w1, y)
     y = y.flatten(1, 2)

@@ -45,10 +45,7 @@ class LoRA(Ranked):
         return Affine((up @ down.flatten(1)).reshape(g.shape), None)
 
     def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
-        if "mid" in p:
-            h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"])
-        else:
-            h = g.op(x, p["down"])
+        h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
         return g.mix(h * gain, p["up"].flatten(1))
 
     @classmethod

@@ -63,7 +63,7 @@ class TLoRA(Ranked):
 
     def initialise(self, p: Params, below: Base) -> None:
         g = below.geometry
-        weight = below.affine().weight.detach().float().flatten(1) if self.data_init else None
+        weight = _matrix(below) if self.data_init else None
         if weight is None:
             weight = torch.randn(g.out_features, g.fan_in, device=p["q"].device) / self.rank
         for name, start in self._start(weight, g).items():
@@ -74,7 +74,7 @@ class TLoRA(Ranked):
         """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
         tensors = dict(p)
         if "q0" not in tensors:
-            start = self._start(below.affine().weight.detach().float().flatten(1), below.geometry)
+            start = self._start(_matrix(below), below.geometry)
             tensors |= {f"{name}0": value.to(p[name]) for name, value in start.items()}
         return tensors
 
@@ -119,3 +119,9 @@ class TLoRA(Ranked):
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "gate"}
+
+
+def _matrix(below: Base) -> Tensor:
+    """The weight below as (O, I·ΠK), in at least float32: singular values of half precision would be noise."""
+    weight = below.affine().weight.detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)

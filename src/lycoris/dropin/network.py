@@ -196,8 +196,9 @@ def create_lycoris_from_weights(
     Settings come from the tensors; `options`, which trainers pass along, only fill in a T-LoRA schedule that the
     file's header does not have. Raises `FileError` when the file is damaged or does not fit the model.
     """
+    metadata: dict[str, str] = {}
     if weights_sd is not None:
-        tensors, metadata = dict(weights_sd), {}
+        tensors = dict(weights_sd)
     elif file is not None:
         tensors, metadata = files.load_tensors(file)
     else:

@@ -64,7 +64,8 @@ def resolve(
     lost = sorted(flat for flat in groups if flat not in paths)
     if lost or not groups:
         raise FileError(_lost(lost, groups, paths, model, others))
-    entries, problems = {}, []
+    entries: dict[str, tuple[Entry, ...]] = {}
+    problems = []
     for flat, group in groups.items():
         where, geometry = paths[flat]
         try:

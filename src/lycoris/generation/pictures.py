@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 Pixels = npt.NDArray[np.float32]
 """(N, H, W, 3) in [0, 1]."""
@@ -65,12 +65,12 @@ def draw(pipe: Any, prompts: Sequence[str], how: Sampling) -> Pixels:
     return np.concatenate(parts)
 
 
-def grid(blocks: Sequence[Block]) -> Image:
+def grid(blocks: Sequence[Block]) -> Image.Image:
     """All blocks one below the other; rows are labelled on the left, columns with their prompts on top."""
-    from PIL import Image as images
+    from PIL import Image
 
     drawn = [_block(block) for block in blocks]
-    sheet = images.new("RGB", (max(each.width for each in drawn), sum(each.height for each in drawn)), "white")
+    sheet = Image.new("RGB", (max(each.width for each in drawn), sum(each.height for each in drawn)), "white")
     top = 0
     for each in drawn:
         sheet.paste(each, (0, top))
@@ -78,15 +78,14 @@ def grid(blocks: Sequence[Block]) -> Image:
     return sheet
 
 
-def _block(block: Block) -> Image:
-    from PIL import Image as images
-    from PIL import ImageDraw, ImageFont
+def _block(block: Block) -> Image.Image:
+    from PIL import Image, ImageDraw, ImageFont
 
     side = max(CELL, block.rows[0][1].shape[1])
     captions = [textwrap.fill(caption, side // 7) for caption in block.captions]
     head = PAD + 2 * FONT + (FONT + 4) * max(caption.count("\n") + 1 for caption in captions)
     size = (LABEL + len(captions) * (side + PAD) + PAD, head + len(block.rows) * (side + PAD) + 2 * PAD)
-    sheet = images.new("RGB", size, "white")
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     font, bold = ImageFont.load_default(FONT), ImageFont.load_default(FONT + 4)
     pen.text((PAD, PAD), block.title, "black", bold)
@@ -97,6 +96,6 @@ def _block(block: Block) -> Image:
         y = head + PAD + row * (side + PAD)
         pen.multiline_text((PAD, y + side // 3), textwrap.fill(label, LABEL // 8), "black", font)
         for x, picture in zip(left, pictures, strict=True):
-            tile = images.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-            sheet.paste(tile.resize((side, side), images.Resampling.NEAREST), (x, y))
+            tile = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
     return sheet

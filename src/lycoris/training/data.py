@@ -52,14 +52,9 @@ def read(source: Path, *, skip_unreadable: bool = False) -> Examples:
         found = _sheet(source)
     else:
         raise ConfigError(f"instance_data_dir = {str(source)!r} is neither a folder of images nor a sheet (.json)")
-    usable, problems = [], list(found.problems)
-    for example in found.usable:
-        try:
-            example.open()
-        except (OSError, SyntaxError, ValueError) as error:
-            problems.append(f"{example.name}: not a readable image ({error})")
-        else:
-            usable.append(example)
+    broken = {example.name: why for example in found.usable if (why := _why_unreadable(example))}
+    usable = [example for example in found.usable if example.name not in broken]
+    problems = [*found.problems, *(f"{name}: not a readable image ({why})" for name, why in broken.items())]
     if problems and not (skip_unreadable and usable):
         raise ConfigError(_complaint(source, usable, problems))
     if not usable:
@@ -109,7 +104,7 @@ def _folder(folder: Path) -> Examples:
 
 
 def _sheet(path: Path) -> Examples:
-    """A grid of square tiles in one image: `{"image": "x.png", "pixels": 64, "columns": 40, "items": [{"caption"}]}`."""
+    """Square tiles in one image: `{"image": "x.png", "pixels": 64, "columns": 20, "items": [{"caption": "cat"}]}`."""
     sheet = read_object(path)
     try:
         name, size, columns = str(sheet["image"]), int(sheet["pixels"]), int(sheet["columns"])
@@ -132,6 +127,14 @@ def _sheet(path: Path) -> Examples:
         return grid.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
 
     return Examples([Example(f"{name}[{i}]", text, partial(tile, i)) for i, text in enumerate(captions)])
+
+
+def _why_unreadable(example: Example) -> str | None:
+    try:
+        example.open()
+    except (OSError, SyntaxError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _open(path: Path) -> Image:

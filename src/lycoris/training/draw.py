@@ -25,7 +25,7 @@ def draw(
 
 
 def order(length: int, *, seed: int, start: int, count: int) -> list[int]:
-    """Places `start` to `start + count` of an endless sequence that goes through all rows again and again, reshuffled."""
+    """Places `start` to `start + count` of an endless sequence: all rows shuffled, then all reshuffled, and so on."""
     places = range(start, start + count)
     shuffled = {}
     for epoch in {place // length for place in places}:

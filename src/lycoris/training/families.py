@@ -99,8 +99,8 @@ def _pipeline_class(base: str) -> str:
             return str(DiffusionPipeline.load_config(base)["_class_name"])
         except (OSError, ValueError, KeyError):
             raise ConfigError(
-                f"pretrained_model_name_or_path = {base!r} is neither a folder with a pipeline (model_index.json, unet/, "
-                "vae/, ...) nor a repository that can be reached on the hub"
+                f"pretrained_model_name_or_path = {base!r} is neither a folder with a pipeline (model_index.json, "
+                "unet/, vae/, ...) nor a repository that can be reached on the hub"
             ) from None
 
 

@@ -40,6 +40,7 @@ def measure(run: Run, path: Path) -> Measured:
     pipe = families.load(settings, run.accelerator.device)
     rows = [("base", _draw(pipe, prompts, run))]
     base_loss = _loss(pipe, run)
+    parameters = sum(p.numel() for p in pipe.unet.parameters())
 
     adapters = AdapterSet.load(pipe.unet, files.read(path, pipe.unet))
     adapters.schedule = schedule(run.checked.recipe, run.noise_schedule)
@@ -52,7 +53,6 @@ def measure(run: Run, path: Path) -> Measured:
         adapters.merge(full)
         rows.append((f"merged, strength {full:g}", _draw(pipe, prompts, run)))
     difference = float(np.abs(rows[-1][1] - rows[-2][1]).max(initial=0)) * 255
-    parameters = sum(p.numel() for p in pipe.unet.parameters())
     return Measured(_blocks(run, rows), base_loss, adapter_loss, difference, parameters, _file_size(settings))
 
 

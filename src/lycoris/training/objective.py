@@ -67,10 +67,11 @@ def held_out_loss(predict: Predict, scheduler: Any, data: Cached, device: torch.
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     steps = scheduler.config.num_train_timesteps
     total = 0.0
+    places = range(0, len(data), batch_size)
     for part in EVALUATED_AT:
         noise = torch.randn(data.latents.shape, generator=generator)
         timesteps = torch.full((len(data),), int(part * steps))
-        for rows in torch.arange(len(data)).split(batch_size):
+        for rows in (slice(start, start + batch_size) for start in places):
             batch = Batch(data.latents[rows], noise[rows], timesteps[rows], data.text[rows]).to(device)
-            total += denoising_loss(predict, scheduler, batch).item() * len(rows)
+            total += denoising_loss(predict, scheduler, batch).item() * len(batch.clean)
     return total / (len(data) * len(EVALUATED_AT))

@@ -40,7 +40,7 @@ class Settings(BaseModel):
     instance_data_dir: AnyPath
     """The images: a folder with `name.png` and its caption `name.txt`, or a sheet (`sheet.json` beside its PNG)."""
     skip_unreadable_images: bool = False
-    """False: an unreadable image or a missing caption is an error. True: the rest is used and the report counts them."""
+    """False: an unreadable image or a missing caption is an error. True: the rest is used and they are counted."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
     """Side in pixels to which images are cropped and resized, in training and in the report."""
     caption_dropout_probability: Annotated[float, Field(ge=0, le=1)] = 0.1

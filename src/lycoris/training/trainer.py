@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lycoris.training import checkpoint, report
+from lycoris.training.inputs import Checked, check
 from lycoris.training.loop import fit
 from lycoris.training.measure import measure
-from lycoris.training.run import Checked, Run, check, prepare
+from lycoris.training.prepare import prepare
+from lycoris.training.run import Run
 from lycoris.training.settings import Settings
 
 if TYPE_CHECKING:

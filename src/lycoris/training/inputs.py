@@ -1,0 +1,47 @@
+"""The inputs of a run, checked before the base is loaded and before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lycoris.errors import ConfigError
+from lycoris.recipe import Recipe
+from lycoris.training import checkpoint, data, families
+from lycoris.training.jsonfile import read_object
+from lycoris.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run works on."""
+
+    settings: Settings
+    recipe: Recipe
+    training: list[data.Example]
+    held_out: list[data.Example]
+    skipped: list[str]
+    resume: Path | None
+
+
+def check(settings: Settings) -> Checked:
+    """Everything that can be checked without loading the base; raises ConfigError, PlanError or FileError."""
+    families.check(settings)
+    if settings.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError('report_to = "tensorboard" needs tensorboard; pip install "lycoris-lora[train]" or "none"')
+    if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError('mixed_precision = "fp16" needs a GPU; use "bf16" or "no"')
+    recipe = Recipe.parse(read_object(settings.lycoris_config))
+    found = data.read(settings.instance_data_dir, skip_unreadable=settings.skip_unreadable_images)
+    training, held_out = data.split(
+        found.usable,
+        count=settings.num_eval_images,
+        seed=settings.seed,
+        inside=settings.validation_prompts,
+        outside=settings.validation_prompts_outside,
+    )
+    resume = checkpoint.to_resume(settings.output_dir, settings.resume_from_checkpoint)
+    return Checked(settings, recipe, training, held_out, found.problems, resume)

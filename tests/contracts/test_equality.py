@@ -1,0 +1,141 @@
+"""Forward, merge, gradients, strength, files: every algorithm on every kind of layer, in float64."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cases import ALGORITHMS, LAYERS, One, adapt, relative
+from lycoris import AdapterSet, read, write
+from lycoris.algorithms import ALGORITHMS as REGISTRY
+from lycoris.attach import top
+
+TOLERANCE = 1e-10
+
+
+def test_every_registered_algorithm_has_cases() -> None:
+    assert {case.name for case in ALGORITHMS.values()} == set(REGISTRY)
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request: pytest.FixtureRequest):
+    return ALGORITHMS[request.param]
+
+
+@pytest.fixture(params=LAYERS)
+def case(request: pytest.FixtureRequest):
+    return LAYERS[request.param]
+
+
+def test_a_fresh_adapter_changes_nothing(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input()
+    before = model(x)
+    adapt(model, algorithm, random=False)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0])
+def test_factored_forward_equals_merged_forward(algorithm, case, strength: float) -> None:
+    model, x = One(case.layer()), case.input()
+    adapters = adapt(model, algorithm)
+    adapters.set_strength(strength)
+    attached = model(x)
+    dense = top(model.layer).affine()
+    assert relative(attached, top(model.layer).geometry.op(x, *dense)) < TOLERANCE
+    _merge(adapters)
+    assert relative(model(x), attached) < TOLERANCE
+
+
+def test_strength_zero_is_the_base_layer_exactly(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input()
+    before = model(x)
+    adapters = adapt(model, algorithm)
+    assert not torch.equal(model(x), before)
+    adapters.set_strength(0)
+    assert torch.equal(model(x), before)
+
+
+def test_strength_is_a_straight_line(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input()
+    base = model(x)
+    adapters = adapt(model, algorithm)
+    whole = model(x)
+    adapters.set_strength(0.3)
+    assert relative(model(x), base + 0.3 * (whole - base)) < TOLERANCE
+
+
+def test_gradients_of_both_ways_agree(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input().requires_grad_()
+    adapters = adapt(model, algorithm)
+    adapters.set_strength(0.7)
+    parameters = [x, *adapters.parameters()]
+    weights = torch.randn_like(model(x))
+    fast = torch.autograd.grad((model(x) * weights).sum(), parameters, allow_unused=True)
+    y = top(model.layer).geometry.op(x, *top(model.layer).affine())
+    slow = torch.autograd.grad((y * weights).sum(), parameters, allow_unused=True)
+    for a, b in zip(fast, slow, strict=True):
+        assert a is not None
+        assert b is not None
+        # Gradients that cancel to nothing have no scale of their own.
+        assert (a - b).abs().max() < TOLERANCE * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dialect", ["lycoris", "kohya"])
+def test_save_and_load_give_equal_output(algorithm, case, dialect: str, tmp_path: Path) -> None:
+    model, x = One(case.layer()), case.input()
+    adapters = adapt(model, algorithm)
+    trained = model(x)
+    write(adapters.bundle(), tmp_path / "a.safetensors", dialect)
+    adapters.detach()
+    loaded = AdapterSet.load(model, read(tmp_path / "a.safetensors", model))
+    for stack in loaded.stacks.values():
+        for adapter in stack:
+            adapter.double()
+    loaded.attach()
+    # Gates are folded and alpha is stored in float32.
+    assert relative(model(x), trained) < 1e-6
+
+
+def test_detached_leaves_no_trace(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input()
+    before, keys, cls, own = model(x), list(model.state_dict()), type(model.layer), set(model.layer.__dict__)
+    adapters = adapt(model, algorithm)
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(model.state_dict(), strict=True)
+    adapters.detach()
+    assert type(model.layer) is cls
+    assert set(model.layer.__dict__) == own
+    assert not model.layer._modules
+    assert torch.equal(model(x), before)
+
+
+def test_unmerge_restores_the_same_parameters(algorithm, case) -> None:
+    model, x = One(case.layer()), case.input()
+    weight, bias, before = model.layer.weight, model.layer.bias, model(x)
+    adapters = adapt(model, algorithm)
+    attached = model(x)
+    _merge(adapters)
+    adapters.unmerge()
+    assert model.layer.weight is weight
+    assert model.layer.bias is bias
+    assert torch.equal(model(x), attached)
+    adapters.detach()
+    assert torch.equal(model(x), before)
+
+
+def _merge(adapters: AdapterSet) -> None:
+    with pytest.warns(UserWarning, match="timestep schedule") if adapters.rank_masked else contextlib.nullcontext():
+        adapters.merge()
+
+
+def test_forward_reads_as_the_layer_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapt(model, ALGORITHMS["lora"])
+    assert isinstance(model[0], nn.Linear)
+    assert type(model[0]).__name__ == "Linear"
+    x = torch.randn(2, 4)
+    assert torch.equal(model[0](input=x), model[0](x))

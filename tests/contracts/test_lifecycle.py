@@ -1,0 +1,255 @@
+"""What must hold around the maths: stacks, copies, checkpointing, precisions, compilation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cases import ALGORITHMS, LAYERS, One, adapt, perturb, relative
+from lycoris import AdapterSet, AttachError, LoRA, RankSchedule, Rule, TLoRA, plan
+from lycoris.attach import top
+
+STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "dora-lora", "dora-lokr-in"]
+KINDS = ["linear", "conv2d", "conv2d-stride", "conv2d-groups"]
+EVERY = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize("stack", list(itertools.permutations(STACKED, 2)), ids="+".join)
+def test_two_sets_stack_and_come_off_in_any_order(stack: tuple[str, str], layer: str) -> None:
+    model, x = One(LAYERS[layer].layer()), LAYERS[layer].input()
+    before = model(x)
+    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(stack)]
+    both = model(x)
+    assert relative(both, top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
+    lower, upper = sets
+    lower.detach()
+    alone = model(x)
+    upper.detach()
+    assert torch.equal(model(x), before)
+    upper.attach()
+    assert torch.equal(model(x), alone)
+
+
+@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_three_sets(layer: str, order: tuple[int, ...]) -> None:
+    model, x = One(LAYERS[layer].layer()), LAYERS[layer].input()
+    before = model(x)
+    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(("lokr", "dora-loha", "lora"))]
+    assert relative(model(x), top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
+    for at in order:
+        sets[at].detach()
+    assert torch.equal(model(x), before)
+    assert type(model.layer) is LAYERS[layer].make
+
+
+@pytest.mark.parametrize("stack", list(itertools.permutations(STACKED, 2)), ids="+".join)
+def test_a_rule_may_stack_algorithms(stack: tuple[str, str]) -> None:
+    model, x = One(LAYERS["linear"].layer()), LAYERS["linear"].input()
+    adapters = adapt(model, *(ALGORITHMS[name] for name in stack))
+    attached = model(x)
+    adapters.schedule = RankSchedule(max_rank=3)
+    adapters.merge()
+    assert relative(model(x), attached) < 1e-10
+
+
+def test_merging_a_set_above_one_that_does_not_commute_is_refused() -> None:
+    model = One(nn.Linear(4, 4).double())
+    lower = adapt(model, ALGORITHMS["dora-lora"], name="lower")
+    upper = adapt(model, LoRA(rank=2), name="upper")
+    with pytest.raises(AttachError, match="do not commute"):
+        upper.merge()
+    attached = model(torch.eye(4).double())
+    lower.merge()
+    upper.merge()
+    assert relative(model(torch.eye(4).double()), attached) < 1e-10
+    with pytest.raises(AttachError, match="newest to oldest"):
+        lower.unmerge()
+
+
+@EVERY
+def test_deepcopy_and_pickle_carry_the_adapters_along(name: str) -> None:
+    model, x = One(LAYERS["conv2d"].layer()), LAYERS["conv2d"].input()
+    adapters = adapt(model, ALGORITHMS[name])
+    y = model(x)
+    y.sum().backward()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies.append(torch.load(buffer, weights_only=False))
+    perturb(adapters)
+    for other in copies:
+        assert torch.equal(other(x), y)
+        assert other.layer.weight is not model.layer.weight
+
+
+class Chain(nn.Module):
+    """Two layers and a nonlinearity, optionally recomputed in backward."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.one, self.two = LAYERS[case].layer(), nn.Identity()
+
+    def forward(self, x: Tensor, reentrant: bool | None = None) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return torch.tanh(self.one(x))
+
+        return block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+@EVERY
+def test_checkpointing_gives_the_same_gradients(name: str, layer: str, reentrant: bool) -> None:
+    model, x = Chain(layer), LAYERS[layer].input().requires_grad_()
+    adapters = adapt(model, ALGORITHMS[name])
+    parameters = list(adapters.parameters())
+
+    def gradients(reentrant: bool | None) -> list[Tensor]:
+        model.zero_grad()
+        adapters.set_keep(torch.tensor([[1.0, 0.0, 0.0]]))
+        adapters.set_strength(0.5)
+        loss = model(x, reentrant).square().sum()
+        # What a trainer may do before backward must not reach the recomputation.
+        adapters.set_keep(None)
+        adapters.set_strength(0.0)
+        loss.backward()
+        return [p.grad.clone() for p in parameters]
+
+    for plain, again in zip(gradients(None), gradients(reentrant), strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_forwards_before_one_backward_keep_their_own_masks(reentrant: bool) -> None:
+    model = Chain("linear")
+    adapters = adapt(model, TLoRA(rank=4))
+    adapters.schedule = RankSchedule(max_rank=4)
+    parameters = list(adapters.parameters())
+    inputs = [LAYERS["linear"].input().requires_grad_() for _ in range(3)]
+
+    def gradients(reentrant: bool | None) -> list[Tensor]:
+        model.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64)
+        for x, t in zip(inputs, (900, 500, 10), strict=True):
+            adapters.set_timesteps(torch.tensor([t]))
+            loss = loss + model(x, reentrant).square().sum()
+        adapters.set_timesteps(None)
+        loss.backward()
+        return [p.grad.clone() for p in parameters]
+
+    for plain, again in zip(gradients(None), gradients(reentrant), strict=True):
+        assert relative(again, plain) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+@EVERY
+def test_autocast(name: str, layer: str, dtype: torch.dtype) -> None:
+    model, x = One(LAYERS[layer].layer(torch.float32)), LAYERS[layer].input(torch.float32)
+    base = model(x)
+    adapters = adapt(model, ALGORITHMS[name])
+    exact = model(x)
+    with torch.autocast("cpu", dtype):
+        y = model(x)
+    assert y.dtype == dtype
+    assert relative(y.float(), exact) < 0.05
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapters.parameters())
+    assert relative(base, exact) > 0.01
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+@EVERY
+def test_mixed_precisions(name: str, layer: str, own: torch.dtype, base: torch.dtype) -> None:
+    case = LAYERS[layer]
+    model, x = One(case.layer(base)), case.input(base)
+    plain = model(x)
+    adapters = AdapterSet.build(model, plan(model, Rule(ALGORITHMS[name])), dtype=own).attach()
+    assert torch.equal(model(x), plain), "a fresh adapter changes nothing, in any precision"
+    perturb(adapters, 0.1)
+    y = model(x)
+    assert y.dtype == base
+    exact = top(model.layer).geometry.op(x.double(), *_double(adapters, model))
+    assert relative(y.double(), exact) < (0.05 if torch.bfloat16 in (base, own) else 0.01)
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in adapters.parameters())
+
+
+def _double(adapters: AdapterSet, model: One) -> tuple[Tensor, Tensor]:
+    twin = copy.deepcopy(model).double()
+    return top(twin.layer).affine()
+
+
+def test_small_updates_survive_a_bfloat16_base() -> None:
+    model = One(nn.Linear(256, 256).bfloat16())
+    x = torch.randn(8, 256).bfloat16()
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=8)))).attach()
+    with torch.no_grad():
+        for stack in adapters.stacks.values():
+            stack[0].up.normal_(std=1e-3)
+    (adapter,) = adapters.stacks["layer"]
+    wanted = x.float() @ (adapter.up @ adapter.down).T
+    got = adapter.algorithm.added(adapter.tensors(), adapter.geometry, x, adapter.call)
+    assert relative(got.float(), wanted) < 0.02
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "tlora", "full", "dora-lora", "dora-lokr-in"])
+def test_compiles_whole_and_once(name: str) -> None:
+    model, x = One(LAYERS["linear"].layer(torch.float32)), LAYERS["linear"].input(torch.float32)
+    adapters = adapt(model, ALGORITHMS[name])
+    adapters.schedule = RankSchedule(max_rank=3)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for strength in (1.0, 0.5, -1.0, 0.0):
+        for t in (999, 500, 0):
+            adapters.set_strength(strength)
+            adapters.set_timesteps(torch.tensor([t]))
+            assert relative(compiled(x), model(x)) < 1e-5
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_train_eval_to_and_parameters_reach_the_adapters() -> None:
+    model = One(nn.Linear(4, 4))
+    adapters = adapt(model, LoRA(rank=2))
+    (adapter,) = adapters.stacks["layer"]
+    model.eval()
+    assert not adapter.training
+    model.double()
+    assert adapter.up.dtype == torch.float64
+    assert {id(p) for p in adapters.parameters()} <= {id(p) for p in model.parameters()}
+
+
+def test_a_replaced_forward_is_refused_and_nothing_is_attached() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].forward = lambda x: x
+    with pytest.raises(AttachError, match=r"1: the forward of this Linear was replaced"):
+        AdapterSet.build(model, plan(model, Rule(LoRA()))).attach()
+    assert not model[0]._modules
+
+
+def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
+    one, two = nn.Linear(4, 4), nn.Linear(4, 4)
+    two.weight = one.weight
+    model, x = nn.Sequential(one, two), torch.randn(2, 4)
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(), path="1"))).attach()
+    perturb(adapters)
+    attached = model(x)
+    adapters.merge()
+    assert relative(model(x), attached) < 1e-5
+    adapters.detach()
+    assert one.weight is two.weight

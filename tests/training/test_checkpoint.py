@@ -1,0 +1,96 @@
+"""Checkpoints: going on equals never having stopped, and what cannot be gone on from is refused."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lycoris.errors import ConfigError, FileError
+from lycoris.training import checkpoint
+from lycoris.training.settings import Settings
+from lycoris.training.trainer import train
+
+Make = Callable[..., Settings]
+BARE: dict[str, Any] = {"validation_prompts": [], "validation_prompts_outside": []}
+
+
+def states_equal(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(states_equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(states_equal, one, two))
+    return bool(one == two)
+
+
+@pytest.mark.parametrize("algo", ["lora", "tlora"])
+def test_ten_steps_equal_five_and_five_bit_for_bit(settings: Make, console: Console, algo: str) -> None:
+    common = {
+        **BARE,
+        "max_train_steps": 10,
+        "checkpointing_steps": 5,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    whole = train(settings({"algo": algo}, **common), console)
+    first = whole.adapter.parent
+    second = first.with_name("second")
+    shutil.copytree(first / "checkpoint-5", second / "checkpoint-5")
+    torch.manual_seed(99)
+    random.seed(99)
+    resumed = train(
+        settings({"algo": algo}, **common, output_dir="second", resume_from_checkpoint=checkpoint.LATEST), console
+    )
+    assert whole.adapter.read_bytes() == resumed.adapter.read_bytes()
+    one, two = (
+        torch.load(folder / "checkpoint-10" / checkpoint.STATE, weights_only=True) for folder in (first, second)
+    )
+    for state in (one, two):
+        del state["history"]["seconds"]
+    assert states_equal(one, two)
+
+
+def test_only_the_newest_are_kept(settings: Make, console: Console) -> None:
+    given = settings(**BARE, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    train(given, console)
+    assert [path.name for path in checkpoint.existing(given.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_ones_checkpoints(settings: Make, console: Console) -> None:
+    given = settings(**BARE, checkpointing_steps=2)
+    train(given, console)
+    with pytest.raises(ConfigError, match=r"checkpoint-2 of an earlier run.*--resume latest"):
+        train(given, console)
+
+
+def test_what_cannot_be_resumed_is_refused(settings: Make, console: Console) -> None:
+    bare = {**BARE, "checkpointing_steps": 2}
+    given = settings(**bare)
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        train(given.model_copy(update={"resume_from_checkpoint": "latest"}), console)
+    train(given, console)
+    with pytest.raises(ConfigError, match=r"'checkpoint-9' is no checkpoint folder; .*: checkpoint-2"):
+        train(given.model_copy(update={"resume_from_checkpoint": "checkpoint-9"}), console)
+    with pytest.raises(ConfigError, match="another lycoris_config"):
+        train(settings({"linear_dim": 8}, **bare, resume_from_checkpoint="latest"), console)
+    with pytest.raises(ConfigError, match="nothing is left to do"):
+        train(settings(**bare, max_train_steps=2, resume_from_checkpoint="latest"), console)
+    state = given.output_dir / "checkpoint-2" / checkpoint.STATE
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(FileError, match="cannot be read"):
+        train(settings(**bare, resume_from_checkpoint="latest"), console)
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-3.part").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    assert checkpoint.existing(tmp_path) == []

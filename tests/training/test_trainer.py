@@ -1,0 +1,134 @@
+"""Training for real, on a tiny pipeline of the real classes: from config to report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+
+from lycoris import create_lycoris_from_weights
+from lycoris.errors import ConfigError, NotFiniteError, PlanError
+from lycoris.training import families
+from lycoris.training.settings import Settings
+from lycoris.training.trainer import train
+
+Make = Callable[..., Settings]
+
+
+@pytest.mark.parametrize(
+    "lycoris",
+    [
+        {},
+        {"algo": "lokr", "factor": 4, "linear_dim": 10000},
+        {"algo": "loha"},
+        {"algo": "tlora", "tlora_min_rank": 2},
+        {"algo": "full"},
+        {"dora_wd": True},
+    ],
+    ids=lambda lycoris: "-".join(map(str, lycoris.values())) or "lora",
+)
+def test_a_run_from_config_to_report(settings: Make, console: Console, lycoris: dict[str, object]) -> None:
+    given = settings(lycoris, max_train_steps=8, report_to="tensorboard", eval_steps_interval=4, validation_steps=4)
+    outcome = train(given, console)
+    folder = given.output_dir
+    assert outcome.report is not None
+    assert outcome.report.held_out_loss_adapter < outcome.report.held_out_loss_base
+    assert outcome.report.merge_difference < 1
+    names = {"before_after.png", "loss.png", "report.json", "lycoris_config.json", "pytorch_lora_weights.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names | {"logs", "validation"}
+    assert list((folder / "logs").glob("events.*"))
+    assert [path.name for path in (folder / "validation").iterdir()] == ["step_000004.png"]
+    numbers = json.loads((folder / "report.json").read_text())
+    assert list(numbers["held_out"]) == ["0", "4", "8"]
+    assert len(numbers["losses"]) == 8
+    for name in ("before_after.png", "loss.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 400
+    with safe_open(outcome.adapter, "pt") as file:
+        recorded = json.loads(file.metadata()["lycoris_config"])
+    assert (
+        recorded
+        == json.loads(given.lycoris_config.read_text())
+        == json.loads((folder / "lycoris_config.json").read_text())
+    )
+
+
+def test_the_printed_three_lines_work(settings: Make, console: Console) -> None:
+    given = settings()
+    outcome = train(given, console)
+    text = console.file.getvalue()
+    lines = text[text.index("from lycoris import") :]
+    pipe = families.load(given)
+    x, t, words = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 8, 16)
+    before = pipe.unet(x, t, words).sample
+    exec(lines, {"pipe": pipe})
+    assert not torch.equal(before, pipe.unet(x, t, words).sample)
+    again = families.load(given)
+    network, _ = create_lycoris_from_weights(1.0, str(outcome.adapter), again.unet)
+    network.apply_to()
+    torch.testing.assert_close(again.unet(x, t, words).sample, pipe.unet(x, t, words).sample)
+
+
+def test_accumulated_and_checkpointed_gradients_train_alike(settings: Make, console: Console) -> None:
+    """Two batches of one image are one batch of two; recomputing activations changes nothing."""
+    plain = train(settings(validation_prompts=[], validation_prompts_outside=[], max_train_steps=2), console)
+    again = train(settings(gradient_checkpointing=True, output_dir="again", max_train_steps=2), console)
+    assert plain.report is not None
+    assert again.report is not None
+    with safe_open(plain.adapter, "pt") as one, safe_open(again.adapter, "pt") as two:
+        for key in one.keys():  # noqa: SIM118 - not a mapping
+            torch.testing.assert_close(one.get_tensor(key), two.get_tensor(key), rtol=1e-3, atol=1e-5)
+
+
+def test_skipped_images_are_counted_and_named(settings: Make, console: Console, images: Path) -> None:
+    (images / "orange.txt").unlink()
+    outcome = train(settings(skip_unreadable_images=True), console)
+    assert outcome.report is not None
+    assert outcome.report.images_skipped == 1
+    assert "skipped orange.png: no caption" in console.file.getvalue()
+
+
+def test_errors_come_before_anything_is_written(settings: Make, console: Console, images: Path) -> None:
+    nothing = {"apply_preset": {"target_module": ["Atention"]}}
+    with pytest.raises(PlanError, match="Attention"):
+        train(settings(nothing), console)
+    with pytest.raises(ConfigError, match="algo"):
+        train(settings({"algo": "lorra"}), console)
+    (images / "red.txt").unlink()
+    with pytest.raises(ConfigError, match=r"red\.png: no caption"):
+        train(settings(), console)
+    given = settings(mixed_precision="fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="fp16"):
+            train(given, console)
+    assert not given.output_dir.exists()
+
+
+def test_nan_stops_training_and_names_the_module(settings: Make, console: Console, base: Path, tmp_path: Path) -> None:
+    pipe = families.load(settings())
+    broken = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    with torch.no_grad():
+        pipe.unet.get_submodule(broken).weight[0, 0] = torch.nan
+    with families.quiet():
+        pipe.save_pretrained(tmp_path / "broken")
+    given = settings(pretrained_model_name_or_path="broken")
+    with pytest.raises(NotFiniteError) as caught:
+        train(given, console)
+    for word in (broken, "step 1", "remove FeedForward", "learning_rate, which is 0.01", "bf16"):
+        assert word in str(caught.value)
+    assert not (given.output_dir / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(settings: Make, console: Console) -> None:
+    given = settings(learning_rate=1e20, max_train_steps=50, checkpointing_steps=1)
+    with pytest.raises(NotFiniteError):
+        train(given, console)
+    folders = sorted(path.name for path in given.output_dir.glob("checkpoint-*"))
+    assert folders[0] == "checkpoint-1"
+    assert not list(given.output_dir.glob(".*"))
