@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lycoris import attach, bases
-from lycoris.algorithm import Additive, Affine, Call
+from lycoris.algorithm import Additive, Affine, Algorithm, Call
+from lycoris.algorithms import DoRA
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, FileError
+from lycoris.geometry import Geometry
 from lycoris.planning import Plan
 from lycoris.schedule import RankSchedule, read_timestep
 
@@ -299,11 +302,13 @@ class AdapterSet:
         found = []
         for adapter, entry in zip(stack, entries, strict=True):
             tensors = entry.algorithm.complete(entry.tensors, attach.top(self._layers[path]))
-            own, scale = adapter.tensors(), adapter.algorithm.stored_alpha(adapter.geometry)
+            own = adapter.tensors()
             if "gate" in own:
                 tensors["gate"] = torch.ones(())
             same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
-            if not same or scale != entry.algorithm.stored_alpha(entry.geometry):
+            # The scale, not alpha: a LoKr of whole factors has none to speak of. Other programs round alpha to bfloat16.
+            scales = [_scale(algorithm, adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
+            if not same or not math.isclose(*scales, rel_tol=4e-3):
                 raise FileError(f"{path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
             found.append(tensors)
         return found
@@ -323,6 +328,11 @@ class AdapterSet:
 
     def _child(self, at: int) -> str:
         return f"adapter_{self.name}" if at == 0 else f"adapter_{self.name}_{at}"
+
+
+def _scale(algorithm: Algorithm, g: Geometry) -> float:
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    return inner.scale(g) if isinstance(inner, Additive) else 1.0
 
 
 def _in_full(affine: Affine) -> Affine:

@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         keep = None if keep is None else keep.reshape(-1, keep.shape[-1])[0]
         tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
         whole = self.algorithm.transform(tensors, base, self.geometry, keep)
-        return interpolate(base, whole, torch.as_tensor(call.strength).to(base.weight))
+        return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -187,7 +187,7 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     layer.register_module(name, adapter)
     adapter.train(layer.training)
     if not isinstance(layer, Adapted):
-        layer.__class__ = _adapted(type(layer))
+        layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]
 
 
 def detach(layer: nn.Module, name: str) -> None:

@@ -67,6 +67,11 @@ class RankSchedule:
         return (torch.arange(self.max_rank) < ranks).float()
 
 
+def takes_timestep(model: nn.Module) -> bool:
+    """Whether a model is called with a timestep that `read_timestep` finds."""
+    return "timestep" in inspect.signature(model.forward).parameters
+
+
 def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int) -> Tensor:
     """The timestep with which a denoiser is being called, on the scale 0..steps, whatever unit its class takes."""
     if "timestep" in kwargs:

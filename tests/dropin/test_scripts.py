@@ -174,8 +174,7 @@ def test_merged_without_any_schedule_warns_and_counts_every_rank(family: str, tm
 
 
 @pytest.mark.parametrize("family", PARTS)
-@pytest.mark.parametrize("way", ["merge_to", "apply_to"])
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize(("way", "alpha"), [("merge_to", 1.0), ("apply_to", 0.5)])
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
 def test_every_step_has_the_ranks_of_the_schedule(family: str, way: str, alpha: float, tmp_path: Path) -> None:
     weights = trained(family, TLORA, tmp_path)

@@ -36,14 +36,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         letters = [chr(code) for code in range(97, 123)]
         words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-        tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
+        tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
         text = CLIPTextConfig(
             vocab_size=len(words),
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=8,
+            max_position_embeddings=16,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from lycoris.errors import ConfigError, FileError
 from lycoris.training import checkpoint
@@ -50,7 +51,7 @@ def test_ten_steps_equal_five_and_five_bit_for_bit(settings: Make, console: Cons
     resumed = train(
         settings({"algo": algo}, **common, output_dir="second", resume_from_checkpoint=checkpoint.LATEST), console
     )
-    assert whole.adapter.read_bytes() == resumed.adapter.read_bytes()
+    assert states_equal(load_file(whole.adapter), load_file(resumed.adapter))
     one, two = (
         torch.load(folder / "checkpoint-10" / checkpoint.STATE, weights_only=True) for folder in (first, second)
     )

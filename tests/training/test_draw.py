@@ -12,7 +12,7 @@ def test_every_epoch_holds_every_row_once_whatever_the_batch_size() -> None:
     whole = order(5, seed=1, start=0, count=15)
     assert [sorted(whole[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
     assert whole[:5] != whole[5:10]
-    assert sum((order(5, seed=1, start=start, count=3) for start in range(0, 15, 3)), []) == whole
+    assert [place for start in range(0, 15, 3) for place in order(5, seed=1, start=start, count=3)] == whole
 
 
 def test_a_batch_is_the_same_whenever_it_is_drawn() -> None:

@@ -62,7 +62,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
         if not isinstance(algorithm, Ranked):
             raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
         p["magnitude"] = magnitude
-        algorithm = DoRA.read(algorithm, p)
+        algorithm = DoRA.read(algorithm, p, g)
     return algorithm, _fitted(algorithm, p, g, where)
 
 

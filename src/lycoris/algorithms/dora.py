@@ -23,7 +23,8 @@ EPSILON = torch.finfo(torch.float32).eps
 class DoRA(Algorithm):
     """V' = m · V / ‖V‖ with V = W + scale·ΔW of the algorithm underneath; m starts as ‖W‖, so V' starts as W.
 
-    A small ε is added to each norm. The norm runs over all other axes of the weight and is differentiated through. The bias stays as it is.
+    A small ε is added to each norm, which runs over all other axes of the weight and is differentiated through. The
+    bias stays as it is.
     """
 
     over: Ranked
@@ -84,9 +85,10 @@ class DoRA(Algorithm):
         raise ConfigError("dora_scale alone says nothing: it belongs beside the tensors of another algorithm")
 
     @classmethod
-    def read(cls, over: Ranked, p: Params) -> Self:
-        """DoRA over what the other tensors of a file are; the axis is the one along which `magnitude` has its size."""
-        return cls(over=over, axis="in" if p["magnitude"].shape[0] == 1 else "out")
+    def read(cls, over: Ranked, p: Params, g: Geometry) -> Self:
+        """DoRA over what the other tensors of a file are; the shape of `magnitude` tells the axis."""
+        sizes = p["magnitude"].shape
+        return cls(over=over, axis="out" if sizes[0] == sizes.numel() == g.out_features else "in")
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return self.over.stored(p, g)

@@ -98,6 +98,8 @@ class TLoRA(Ranked):
 
     def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
         mask: Tensor | None = None if keep is None else self._fit(keep, p["lam"])
+        # On strided input matmul picks its kernel, and with it the last bit, by whether the weight is trained.
+        x = x.contiguous() if g.kind == "linear" else x
 
         def chain(q: Tensor, lam: Tensor, out: Tensor) -> Tensor:
             h = g.op(x, q)

@@ -180,7 +180,7 @@ def create_lycoris(
             logger.info(remark)
     adapters = AdapterSet.build(module, plan, name=_free_name(module))
     adapters.schedule = recipe.schedule
-    logger.info("%s", plan)
+    logger.info("%s", dataclasses.replace(plan, remarks=()))
     return LycorisNetwork(adapters, recipe.preset.lora_prefix, recipe.multiplier)
 
 
@@ -203,10 +203,10 @@ def create_lycoris_from_weights(
         tensors, metadata = files.load_tensors(file)
     else:
         raise FileError("neither a file nor weights_sd was given")
-    prefix = LycorisNetwork._preset.lora_prefix if LycorisNetwork._preset else "lycoris"
-    own = None if prefix == "lycoris" else prefix
+    own = LycorisNetwork._preset.lora_prefix if LycorisNetwork._preset else "lycoris"
+    prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     try:
-        bundle = files.resolve(tensors, module, metadata=metadata, prefix=own)
+        bundle = files.resolve(tensors, module, metadata=metadata, prefix=None if prefix == "lycoris" else prefix)
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from lycoris.adapters import AdapterSet
-from lycoris.schedule import RankSchedule
+from lycoris.schedule import RankSchedule, takes_timestep
 
 logger = logging.getLogger("LyCORIS")
 
@@ -50,11 +50,19 @@ def track(adapters: AdapterSet) -> None:
     """Let masks and pipelines reach these adapters."""
     if adapters in _tracked or not adapters.rank_masked:
         return
+    adapters.set_keep(get_timestep_mask())
     own = adapters.schedule
+    if not takes_timestep(adapters.model):
+        if own is not None:
+            logger.warning(
+                "%s takes no `timestep`: every rank counts unless masks are set with set_timestep_mask",
+                type(adapters.model).__name__,
+            )
+        _tracked[adapters] = None
+        return
     hook = adapters.model.register_forward_pre_hook(lambda model, args: _follow_pipeline(adapters, own))
     _tracked[adapters] = hook
     adapters.follow_timesteps()
-    adapters.set_keep(get_timestep_mask())
 
 
 def untrack(adapters: AdapterSet) -> None:

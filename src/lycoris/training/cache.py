@@ -48,6 +48,13 @@ def encode(
     return Cached(torch.cat(latents), torch.cat(text))
 
 
+def cut_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> list[str]:
+    """Those of which the text encoder will see only the beginning."""
+    limit = pipe.tokenizer.model_max_length
+    lengths = [len(ids) for ids in pipe.tokenizer(list(captions), truncation=True, max_length=limit + 1).input_ids]
+    return [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
+
+
 @torch.no_grad()
 def encode_text(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
     """(N, L, D): the text encoder's last hidden states, captions cut at the tokenizer's length."""

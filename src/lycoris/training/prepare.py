@@ -27,9 +27,11 @@ def prepare(checked: Checked, console: Console) -> Run:
     plan = checked.recipe.plan(pipe.unet)
     adapters = AdapterSet.build(pipe.unet, plan)
     adapters.schedule = schedule(checked.recipe, noise_schedule)
+    adapters.set_strength(checked.recipe.multiplier)
     adapters.attach()
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
+    _warn_of_cut_captions(pipe, checked, console)
     training, held_out = _encode(pipe, checked, console)
     optimizer, rates = accelerator.prepare(*_optimizer(settings, adapters))
     run = Run(
@@ -74,6 +76,19 @@ def _optimizer(settings: Settings, adapters: AdapterSet) -> tuple[Any, Any]:
         num_training_steps=settings.max_train_steps,
     )
     return optimizer, rates
+
+
+def _warn_of_cut_captions(pipe: Any, checked: Checked, console: Console) -> None:
+    captions = [example.caption for example in (*checked.training, *checked.held_out)]
+    cut = cache.cut_captions(pipe, captions)
+    if cut:
+        console.print(
+            f"{len(cut)} of {len(captions)} captions are longer than the text encoder's "
+            f"{pipe.tokenizer.model_max_length} tokens; the rest is not seen, as in: {cut[0]!r}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _encode(pipe: Any, checked: Checked, console: Console) -> tuple[cache.Cached, cache.Cached | None]:

@@ -40,8 +40,7 @@ def train(settings: Settings, console: Console) -> Outcome:
     _announce(checked, console)
     with _fresh_accelerate():
         run = prepare(checked, console)
-        layers, count = len(run.plan.placements), run.adapters.parameter_count()
-        console.print(f"{layers} layers get an adapter, {count:,} parameters", highlight=False)
+        console.print(str(run.plan), highlight=False, markup=False, soft_wrap=True)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         run.accelerator.init_trackers("logs")
         finished = fit(run, console)

@@ -1,0 +1,107 @@
+"""The command line: exit codes, messages, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from lycoris.demo.demo import ASSETS
+
+LYCORIS = Path(sys.executable).with_name("lycoris")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([LYCORIS, *words], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The demo's settings with few steps and no pictures."""
+    values: dict[str, Any] = json.loads((ASSETS / "config.json").read_text())
+    for key in ("pretrained_model_name_or_path", "instance_data_dir", "lycoris_config"):
+        values[key] = str(ASSETS / values[key])
+    del values["validation_prompts"], values["validation_prompts_outside"]
+    values.update(output_dir="out", max_train_steps=2, train_batch_size=2, num_eval_images=2, report_to="none")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("5.")
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert "train" in shown.stdout
+    assert "demo" in shown.stdout
+
+
+def test_help_does_not_load_the_training_libraries() -> None:
+    code = "import sys, lycoris.cli; sys.exit(bool({'diffusers', 'transformers', 'accelerate'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=ENVIRONMENT).returncode == 0
+
+
+def test_an_unknown_option_exits_with_2() -> None:
+    made = run("train", "--stesp", "3")
+    assert made.returncode == 2
+    assert "--stesp" in made.stderr
+
+
+def test_training_prints_the_result(config: Path) -> None:
+    made = run("train", config)
+    assert made.returncode == 0, made.stderr
+    assert "create_lycoris_from_weights" in made.stdout
+    assert (config.parent / "out" / "report.json").is_file()
+
+
+def test_an_error_is_a_message_with_exit_code_2(config: Path) -> None:
+    config.write_text(config.read_text().replace('"seed"', '"sede"'))
+    made = run("train", config)
+    assert made.returncode == 2
+    assert "unknown key 'sede'; did you mean 'seed'" in made.stderr
+    assert "Traceback" not in made.stderr
+    assert made.stdout == ""
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_debug_shows_the_stack_trace(tmp_path: Path) -> None:
+    made = run("train", tmp_path / "none.json", "--debug")
+    assert made.returncode != 0
+    assert "Traceback" in made.stderr
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(config: Path) -> None:
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "max_train_steps": 500, "checkpointing_steps": 1}))
+    out = config.parent / "elsewhere"
+    process = subprocess.Popen(
+        [LYCORIS, "train", config, "--output-dir", out], text=True, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-2").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"--output-dir {out} --resume latest" in said
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert len(file.keys()) > 0
+    assert not (out / "report.json").exists()
+    assert not list(out.glob(".*"))
+
+    last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    config.write_text(json.dumps({**values, "max_train_steps": last + 1}))
+    made = run("train", config, "--output-dir", out, "--resume", "latest")
+    assert made.returncode == 0, made.stderr
+    assert json.loads((out / "report.json").read_text())["steps"] == last + 1

@@ -1,0 +1,57 @@
+"""The demo's assets are complete, small, attributed, and the same as the example's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lycoris.demo.demo import ASSETS, settings
+from lycoris.training import data
+from lycoris.training.inputs import check
+from lycoris.training.settings import load
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "emoji"
+
+
+def test_the_demo_trains_on_enough_images_with_the_shown_prompts_among_them(tmp_path: Path) -> None:
+    given = settings(tmp_path / "out")
+    checked = check(given)
+    trained = {example.caption for example in checked.training}
+    held_out = {example.caption for example in checked.held_out}
+    assert len(trained) >= 64
+    assert set(given.validation_prompts) <= trained
+    assert set(given.validation_prompts_outside) <= held_out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_user_chooses_is_put_over_the_demos_settings(tmp_path: Path) -> None:
+    given = settings(tmp_path, steps=7, resume="latest")
+    assert (given.output_dir, given.max_train_steps, given.resume_from_checkpoint) == (tmp_path, 7, "latest")
+
+
+def test_the_assets_are_small_and_attributed() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15e6
+    notice = (ASSETS / "NOTICE.md").read_text()
+    for word in ("Noto Emoji", "Apache-2.0", "Fluent UI Emoji", "MIT", "emojilib", "unicode-emoji-json"):
+        assert word in notice
+
+
+@pytest.mark.skipif(not EXAMPLE.is_dir(), reason="the examples are not part of an installed package")
+def test_the_example_has_the_demos_settings() -> None:
+    def values(folder: Path) -> dict[str, Any]:
+        read = load(folder / "config.json").model_dump()
+        read["pretrained_model_name_or_path"] = Path(read["pretrained_model_name_or_path"])
+        paths = {key: value.resolve() for key, value in read.items() if isinstance(value, Path)}
+        return {**read, **paths, "output_dir": None}
+
+    assert values(EXAMPLE) == values(ASSETS) | {"lycoris_config": (EXAMPLE / "lycoris_config.json").resolve()}
+    one, two = (json.loads((folder / "lycoris_config.json").read_text()) for folder in (EXAMPLE, ASSETS))
+    assert one == two
+
+
+def test_every_image_of_the_sheet_can_be_read() -> None:
+    assert data.read(settings(Path("unused")).instance_data_dir).problems == []

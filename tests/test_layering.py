@@ -1,0 +1,92 @@
+"""The shape of the source: who may import whom, how long things may be, and no state that a process shares."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
+ORDER = (
+    {"errors", "ops", "geometry"},
+    {"algorithm"},
+    {"algorithms"},
+    {"recall", "bases", "attach"},
+    {"bundle", "planning", "schedule"},
+    {"preset", "recipe", "adapters"},
+    {"files"},
+    {"generation", "training"},
+    {"integrations", "dropin"},
+    {"demo"},
+    {"cli"},
+)
+"""Earlier rows are to the left: a module imports from its own row and from rows before it."""
+
+FILE_LIMIT, FUNCTION_LIMIT = 400, 60
+SHARED_STATE = {("dropin/tlora.py", "_masks"), ("dropin/tlora.py", "_tracked")}
+"""What trainers set for the whole process is kept there and nowhere else."""
+
+IMMUTABLE = ("Mapping", "Sequence", "tuple", "frozenset", "Final", "ClassVar")
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def rank(name: str) -> int:
+    return next((at for at, row in enumerate(ORDER) if name in row), -1)
+
+
+def owner(path: Path) -> str:
+    parts = path.relative_to(SOURCE).parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "lycoris":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lycoris."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lycoris.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+class TestEveryFile:
+    def test_imports_point_left(self, path: Path) -> None:
+        own = owner(path)
+        if own == "__init__":
+            return
+        assert rank(own) >= 0, f"{own} has no place in the import order"
+        for other in imports(ast.parse(path.read_text())) - {"__version__"}:
+            assert 0 <= rank(other) <= rank(own), f"{own} may not import {other}"
+
+    def test_is_of_a_size_to_read(self, path: Path) -> None:
+        text = path.read_text()
+        assert len(text.splitlines()) <= FILE_LIMIT
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < FUNCTION_LIMIT, f"{node.name} is too long"
+
+    def test_has_a_docstring(self, path: Path) -> None:
+        assert ast.get_docstring(ast.parse(path.read_text()))
+
+    def test_keeps_no_state_for_the_process(self, path: Path) -> None:
+        name = path.relative_to(SOURCE).as_posix()
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            told = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+            label = ast.unparse(target)
+            if label == "__all__" or (name, label) in SHARED_STATE or told.startswith(IMMUTABLE):
+                continue
+            assert not _mutable(node.value), f"{label} is mutable; annotate it as Mapping or Sequence, or wrap it"
+
+
+def _mutable(value: ast.expr) -> bool:
+    if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
+        return True
+    call = ast.unparse(value.func).split(".")[-1].split("[")[0] if isinstance(value, ast.Call) else ""
+    return call in {"dict", "list", "set", "defaultdict", "Counter", "deque", "WeakKeyDictionary", "WeakSet"}

@@ -1,0 +1,57 @@
+"""What users may import, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import lycoris
+
+NAMES = [
+    "AdapterSet",
+    "AttachError",
+    "Bundle",
+    "ConfigError",
+    "DoRA",
+    "FileError",
+    "Full",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LycorisError",
+    "LycorisNetwork",
+    "NotFiniteError",
+    "Plan",
+    "PlanError",
+    "RankSchedule",
+    "Rule",
+    "TLoRA",
+    "__version__",
+    "clear_timestep_mask",
+    "compute_timestep_mask",
+    "create_lycoris",
+    "create_lycoris_from_weights",
+    "get_timestep_mask",
+    "plan",
+    "read",
+    "set_timestep_mask",
+    "write",
+]
+HEAVY = ("accelerate", "diffusers", "matplotlib", "peft", "PIL", "tensorboard", "transformers", "typer")
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(lycoris.__all__) == sorted(NAMES)
+    assert all(getattr(lycoris, name) is not None for name in NAMES)
+
+
+def test_everything_public_is_documented() -> None:
+    for name in NAMES:
+        if name != "__version__":
+            assert getattr(lycoris, name).__doc__, name
+
+
+def test_importing_it_brings_nothing_heavy() -> None:
+    code = f"import sys, lycoris; print([name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
