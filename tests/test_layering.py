@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "ops", "geometry"},
     {"algorithm"},
     {"algorithms"},
-    {"recall", "bases", "attach"},
+    {"recall", "bases", "attach", "merging"},
     {"bundle", "planning", "schedule"},
     {"preset", "recipe", "adapters"},
     {"files"},
@@ -20,6 +20,7 @@ ORDER = (
     {"integrations", "dropin"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 )
 """Earlier rows are to the left: a module imports from its own row and from rows before it."""
 

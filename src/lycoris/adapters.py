@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases
-from lycoris.algorithm import Additive, Affine, Algorithm, Call
-from lycoris.algorithms import DoRA
+from lycoris import attach, merging
+from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, FileError
-from lycoris.geometry import Geometry
+from lycoris.merging import Merge
 from lycoris.planning import Plan
 from lycoris.schedule import RankSchedule, read_timestep
 
@@ -34,7 +33,7 @@ class AdapterSet:
         self.schedule: RankSchedule | None = None
         self.metadata: dict[str, str] = {}
         self._layers = {path: model.get_submodule(path) for path in self.stacks}
-        self._originals: dict[str, tuple[Affine, Affine]] = {}
+        self._merges: dict[str, Merge] = {}
         self._strength = 1.0
         self._keep: Tensor | None = None
         self._attached = False
@@ -83,7 +82,7 @@ class AdapterSet:
 
     def attach(self) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing."""
-        if self._attached or self._originals:
+        if self._attached or self._merges:
             return self
         done: list[tuple[str, int]] = []
         try:
@@ -101,7 +100,7 @@ class AdapterSet:
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before."""
         self.unfollow()
-        if self._originals:
+        if self._merges:
             self.unmerge()
         if self._attached:
             for path, at, _ in self._each():
@@ -114,7 +113,7 @@ class AdapterSet:
 
     @property
     def merged(self) -> bool:
-        return bool(self._originals)
+        return bool(self._merges)
 
     @property
     def rank_masked(self) -> bool:
@@ -195,7 +194,6 @@ class AdapterSet:
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def merge(self, strength: float | None = None) -> None:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
@@ -204,22 +202,16 @@ class AdapterSet:
         """
         if self.merged:
             raise AttachError("these adapters are merged already")
-        self._check_order()
+        for path, layer in self._layers.items():
+            merging.check_order(path, layer, self.stacks[path])
         if self.rank_masked:
             self._say_what_merging_means()
             self.attach()
-        if strength is not None:
-            self._strength = float(strength)
-        merged = {}
-        for path, layer in self._layers.items():
-            affine = _in_full(bases.read(layer))
-            for adapter in self.stacks[path]:
-                affine = adapter.adapted(affine, Call(self._strength))
-            merged[path] = affine
-        for path, layer in self._layers.items():
-            old = bases.read(layer)
-            new = _install(layer, merged[path], old.weight.dtype)
-            self._originals[path] = (old, new)
+        strength = self._strength if strength is None else float(strength)
+        merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
+        for path, merge in merges.items():
+            merging.install(self._layers[path], merge.new)
+        self._merges, self._strength = merges, strength
         self._refresh()
 
     def unmerge(self) -> None:
@@ -227,15 +219,14 @@ class AdapterSet:
 
         Raises `AttachError` when something else was merged or loaded on top in the meantime.
         """
-        for path, (_, new) in self._originals.items():
-            if self._layers[path].weight is not new.weight:
+        for path, merge in self._merges.items():
+            if self._layers[path].weight is not merge.new.weight:
                 raise AttachError(
                     f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
                 )
-        for path, (old, _) in self._originals.items():
-            layer = self._layers[path]
-            layer.weight, layer.bias = old.weight, old.bias  # type: ignore[assignment]
-        self._originals = {}
+        for path, merge in self._merges.items():
+            merging.install(self._layers[path], merge.old)
+        self._merges = {}
         self._refresh()
 
     def _say_what_merging_means(self) -> None:
@@ -246,17 +237,6 @@ class AdapterSet:
                 "(or, on a pipeline, `_tlora_config`) and the ranks that should be off are taken away at each step.",
                 stacklevel=3,
             )
-
-    def _check_order(self) -> None:
-        """Merging puts these adapters below those of other sets. That is the same only if all of them add."""
-        for path, layer in self._layers.items():
-            own = self.stacks[path]
-            order = list(attach.adapters_on(layer))
-            lower = order[: next((at for at, adapter in enumerate(order) if adapter is own[0]), 0)]
-            moved = [adapter.algorithm for adapter in (*lower, *own) if not adapter.silent]
-            if len(moved) > len(own) and not all(isinstance(algorithm, Additive) for algorithm in moved):
-                names = ", ".join(algorithm.name for algorithm in moved)
-                raise AttachError(f"on {path} {names} do not commute; merge or detach the lower set first")
 
     # -- contents ----------------------------------------------------------------------------------------------------
 
@@ -306,8 +286,8 @@ class AdapterSet:
             if "gate" in own:
                 tensors["gate"] = torch.ones(())
             same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
-            # The scale, not alpha: a LoKr of whole factors has none to speak of. Other programs round alpha to bfloat16.
-            scales = [_scale(algorithm, adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
+            # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
+            scales = [algorithm.scale(adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
             if not same or not math.isclose(*scales, rel_tol=4e-3):
                 raise FileError(f"{path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
             found.append(tensors)
@@ -328,23 +308,3 @@ class AdapterSet:
 
     def _child(self, at: int) -> str:
         return f"adapter_{self.name}" if at == 0 else f"adapter_{self.name}_{at}"
-
-
-def _scale(algorithm: Algorithm, g: Geometry) -> float:
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    return inner.scale(g) if isinstance(inner, Additive) else 1.0
-
-
-def _in_full(affine: Affine) -> Affine:
-    dtype = torch.promote_types(affine.weight.dtype, torch.float32)
-    return Affine(affine.weight.to(dtype), None if affine.bias is None else affine.bias.to(dtype))
-
-
-def _install(layer: nn.Module, affine: Affine, dtype: torch.dtype) -> Affine:
-    """Give the layer new parameters, with the old one's `requires_grad`; returns them."""
-    trained = bool(layer.weight.requires_grad)
-    weight = nn.Parameter(affine.weight.to(dtype), requires_grad=trained)
-    bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
-    layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", bias)
-    return Affine(weight, bias)

@@ -104,6 +104,10 @@ class Algorithm(ABC):
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         """Settings read off the tensors of a file. `alpha` as stored, None when the file has none."""
 
+    def scale(self, g: Geometry) -> float:
+        """What the change to the weight is multiplied by, exactly once, wherever it is used."""
+        return 1.0
+
     def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
         """Tensors of a file with those added that it may leave out because the base weight determines them."""
         return dict(p)
@@ -146,10 +150,6 @@ class Additive(Algorithm):
     @abstractmethod
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         """ΔW (and Δb), without the scale."""
-
-    def scale(self, g: Geometry) -> float:
-        """What ΔW is multiplied by, exactly once, wherever it is used."""
-        return 1.0
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         change, scale = self.delta(p, g, keep), self._gate(p) * self.scale(g)

@@ -18,7 +18,7 @@ from lycoris import bases
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe
-from lycoris.recall import Recall, in_backward
+from lycoris.recall import Recall, in_backward, may_be_recomputed
 
 
 class Adapter(nn.Module):
@@ -78,11 +78,14 @@ class Adapter(nn.Module):
     def forward(self, below: Base, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.algorithm.forward(self.tensors(), below, x, self.call)
-        call = self._recall.of(self.call, x) if in_backward() else self.call
+        call = self.call
+        if in_backward():
+            # Not noted: of several passes before one backward, the first recomputed would hide the others.
+            call = self._recall.of(call, x)
+        elif may_be_recomputed():
+            self._recall.note(call, x)
         if call.strength == 0 or self.silent:
             return below(x)
-        if self.training or torch.is_grad_enabled():
-            self._recall.note(call, x)
         return self.algorithm.forward(self.tensors(), below, x, call)
 
     def extra_repr(self) -> str:

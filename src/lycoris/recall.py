@@ -57,6 +57,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def may_be_recomputed() -> bool:
+    """Whether a backward pass may follow that runs this forward pass again.
+
+    Without gradients only the forward of an autograd function is, which is how reentrant checkpointing runs a layer
+    the first time; torch turns forward-mode gradients off there too, and leaves them on under plain `no_grad`.
+    """
+    return torch.is_grad_enabled() or not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
 def _probe(x: Tensor) -> Tensor:
     flat = x.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().clone()

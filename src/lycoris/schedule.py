@@ -86,4 +86,5 @@ def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     unit = TIMESTEP_UNITS.get(type(model).__name__, "steps")
     if unit == "steps":
         return t
-    return t * steps if unit == "fraction" else (1 - t) * steps
+    # A division by T in float32 leaves t a hair off; a hair below a whole step can be a rank less.
+    return ((t if unit == "fraction" else 1 - t) * steps).round(decimals=3)

@@ -206,7 +206,7 @@ def cut(weights: Path, rank: int) -> dict[str, Tensor]:
     """The tensors of a T-LoRA file of which only the first ranks have an effect, whatever the mask."""
     tensors = load_tensors(weights)[0]
     for key, tensor in tensors.items():
-        if key.endswith("_lambda") or key.endswith("lambda_layer"):
+        if key.endswith(("_lambda", "lambda_layer")):
             tensor[..., rank:] = 0
     return tensors
 

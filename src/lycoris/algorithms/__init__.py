@@ -79,10 +79,12 @@ def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str)
     inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
     names = dict(inner.keys) | DoRA.keys
     slots = algorithm.slots(g)
+    # Frozen tensors may be left out, since the base weight determines them; some without the others say nothing.
+    some = any(name in p for name, slot in slots.items() if not slot.trainable)
     fitted = {}
     for name, slot in slots.items():
         if name not in p:
-            if slot.trainable:
+            if slot.trainable or some:
                 raise FileError(f"{where}: {inner.name} needs {names[name]}, which the file does not have")
             continue
         given = tuple(p[name].shape)

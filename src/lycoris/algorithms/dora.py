@@ -90,6 +90,9 @@ class DoRA(Algorithm):
         sizes = p["magnitude"].shape
         return cls(over=over, axis="out" if sizes[0] == sizes.numel() == g.out_features else "in")
 
+    def scale(self, g: Geometry) -> float:
+        return self.over.scale(g)
+
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return self.over.stored(p, g)
 

@@ -123,7 +123,10 @@ class LycorisNetwork(nn.Module):
 
     def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
         """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys."""
-        missing, unexpected = self._load(files.load_tensors(file)[0])
+        try:
+            missing, unexpected = self._load(files.load_tensors(file)[0])
+        except FileError as error:
+            raise error if str(file) in str(error) else FileError(f"{file}: {error}") from error
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 
