@@ -1,11 +1,15 @@
-"""Shared by all tests: one thread (two cores are shared with other work) and fixed random numbers."""
+"""Shared by all tests: one thread, fixed random numbers, and patience with a busy machine."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# The first draw of a process reads the source for constants, and a busy machine is slow at any draw.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,12 @@ class Algorithm(ABC):
         """Name and settings as plain values; `from_dict` of the registry reads it back."""
         return {"algorithm": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def __str__(self) -> str:
+        """Like the repr, without settings other than the rank that are at their default."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        told = [(name, value) for name, (value, default) in values.items() if name == "rank" or value != default]
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in told)})"
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Build from settings by name. Raises `ConfigError` for one that this algorithm does not have."""

@@ -89,7 +89,7 @@ class Adapter(nn.Module):
         return self.algorithm.forward(self.tensors(), below, x, call)
 
     def extra_repr(self) -> str:
-        return repr(self.algorithm)
+        return str(self.algorithm)
 
     # An adapter is not part of the layer's own state: base checkpoints load and save as if it were not there.
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:

@@ -80,7 +80,7 @@ class Plan:
         groups: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for placement in self.placements:
-            key = (" + ".join(map(repr, placement.algorithms)), placement.geometry.kind)
+            key = (" + ".join(map(str, placement.algorithms)), placement.geometry.kind)
             groups[key] += 1
             sizes[key] += placement.parameters
         lines = [

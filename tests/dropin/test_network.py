@@ -19,9 +19,11 @@ from lycoris import (
     FileError,
     LycorisNetwork,
     PlanError,
+    RankSchedule,
     create_lycoris,
     create_lycoris_from_weights,
 )
+from lycoris.files import load_tensors
 from tiny import sdxl_unet
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -220,6 +222,19 @@ def test_load_weights_refuses_another_rank_and_changes_nothing(model: MyModel, x
     assert torch.equal(model(x), live)
 
 
+@pytest.mark.parametrize(("alpha", "fits"), [(3.0, True), (2.99, True), (2.5, False), (6.0, False)])
+def test_load_weights_refuses_another_alpha_but_not_a_rounded_one(
+    alpha: float, fits: bool, model: MyModel, tmp_path: Path
+) -> None:
+    trained(model, linear_dim=2, linear_alpha=3.0).save_weights(tmp_path / "a.safetensors", None, {})
+    other = create_lycoris(MyModel(), 1.0, linear_dim=2, linear_alpha=alpha)
+    if fits:
+        assert other.load_weights(tmp_path / "a.safetensors") == {}
+    else:
+        with pytest.raises(FileError, match=rf"a\.safetensors.*alpha=3\.0.*alpha={alpha}"):
+            other.load_weights(tmp_path / "a.safetensors")
+
+
 def test_state_dict_copies_and_loads(config: Any, model: MyModel, x: Tensor) -> None:
     network = trained(model, **config)
     live, state = model(x), copy.deepcopy(network.state_dict())
@@ -265,6 +280,29 @@ def test_metadata_reaches_the_header_and_dtype_the_tensors(model: MyModel, tmp_p
     with pytest.raises(FileError, match=r"safetensors"):
         network.save_weights(tmp_path / "a.pt", None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def header(model: nn.Module, path: Path, config: str) -> Path:
+    create_lycoris(model, 1.0, linear_dim=2, algo="tlora").save_weights(path, None, {"lycoris_config": config})
+    return path
+
+
+def test_a_header_gives_the_schedule_and_outranks_options(model: MyModel, tmp_path: Path) -> None:
+    config = {"algo": "tlora", "linear_dim": 2, "tlora_alpha": 2.0, "dropout": 0.1, "no_such": 1, "apply_preset": {}}
+    path = header(model, tmp_path / "a.safetensors", json.dumps(config))
+    options = {"algo": "tlora", "linear_dim": 2, "tlora_alpha": 3.0}
+    network, tensors = create_lycoris_from_weights(1.0, path, model, None, **options)
+    assert network.adapters.schedule == RankSchedule(max_rank=2, alpha=2.0)
+    network, _ = create_lycoris_from_weights(1.0, None, model, weights_sd=tensors, **options)
+    assert network.adapters.schedule == RankSchedule(max_rank=2, alpha=3.0)
+
+
+def test_a_header_that_is_no_json_is_reported(model: MyModel, tmp_path: Path, caplog: Any) -> None:
+    path = header(model, tmp_path / "a.safetensors", "{'algo': 'tlora'}")
+    caplog.clear()
+    network, _ = create_lycoris_from_weights(1.0, path, model)
+    assert network.adapters.schedule is None
+    assert [text for text in caplog.messages if "not JSON" in text and "{'algo'" in text]
 
 
 # -- making it -------------------------------------------------------------------------------------------------------
@@ -386,6 +424,14 @@ def test_a_preset_counts_for_later_networks_and_is_frozen_into_each(model: MyMod
     assert len(names(before)) == 7
     assert names(during) == {"lycoris_blocks_0_to_q", "lycoris_blocks_0_to_out"}
     assert names(after) == {"mine_blocks_1_net_0", "mine_blocks_1_net_2"}
+
+
+def test_the_class_outranks_an_apply_preset_that_is_handed_over(model: MyModel, caplog: Any) -> None:
+    """Trainers change the preset before they apply it, and still hand the config over as it was."""
+    LycorisNetwork.apply_preset({"target_module": ["Attention"]})
+    network = create_lycoris(model, 1.0, apply_preset={"target_module": ["FeedForward"]})
+    assert names(network) == {"lycoris_blocks_0_to_q", "lycoris_blocks_0_to_out"}
+    assert [text for text in caplog.messages if "the class's is used" in text]
 
 
 def test_a_prefix_of_ones_own_goes_through_files(model: MyModel, x: Tensor, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import perturb, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cases import perturb, relative
 from lycoris import (
     ConfigError,
     LycorisNetwork,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALGORITHMS, perturb, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cases import ALGORITHMS, perturb, relative
 from lycoris import (
     AdapterSet,
     Bundle,
@@ -126,11 +126,6 @@ def test_random_bytes(seed: int, good: Path, model: Model) -> None:
         refused(good.parent / name, model, "cannot be read")
 
 
-class Code:
-    def __reduce__(self) -> Any:
-        return os.system, ("exit 7",)
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 def test_a_pickle_with_code_is_refused_and_the_code_not_run(suffix: str, good: Path, model: Model) -> None:
     marker = good.parent / "ran"
@@ -142,7 +137,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_not_run(suffix: str, good: P
     path = good.parent / f"evil{suffix}"
     path.write_bytes(pickle.dumps({"lycoris_head.alpha": Writes()}))
     refused(path, model, "cannot be read safely")
-    torch.save({"lycoris_head.alpha": Code()}, path)
+    torch.save({"lycoris_head.alpha": Writes()}, path)
     refused(path, model, "cannot be read safely")
     assert not marker.exists()
 
@@ -302,13 +297,12 @@ def test_one_by_one_convolutions_and_linear_layers_exchange_files(algorithm: str
     x = torch.randn(2, 8, 3, 3)
     for source in (linear, conv):
         write(adapted(source, ALGORITHMS[algorithm]).bundle(), tmp_path / "a.safetensors")
-        for model in (linear, conv):
-            AdapterSet.load(model, read(tmp_path / "a.safetensors", model)).attach()
+        base = conv(x)
+        sets = [AdapterSet.load(m, read(tmp_path / "a.safetensors", m)).attach() for m in (linear, conv)]
         assert relative(linear(x.movedim(1, -1)).movedim(-1, 1), conv(x)) < 1e-5
-        for model in (linear, conv):
-            create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", model)[0].apply_to()
-            while model[0]._modules:
-                del model[0]._modules[next(iter(model[0]._modules))]
+        assert relative(conv(x), base) > 1e-3
+        for adapters in sets:
+            adapters.detach()
 
 
 def test_text_encoder_tensors_are_reported_and_left_out(good: Path, model: Model) -> None:
@@ -325,7 +319,9 @@ def test_text_encoder_tensors_are_reported_and_left_out(good: Path, model: Model
 
 def test_a_file_for_text_encoders_only_is_no_file_for_a_denoiser(good: Path, model: Model) -> None:
     path = good.parent / "te.safetensors"
-    save_file({"lora_te_head.lora_up.weight": torch.ones(4, 2), "lora_te_head.lora_down.weight": torch.ones(2, 8)}, path)
+    save_file(
+        {"lora_te_head.lora_up.weight": torch.ones(4, 2), "lora_te_head.lora_down.weight": torch.ones(2, 8)}, path
+    )
     refused(path, model, "nothing for this component", "text_encoder")
     assert set(read(path, model, component="text_encoder").entries) == {"head"}
 

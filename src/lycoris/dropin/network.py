@@ -22,8 +22,11 @@ from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialect import flatten
 from lycoris.preset import Preset
 from lycoris.recipe import Recipe
+from lycoris.schedule import RankSchedule
 
 logger = logging.getLogger("LyCORIS")
+
+SCHEDULE_KEYS = ("algo", "linear_dim", "tlora_min_rank", "tlora_alpha")
 
 
 class PresetKeyError(ConfigError, KeyError):
@@ -123,10 +126,11 @@ class LycorisNetwork(nn.Module):
 
     def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
         """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys."""
+        tensors, _ = files.load_tensors(file)
         try:
-            missing, unexpected = self._load(files.load_tensors(file)[0])
+            missing, unexpected = self._load(tensors)
         except FileError as error:
-            raise error if str(file) in str(error) else FileError(f"{file}: {error}") from error
+            raise FileError(f"{file}: {error}") from error
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 
@@ -219,11 +223,16 @@ def create_lycoris_from_weights(
     return LycorisNetwork(adapters, prefix, multiplier), tensors
 
 
-def _schedule(metadata: Mapping[str, str], options: Mapping[str, Any]) -> Any:
+def _schedule(metadata: Mapping[str, str], options: Mapping[str, Any]) -> RankSchedule | None:
     """The rank schedule that a file's header, or else the caller's options, describe."""
-    for config in (json.loads(metadata.get("lycoris_config", "{}")), options):
+    try:
+        header = json.loads(metadata.get("lycoris_config", "{}"))
+    except ValueError:
+        logger.warning("the header's lycoris_config is not JSON and was left aside: %.80s", metadata["lycoris_config"])
+        header = {}
+    for config in (header, options):
         if isinstance(config, Mapping) and str(config.get("algo", "")).lower() == "tlora":
-            return Recipe.parse({k: v for k, v in config.items() if k != "apply_preset"}, strict=False).schedule
+            return Recipe.parse({key: config[key] for key in SCHEDULE_KEYS if key in config}).schedule
     return None
 
 

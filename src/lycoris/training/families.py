@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 PIPELINES = ("StableDiffusionPipeline",)
 """Pipeline classes of those families."""
-PACKAGES = {"accelerate": "accelerate", "diffusers": "diffusers", "PIL": "pillow", "transformers": "transformers"}
+PACKAGES: Mapping[str, str] = {
+    "accelerate": "accelerate",
+    "diffusers": "diffusers",
+    "PIL": "pillow",
+    "transformers": "transformers",
+}
 """What training imports, by module and by package name."""
 PLAIN_ATTENTION_TOKENS = 1024
 """Up to this many tokens the attention matrix is small enough that plain attention costs little memory."""

@@ -1,0 +1,163 @@
+"""Rules and a model make a plan: first match wins, and a rule that does nothing is an error."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from lycoris import AdapterSet, ConfigError, DoRA, Full, LoHa, LoKr, LoRA, PlanError, Rule, TLoRA, plan
+from lycoris.planning import block_classes
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.embed = nn.Conv2d(3, 8, 3), nn.Embedding(4, 8)
+        self.blocks = nn.ModuleList([Attention(), FeedForward(), Attention()])
+
+
+LAYERS = [
+    "conv_in",
+    "blocks.0.to_q",
+    "blocks.0.to_k",
+    "blocks.1.net.0",
+    "blocks.1.net.2",
+    "blocks.2.to_q",
+    "blocks.2.to_k",
+]
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def paths(model: nn.Module, *rules: Rule) -> list[str]:
+    return [placement.path for placement in plan(model, rules).placements]
+
+
+def test_one_rule_for_every_layer(model: Model) -> None:
+    made = plan(model, Rule(LoRA(rank=2)))
+    assert [p.path for p in made.placements] == LAYERS
+    assert made.skipped == ()
+    assert made == plan(model, [Rule(LoRA(rank=2))])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule(LoRA(), inside="Attention"), [path for path in LAYERS if "to_" in path]),
+        (Rule(LoRA(), inside="Linear"), LAYERS[1:]),
+        (Rule(LoRA(), inside="Model"), LAYERS),
+        (Rule(LoRA(), inside="*Forward"), LAYERS[3:5]),
+        (Rule(LoRA(), kind="conv"), ["conv_in"]),
+        (Rule(LoRA(), path="*.to_q"), ["blocks.0.to_q", "blocks.2.to_q"]),
+        (Rule(LoRA(), path="blocks.?.to_q", inside="Attention", kind="linear"), ["blocks.0.to_q", "blocks.2.to_q"]),
+        (Rule(LoRA(), path=re.compile(r"blocks\.(0|1)\..*")), LAYERS[1:5]),
+    ],
+)
+def test_conditions_hold_together(rule: Rule, expected: list[str], model: Model) -> None:
+    assert paths(model, rule) == expected
+
+
+def test_expressions_match_whole_paths(model: Model) -> None:
+    with pytest.raises(PlanError):
+        plan(model, Rule(LoRA(), path=re.compile(r"blocks\.0")))
+
+
+def test_the_first_match_wins(model: Model) -> None:
+    made = plan(model, [Rule(LoKr(), path="blocks.0.to_q"), Rule((), path="*.to_k"), Rule(LoRA(), inside="Attention")])
+    assert [(p.path, p.algorithms) for p in made.placements] == [
+        ("blocks.0.to_q", (LoKr(),)),
+        ("blocks.2.to_q", (LoRA(),)),
+    ]
+    assert made.skipped == ("conv_in", "blocks.0.to_k", "blocks.1.net.0", "blocks.1.net.2", "blocks.2.to_k")
+
+
+def test_a_rule_that_earlier_ones_leave_nothing_raises(model: Model) -> None:
+    with pytest.raises(PlanError, match=r"LoHa.*earlier rules took the layers"):
+        plan(model, [Rule(LoRA()), Rule(LoHa(), inside="Attention")])
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Rule(LoRA(), inside="Atention"), r"did you mean Attention\?.*Attention, .*FeedForward"),
+        (Rule(LoRA(), inside="Embedding"), r"Classes with such layers in Model: Attention, Conv2d"),
+        (Rule(LoRA(), path="blocks.0.to_v"), r"blocks\.0\.to_[qk]"),
+        (Rule(LoRA(), path=re.compile("conv_on")), r"conv_in"),
+        (Rule((), path="nothing.like.this"), r"Paths like it in Model: blocks"),
+    ],
+)
+def test_a_rule_without_layers_names_near_misses(rule: Rule, words: str, model: Model) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan(model, [Rule(LoHa(), path="conv_in"), rule])
+
+
+def test_a_model_without_layers(model: Model) -> None:
+    with pytest.raises(PlanError, match="Embedding has no layer"):
+        plan(nn.Embedding(2, 2), Rule(LoRA()))
+    assert block_classes(nn.Embedding(2, 2)) == []
+
+
+def test_an_algorithm_that_cannot_serve_a_layer_is_found_before_anything_is_made(model: Model) -> None:
+    class Odd(LoRA):
+        def slots(self, g):
+            if g.kind == "conv":
+                raise ConfigError("no convolutions")
+            return super().slots(g)
+
+    with pytest.raises(PlanError, match=r"conv_in, conv \(8, 3, 3, 3\): no convolutions"):
+        plan(model, Rule(Odd()))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        LoRA(rank=3),
+        LoHa(rank=2),
+        LoKr(rank=1),
+        TLoRA(rank=2),
+        Full(),
+        DoRA(over=LoRA(rank=2)),
+        (LoRA(rank=2), LoKr(rank=1)),
+    ],
+    ids=repr,
+)
+def test_the_count_of_parameters_is_that_of_the_adapters_made(use, model: Model) -> None:
+    made = plan(model, Rule(use))
+    assert made.parameters == AdapterSet.build(model, made).parameter_count() > 0
+    assert f"{made.parameters:,} parameters" in str(made)
+    assert "7 layers get adapters, 0 do not" in str(made)
+
+
+def test_planning_touches_nothing_and_needs_no_weights() -> None:
+    with torch.device("meta"):
+        model = Model()
+    keys = list(model.state_dict())
+    assert [p.path for p in plan(model, Rule(LoRA())).placements] == LAYERS
+    assert list(model.state_dict()) == keys
+
+
+def test_a_layer_that_appears_twice_is_decided_once() -> None:
+    layer = nn.Linear(4, 4)
+    assert paths(nn.Sequential(layer, nn.ReLU(), layer), Rule(LoRA())) == ["0"]
+
+
+def test_a_layer_is_a_model(model: Model) -> None:
+    assert paths(model.conv_in, Rule(LoRA())) == [""]

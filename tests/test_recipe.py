@@ -1,0 +1,197 @@
+"""`lycoris_config.json`: read strictly, every option honoured, refused or remarked upon."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lycoris import ConfigError, DoRA, LoKr, LoRA, PlanError, RankSchedule, TLoRA
+from lycoris.algorithm import Algorithm
+from lycoris.recipe import ALGORITHMS, OPTIONS, PRESETS_WITH_CONV, Recipe
+
+BUILT = [name for name, made in ALGORITHMS if made]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.proj = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1)
+        self.attn, self.head = Attention(), nn.Linear(8, 4)
+
+
+def planned(**config: Any) -> dict[str, Algorithm]:
+    return {placement.path: placement.algorithms[0] for placement in Recipe.parse(config).plan(Model()).placements}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"algo": "lokar"}, r"unknown algorithm 'lokar'; did you mean 'lokr'\?.*loha"),
+        ({"algo": "boft"}, r"'boft' is not built yet; there are lora"),
+        ({"algo": "lora", "linear_dims": 4}, r"unknown option 'linear_dims'; did you mean 'linear_dim'"),
+        ({"algo": "lokr", "fulll_matrix": True}, r"did you mean 'full_matrix'"),
+        ({"linear_dim": "many"}, r"linear_dim must be a whole number, not 'many'"),
+        ({"linear_dim": 4.5}, r"linear_dim must be a whole number, not 4\.5"),
+        ({"linear_dim": True}, r"linear_dim must be a whole number, not True"),
+        ({"linear_dim": -3}, r"rank of lora.*-3"),
+        ({"linear_alpha": []}, r"linear_alpha must be a number"),
+        ({"linear_alpha": "nan"}, r"alpha of lora must be finite"),
+        ({"multiplier": "strong"}, r"multiplier must be a number"),
+        ({"algo": "lokr", "factor": 0}, r"factor of lokr"),
+        ({"algo": "lokr", "full_matrix": "perhaps"}, r"full_matrix must be true or false, not 'perhaps'"),
+        ({"algo": "lokr", "full_matrix": True, "decompose_both": True}, r"both full_matrix and decompose_both"),
+        ({"algo": "tlora", "sig_type": "first"}, r"vectors of tlora must be principal"),
+        ({"dropout": 0.1}, r"dropout = 0\.1 is not built yet"),
+        ({"train_norm": True}, r"train_norm = True is not built yet"),
+        ({"preset": "attn"}, r"unknown preset 'attn'; did you mean 'attn-"),
+        ({"apply_preset": {"target_modul": []}}, r"unknown preset key 'target_modul'; did you mean 'target_module'"),
+        ({"apply_preset": {"target_module": "Attention"}}, r"'target_module' must be a list of names"),
+        ({"apply_preset": {"target_name": ["*.to_q"]}}, r"'\*\.to_q' is not a regular expression.*use_fnmatch"),
+        ({"apply_preset": {"enable_conv": "no"}}, r"'enable_conv' must be true or false"),
+        ({"apply_preset": {"lora_prefix": "a.b"}}, r"'lora_prefix' must be a word without dots"),
+        ({"apply_preset": {"module_algo_map": {"Attention": 4}}}, r"'module_algo_map' must map names to objects"),
+        (
+            {"apply_preset": {"module_algo_map": {"Attention": {"factr": 4}}}},
+            r"unknown option 'factr'; did you mean 'factor'.* in module_algo_map\['Attention'\]",
+        ),
+        ({"apply_preset": {"name_algo_map": {"x": {"algo": "lorra"}}}}, r"unknown algorithm 'lorra'"),
+    ],
+)
+def test_strict_errors_name_key_value_and_the_nearest(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Recipe.parse(config).plan(Model())
+
+
+def test_loosely_unknown_options_become_remarks() -> None:
+    recipe = Recipe.parse({"linear_dims": 4, "factor": 8, "module_dropout": None}, strict=False)
+    assert len(recipe.remarks) == 2
+    assert "'linear_dims'; did you mean 'linear_dim'" in recipe.remarks[0]
+    assert recipe.remarks[1] == "lora has no factor; it is for lokr"
+
+
+@pytest.mark.parametrize("algo", BUILT)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_known_option_is_honoured_refused_or_remarked(algo: str, option: str) -> None:
+    """Switched on, an option changes what layers get, changes the schedule, is remarked upon, or raises."""
+    values = {bool: True, int: 2, float: 0.5, str: "last"}
+    if option in ("bypass_mode", "wd_on_output", "wd_on_out", "use_data_init"):
+        return  # nothing to see when switched on by itself: one has no effect at all, the others are on already
+    on = {"algo": algo, "linear_dim": 2, option: values[OPTIONS[option].kind]}
+    model = Model()
+    if not OPTIONS[option].built:
+        with pytest.raises(ConfigError, match=f"{option} = .* is not built yet"):
+            Recipe.parse(on)
+        return
+    recipe = Recipe.parse(on)
+    plain = Recipe.parse({"algo": algo, "linear_dim": 2})
+    changed = recipe.plan(model).placements != plain.plan(model).placements or recipe.schedule != plain.schedule
+    assert changed or [remark for remark in recipe.remarks if f"no {option}" in remark]
+
+
+def test_options_that_need_others() -> None:
+    assert planned(algo="lora", dora_wd=True, wd_on_output=False)["head"].axis == "in"
+    assert planned(algo="lora", dora_wd=True, wd_on_out=False)["head"].axis == "in"
+    assert planned(algo="lora", dora_wd=True)["head"] == DoRA(over=LoRA(rank=4, alpha=1.0))
+    assert planned(algo="tlora", use_data_init=False)["head"] == TLoRA(rank=4, alpha=1.0, data_init=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "alpha"),
+    [
+        ({}, 4, 1.0),
+        ({"linear_dim": 16, "linear_alpha": 2}, 16, 2.0),
+        ({"linear_dim": "16", "linear_alpha": "2.5"}, 16, 2.5),
+        ({"linear_dim": None, "linear_alpha": None}, 4, None),
+        ({"linear_dim": 8, "linear_alpha": 0}, 8, None),
+    ],
+)
+def test_sizes(config: dict[str, Any], rank: int, alpha: float | None) -> None:
+    assert planned(**config)["head"] == LoRA(rank=rank, alpha=alpha)
+
+
+def test_sizes_of_convolutions_fall_back_on_linear_ones_and_1x1_are_linear() -> None:
+    assert planned(linear_dim=8, linear_alpha=2)["conv"] == LoRA(rank=8, alpha=2.0)
+    own = planned(linear_dim=8, linear_alpha=2, conv_dim=3, conv_alpha=1)
+    assert own["conv"] == LoRA(rank=3, alpha=1.0)
+    assert own["proj"] == own["head"] == LoRA(rank=8, alpha=2.0)
+
+
+def test_maps_override_by_class_and_by_name_innermost_first() -> None:
+    preset = {
+        "target_module": ["Model"],
+        "module_algo_map": {"Attention": {"factor": 2, "dim": 3}, "Model": {"factor": 8}},
+        "name_algo_map": {"attn.to_k": {"algo": "lora", "alpha": 6}},
+    }
+    made = planned(algo="lokr", linear_dim=2, linear_alpha=2, factor=4, apply_preset=preset)
+    assert made["attn.to_q"] == LoKr(rank=3, alpha=2.0, factor=2)
+    assert made["attn.to_k"] == LoRA(rank=2, alpha=6.0)
+    assert made["head"] == LoKr(rank=2, alpha=2.0, factor=8)
+
+
+@pytest.mark.parametrize("name", PRESETS_WITH_CONV)
+def test_built_in_presets_say_whether_convolutions_are_meant(name: str) -> None:
+    assert ("conv" in planned(preset=name)) == PRESETS_WITH_CONV[name]
+    assert "conv" not in planned(preset=name, apply_preset={"enable_conv": False})
+    assert "proj" in planned(preset=name)
+
+
+def test_zero_matches_name_the_classes_of_the_model() -> None:
+    with pytest.raises(PlanError, match=r"Atention\. Did you mean Attention\? Classes.*: Attention, Conv2d, Linear"):
+        planned(apply_preset={"target_module": ["Atention"]})
+    with pytest.raises(PlanError, match=r"no layer of Embedding.*\(none\)"):
+        Recipe.parse({}).plan(nn.Embedding(2, 2))
+
+
+def test_targets_without_layers_are_remarked_upon() -> None:
+    preset = {"target_module": ["Attention", "FeedForward"], "exclude_name": ["attn.to_v"]}
+    remarks = Recipe.parse({"apply_preset": preset}).plan(Model()).remarks
+    assert remarks == ("'FeedForward' matches nothing in Model", "'attn.to_v' matches nothing in Model")
+
+
+def test_the_schedule_of_tlora() -> None:
+    config = {"algo": "tlora", "linear_dim": 64, "tlora_min_rank": 4, "tlora_alpha": 2.0}
+    assert Recipe.parse(config).schedule == RankSchedule(max_rank=64, min_rank=4, alpha=2.0)
+    assert Recipe.parse({"algo": "lora"}).schedule is None
+    with pytest.raises(ConfigError, match="min rank"):
+        _ = Recipe.parse(config | {"tlora_min_rank": 65}).schedule
+
+
+@pytest.mark.parametrize("algo", BUILT)
+def test_the_config_comes_back_as_it_was_given(algo: str) -> None:
+    given = {"algo": algo, "multiplier": 1.0, "linear_dim": 2, "apply_preset": {"target_module": ["Attention"]}}
+    assert Recipe.parse(given).as_dict() == given
+
+
+KEYS = st.sampled_from(
+    [*OPTIONS, "algo", "linear_dim", "linear_alpha", "conv_dim", "multiplier", "preset", "apply_preset"]
+)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.floats(allow_nan=True),
+    st.sampled_from(["", "on", "0.5", "nan", "lora", "full-lin"]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.sampled_from(["x", "target_name", "enable_conv"]), st.none(), max_size=1),
+)
+
+
+@given(config=st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_json_is_read_or_refused_with_a_lesson(config: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = Model()
+    # Any other exception fails the test.
+    with contextlib.suppress(ConfigError, PlanError):
+        assert Recipe.parse(config).plan(model).placements
