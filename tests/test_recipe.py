@@ -56,6 +56,7 @@ def planned(**config: Any) -> dict[str, Algorithm]:
         ({"dropout": 0.1}, r"dropout = 0\.1 is not built yet"),
         ({"train_norm": True}, r"train_norm = True is not built yet"),
         ({"preset": "attn"}, r"unknown preset 'attn'; did you mean 'attn-"),
+        ({"apply_preset": ["Attention"]}, r"a preset must be an object.*\['Attention'\]"),
         ({"apply_preset": {"target_modul": []}}, r"unknown preset key 'target_modul'; did you mean 'target_module'"),
         ({"apply_preset": {"target_module": "Attention"}}, r"'target_module' must be a list of names"),
         ({"apply_preset": {"target_name": ["*.to_q"]}}, r"'\*\.to_q' is not a regular expression.*use_fnmatch"),

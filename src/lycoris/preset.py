@@ -46,6 +46,8 @@ class Preset:
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Preset:
         """From a JSON object. Raises `ConfigError` for unknown keys and values of the wrong type."""
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"a preset must be an object with keys such as target_module, not {given!r}")
         known = {f.name: f for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in given.items():

@@ -247,7 +247,7 @@ def _algorithm_class(name: str) -> type[Algorithm]:
 def _with_named(preset: Preset, given: Mapping[str, Any], name: Any) -> Preset:
     if name is None:
         return preset
-    if name not in PRESETS_WITH_CONV:
+    if str(name) not in PRESETS_WITH_CONV:
         raise ConfigError(unknown("preset", str(name), PRESETS_WITH_CONV))
     if "enable_conv" in given:
         return preset
@@ -296,7 +296,7 @@ def _number(value: Any, name: str, kind: type) -> Any:
         return kind()
     try:
         parsed = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         parsed = None
     if parsed is None or value is True or (kind is int and float(value) != parsed):
         words = {int: "a whole number", float: "a number", str: "a word"}
