@@ -15,7 +15,7 @@ from lycoris import attach, merging
 from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
-from lycoris.errors import AttachError, FileError
+from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.merging import Merge
 from lycoris.planning import Plan
 from lycoris.schedule import RankSchedule, read_timestep
@@ -43,18 +43,16 @@ class AdapterSet:
     # -- making ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(
-        cls, model: nn.Module, plan: Plan, name: str = "default", dtype: torch.dtype = torch.float32
-    ) -> AdapterSet:
+    def build(cls, model: nn.Module, plan: Plan, name: str = "default", dtype: torch.dtype | None = None) -> AdapterSet:
         """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
 
-        Parameters are float32 unless told otherwise: in bfloat16 small updates round away.
+        Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away.
         """
         stacks = {}
         for placement in plan.placements:
             layer = model.get_submodule(placement.path)
-            device = next(layer.parameters()).device
-            stack = [Adapter(a, placement.geometry, dtype=dtype, device=device) for a in placement.algorithms]
+            own = _like(layer) if dtype is None else _like(layer) | {"dtype": dtype}
+            stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
             below = attach.top(layer)
             for adapter in stack:
                 adapter.initialise(below)
@@ -67,10 +65,10 @@ class AdapterSet:
         stacks = {}
         for path, entries in bundle.entries.items():
             layer = model.get_submodule(path)
-            device, below = next(layer.parameters()).device, attach.top(layer)
+            below = attach.top(layer)
             stack = []
             for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, device=device)
+                adapter = Adapter(entry.algorithm, entry.geometry, **_like(layer))
                 adapter.fill(entry.algorithm.complete(entry.tensors, below))
                 stack.append(adapter)
             stacks[path] = tuple(stack)
@@ -130,6 +128,8 @@ class AdapterSet:
         """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`."""
         if self.merged:
             raise AttachError(f"the adapters are merged at strength {self._strength}; unmerge them to change it")
+        if not math.isfinite(strength):
+            raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
         self._strength = float(strength)
         self._refresh()
 
@@ -308,3 +308,9 @@ class AdapterSet:
 
     def _child(self, at: int) -> str:
         return f"adapter_{self.name}" if at == 0 else f"adapter_{self.name}_{at}"
+
+
+def _like(layer: nn.Module) -> dict[str, Any]:
+    """Where and how a layer's adapters keep their tensors."""
+    weight = next(layer.parameters())
+    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.errors import ConfigError, unknown
+from lycoris.errors import ConfigError, PlanError, unknown
 from lycoris.geometry import Geometry
 
 Params = Mapping[str, Tensor]
@@ -255,7 +255,10 @@ def one_mask(keep: Tensor) -> Tensor:
     if keep.dim() == 1:
         return keep
     if keep.shape[0] != 1:
-        raise ValueError(f"one weight cannot follow {keep.shape[0]} masks; give a mask of shape (1, rank)")
+        raise PlanError(
+            f"a dense weight is needed here, and one weight cannot follow {keep.shape[0]} masks; put algorithms that "
+            "need the weight (DoRA) below the one with a timestep schedule, or give all samples one mask"
+        )
     return keep[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris import bases
-from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate
+from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe
 from lycoris.recall import Recall, in_backward, may_be_recomputed
@@ -69,13 +69,14 @@ class Adapter(nn.Module):
     def adapted(self, base: Affine, call: Call | None = None) -> Affine:
         """Weight and bias that this adapter makes of those below, at the strength in force."""
         call = self.call if call is None else call
-        keep = None if call.keep is None else call.keep.to(base.weight)
-        keep = None if keep is None else keep.reshape(-1, keep.shape[-1])[0]
+        keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
         tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
         whole = self.algorithm.transform(tensors, base, self.geometry, keep)
         return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
+        if self.silent:
+            return below(x)
         if torch.compiler.is_compiling():
             return self.algorithm.forward(self.tensors(), below, x, self.call)
         call = self.call
@@ -84,7 +85,7 @@ class Adapter(nn.Module):
             call = self._recall.of(call, x)
         elif may_be_recomputed():
             self._recall.note(call, x)
-        if call.strength == 0 or self.silent:
+        if call.strength == 0:
             return below(x)
         return self.algorithm.forward(self.tensors(), below, x, call)
 

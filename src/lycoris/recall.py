@@ -22,7 +22,6 @@ SAMPLE = 16
 @dataclass(frozen=True)
 class _Record:
     call: Call
-    with_grad: bool
     probe: Tensor
 
 
@@ -33,23 +32,19 @@ class Recall:
         self._records: deque[_Record] = deque(maxlen=LIMIT)
 
     def note(self, call: Call, x: Tensor) -> None:
-        """Remember a forward pass. One per change of state: an unchanged call is known already."""
-        with_grad = torch.is_grad_enabled()
-        last = self._records[-1] if self._records else None
-        if last is None or last.call is not call or last.with_grad != with_grad:
-            self._records.append(_Record(call, with_grad, _probe(x)))
+        """Remember a forward pass: every one under a mask, else one per change of strength."""
+        if call.keep is not None or not self._records or self._records[-1].call is not call:
+            self._records.append(_Record(call, _probe(x)))
 
     def of(self, now: Call, x: Tensor) -> Call:
         """The call whose forward pass is being recomputed with input `x`; `now` when none is known."""
-        # Passes with gradients first: only reentrant checkpointing recomputes one that ran without.
-        records = [r for r in self._records if r.with_grad] or list(self._records)
-        if len(records) < 2:
-            return records[0].call if records else now
+        if len(self._records) < 2:
+            return self._records[0].call if self._records else now
         probe = _probe(x)
-        fitting = [r for r in records if r.probe.shape == probe.shape] or records[-1:]
-        distances = [float((r.probe - probe).abs().max()) if r.probe.shape == probe.shape else 0.0 for r in fitting]
-        best = min(distances)
-        return next(r.call for r, d in zip(reversed(fitting), reversed(distances), strict=True) if d == best)
+        newest_first = list(reversed(self._records))
+        fitting = [record for record in newest_first if record.probe.shape == probe.shape]
+        # `min` takes the first of equals: of passes with the same input, the newest.
+        return min(fitting or newest_first[:1], key=lambda record: _distance(record.probe, probe)).call
 
 
 def in_backward() -> bool:
@@ -64,6 +59,10 @@ def may_be_recomputed() -> bool:
     the first time; torch turns forward-mode gradients off there too, and leaves them on under plain `no_grad`.
     """
     return torch.is_grad_enabled() or not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.shape == b.shape and a.numel() else 0.0
 
 
 def _probe(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import ALGORITHMS, LAYERS, One, adapt, perturb, relative
-from lycoris import AdapterSet, AttachError, LoRA, RankSchedule, Rule, TLoRA, plan
+from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
 from lycoris.attach import top
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "dora-lora", "dora-lokr-in"]
@@ -253,3 +253,41 @@ def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
     assert relative(model(x), attached) < 1e-5
     adapters.detach()
     assert one.weight is two.weight
+
+
+def test_a_weight_cannot_follow_one_mask_per_sample() -> None:
+    model = One(nn.Linear(4, 4))
+    adapters = adapt(model, TLoRA(rank=2), ALGORITHMS["dora-lora"])
+    adapters.set_keep(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    with pytest.raises(PlanError, match="one weight cannot follow 2 masks"):
+        model(torch.randn(2, 4))
+
+
+def test_a_merged_model_compiles_without_its_adapters() -> None:
+    model, x = One(nn.Linear(4, 4)), torch.randn(2, 4)
+    adapters = adapt(model, LoRA(rank=2))
+    attached = model(x)
+    adapters.merge()
+    torch._dynamo.reset()
+    assert relative(torch.compile(model, fullgraph=True, backend="eager")(x), attached) < 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_without_checkpointing_does_not_mislead_a_later_one(reentrant: bool) -> None:
+    model = Chain("linear")
+    adapters = adapt(model, TLoRA(rank=4))
+    x = LAYERS["linear"].input().requires_grad_()
+
+    def gradient(reentrant: bool | None, mask: list[float]) -> Tensor:
+        model.zero_grad()
+        adapters.set_keep(torch.tensor([mask]))
+        loss = model(x, reentrant).square().sum()
+        adapters.set_keep(None)
+        loss.backward()
+        return next(adapters.parameters()).grad.clone()
+
+    gradient(None, [1.0, 1.0, 1.0, 1.0])
+    plain = gradient(None, [1.0, 0.0, 0.0, 0.0])
+    gradient(None, [1.0, 1.0, 1.0, 0.0])
+    assert torch.equal(gradient(reentrant, [1.0, 0.0, 0.0, 0.0]), plain)

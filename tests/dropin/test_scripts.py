@@ -52,7 +52,7 @@ def trained(family: str, config: dict[str, Any], folder: Path, *, header: bool =
     """A file as a trainer leaves it, with random tensors."""
     config = {"multiplier": 1.0, **config, "apply_preset": {"target_module": CLASSES[family]}}
     network = create_lycoris(parts_of(family)[PARTS[family][2]], **config)
-    perturb(network.adapters, 0.2)
+    perturb(network.adapters, 0.3)
     path = folder / "pytorch_lora_weights.safetensors"
     network.save_weights(path, torch.float32, {"lycoris_config": json.dumps(config)} if header else {})
     return path
