@@ -34,7 +34,8 @@ class AdapterSet:
         self.metadata: dict[str, str] = {}
         self._layers = {path: model.get_submodule(path) for path in self.stacks}
         self._merges: dict[str, Merge] = {}
-        self._strength = 1.0
+        self._strength, self._merged_at = 1.0, 0.0
+        self._attached_by_merge = False
         self._keep: Tensor | None = None
         self._attached = False
         self._hooks: list[Any] = []
@@ -65,11 +66,10 @@ class AdapterSet:
         stacks = {}
         for path, entries in bundle.entries.items():
             layer = model.get_submodule(path)
-            below = attach.top(layer)
             stack = []
             for entry in entries:
                 adapter = Adapter(entry.algorithm, entry.geometry, **_like(layer))
-                adapter.fill(entry.algorithm.complete(entry.tensors, below))
+                adapter.fill(_completed(path, entry, layer))
                 stack.append(adapter)
             stacks[path] = tuple(stack)
         made = cls(model, stacks, name)
@@ -79,13 +79,19 @@ class AdapterSet:
     # -- on and off --------------------------------------------------------------------------------------------------
 
     def attach(self) -> AdapterSet:
-        """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing."""
-        if self._attached or self._merges:
+        """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
+
+        While merged, the adapters are there and wait: what they do is in the weights.
+        """
+        if self._attached:
+            self._attached_by_merge = False
             return self
+        self._check_layers()
         done: list[tuple[str, int]] = []
         try:
             for path, at, adapter in self._each():
                 attach.attach(self._layers[path], self._child(at), adapter)
+                self._keep_off_fast_path(path, adapter)
                 done.append((path, at))
         except AttachError as error:
             for path, at in done:
@@ -96,10 +102,13 @@ class AdapterSet:
         return self
 
     def detach(self) -> None:
-        """Take every adapter off and undo a merge; the model is as it was before."""
-        self.unfollow()
+        """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
+        if self._attached:
+            for layer in self._layers.values():
+                attach.check_detachable(layer)
         if self._merges:
             self.unmerge()
+        self.unfollow()
         if self._attached:
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(at))
@@ -118,16 +127,31 @@ class AdapterSet:
         """Whether any algorithm here follows the timestep."""
         return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
 
+    def _keep_off_fast_path(self, path: str, adapter: Adapter) -> None:
+        """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some
+        module inside has a hook."""
+        around = self.model.get_submodule(path.rpartition(".")[0])
+        if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
+            adapter.register_forward_hook(_no_change)
+
+    def _check_layers(self) -> None:
+        for path, layer in self._layers.items():
+            if self.model.get_submodule(path) is not layer:
+                raise AttachError(
+                    f"{path} was replaced by another module since these adapters were made; make them anew"
+                )
+
     # -- in force ----------------------------------------------------------------------------------------------------
 
     @property
     def strength(self) -> float:
-        return self._strength
+        """In force; of a merged set, the one it was merged at."""
+        return self._merged_at if self.merged else self._strength
 
     def set_strength(self, strength: float) -> None:
         """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`."""
         if self.merged:
-            raise AttachError(f"the adapters are merged at strength {self._strength}; unmerge them to change it")
+            raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
         if not math.isfinite(strength):
             raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
         self._strength = float(strength)
@@ -186,11 +210,12 @@ class AdapterSet:
 
     def _refresh(self) -> None:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
-        strength = torch.tensor(-self._strength if self.merged else self._strength, dtype=torch.float64)
-        keep = None if self._keep is None else 1 - self._keep if self.merged else self._keep
+        strength = torch.tensor(-self._merged_at if self.merged else self._strength, dtype=torch.float64)
         for _, _, adapter in self._each():
-            adapter.call = Call(strength, keep if adapter.algorithm.rank_masked else None)
-            adapter.silent = self.merged and (keep is None or not adapter.algorithm.rank_masked)
+            masked = self._keep is not None and adapter.algorithm.rank_masked
+            keep = adapter.algorithm.fit_keep(self._keep) if masked else None  # type: ignore[arg-type]
+            adapter.call = Call(strength, 1 - keep if self.merged and keep is not None else keep)
+            adapter.silent = self.merged and not masked
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -202,32 +227,35 @@ class AdapterSet:
         """
         if self.merged:
             raise AttachError("these adapters are merged already")
+        self._check_layers()
         for path, layer in self._layers.items():
             merging.check_order(path, layer, self.stacks[path])
-        if self.rank_masked:
-            self._say_what_merging_means()
-            self.attach()
         strength = self._strength if strength is None else float(strength)
         merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
+        if self.rank_masked:
+            self._say_what_merging_means()
+        if self.rank_masked and not self._attached:
+            self.attach()
+            self._attached_by_merge = True
         for path, merge in merges.items():
             merging.install(self._layers[path], merge.new)
-        self._merges, self._strength = merges, strength
+        self._merges, self._merged_at = merges, strength
         self._refresh()
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
 
-        Raises `AttachError` when something else was merged or loaded on top in the meantime.
+        Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
         """
         for path, merge in self._merges.items():
-            if self._layers[path].weight is not merge.new.weight:
-                raise AttachError(
-                    f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
-                )
+            merging.check_untouched(path, self._layers[path], merge)
         for path, merge in self._merges.items():
-            merging.install(self._layers[path], merge.old)
+            merging.restore(self._layers[path], merge)
         self._merges = {}
         self._refresh()
+        if self._attached_by_merge:
+            self._attached_by_merge = False
+            self.detach()
 
     def _say_what_merging_means(self) -> None:
         if self.schedule is None:
@@ -281,7 +309,7 @@ class AdapterSet:
             raise FileError(f"{path} has no adapters to take these tensors")
         found = []
         for adapter, entry in zip(stack, entries, strict=True):
-            tensors = entry.algorithm.complete(entry.tensors, attach.top(self._layers[path]))
+            tensors = _completed(path, entry, self._layers[path])
             own = adapter.tensors()
             if "gate" in own:
                 tensors["gate"] = torch.ones(())
@@ -314,3 +342,18 @@ def _like(layer: nn.Module) -> dict[str, Any]:
     """Where and how a layer's adapters keep their tensors."""
     weight = next(layer.parameters())
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
+
+
+def _completed(path: str, entry: Entry, layer: nn.Module) -> dict[str, Tensor]:
+    """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
+    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(layer))
+    if len(tensors) > len(entry.tensors) and merging.is_merged(layer):
+        raise FileError(
+            f"{path}: the file leaves out tensors that follow from the base weight, and adapters are merged into it; "
+            "undo the merge, load, and merge again"
+        )
+    return tensors
+
+
+def _no_change(*_: Any) -> None:
+    """A hook for the sake of having one."""

@@ -120,6 +120,10 @@ class Algorithm(ABC):
         """The alpha that makes a plain reader, which divides it by the rank, arrive at our scale. None: no alpha."""
         return None
 
+    def fit_keep(self, keep: Tensor) -> Tensor:
+        """A mask (..., n) over as many ranks as this algorithm has. Only `rank_masked` ones have any."""
+        return keep
+
     @property
     def rank_masked(self) -> bool:
         """Whether `Call.keep` says anything to this algorithm, so that its effect may differ from step to step."""

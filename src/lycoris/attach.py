@@ -140,8 +140,11 @@ class Adapted:
             x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(iter(kwargs)))
-        geometry = next(adapters_on(self)).geometry  # type: ignore[arg-type]
-        return _stack(self, geometry, (args, kwargs))(x)  # type: ignore[arg-type]
+        first = next(adapters_on(self), None)  # type: ignore[arg-type]
+        if first is None:
+            # Taken off since, while another library's wrapper still holds this method.
+            return base_class(self).forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+        return _stack(self, first.geometry, (args, kwargs))(x)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The derived class shares the name of the one it derives from, so pickle could not find it by name.
@@ -150,10 +153,15 @@ class Adapted:
 
 def top(layer: nn.Module) -> Base:
     """A layer with the adapters it has now, as the next adapter will find it below itself."""
+    return _stack(layer, bottom(layer).geometry, ((), {}))
+
+
+def bottom(layer: nn.Module) -> Base:
+    """A layer without its adapters."""
     geometry = describe(layer)
     if geometry is None:
         raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")
-    return _stack(layer, geometry, ((), {}))
+    return _Layer(layer, base_class(layer).forward, geometry, ((), {}))
 
 
 def _stack(layer: nn.Module, geometry: Geometry, extra: Any) -> Base:
@@ -183,8 +191,8 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     if "forward" in layer.__dict__:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "
-            "and older adapter libraries do so) and would bypass the adapter; attach first, then let the other "
-            "library wrap the layer, or remove its hook"
+            "and older adapter libraries do so) and would bypass the adapter; remove that hook, attach, and wrap "
+            "again. With sequential CPU offload, merge the adapters first instead"
         )
     if hasattr(layer, name):
         raise AttachError(f"this {type(layer).__name__} already has something called {name!r}; choose another set name")
@@ -195,10 +203,23 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
 
 
 def detach(layer: nn.Module, name: str) -> None:
-    """Take an adapter off, wherever in the stack it is; without adapters the layer is as it was before."""
+    """Take an adapter off, wherever in the stack it is; without adapters the layer is as it was before.
+
+    Raises `AttachError` when something else gave the layer another class in the meantime.
+    """
+    check_detachable(layer)
     del layer._modules[name]
     if isinstance(layer, Adapted) and not any(adapters_on(layer)):
         layer.__class__ = base_class(layer)  # type: ignore[assignment]
+
+
+def check_detachable(layer: nn.Module) -> None:
+    """Raise `AttachError` unless the layer's class is the one that `attach` gave it."""
+    if Adapted in type(layer).__mro__[2:]:
+        raise AttachError(
+            f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
+            "so); undo that first"
+        )
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Kind = Literal["linear", "conv"]
 
@@ -100,6 +101,8 @@ class Geometry:
 
 def describe(module: nn.Module) -> Geometry | None:
     """The geometry of a layer that adapters can serve, or None for every other module."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # the projection inside nn.MultiheadAttention, which reads its weight and never calls it
     if isinstance(module, nn.Linear):
         # From the features, not from the weight: a 4-bit weight is packed into another shape.
         return Geometry(

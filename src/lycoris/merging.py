@@ -13,12 +13,16 @@ from lycoris.algorithm import Additive, Affine, Call
 from lycoris.attach import Adapter
 from lycoris.errors import AttachError
 
+MARK = "_lycoris_merged"
+"""Attribute of parameters that hold a merge."""
+
 
 class Merge(NamedTuple):
-    """A layer's parameters before and after."""
+    """A layer's parameters before and after, and how often the new ones had been written to when they were made."""
 
     old: Affine
     new: Affine
+    versions: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -28,14 +32,22 @@ def fold(layer: nn.Module, stack: Sequence[Adapter], strength: float) -> Merge:
     float32 throughout (float64 for such weights), and one rounding to the layer's own precision.
     """
     old = bases.read(layer)
-    dtype, trained = old.weight.dtype, old.weight.requires_grad
+    dtype = old.weight.dtype
     full = torch.promote_types(dtype, torch.float32)
     affine = Affine(old.weight.to(full), None if old.bias is None else old.bias.to(full))
     for adapter in stack:
         affine = adapter.adapted(affine, Call(strength))
-    weight = nn.Parameter(affine.weight.to(dtype), requires_grad=trained)
+    weight = nn.Parameter(affine.weight.to(dtype), requires_grad=old.weight.requires_grad)
+    trained = (old.weight if old.bias is None else old.bias).requires_grad
     bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
-    return Merge(old, Affine(weight, bias))
+    setattr(weight, MARK, True)
+    new = Affine(weight, bias)
+    return Merge(old, new, _versions(new))
+
+
+def is_merged(layer: nn.Module) -> bool:
+    """Whether a layer's weight has adapters folded in."""
+    return bool(getattr(layer.weight, MARK, False))
 
 
 def install(layer: nn.Module, affine: Affine) -> None:
@@ -43,13 +55,39 @@ def install(layer: nn.Module, affine: Affine) -> None:
     layer.weight, layer.bias = affine.weight, affine.bias  # type: ignore[assignment]
 
 
+def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
+    """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
+    if layer.weight is not merge.new.weight or layer.bias is not merge.new.bias:
+        raise AttachError(
+            f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
+        )
+    if _versions(merge.new) != merge.versions:
+        raise AttachError(
+            f"the weight of {path} was written to after this merge, by load_state_dict or by training; "
+            "undoing the merge would lose that"
+        )
+
+
+def restore(layer: nn.Module, merge: Merge) -> None:
+    """Put a layer's own parameters back, where and in the precision to which the layer was moved since."""
+    for old, new in zip(merge.old, merge.new, strict=True):
+        if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
+            old.data = old.data.to(new)
+    install(layer, merge.old)
+
+
+def _versions(affine: Affine) -> tuple[int, ...]:
+    # Tensors made in inference mode do not count their writes.
+    return tuple(t._version for t in affine if t is not None and not t.is_inference())
+
+
 def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:
     """Merging puts a stack below the adapters of other sets; that is the same only if all of them add.
 
-    Raises `AttachError` otherwise.
+    A stack that is not attached would have come on top. Raises `AttachError` otherwise.
     """
     order = list(attach.adapters_on(layer))
-    first = next((at for at, adapter in enumerate(order) if adapter is own[0]), 0)
+    first = next((at for at, adapter in enumerate(order) if adapter is own[0]), len(order))
     lower = [adapter for adapter in order[:first] if not adapter.silent]
     moved = [adapter.algorithm for adapter in (*lower, *own)]
     if lower and not all(isinstance(algorithm, Additive) for algorithm in moved):

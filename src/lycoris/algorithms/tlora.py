@@ -91,13 +91,13 @@ class TLoRA(Ranked):
         return {name: value.reshape(shapes[name]) for name, value in (("q", q), ("p", p), ("lam", lam))}
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        kept = 1.0 if keep is None else self._fit(one_mask(keep), p["lam"])
+        kept = 1.0 if keep is None else self.fit_keep(one_mask(keep)).to(p["lam"])
         trained = (p["p"].flatten(1) * (p["lam"] * kept)) @ p["q"].flatten(1)
         start = (p["p0"].flatten(1) * (p["lam0"] * kept)) @ p["q0"].flatten(1)
         return Affine((trained - start).reshape(g.shape), None)
 
     def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
-        mask: Tensor | None = None if keep is None else self._fit(keep, p["lam"])
+        mask: Tensor | None = None if keep is None else self.fit_keep(keep).to(p["lam"])
         # On strided input matmul picks its kernel, and with it the last bit, by whether the weight is trained.
         x = x.contiguous() if g.kind == "linear" else x
 
@@ -109,9 +109,9 @@ class TLoRA(Ranked):
         # Two chains with the same operations in the same order: equal tensors cancel to the last bit.
         return chain(p["q"], p["lam"], p["p"]) - chain(p["q0"], p["lam0"], p["p0"])
 
-    def _fit(self, keep: Tensor, like: Tensor) -> Tensor:
-        """The mask (..., r) on the right device and dtype: longer ones are cut, ranks beyond a shorter one count."""
-        keep = keep[..., : self.rank].to(like)
+    def fit_keep(self, keep: Tensor) -> Tensor:
+        """The mask (..., r): longer ones are cut, ranks beyond a shorter one count."""
+        keep = keep[..., : self.rank]
         missing = self.rank - keep.shape[-1]
         return torch.cat([keep, keep.new_ones(*keep.shape[:-1], missing)], dim=-1) if missing else keep
 
