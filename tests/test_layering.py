@@ -14,7 +14,7 @@ ORDER = (
     {"algorithms"},
     {"recall", "bases", "attach", "merging"},
     {"bundle", "planning", "schedule"},
-    {"preset", "recipe", "adapters"},
+    {"preset", "options", "recipe", "adapters"},
     {"files"},
     {"generation", "training"},
     {"integrations", "dropin"},

@@ -161,3 +161,47 @@ def test_a_layer_that_appears_twice_is_decided_once() -> None:
 
 def test_a_layer_is_a_model(model: Model) -> None:
     assert paths(model.conv_in, Rule(LoRA())) == [""]
+
+
+@pytest.mark.parametrize("rules", [[], (), None, LoRA(), [LoRA()], Rule, "lora"])
+def test_what_is_no_list_of_rules_is_refused(rules, model: Model) -> None:
+    with pytest.raises(PlanError, match=r"a plan needs at least one rule, such as Rule\(LoRA"):
+        plan(model, rules)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use": "lora"}, r"`use` is an algorithm such as LoRA\(rank=8\).* not 'lora'"),
+        ({"use": LoRA}, r"not the class LoRA; did you mean LoRA\(\)\?"),
+        ({"use": [LoRA()]}, r"a tuple of them from the lowest up"),
+        ({"use": (LoRA(), "x")}, r"a tuple of them"),
+        ({"use": LoRA(), "kind": "lin"}, r"unknown kind of layer 'lin'.*conv, linear"),
+        ({"use": LoRA(), "kind": None}, r"unknown kind of layer"),
+        ({"use": LoRA(), "path": 3}, r"`path` is a glob"),
+        ({"use": LoRA(), "inside": nn.Linear}, r"`inside` is the name of a class, not the class Linear"),
+    ],
+)
+def test_a_rule_that_is_none_is_refused(options, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Rule(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (LoRA, {"tucker": "no"}, r"tucker of lora must be True or False, not 'no'"),
+        (LoKr, {"full_matrix": "false"}, r"full_matrix of lokr must be True or False, not 'false'"),
+        (LoRA, {"gate": 1}, r"gate of lora must be True or False, not 1"),
+        (LoRA, {"alpha": "8"}, r"alpha of lora must be a number, not '8'"),
+        (LoHa, {"alpha": True}, r"alpha of loha must be a number, not True"),
+        (LoRA, {"rank": 2.0}, r"rank of lora must be a whole number, not 2\.0"),
+        (LoRA, {"rank": None}, r"rank of lora must be a whole number, not None"),
+        (Full, {"bias": "yes"}, r"bias of full must be True or False, not 'yes'"),
+        (TLoRA, {"data_init": "false"}, r"data_init of tlora must be True or False"),
+    ],
+)
+def test_settings_have_the_types_that_they_say(kind, options, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        kind(**options)
+    assert LoRA(alpha=8) == LoRA(alpha=8.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 from lycoris import ConfigError, DoRA, LoKr, LoRA, PlanError, RankSchedule, TLoRA
 from lycoris.algorithm import Algorithm
-from lycoris.recipe import ALGORITHMS, OPTIONS, PRESETS_WITH_CONV, Recipe
+from lycoris.options import ALGORITHMS, OPTIONS
+from lycoris.preset import PRESETS_WITH_CONV
+from lycoris.recipe import Recipe, schedule_of
 
 BUILT = [name for name, made in ALGORITHMS if made]
 
@@ -45,7 +48,7 @@ def planned(**config: Any) -> dict[str, Algorithm]:
         ({"linear_dim": "many"}, r"linear_dim must be a whole number, not 'many'"),
         ({"linear_dim": 4.5}, r"linear_dim must be a whole number, not 4\.5"),
         ({"linear_dim": True}, r"linear_dim must be a whole number, not True"),
-        ({"linear_dim": -3}, r"rank of lora.*-3"),
+        ({"linear_dim": -3}, r"rank must be at least 1, not linear_dim = -3"),
         ({"linear_alpha": []}, r"linear_alpha must be a number"),
         ({"linear_alpha": "nan"}, r"alpha of lora must be finite"),
         ({"multiplier": "strong"}, r"multiplier must be a number"),
@@ -158,7 +161,71 @@ def test_zero_matches_name_the_classes_of_the_model() -> None:
 def test_targets_without_layers_are_remarked_upon() -> None:
     preset = {"target_module": ["Attention", "FeedForward"], "exclude_name": ["attn.to_v"]}
     remarks = Recipe.parse({"apply_preset": preset}).plan(Model()).remarks
-    assert remarks == ("'FeedForward' matches nothing in Model", "'attn.to_v' matches nothing in Model")
+    text = "matches no layer of Model that adapters can serve"
+    assert remarks == (f"'FeedForward' {text}", f"'attn.to_v' {text}")
+    assert {remark.kind for remark in remarks} == {"unmatched"}
+
+
+def test_a_target_that_exists_without_a_layer_to_serve_is_remarked_upon() -> None:
+    """The embedding and the block around it are there; adapters cannot serve them."""
+    model = Model()
+    model.words = nn.Sequential(nn.Embedding(2, 2))
+    preset = {
+        "target_module": ["Attention", "Sequential", "Embedding"],
+        "target_name": ["words.0", "attn"],
+        "exclude_name": ["words", "attn.to_q"],
+    }
+    remarks = Recipe.parse({"apply_preset": preset}).plan(model).remarks
+    assert [remark.split("'")[1] for remark in remarks] == ["Sequential", "Embedding", "words.0", "words"]
+
+
+def test_a_target_of_convolutions_only_is_remarked_upon_when_they_are_off() -> None:
+    preset = {"target_module": ["Conv2d", "Attention"], "target_name": ["conv"], "enable_conv": False}
+    remarks = Recipe.parse({"apply_preset": preset}).plan(Model()).remarks
+    assert [remark.split("'")[1] for remark in remarks] == ["conv"]
+    assert remarks[0].endswith("(convolutions with a real kernel are off)")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"linear_dim": 0},
+        {"linear_dim": "0"},
+        {"linear_dim": False},
+        {"apply_preset": {"module_algo_map": {"Attention": {"dim": 0}}}},
+        {"apply_preset": {"name_algo_map": {"head": {"linear_dim": 0}}}},
+    ],
+)
+def test_rank_zero_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"rank must be at least 1, not (linear_)?dim = "):
+        Recipe.parse(config)
+
+
+def test_no_rank_for_convolutions_means_the_linear_one() -> None:
+    for none in (0, None):
+        assert planned(linear_dim=8, conv_dim=none)["conv"].rank == 8
+        preset = {"module_algo_map": {"Model": {"conv_dim": none, "dim": None}}}
+        assert planned(linear_dim=8, apply_preset=preset)["conv"].rank == 8
+
+
+def remarked(**config: Any) -> str:
+    return "; ".join(Recipe.parse(config).remarks)
+
+
+def test_what_has_no_effect_is_remarked_upon() -> None:
+    keys = {"unet_target_module": ["A"], "text_encoder_target_name": ["b"], "unet_target_name": []}
+    assert "unet_target_module has no effect here" in remarked(apply_preset=keys)
+    assert "text_encoder_target_name has no effect here" in remarked(apply_preset=keys)
+    assert "unet_target_name" not in remarked(apply_preset=keys)
+    assert "'attn-only' only says that convolutions with a real kernel do not get" in remarked(preset="attn-only")
+    assert "bypass_mode has no effect: every path here is exact" in remarked(bypass_mode=True)
+    assert remarked(bypass_mode=False) == ""
+    assert "wd_on_output has no effect without dora_wd" in remarked(wd_on_output=False)
+    assert remarked(wd_on_output=False, dora_wd=True) == ""
+    inner = {"module_algo_map": {"Attention": {"dora_wd": True}}}
+    assert remarked(wd_on_output=False, apply_preset=inner) == ""
+    assert "linear_dim has no effect on full" in remarked(algo="full", linear_dim=4)
+    assert remarked(algo="full", linear_dim=4, apply_preset={"module_algo_map": {"Attention": {"algo": "lora"}}}) == ""
 
 
 def test_the_schedule_of_tlora() -> None:
@@ -167,6 +234,50 @@ def test_the_schedule_of_tlora() -> None:
     assert Recipe.parse({"algo": "lora"}).schedule is None
     with pytest.raises(ConfigError, match="min rank"):
         _ = Recipe.parse(config | {"tlora_min_rank": 65}).schedule
+
+
+def mapped(**overrides: dict[str, Any]) -> dict[str, Any]:
+    return {"apply_preset": {"module_algo_map": overrides}}
+
+
+def test_the_schedule_of_a_recipe_in_which_some_layers_are_tlora() -> None:
+    inner = {"algo": "tlora", "tlora_min_rank": 2}
+    assert Recipe.parse(mapped(Linear=inner)).schedule == RankSchedule(max_rank=4, min_rank=2)
+    assert Recipe.parse(mapped(Linear=inner) | {"tlora_alpha": 2}).schedule == RankSchedule(
+        max_rank=4, min_rank=2, alpha=2.0
+    )
+    assert Recipe.parse(mapped(Linear=inner | {"dim": 9}) | {"linear_dim": 64}).schedule.max_rank == 9
+    larger = mapped(Linear={"dim": 9}) | {"algo": "tlora"}
+    assert Recipe.parse(larger).schedule.max_rank == 9
+    assert Recipe.parse({"algo": "tlora", "conv_dim": 16}).schedule.max_rank == 16
+    assert (
+        Recipe.parse({"algo": "tlora", "conv_dim": 16, "apply_preset": {"enable_conv": False}}).schedule.max_rank == 4
+    )
+    assert Recipe.parse(mapped(Linear={"algo": "loha"})).schedule is None
+    with pytest.raises(ConfigError, match=r"tlora_min_rank is 2 in module_algo_map\['Linear'\] and 3 elsewhere"):
+        Recipe.parse(mapped(Linear=inner) | {"tlora_min_rank": 3})
+    with pytest.raises(ConfigError, match="one schedule"):
+        Recipe.parse(mapped(Linear=inner, Attention=inner | {"tlora_min_rank": 1}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"algo": "tlora", "linear_dim": 64, "tlora_alpha": 2.0, "dropout": 0.1, "no_such": 1, "preset": "?"},
+        mapped(Linear={"algo": "TLoRA", "tlora_min_rank": 2, "no": 1}, Conv={"algo": "boft"}) | {"algo": "nothing"},
+        {"algo": "tlora", "apply_preset": {"name_algo_map": {"*": {"dim": 16}, "x": 3}, "what": 1}},
+    ],
+)
+def test_a_header_gives_the_schedule_whatever_else_it_says(config: dict[str, Any]) -> None:
+    found = schedule_of({"lycoris_config": json.dumps(config)})
+    assert found is not None
+    assert (found.max_rank, found.min_rank, found.alpha) in [(64, 1, 2.0), (4, 2, 1.0), (16, 1, 1.0)]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"algo": "lora"}', '{"apply_preset": []}', "not json"])
+def test_a_header_without_a_schedule(text: str) -> None:
+    assert schedule_of({"lycoris_config": text}) is None
+    assert schedule_of({}) is None
 
 
 @pytest.mark.parametrize("algo", BUILT)

@@ -1,6 +1,6 @@
 """Cut the sheet that the demo ships: black-and-white emoji with captions, as a 16-grey PNG and a JSON list.
 
-    python make_demo_sheet.py data ../../src/lycoris/demo/assets/images --count 110
+    python make_demo_sheet.py data ../../src/lycoris/demo/assets/images --count 180
 
 Concepts that the base model was trained on come first, since a style can only be taught on shapes that it can draw.
 """
@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=110)
-    parser.add_argument("--known", default="noto", help="sheet whose concepts the base model knows")
+    parser.add_argument("--count", type=int, default=180)
+    parser.add_argument("--known", default="fluent-flat", help="sheet whose concepts the base model knows")
     parser.add_argument("--caption", default="{name}, flat black and white")
     args = parser.parse_args()
 

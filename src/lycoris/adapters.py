@@ -18,7 +18,8 @@ from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.merging import Merge
 from lycoris.planning import Plan
-from lycoris.schedule import RankSchedule, read_timestep
+from lycoris.recipe import schedule_of
+from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
 
 
 class AdapterSet:
@@ -62,7 +63,7 @@ class AdapterSet:
 
     @classmethod
     def load(cls, model: nn.Module, bundle: Bundle, name: str = "default") -> AdapterSet:
-        """Adapters with the tensors of a bundle; nothing is attached yet."""
+        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet."""
         stacks = {}
         for path, entries in bundle.entries.items():
             layer = model.get_submodule(path)
@@ -74,6 +75,7 @@ class AdapterSet:
             stacks[path] = tuple(stack)
         made = cls(model, stacks, name)
         made.metadata = dict(bundle.metadata)
+        made.schedule = schedule_of(bundle.metadata)
         return made
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -163,11 +165,13 @@ class AdapterSet:
         self._refresh()
 
     def set_timesteps(self, timesteps: Tensor | None) -> None:
-        """Timesteps on 0..T, one for all or one per sample, for algorithms that follow them; None: all ranks."""
-        if timesteps is None or self.schedule is None:
-            self.set_keep(None)
-        else:
-            self.set_keep(self.schedule.mask(timesteps))
+        """Timesteps on 0..T, one for all or one per sample, for algorithms that follow them; None: all ranks.
+
+        Raises `ConfigError` when algorithms here follow them and `schedule` is not set.
+        """
+        if timesteps is not None and self.schedule is None and self.rank_masked:
+            raise ConfigError(f"timesteps were given and `schedule` is not set: {WITHOUT_SCHEDULE}")
+        self.set_keep(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
 
     @contextmanager
     def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[AdapterSet]:
@@ -260,9 +264,7 @@ class AdapterSet:
     def _say_what_merging_means(self) -> None:
         if self.schedule is None:
             warnings.warn(
-                "merging adapters that were trained with a timestep schedule, without one: every rank will count at "
-                "every step, which the training never showed the model and which tends to burn images. Set `schedule` "
-                "(or, on a pipeline, `_tlora_config`) and the ranks that should be off are taken away at each step.",
+                f"merging adapters that were trained with a timestep schedule, without one: {WITHOUT_SCHEDULE}",
                 stacklevel=3,
             )
 

@@ -80,6 +80,10 @@ class Algorithm(ABC):
     keys: ClassVar[Mapping[str, str]]
     """Slot name → tensor name in adapter files, as LyCORIS, kohya and ComfyUI spell it."""
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f"{f.name} of {self.name}", str(f.type), getattr(self, f.name))
+
     @abstractmethod
     def slots(self, g: Geometry) -> dict[str, Slot]:
         """The tensors this algorithm keeps for a layer. Raises `ConfigError` when it cannot serve the layer."""
@@ -206,7 +210,8 @@ class Ranked(Additive):
     """Slots that can take the gate when a file is written; the first one present does."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        super().__post_init__()
+        if self.rank < 1:
             raise ConfigError(f"rank of {self.name} must be a whole number of at least 1, not {self.rank!r}")
         if self.alpha is not None and not math.isfinite(self.alpha):
             raise ConfigError(f"alpha of {self.name} must be finite, not {self.alpha!r}")
@@ -234,6 +239,20 @@ class Ranked(Additive):
     def _start_at_zero(self, p: Params, slot: str) -> None:
         """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
         torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
+
+
+def _check_type(what: str, annotation: str, value: Any) -> None:
+    """Raise `ConfigError` unless a field of truth values, whole numbers or numbers holds one.
+
+    Python would take "no" for true and True for 1. Fields of other types are for their classes to check.
+    """
+    words = {"bool": "True or False", "int": "a whole number", "float": "a number"}
+    kind, _, optional = annotation.partition(" | ")
+    if kind not in words or (optional == "None" and value is None):
+        return
+    fits = {"bool": bool, "int": int, "float": (int, float)}[kind]
+    if not isinstance(value, fits) or (isinstance(value, bool) and kind != "bool"):  # type: ignore[arg-type]
+        raise ConfigError(f"{what} must be {words[kind]}, not {value!r}")
 
 
 def interpolate(base: Affine, adapted: Affine, strength: Tensor | float) -> Affine:

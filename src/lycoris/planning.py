@@ -8,12 +8,28 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from torch import nn
+from typing_extensions import Self
 
 from lycoris.algorithm import Algorithm
-from lycoris.errors import ConfigError, PlanError, nearest
-from lycoris.geometry import Geometry, describe
+from lycoris.errors import ConfigError, PlanError, nearest, unknown
+from lycoris.geometry import Geometry, Kind, describe
+
+RemarkKind = Literal["note", "unknown", "unmatched"]
+
+
+class Remark(str):
+    """Something that the user should know, as text with a kind."""
+
+    kind: RemarkKind
+
+    def __new__(cls, text: str, kind: RemarkKind = "note") -> Self:
+        made = super().__new__(cls, text)
+        made.kind = kind
+        return made
+
 
 Choose = Callable[[str, nn.Module, Sequence[nn.Module], Geometry], "tuple[Algorithm, ...] | None"]
 """(path, layer, modules around it from the nearest out, geometry) → algorithms, lowest first; None: leave it alone."""
@@ -31,6 +47,21 @@ class Rule:
     """linear or conv."""
     inside: str = "*"
     """Class name of the layer itself or of a module around it."""
+
+    def __post_init__(self) -> None:
+        for algorithm in self.use if isinstance(self.use, tuple) else (self.use,):
+            if not isinstance(algorithm, Algorithm):
+                raise ConfigError(
+                    f"a rule's `use` is an algorithm such as LoRA(rank=8), a tuple of them from the lowest up, or () "
+                    f"to leave layers alone, not {_told(self.use)}"
+                )
+        if not isinstance(self.path, str | re.Pattern):
+            raise ConfigError(f"a rule's `path` is a glob or a compiled expression, not {_told(self.path)}")
+        if not isinstance(self.inside, str):
+            raise ConfigError(f"a rule's `inside` is the name of a class, not {_told(self.inside)}")
+        kinds = get_args(Kind)
+        if not isinstance(self.kind, str) or not any(fnmatch.fnmatchcase(kind, self.kind) for kind in kinds):
+            raise ConfigError(unknown("kind of layer", str(self.kind), kinds))
 
     def algorithms(self) -> tuple[Algorithm, ...]:
         return self.use if isinstance(self.use, tuple) else (self.use,)
@@ -69,8 +100,8 @@ class Plan:
     placements: tuple[Placement, ...]
     skipped: tuple[str, ...] = ()
     """Paths of layers that adapters could serve and that get none."""
-    remarks: tuple[str, ...] = field(default=())
-    """What the user should know: targets that matched nothing, options without effect."""
+    remarks: tuple[Remark, ...] = field(default=())
+    """What the user should know: options without effect or unknown, targets that no layer matches."""
 
     @property
     def parameters(self) -> int:
@@ -98,7 +129,10 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule]) -> Plan:
     Raises `PlanError` for a rule that no layer falls to, naming near misses, and for an algorithm that cannot serve a
     layer it was given.
     """
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Sequence) else rules
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
+        given = "an empty list" if rules == [] else _told(rules)
+        raise PlanError(f"a plan needs at least one rule, such as Rule(LoRA(rank=8)), not {given}")
     used: Counter[int] = Counter()
 
     def choose(
@@ -117,7 +151,7 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule]) -> Plan:
     return made
 
 
-def place(model: nn.Module, choose: Choose, remarks: Sequence[str] = ()) -> Plan:
+def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = ()) -> Plan:
     """A plan from a function that decides layer by layer; a layer that appears twice is decided once.
 
     Raises `PlanError` when an algorithm cannot serve a layer.
@@ -128,8 +162,8 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[str] = ()) -> Plan
         geometry = describe(layer)
         if geometry is None:
             continue
-        around = [modules[name] for name in _above(path) if name in modules]
-        algorithms = choose(path, layer, around, geometry)
+        above = [modules[name] for name in _above(path) if name in modules]
+        algorithms = choose(path, layer, above, geometry)
         if not algorithms:
             skipped.append(path)
             continue
@@ -142,6 +176,17 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[str] = ()) -> Plan
     return Plan(tuple(placements), tuple(skipped), tuple(remarks))
 
 
+def servable(model: nn.Module) -> dict[str, tuple[nn.Module, Geometry]]:
+    """Path → layer and geometry, of every layer that adapters can serve."""
+    found = ((path, layer, describe(layer)) for path, layer in model.named_modules())
+    return {path: (layer, geometry) for path, layer, geometry in found if geometry is not None}
+
+
+def around(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules around the layer at a path, nearest first, the model last."""
+    return [model.get_submodule(name) for name in _above(path)]
+
+
 def block_classes(model: nn.Module) -> list[str]:
     """Class names of modules that have layers which adapters can serve, or are such layers."""
     names = set()
@@ -150,6 +195,13 @@ def block_classes(model: nn.Module) -> list[str]:
         if describe(layer) is not None:
             names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
     return sorted(names)
+
+
+def _told(given: Any) -> str:
+    """A wrong value in words; a class where an instance belongs is the likeliest slip."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}; did you mean {given.__name__}()?"
+    return repr(given)
 
 
 def _above(path: str) -> list[str]:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
 from lycoris.errors import ConfigError, unknown
+from lycoris.planning import Remark
 
 Options = Mapping[str, Any]
 
 LAYER_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm")
+
+
+PRESETS_WITH_CONV: Mapping[str, bool] = {
+    "full": True,
+    "full-lin": False,
+    "attn-mlp": False,
+    "attn-only": False,
+    "unet-only": True,
+    "unet-transformer-only": False,
+    "unet-convblock-only": True,
+}
+"""Built-in presets by name. For one model they only say whether convolutions with a real kernel are meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +97,41 @@ class Preset:
             return path
         return next((pattern for pattern in patterns if self.matches(pattern, path)), None)
 
+    def overrides(self) -> tuple[Options, ...]:
+        """The settings of both maps."""
+        return (*self.module_algo_map.values(), *self.name_algo_map.values())
+
+    def for_pipelines(self) -> list[str]:
+        """Keys that were given and that only the kohya interface reads."""
+        return [f.name for f in fields(self) if f.name.startswith(("unet_", "text_encoder_")) and getattr(self, f.name)]
+
+    def means(self, pattern: str, path: str) -> bool:
+        """Whether a pattern, or the very path, means a path."""
+        return pattern == path or self.matches(pattern, path)
+
     def matches(self, pattern: str, path: str) -> bool:
         """Whether a pattern means a path."""
         if self.use_fnmatch:
             return fnmatch.fnmatchcase(path, pattern)
         return _compiled(pattern).match(path) is not None
+
+
+def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: list[Remark]) -> Preset:
+    """A preset with what a built-in one of that name says, remarked upon. Raises `ConfigError` for an unknown name."""
+    if name is None:
+        return preset
+    if str(name) not in PRESETS_WITH_CONV:
+        raise ConfigError(unknown("preset", str(name), PRESETS_WITH_CONV))
+    on = PRESETS_WITH_CONV[str(name)]
+    remarks.append(
+        Remark(
+            f"for one model the preset {str(name)!r} only says that convolutions with a real kernel "
+            f"{'get' if on else 'do not get'} adapters; name targets in apply_preset"
+        )
+    )
+    if "enable_conv" in given:
+        return preset
+    return replace(preset, enable_conv=on)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

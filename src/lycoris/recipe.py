@@ -6,96 +6,36 @@ remarked upon; none is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from lycoris.algorithm import Algorithm, Ranked
-from lycoris.algorithms import DoRA, Full, LoHa, LoKr, LoRA, TLoRA
-from lycoris.errors import ConfigError, PlanError, nearest, unknown
+from lycoris.algorithms import DoRA
+from lycoris.errors import ConfigError, PlanError, nearest
 from lycoris.geometry import Geometry
-from lycoris.planning import Plan, block_classes, place
-from lycoris.preset import LAYER_CLASSES, Preset
+from lycoris.options import (
+    FACTORED,
+    OPTIONS,
+    OVERRIDE,
+    SCHEDULE,
+    SIZES,
+    TOP,
+    algorithm_class,
+    parse_number,
+    parse_optional,
+    parse_options,
+    parse_rank,
+)
+from lycoris.planning import Plan, Remark, around, block_classes, place, servable
+from lycoris.preset import LAYER_CLASSES, Preset, with_named
 from lycoris.schedule import RankSchedule
 
-
-class Option(NamedTuple):
-    """How a config's option reaches an algorithm."""
-
-    field: str | None
-    """The algorithm's own name for it; None: not a field of an algorithm."""
-    algorithms: tuple[str, ...]
-    kind: type
-    built: bool = True
-    """False: known to some algorithm or mode that is not built yet; only a value that leaves it off is accepted."""
-
-
-ALGORITHMS: tuple[tuple[str, type[Algorithm] | None], ...] = (
-    ("lora", LoRA),
-    ("locon", LoRA),
-    ("loha", LoHa),
-    ("lokr", LoKr),
-    ("full", Full),
-    ("tlora", TLoRA),
-    ("dylora", None),
-    ("glora", None),
-    ("diag-oft", None),
-    ("boft", None),
-    ("ia3", None),
-)
-"""Names in configs; None: known to the format, not built yet."""
-
-RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
-FACTORED = ("lora", "locon", "loha", "lokr")
-ALL = tuple(name for name, _ in ALGORITHMS)
-
-OPTIONS: Mapping[str, Option] = {
-    "use_tucker": Option("tucker", FACTORED, bool),
-    "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
-    "rs_lora": Option("rs_lora", RANKED, bool),
-    "factor": Option("factor", ("lokr",), int),
-    "full_matrix": Option("full_matrix", ("lokr",), bool),
-    "decompose_both": Option("decompose_both", ("lokr",), bool),
-    "unbalanced_factorization": Option("unbalanced", ("lokr",), bool),
-    "sig_type": Option("vectors", ("tlora",), str),
-    "use_data_init": Option("data_init", ("tlora",), bool),
-    "dora_wd": Option(None, FACTORED, bool),
-    "weight_decompose": Option(None, FACTORED, bool),
-    "wd_on_output": Option(None, FACTORED, bool),
-    "wd_on_out": Option(None, FACTORED, bool),
-    "tlora_min_rank": Option(None, ("tlora",), int),
-    "tlora_alpha": Option(None, ("tlora",), float),
-    "bypass_mode": Option(None, ALL, bool),
-    "dropout": Option(None, ALL, float, built=False),
-    "rank_dropout": Option(None, ALL, float, built=False),
-    "module_dropout": Option(None, ALL, float, built=False),
-    "rank_dropout_scale": Option(None, ALL, bool, built=False),
-    "train_norm": Option(None, ALL, bool, built=False),
-    "train_llm_adapter": Option(None, ALL, bool, built=False),
-    "block_size": Option(None, ("dylora",), int),
-    "constraint": Option(None, ("diag-oft", "boft"), float),
-    "rescaled": Option(None, ("diag-oft", "boft"), bool),
-    "train_on_input": Option(None, ("ia3",), bool),
-    "mask_group_id": Option(None, ("tlora",), int, built=False),
-}
-"""Options that any algorithm of the format knows. `bypass_mode` has no effect: every path here is exact."""
-
-SIZES = ("linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
-TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset")
-OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
-
-PRESETS_WITH_CONV: Mapping[str, bool] = {
-    "full": True,
-    "full-lin": False,
-    "attn-mlp": False,
-    "attn-only": False,
-    "unet-only": True,
-    "unet-transformer-only": False,
-    "unet-convblock-only": True,
-}
-"""Built-in presets by name. For one model they only say whether convolutions with a real kernel are meant."""
+logger = logging.getLogger("LyCORIS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +52,7 @@ class Recipe:
     preset: Preset = field(default_factory=Preset)
     given: Mapping[str, Any] = field(default_factory=dict)
     """The JSON object as it came."""
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], *, strict: bool = True, preset: Preset | None = None) -> Recipe:
@@ -121,27 +61,39 @@ class Recipe:
         Raises `ConfigError` for a wrong value and, when `strict`, for a key that nothing knows; otherwise such a key
         becomes a remark. `preset` stands in for a missing `apply_preset`.
         """
-        remarks: list[str] = []
+        remarks: list[Remark] = []
         algo = str(given.get("algo", "lora")).lower()
-        _algorithm_class(algo)
-        options = _options(algo, {k: v for k, v in given.items() if k not in TOP}, "", strict, remarks)
+        algorithm_class(algo)
         wanted = given.get("apply_preset")
         if wanted:
             preset = Preset.parse(wanted)
-        preset = _with_named(preset or Preset(), wanted or {}, given.get("preset"))
+        preset = with_named(preset or Preset(), wanted or {}, given.get("preset"), remarks)
+        masked = "tlora" in _algorithms(algo, preset)
+        top = {k: v for k, v in given.items() if k not in TOP}
+        schedule = {k: top.pop(k) for k in SCHEDULE if masked and k in top}
+        options = parse_options(algo, top, "", strict, remarks) | parse_options("tlora", schedule, "", strict, remarks)
         for where, maps in (("module_algo_map", preset.module_algo_map), ("name_algo_map", preset.name_algo_map)):
             for name, override in maps.items():
                 inner = str(override.get("algo", algo)).lower()
-                _algorithm_class(inner)
+                algorithm_class(inner)
                 rest = {k: v for k, v in override.items() if k not in OVERRIDE}
-                _options(inner, rest, f" in {where}[{name!r}]", strict, remarks)
+                own = parse_options(inner, rest, f" in {where}[{name!r}]", strict, remarks)
+                for key in (*SCHEDULE,) if inner == "tlora" else ():
+                    if key in own and options.setdefault(key, own[key]) != own[key]:
+                        raise ConfigError(
+                            f"{key} is {own[key]} in {where}[{name!r}] and {options[key]} elsewhere; all layers share "
+                            "one schedule: give it once"
+                        )
+                for key in ("dim", "linear_dim"):
+                    parse_rank(override.get(key), key)
+        remarks += _without_effect(algo, preset, given, options)
         return cls(
             algo=algo,
-            multiplier=_number(given.get("multiplier", 1.0), "multiplier", float),
-            linear_dim=_number(given.get("linear_dim") or 4, "linear_dim", int),
-            linear_alpha=_optional(given.get("linear_alpha", 1.0), "linear_alpha", float),
-            conv_dim=_optional(given.get("conv_dim"), "conv_dim", int),
-            conv_alpha=_optional(given.get("conv_alpha"), "conv_alpha", float),
+            multiplier=parse_number(given.get("multiplier", 1.0), "multiplier", float),
+            linear_dim=parse_rank(given.get("linear_dim"), "linear_dim") or 4,
+            linear_alpha=parse_optional(given.get("linear_alpha", 1.0), "linear_alpha", float),
+            conv_dim=parse_optional(given.get("conv_dim"), "conv_dim", int),
+            conv_alpha=parse_optional(given.get("conv_alpha"), "conv_alpha", float),
             options=options,
             preset=preset,
             given=dict(given),
@@ -154,11 +106,18 @@ class Recipe:
 
     @property
     def schedule(self) -> RankSchedule | None:
-        """Of the ranks that count by timestep; None for algorithms without one."""
-        if self.algo != "tlora":
+        """Of the ranks that count by timestep; None when no layer can get an algorithm that has one.
+
+        Its largest rank is that of any T-LoRA layer, by the sizes that the config gives.
+        """
+        overrides = [{"algo": self.algo}, *self.preset.overrides()]
+        masked = [o for o in overrides if str(o.get("algo", self.algo)).lower() == "tlora"]
+        shapes = [True, False] if self.preset.enable_conv else [True]
+        ranks = [self._rank_for(pointwise, override) for override in masked for pointwise in shapes]
+        if not ranks:
             return None
         return RankSchedule(
-            max_rank=self.linear_dim,
+            max_rank=max(ranks),
             min_rank=int(self.options.get("tlora_min_rank", 1)),
             alpha=float(self.options.get("tlora_alpha", 1.0)),
         )
@@ -182,9 +141,9 @@ class Recipe:
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
         """The algorithm for a layer of this shape, with a preset's own settings over the general ones."""
         algo = str(override.get("algo", self.algo)).lower()
-        own = _options(algo, {k: v for k, v in override.items() if k not in OVERRIDE}, "", False, [])
+        own = parse_options(algo, {k: v for k, v in override.items() if k not in OVERRIDE}, "", False, [])
         options = {**self.options, **own}
-        cls = _algorithm_class(algo)
+        cls = algorithm_class(algo)
         values = {
             entry.field: options[name]
             for name, entry in OPTIONS.items()
@@ -201,25 +160,35 @@ class Recipe:
 
     def _size(self, geometry: Geometry, override: Mapping[str, Any]) -> tuple[int, float | None]:
         """Rank and alpha; alpha 0 or none means the rank, and convolutions fall back on the linear sizes."""
-        rank, alpha = self.linear_dim, self.linear_alpha
-        names = ("linear_dim", "linear_alpha")
+        alpha, name = self.linear_alpha, "linear_alpha"
         if not geometry.pointwise:
-            rank = self.conv_dim or rank
             alpha = self.conv_alpha if self.conv_alpha is not None else alpha
-            names = ("conv_dim", "conv_alpha")
-        rank = _number(override.get("dim") or override.get(names[0]) or rank, "dim", int)
-        alpha = _optional(override.get("alpha", override.get(names[1], alpha)), "alpha", float)
-        return rank, alpha or None
+            name = "conv_alpha"
+        alpha = parse_optional(override.get("alpha", override.get(name, alpha)), "alpha", float)
+        return self._rank_for(geometry.pointwise, override), alpha or None
 
-    def _unmatched(self, model: nn.Module) -> list[str]:
-        """Targets that the user named and that this model does not have."""
-        classes = {type(module).__name__ for module in model.modules()}
-        paths = [path for path, _ in model.named_modules()]
+    def _rank_for(self, pointwise: bool, override: Mapping[str, Any]) -> int:
+        own = parse_rank(override.get("dim"), "dim")
+        if pointwise:
+            return own or parse_rank(override.get("linear_dim"), "linear_dim") or self.linear_dim
+        conv = parse_optional(override.get("conv_dim"), "conv_dim", int)
+        return int(own or conv or self.conv_dim or self.linear_dim)
+
+    def _unmatched(self, model: nn.Module) -> list[Remark]:
+        """Targets that the user named and that mean no layer which could get an adapter."""
+        conv = self.preset.enable_conv
+        layers = servable(model)
+        meant = {path: layer for path, (layer, geometry) in layers.items() if conv or geometry.pointwise}
+        classes = {type(m).__name__ for path, layer in meant.items() for m in (layer, *around(model, path))}
         named = [name for name in self.preset.target_module if self.preset.target_module != LAYER_CLASSES]
         missing = [name for name in dict.fromkeys([*named, *self.preset.module_algo_map]) if name not in classes]
-        patterns = (*self.preset.target_name, *self.preset.name_algo_map, *self.preset.exclude_name)
-        missing += [p for p in patterns if not any(self.preset.matches(p, path) for path in paths)]
-        return [f"{name!r} matches nothing in {type(model).__name__}" for name in missing]
+        for pattern in dict.fromkeys((*self.preset.target_name, *self.preset.name_algo_map)):
+            missing += [] if any(self.preset.means(pattern, path) for path in meant) else [pattern]
+        for pattern in dict.fromkeys(self.preset.exclude_name):
+            missing += [] if any(self.preset.means(pattern, path) for path in layers) else [pattern]
+        but = "" if conv else " (convolutions with a real kernel are off)"
+        text = f"matches no layer of {type(model).__name__} that adapters can serve{but}"
+        return [Remark(f"{name!r} {text}", "unmatched") for name in missing]
 
     def _nothing(self, model: nn.Module) -> str:
         have = block_classes(model)
@@ -233,72 +202,61 @@ class Recipe:
         )
 
 
-def _algorithm_class(name: str) -> type[Algorithm]:
-    known = dict(ALGORITHMS)
-    if name not in known:
-        raise ConfigError(unknown("algorithm", name, known))
-    cls = known[name]
-    if cls is None:
-        built = ", ".join(algo for algo, made in ALGORITHMS if made)
-        raise ConfigError(f"algorithm {name!r} is not built yet; there are {built}")
-    return cls
-
-
-def _with_named(preset: Preset, given: Mapping[str, Any], name: Any) -> Preset:
-    if name is None:
-        return preset
-    if str(name) not in PRESETS_WITH_CONV:
-        raise ConfigError(unknown("preset", str(name), PRESETS_WITH_CONV))
-    if "enable_conv" in given:
-        return preset
-    return replace(preset, enable_conv=PRESETS_WITH_CONV[name])
-
-
-def _options(algo: str, given: Mapping[str, Any], where: str, strict: bool, remarks: list[str]) -> dict[str, Any]:
-    """Options that reach the algorithm or the recipe. The others are refused or remarked upon."""
-    options: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in OPTIONS:
-            text = unknown("option", name, [*OPTIONS, *(OVERRIDE if where else TOP)]) + where
-            if strict:
-                raise ConfigError(text)
-            remarks.append(f"{text}; it was ignored")
-            continue
-        entry = OPTIONS[name]
-        parsed = _optional(value, name, entry.kind)
-        if not entry.built:
-            if parsed:
-                raise ConfigError(
-                    f"{name} = {value!r}{where} is not built yet; leave it out or set it to {entry.kind()!r}"
-                )
-        elif algo not in entry.algorithms:
-            if parsed:
-                remarks.append(f"{algo} has no {name}{where}; it is for {', '.join(entry.algorithms)}")
-        elif parsed is not None:
-            options[name] = parsed
-    return options
-
-
-def _optional(value: Any, name: str, kind: type) -> Any:
-    return None if value is None else _number(value, name, kind)
-
-
-def _number(value: Any, name: str, kind: type) -> Any:
-    """A value of the wanted type; kohya-style callers hand strings over, and false for "none"."""
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        text = str(value).lower()
-        if text in ("true", "1", "yes", "false", "0", "no", "none", ""):
-            return text in ("true", "1", "yes")
-        raise ConfigError(f"{name} must be true or false, not {value!r}")
-    if value is False:
-        return kind()
+def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
+    """The rank schedule that a file's header describes in its `lycoris_config`, or None."""
+    text = metadata.get("lycoris_config", "{}")
     try:
-        parsed = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        parsed = None
-    if parsed is None or value is True or (kind is int and float(value) != parsed):
-        words = {int: "a whole number", float: "a number", str: "a word"}
-        raise ConfigError(f"{name} must be {words[kind]}, not {value!r}")
-    return parsed
+        config = json.loads(text)
+    except ValueError:
+        logger.warning("the header's lycoris_config is not JSON and was left aside: %.80s", text)
+        return None
+    return schedule_in(config) if isinstance(config, Mapping) else None
+
+
+def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:
+    """The rank schedule that a whole config describes, whatever else it says; None when no T-LoRA is in it."""
+    preset = config.get("apply_preset")
+    maps = {
+        name: {target: _kept(override) for target, override in given.items() if isinstance(override, Mapping)}
+        for name in ("module_algo_map", "name_algo_map")
+        if isinstance(preset, Mapping) and isinstance(given := preset.get(name), Mapping)
+    }
+    algos = [config.get("algo"), *(override.get("algo") for given in maps.values() for override in given.values())]
+    if "tlora" not in [str(algo).lower() for algo in algos]:
+        return None
+    only = {name: {k: v for k, v in given.items() if _masked(v, config)} for name, given in maps.items()}
+    algo = "tlora" if str(config.get("algo")).lower() == "tlora" else "lora"
+    return Recipe.parse(_kept(config) | {"algo": algo, "apply_preset": {"use_fnmatch": True} | only}).schedule
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config or an override a schedule depends on."""
+    return {key: config[key] for key in ("algo", "dim", "linear_dim", "conv_dim", *SCHEDULE) if key in config}
+
+
+def _masked(override: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return str(override.get("algo", config.get("algo"))).lower() == "tlora"
+
+
+def _algorithms(algo: str, preset: Preset) -> set[str]:
+    """Names of the algorithms that layers may get."""
+    return {algo, *(str(override.get("algo", algo)).lower() for override in preset.overrides())}
+
+
+def _without_effect(
+    algo: str, preset: Preset, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> Iterator[Remark]:
+    """What was given, is right, and changes nothing."""
+    for name in preset.for_pipelines():
+        yield Remark(f"{name} has no effect here: it is for interfaces that adapt a whole pipeline, not one model")
+    if options.get("bypass_mode") or any(override.get("bypass_mode") for override in preset.overrides()):
+        yield Remark("bypass_mode has no effect: every path here is exact")
+    every = [options, *({**options, **override} for override in preset.overrides())]
+    for name in ("wd_on_output", "wd_on_out"):
+        asked = [each for each in every if name in each]
+        if asked and not any(each.get("dora_wd") or each.get("weight_decompose") for each in asked):
+            yield Remark(f"{name} has no effect without dora_wd")
+    if _algorithms(algo, preset) == {"full"}:
+        for name in SIZES:
+            if given.get(name) is not None:
+                yield Remark(f"{name} has no effect on full, which has no rank")

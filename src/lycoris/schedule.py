@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,22 +15,42 @@ from torch import Tensor, nn
 
 from lycoris.errors import ConfigError
 
-Unit = Literal["steps", "fraction", "reversed"]
+Unit = Literal["steps", "fraction", "reversed", "reversed steps"]
 
 TIMESTEP_UNITS: Mapping[str, Unit] = MappingProxyType(
     {
-        "FluxTransformer2DModel": "fraction",
-        "Flux2Transformer2DModel": "fraction",
+        "AceStepTransformer1DModel": "fraction",
+        "AuraFlowTransformer2DModel": "fraction",
+        "BriaFibo2Transformer2DModel": "fraction",
         "ChromaTransformer2DModel": "fraction",
+        "Flux2Transformer2DModel": "fraction",
+        "FluxTransformer2DModel": "fraction",
+        "Krea2Transformer2DModel": "fraction",
+        "LongCatImageTransformer2DModel": "fraction",
+        "NucleusMoEImageTransformer2DModel": "fraction",
+        "OvisImageTransformer2DModel": "fraction",
+        "PRXTransformer2DModel": "fraction",
+        "QwenImage21Transformer2DModel": "fraction",
         "QwenImageTransformer2DModel": "fraction",
-        "ZImageTransformer2DModel": "reversed",
+        "Ideogram4Transformer2DModel": "reversed",
+        "LongCatAudioDiTTransformer": "reversed",
         "Lumina2Transformer2DModel": "reversed",
+        "LuminaNextDiT2DModel": "reversed",
+        "ZImageTransformer2DModel": "reversed",
+        "MochiTransformer3DModel": "reversed steps",
     }
 )
 """What diffusers' own pipelines hand to a denoiser as its timestep; classes not listed get steps of 0..T.
 
-fraction: t/T. reversed: 1 - t/T.
+fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. LongCatAudioDiT and Mochi come by theirs through a scheduler
+with `invert_sigmas`, whose own timesteps run from 0 (noise) to T (clean).
 """
+
+WITHOUT_SCHEDULE = (
+    "every rank will count at every step, which the training never showed the model and which tends to burn images. "
+    "Set `schedule` (or, on a pipeline, `_tlora_config`) and the ranks that should be off are left out at each step."
+)
+"""What to tell the user of adapters that were trained with a timestep schedule and have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +90,54 @@ class RankSchedule:
 
 def takes_timestep(model: nn.Module) -> bool:
     """Whether a model is called with a timestep that `read_timestep` finds."""
-    return "timestep" in inspect.signature(model.forward).parameters
+    return "timestep" in _parameters(_unwrapped(model))
 
 
 def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int) -> Tensor:
     """The timestep with which a denoiser is being called, on the scale 0..steps, whatever unit its class takes."""
+    model = _unwrapped(model)
+    name = type(model).__name__
     if "timestep" in kwargs:
         given = kwargs["timestep"]
     else:
-        names = list(inspect.signature(model.forward).parameters)
+        names = _parameters(model)
         at = names.index("timestep") if "timestep" in names else len(args)
         if at >= len(args):
-            raise ConfigError(f"{type(model).__name__} was called without a timestep, which T-LoRA's schedule needs")
+            raise ConfigError(f"{name} was called without a timestep, which T-LoRA's schedule needs")
         given = args[at]
     t = torch.as_tensor(given).detach().reshape(-1).double()
-    unit = TIMESTEP_UNITS.get(type(model).__name__, "steps")
+    if name not in TIMESTEP_UNITS:
+        _doubt(name, t, steps)
+    unit = TIMESTEP_UNITS.get(name, "steps")
     if unit == "steps":
         return t
+    if unit == "reversed steps":
+        return steps - t
     # A division by T in float32 leaves t a hair off; a hair below a whole step can be a rank less.
     return ((t if unit == "fraction" else 1 - t) * steps).round(decimals=3)
+
+
+def _doubt(name: str, t: Tensor, steps: int) -> None:
+    """A warning, not an error: the last timesteps of some schedulers do lie below 1 on the scale of steps."""
+    if t.numel() and bool(((t > 0) & (t < 1)).all()):
+        warnings.warn(
+            f"{name} was called with timesteps between 0 and 1, which are taken as steps of 0..{steps}, nearly clean. "
+            "If they are t/T or 1 - t/T, T-LoRA counts the wrong ranks: the class then belongs into "
+            "lycoris.schedule.TIMESTEP_UNITS; until it is there, set masks by AdapterSet.set_timesteps",
+            stacklevel=2,
+        )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The denoiser itself inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`)."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) and "timestep" not in _parameters(model):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from lycoris.cli import app
 from lycoris.demo.demo import ASSETS
+from lycoris.generation.pictures import Sampling
+from lycoris.training import loop, measure
 
 LYCORIS = Path(sys.executable).with_name("lycoris")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -105,3 +110,46 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config: Path) -> None:
     made = run("train", config, "--output-dir", out, "--resume", "latest")
     assert made.returncode == 0, made.stderr
     assert json.loads((out / "report.json").read_text())["steps"] == last + 1
+
+
+def change(config: Path, **changes: Any) -> None:
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"out"', '"config.json/out"', "config.json is a file"),
+        ('"learning_rate": 0.004', '"learning_rate": 1e999', "learning_rate = inf"),
+        ('"seed": 42', f'"seed": {2**70}', f"seed = {2**70}"),
+    ],
+)
+def test_bad_values_are_one_message_and_leave_nothing(config: Path, old: str, new: str, words: str) -> None:
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    made = run("train", config)
+    assert made.returncode == 2
+    assert words in made.stderr
+    assert "Traceback" not in made.stderr
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_any_folder_name_will_do(config: Path) -> None:
+    change(config, output_dir="x[/bold]")
+    made = run("train", config)
+    assert made.returncode == 0, made.stderr
+    assert (config.parent / "x[" / "bold]" / "report.json").is_file()
+
+
+def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    words = ["demo", "--output-dir", str(out), "--steps", "2"]
+    monkeypatch.setattr(measure, "sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "interruptible", lambda: nullcontext(lambda: True))
+        assert CliRunner().invoke(app, words).exit_code == 130
+    assert (out / "checkpoint-1").is_dir()
+    made = CliRunner().invoke(app, words)
+    assert made.exit_code == 0, made.output
+    assert f"going on from {out / 'checkpoint-1'}" in made.output
+    assert not (out / "checkpoint-1").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from lycoris.demo.demo import ASSETS, settings
 from lycoris.training import data
+from lycoris.training.checkpoint import STATE
 from lycoris.training.inputs import check
 from lycoris.training.settings import load
 
@@ -55,3 +56,12 @@ def test_the_example_has_the_demos_settings() -> None:
 
 def test_every_image_of_the_sheet_can_be_read() -> None:
     assert data.read(settings(Path("unused")).instance_data_dir).problems == []
+
+
+def test_it_goes_on_by_itself_from_what_an_interruption_left(tmp_path: Path) -> None:
+    for step in (5, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / STATE).touch()
+    assert check(settings(tmp_path)).resume == tmp_path / "checkpoint-12"
+    assert check(settings(tmp_path, resume="checkpoint-5")).resume == tmp_path / "checkpoint-5"
+    assert settings(tmp_path / "other").resume_from_checkpoint is None

@@ -23,7 +23,7 @@ from lycoris import (
     create_lycoris,
     create_lycoris_from_weights,
 )
-from lycoris.files import load_tensors
+from lycoris.files import load_tensors, write
 from tiny import sdxl_unet
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -318,6 +318,65 @@ def test_documented_calls(model: MyModel) -> None:
     assert (positional.multiplier, positional.loras[0].algorithm.rank) == (0.5, 8)
     with pytest.raises(ConfigError, match=r"contradict"):
         create_lycoris(model, algo="lora", algorithm="loha")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 3, "linear_dim": 16}, r"rank=3 and linear_dim=16 contradict"),
+        ({"rank": 3, "linear_dim": 4}, r"rank=3 and linear_dim=4 contradict"),
+        ({"alpha": 2, "linear_alpha": 1}, r"alpha=2 and linear_alpha=1 contradict"),
+        ({"rank": 0}, r"rank must be at least 1"),
+        ({"linear_dim": 0}, r"rank must be at least 1"),
+    ],
+)
+def test_sizes_that_contradict_each_other_or_are_none(options: dict[str, Any], words: str, model: MyModel) -> None:
+    with pytest.raises(ConfigError, match=words):
+        create_lycoris(model, **options)
+
+
+def test_sizes_given_twice_alike_and_by_default(model: MyModel) -> None:
+    both = create_lycoris(model, rank=3, linear_dim=3, alpha=2, linear_alpha=2.0).loras[0].algorithm
+    assert (both.rank, both.alpha) == (3, 2.0)
+    plain = create_lycoris(model).loras[0].algorithm
+    assert (plain.rank, plain.alpha) == (4, 1.0)
+
+
+def test_layers_of_one_name_are_refused() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b_c": nn.Linear(2, 2)}), "a_b": nn.ModuleDict({"c": nn.Linear(2, 2)})})
+    with pytest.raises(ConfigError, match=r"a\.b_c and a_b\.c are both called a_b_c.*exclude_name"):
+        create_lycoris(model)
+
+
+def test_unmatched_targets_are_warned_about_unless_told_otherwise(model: MyModel, caplog: Any) -> None:
+    preset = {"target_module": ["Attention", "GELU"]}
+    create_lycoris(model, apply_preset=preset, warn_on_unmatched=False)
+    assert not caplog.records
+    create_lycoris(model, apply_preset=preset)
+    assert caplog.messages == ["'GELU' matches no layer of MyModel that adapters can serve"]
+
+
+def test_options_for_a_file_are_known_or_warned_about(model: MyModel, tmp_path: Path, caplog: Any) -> None:
+    trained(model, linear_dim=2).save_weights(tmp_path / "a.safetensors", None, {})
+    whole = {"algo": "lora", "linear_dim": 2, "dropout": 0.1, "apply_preset": {"target_module": ["x"]}}
+    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", MyModel(), **whole)
+    assert not caplog.records
+    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", MyModel(), None, linear_dims=2)
+    assert "unknown option 'linear_dims'; did you mean 'linear_dim'" in caplog.text
+
+
+def test_a_component_of_a_file_for_a_whole_pipeline(model: MyModel, x: Tensor, tmp_path: Path) -> None:
+    network = trained(model, linear_dim=2)
+    live, bundle = model(x), network.adapters.bundle()
+    network.restore()
+    write(bundle, tmp_path / "te.safetensors", "kohya", component="text_encoder")
+    with pytest.raises(FileError, match=r"text_encoder; pass it as component="):
+        create_lycoris_from_weights(1.0, tmp_path / "te.safetensors", model)
+    again, _ = create_lycoris_from_weights(1.0, tmp_path / "te.safetensors", model, component="text_encoder")
+    again.double().apply_to()
+    assert relative(model(x), live) < 1e-6
+    again.save_weights(tmp_path / "own.safetensors", None, {})
+    assert again.load_weights(tmp_path / "own.safetensors") == {}
 
 
 DOCUMENTED: dict[str, dict[str, Any]] = {

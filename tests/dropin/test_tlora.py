@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -301,3 +303,59 @@ def test_the_functions() -> None:
     assert get_timestep_mask() is None
     with pytest.raises(ConfigError, match="min rank"):
         compute_timestep_mask(0, 1000, 4, min_rank=8)
+
+
+def test_groups_of_masks_are_not_built_yet() -> None:
+    for call in (lambda: set_timestep_mask(first(1), 1), lambda: get_timestep_mask(1), lambda: clear_timestep_mask(1)):
+        with pytest.raises(ConfigError, match="mask groups are not built yet"):
+            call()
+
+
+def test_applying_without_a_schedule_is_warned_about(x: Tensor, caplog: Any) -> None:
+    network = adapted(denoiser(), apply=False)
+    network.apply_to()
+    network.apply_to()
+    assert sum("every rank will count at every step" in text for text in caplog.messages) == 1
+    caplog.clear()
+    create_lycoris(denoiser(), 1.0, RANK, algo="tlora").apply_to()
+    create_lycoris(denoiser(), 1.0, RANK, algo="lora").apply_to()
+    assert not caplog.records
+
+
+def test_tlora_for_some_layers_has_its_schedule(x: Tensor) -> None:
+    preset = {"module_algo_map": {"Linear": {"algo": "tlora", "tlora_min_rank": 2}}}
+    network = create_lycoris(denoiser(), 1.0, RANK, apply_preset=preset)
+    assert network.adapters.schedule == RankSchedule(max_rank=RANK, min_rank=2)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_follows_masks_of_its_own(copied: Any, x: Tensor) -> None:
+    model = denoiser()
+    network = create_lycoris(model, 1.0, RANK, 3.0, algo="tlora").double()
+    perturb(network.adapters)
+    network.apply_to()
+    again = copied(model)
+    assert torch.equal(again(x, 500), model(x, 500))
+    assert torch.equal(masked(again, x, first(1)), masked(model, x, first(1)))
+    assert not torch.equal(again(x, 500), again(x, 0))
+    network.restore()
+    assert not model._forward_pre_hooks
+    assert again._forward_pre_hooks
+
+
+class Pipeline:
+    """Calls its denoiser as a pipeline does, with a configuration of ranks on it."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        self.model, self._tlora_config = model, config
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x, 500)
+
+
+def test_the_configuration_of_a_pipeline_is_checked_and_completed(x: Tensor) -> None:
+    model = denoiser()
+    adapted(model)
+    assert torch.equal(Pipeline(model, {"alpha": 2.0})(x), Pipeline(model, {"max_rank": RANK, "alpha": 2.0})(x))
+    with pytest.raises(ConfigError, match=r"unknown key of _tlora_config 'max_ranks'; did you mean 'max_rank'"):
+        Pipeline(model, {"max_ranks": RANK})(x)

@@ -18,6 +18,7 @@ from lycoris import (
     AdapterSet,
     Bundle,
     FileError,
+    Full,
     LoRA,
     Rule,
     create_lycoris,
@@ -233,6 +234,15 @@ def test_names_that_collide(tmp_path: Path) -> None:
     save_file({"lycoris_a_b.lora_up.weight": torch.zeros(4, 1)}, tmp_path / "a.safetensors")
     with pytest.raises(FileError, match="same name with underscores"):
         read(tmp_path / "a.safetensors", model)
+
+
+@pytest.mark.parametrize("stack", [(Full(), LoRA(rank=2)), (LoRA(rank=2), LoRA(rank=3))], ids=repr)
+def test_several_algorithms_on_a_layer_are_not_written(stack: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = AdapterSet.build(model, plan(model, Rule(stack)))
+    with pytest.raises(FileError, match=r"0 has \w+ and lora, and lycoris files hold one algorithm per layer"):
+        write(adapters.bundle(), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_load_weights_leaves_the_network_as_it_was(good: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lycoris.errors import ConfigError, FileError
 from lycoris.training import checkpoint
-from lycoris.training.settings import Settings
+from lycoris.training.settings import FREE_ON_RESUME, Settings
 from lycoris.training.trainer import train
 
 Make = Callable[..., Settings]
@@ -95,3 +95,43 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-3.part").mkdir()
     (tmp_path / "checkpoint-2").mkdir()
     assert checkpoint.existing(tmp_path) == []
+
+
+def test_changed_settings_are_refused_and_all_named(settings: Make, console: Console) -> None:
+    train(settings(**BARE, checkpointing_steps=2), console)
+    changes = {"learning_rate": 0.5, "train_batch_size": 1, "lr_scheduler": "cosine", "seed": 7}
+    with pytest.raises(ConfigError) as caught:
+        train(settings(**BARE, **changes, checkpointing_steps=2, resume_from_checkpoint="latest"), console)
+    for line in ("learning_rate was 0.01 and is 0.5", "train_batch_size was 2 and is 1", "seed was 42 and is 7"):
+        assert line in str(caught.value)
+    assert "lr_scheduler was 'constant_with_warmup' and is 'cosine'" in str(caught.value)
+
+
+def test_changed_captions_are_refused(settings: Make, console: Console, images: Path) -> None:
+    train(settings(**BARE, checkpointing_steps=2), console)
+    (images / "red.txt").write_text("a crimson ball")
+    with pytest.raises(ConfigError, match="the images, their captions, or which of them are held out have changed"):
+        train(settings(**BARE, checkpointing_steps=2, resume_from_checkpoint="latest"), console)
+
+
+def test_what_is_shown_and_where_it_lies_may_change(settings: Make, console: Console, images: Path) -> None:
+    train(settings(**BARE, checkpointing_steps=2), console)
+    images.rename(images.with_name("moved"))
+    changes = {"checkpointing_steps": 0, "max_train_steps": 4, "validation_steps": 3, "instance_data_dir": "moved"}
+    shown = {"validation_guidance": 2.0, "validation_prompts": ["a cube"], "validation_prompts_outside": []}
+    outcome = train(settings(**changes, **shown, resume_from_checkpoint="latest"), console)
+    assert outcome.report is not None
+
+
+def test_free_settings_are_settings() -> None:
+    assert set(FREE_ON_RESUME) <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("alien", [{"step": 1}, [1, 2], {"model": torch.zeros(2)}], ids=["part", "list", "other"])
+def test_a_state_of_another_program_is_refused(settings: Make, console: Console, alien: Any) -> None:
+    given = settings(**BARE, resume_from_checkpoint="checkpoint-1")
+    folder = given.output_dir / "checkpoint-1"
+    folder.mkdir(parents=True)
+    torch.save(alien, folder / checkpoint.STATE)
+    with pytest.raises(FileError, match=r"is not the state of a run.*it lacks .*optimizer"):
+        train(given, console)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -125,3 +126,63 @@ def test_holding_out_too_many_is_an_error(images: Path) -> None:
         data.split(found, count=7, seed=0)
     with pytest.raises(ConfigError, match="all 6 images are held out"):
         data.split(found, count=6, seed=0)
+
+
+def test_an_empty_caption_is_a_missing_one(images: Path) -> None:
+    (images / "red.txt").write_text(" \n")
+    assert data.read(images, skip_unreadable=True).problems == ["red.png: its caption red.txt is empty"]
+    with pytest.raises(ConfigError, match=r"red\.png: its caption red\.txt is empty"):
+        data.read(images)
+
+
+def test_an_empty_caption_of_a_tile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"s\.png\[1\]: its caption is empty"):
+        data.read(sheet(tmp_path, items=[{"caption": "a"}, {"caption": " "}]))
+
+
+def test_files_that_are_no_part_of_it_are_counted_and_the_first_named(images: Path) -> None:
+    assert data.read(images).unused is None
+    (images / "alone.txt").write_text("a caption without an image")
+    (images / "film.gif").write_text("")
+    (images / "more").mkdir()
+    (images / "more" / "deep.png").write_text("")
+    (images / "more" / "deep.txt").write_text("")
+    (images / ".DS_Store").write_text("")
+    unused = data.read(images).unused
+    assert unused is not None
+    assert unused.startswith("3 files in ")
+    assert unused.endswith(": alone.txt, film.gif, more/deep.png")
+    (images / "other.gif").write_text("")
+    assert str(data.read(images).unused).endswith("more/deep.png, ...")
+
+
+def test_images_in_subfolders_are_named_when_there_are_no_others(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.png").write_text("")
+    with pytest.raises(ConfigError, match=r"holds no images; .*1 file in .* not used .*: more/a\.png"):
+        data.read(tmp_path)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a ramp")
+    x = data.pixels(data.read(tmp_path).usable[0], 16)
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 65535 * 2 - 1
+    torch.testing.assert_close(x[0], expected, atol=1 / 127, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_levels_without_a_range_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / "a.png", format="TIFF")
+    (tmp_path / "a.txt").write_text("what is white?")
+    with pytest.raises(ConfigError, match=r"a\.png: not a readable image \(mode [IF], 32 bits"):
+        data.read(tmp_path)
+
+
+def test_a_bomb_is_an_unreadable_image(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ConfigError, match=r"6 of 6 images(.|\n)*red\.png: not a readable image \(Image size"):
+        data.read(images)
+    with pytest.raises(ConfigError, match=r"s\.png is not a readable image"):
+        data.read(sheet(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ NEEDED = {"lycoris_config": "l.json", "pretrained_model_name_or_path": "base", "
         ({"gradient_checkpointing": "true"}, ["gradient_checkpointing = 'true'", "boolean"]),
         ({"learning_rate": "1e-4"}, ["learning_rate = '1e-4'", "number"]),
         ({"learning_rate": 0}, ["learning_rate = 0", "greater than 0"]),
+        ({"learning_rate": float("inf")}, ["learning_rate = inf", "finite"]),
+        ({"validation_guidance": float("nan")}, ["validation_guidance = nan", "finite"]),
+        ({"validation_lycoris_strength": float("inf")}, ["validation_lycoris_strength = inf", "finite"]),
+        ({"seed": 2**70}, ["seed = ", "less than 9223372036854775808"]),
+        ({"validation_seed": 2**63}, ["validation_seed = ", "less than"]),
         ({"resolution": 33}, ["resolution = 33", "multiple of 8"]),
         ({"lr_scheduler": "cosin"}, ["lr_scheduler = 'cosin'", "'cosine'"]),
         ({"model_type": "full"}, ["model_type = 'full'", "'lora'"]),
@@ -81,6 +87,7 @@ def test_a_repository_name_stays_as_it_is(tmp_path: Path) -> None:
     [
         ('{\n  "seed": 1,\n}', "line 3, column 1"),
         ("[1]", "expected an object"),
+        ('{"seed": ' + "1" * 5000 + "}", "cannot be read as JSON"),
         ('{"seed": 1, "seed": 2}', "'seed' appears twice"),
     ],
 )
@@ -105,3 +112,51 @@ def test_another_pipeline_class_is_not_yet_supported(settings: Callable[..., Set
 def test_a_folder_without_a_pipeline_is_refused(settings: Callable[..., Settings], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
         families.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("latest", "latest"),
+        ("runs/checkpoint-5", "{folder}/runs/checkpoint-5"),
+        ("here", "{folder}/here"),
+        ("checkpoint-5", "checkpoint-5"),
+        ("/elsewhere/checkpoint-5", "/elsewhere/checkpoint-5"),
+    ],
+)
+def test_a_checkpoint_in_a_file_is_relative_to_it_or_a_name_in_output_dir(
+    tmp_path: Path, given: str, read: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**NEEDED, "resume_from_checkpoint": given}))
+    assert load(path).resume_from_checkpoint == read.format(folder=tmp_path)
+    assert load(path, {"resume_from_checkpoint": "runs/x"}).resume_from_checkpoint == "runs/x"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"StableDiffusionPipeline"', "{"])
+def test_an_index_that_is_none_is_refused(settings: Callable[..., Settings], tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
+        families.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+
+
+def test_a_missing_part_of_the_base_is_named(settings: Callable[..., Settings], base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(ConfigError, match="has no tokenizer;"):
+        families.check(settings(pretrained_model_name_or_path="copy"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    with pytest.raises(ConfigError, match="has no tokenizer, vae;"):
+        families.check(settings(pretrained_model_name_or_path="copy"))
+
+
+def test_a_damaged_part_of_the_base_is_an_error_without_a_trace(
+    settings: Callable[..., Settings], base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    (tmp_path / "copy" / "unet" / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        families.load(settings(pretrained_model_name_or_path="copy"))

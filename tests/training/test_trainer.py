@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from lycoris import create_lycoris_from_weights
 from lycoris.errors import ConfigError, NotFiniteError, PlanError
 from lycoris.training import families
+from lycoris.training.inputs import check
+from lycoris.training.measure import _title
 from lycoris.training.settings import Settings
 from lycoris.training.trainer import train
 
@@ -136,3 +139,103 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(settings: Make, console:
     folders = sorted(path.name for path in given.output_dir.glob("checkpoint-*"))
     assert folders[0] == "checkpoint-1"
     assert not list(given.output_dir.glob(".*"))
+
+
+def test_the_report_measures_at_the_multiplier_that_was_trained_with(settings: Make, console: Console) -> None:
+    outcome = train(settings({"multiplier": 2.0}), console)
+    assert outcome.report is not None
+    numbers = json.loads((outcome.adapter.parent / "report.json").read_text())
+    assert outcome.report.held_out_loss_adapter == pytest.approx(numbers["held_out"]["3"], rel=1e-5)
+    assert numbers["held_out"]["3"] != pytest.approx(numbers["held_out"]["0"], rel=1e-3)
+    assert "create_lycoris_from_weights(2.0, " in console.file.getvalue()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_pictures_are_drawn_at_the_multiplier(
+    settings: Make, console: Console, monkeypatch: pytest.MonkeyPatch, strength: float
+) -> None:
+    seen: list[str] = []
+    sheet = Image.new("RGB", (8, 8))
+    for module in ("preview", "report"):
+        monkeypatch.setattr(
+            f"lycoris.training.{module}.grid",
+            lambda blocks: seen.extend(label for label, _ in blocks[0].rows) or sheet,
+        )
+    train(settings({"multiplier": 2.0}, validation_steps=2, validation_lycoris_strength=strength), console)
+    half, full = f"{strength:g}", f"{2 * strength:g}"
+    assert seen[0] == f"strength {full}"
+    assert [label.split(", ")[-1] for label in seen[2:5]] == [
+        f"strength {half}",
+        f"strength {full}",
+        f"strength {full}",
+    ]
+
+
+@pytest.mark.parametrize("multiplier", [0, 0.0, "inf"])
+def test_a_multiplier_that_trains_nothing_is_refused(settings: Make, console: Console, multiplier: object) -> None:
+    with pytest.raises(ConfigError, match=r"lycoris_config\.json: multiplier = .* nothing would be trained"):
+        train(settings({"multiplier": multiplier}), console)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_an_output_dir_that_cannot_be_a_folder_is_refused_first(settings: Make, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"output_dir = .*taken is a file"):
+        check(settings(output_dir=f"taken{below}", pretrained_model_name_or_path="no base at all"))
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_paths_are_printed_as_they_are(settings: Make, console: Console) -> None:
+    outcome = train(settings(output_dir="a[/bold]:smile:"), console)
+    text = console.file.getvalue()
+    assert f"saved {outcome.adapter};" in text
+    assert f"wrote {outcome.adapter}" in text
+    assert ":smile:" in str(outcome.adapter)
+
+
+def test_errors_in_the_lycoris_config_name_that_file(settings: Make, console: Console) -> None:
+    for lycoris in ({"algo": "lorra"}, {"linear_dim": "four"}, {"apply_preset": {"target_module": ["Atention"]}}):
+        with pytest.raises((ConfigError, PlanError), match=r"^\S*/lycoris_config\.json: "):
+            train(settings(lycoris), console)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "title"),
+    [
+        (["red ball"], "Prompts of the fine-tuning set"),
+        (["red ball", "a cube"], "Prompts, 1 of 2 from the fine-tuning set"),
+        (["a cube"], "Prompts, none of 1 from the fine-tuning set"),
+    ],
+)
+def test_only_prompts_that_were_trained_on_are_called_so(settings: Make, prompts: list[str], title: str) -> None:
+    given = settings(validation_prompts=prompts)
+    assert _title(given.validation_prompts, check(given).training) == title
+
+
+def test_what_an_interruption_left_is_removed_when_the_run_is_finished(
+    settings: Make, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings()
+    with monkeypatch.context() as patched:
+        patched.setattr("lycoris.training.loop.interruptible", lambda: nullcontext(lambda: True))
+        stopped = train(given, console)
+    assert stopped.checkpoint is not None
+    assert stopped.checkpoint.is_dir()
+    finished = train(given.model_copy(update={"resume_from_checkpoint": "latest"}), console)
+    assert finished.report is not None
+    assert not list(given.output_dir.glob("checkpoint-*"))
+    train(given, console)
+
+
+def test_checkpoints_that_were_asked_for_are_kept(settings: Make, console: Console) -> None:
+    given = settings(checkpointing_steps=2)
+    train(given, console)
+    train(given.model_copy(update={"checkpointing_steps": 0, "resume_from_checkpoint": "latest"}), console)
+    assert [path.name for path in given.output_dir.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_files_that_are_not_used_are_said(settings: Make, console: Console, images: Path) -> None:
+    (images / "notes.gif").write_text("")
+    train(settings(max_train_steps=1), console)
+    assert "1 file in" in console.file.getvalue()
+    assert "notes.gif" in console.file.getvalue()

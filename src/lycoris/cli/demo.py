@@ -17,7 +17,9 @@ def demo(
         "runs/demo"
     ),
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of the demo's own number.")] = None,
-    resume: Annotated[str | None, typer.Option(help="'latest' or a checkpoint folder to go on from.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint folder to go on from, in place of the latest.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
 ) -> None:
     """Teach a small text-to-image model, which comes with this package, a new drawing style: minutes on a CPU."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lycoris.training import checkpoint
 from lycoris.training.settings import Settings, load
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
-    """The demo's settings, `assets/config.json`, with what the user chose put over them."""
+    """The demo's settings, `assets/config.json`, with what the user chose put over them.
+
+    With a checkpoint in `output_dir` it goes on from the latest, so that the same command finishes what it began.
+    """
+    if resume is None and checkpoint.existing(output_dir):
+        resume = checkpoint.LATEST
     chosen = {"output_dir": output_dir, "max_train_steps": steps, "resume_from_checkpoint": resume}
     return load(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,19 @@ from lycoris.attach import Adapter
 from lycoris.dropin import tlora
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialect import flatten
+from lycoris.options import unknown_options
 from lycoris.preset import Preset
-from lycoris.recipe import Recipe
-from lycoris.schedule import RankSchedule
+from lycoris.recipe import Recipe, schedule_in
+from lycoris.schedule import WITHOUT_SCHEDULE
 
 logger = logging.getLogger("LyCORIS")
 
-SCHEDULE_KEYS = ("algo", "linear_dim", "tlora_min_rank", "tlora_alpha")
+
+class _Int(int):
+    """A default that can be told from the same number given by the caller."""
+
+
+DIM, ALPHA = _Int(4), _Int(1)
 
 
 class PresetKeyError(ConfigError, KeyError):
@@ -42,6 +47,7 @@ class LycorisNetwork(nn.Module):
 
     def __init__(self, adapters: AdapterSet, prefix: str = "lycoris", multiplier: float = 1.0) -> None:
         super().__init__()
+        _check_names(list(adapters.stacks))
         self.adapters, self.prefix = adapters, prefix
         adapters.set_strength(multiplier)
         for path, stack in adapters.stacks.items():
@@ -75,6 +81,11 @@ class LycorisNetwork(nn.Module):
 
     def apply_to(self) -> None:
         """Put the adapters on the model's layers. A second call does nothing."""
+        unguided = self.adapters.schedule is None and tlora.get_timestep_mask() is None
+        if self.adapters.rank_masked and unguided and not self.adapters.attached:
+            logger.warning(
+                "applying adapters that were trained with a timestep schedule, without one: %s", WITHOUT_SCHEDULE
+            )
         self.adapters.attach()
         tlora.track(self.adapters)
 
@@ -148,8 +159,8 @@ class LycorisNetwork(nn.Module):
 def create_lycoris(
     module: nn.Module,
     multiplier: float = 1.0,
-    linear_dim: int | None = 4,
-    linear_alpha: float | None = 1,
+    linear_dim: int | None = DIM,
+    linear_alpha: float | None = ALPHA,
     warn_on_unmatched: bool = True,
     *,
     algorithm: str | None = None,
@@ -170,8 +181,8 @@ def create_lycoris(
         raise ConfigError(f"algo={options['algo']!r} and algorithm={algorithm!r} contradict each other; give one")
     given = options | {
         "multiplier": multiplier,
-        "linear_dim": linear_dim if rank is None else rank,
-        "linear_alpha": linear_alpha if alpha is None else alpha,
+        "linear_dim": _one_of("rank", rank, "linear_dim", linear_dim),
+        "linear_alpha": _one_of("alpha", alpha, "linear_alpha", linear_alpha),
     }
     preset = LycorisNetwork._preset
     if preset is not None and given.get("apply_preset"):
@@ -181,10 +192,8 @@ def create_lycoris(
     recipe = Recipe.parse(given, strict=False, preset=preset)
     plan = recipe.plan(module)
     for remark in plan.remarks:
-        if "unknown" in remark or (warn_on_unmatched and "matches nothing" in remark):
-            logger.warning(remark)
-        else:
-            logger.info(remark)
+        warn = remark.kind == "unknown" or (remark.kind == "unmatched" and warn_on_unmatched)
+        logger.log(logging.WARNING if warn else logging.INFO, "%s", remark)
     adapters = AdapterSet.build(module, plan, name=_free_name(module))
     adapters.schedule = recipe.schedule
     logger.info("%s", dataclasses.replace(plan, remarks=()))
@@ -196,13 +205,19 @@ def create_lycoris_from_weights(
     file: str | os.PathLike[str] | None,
     module: nn.Module,
     weights_sd: Mapping[str, Tensor] | None = None,
+    *,
+    component: str = "",
     **options: Any,
 ) -> tuple[LycorisNetwork, dict[str, Tensor]]:
     """Adapters from a file (or from its tensors, `weights_sd`), not yet applied, and the tensors.
 
     Settings come from the tensors; `options`, which trainers pass along, only fill in a T-LoRA schedule that the
-    file's header does not have. Raises `FileError` when the file is damaged or does not fit the model.
+    file's header does not have; ones that nothing knows are warned about. `component` says which part of a pipeline
+    the model is, for files that hold several: "" the denoiser, "text_encoder", ...; the network is saved for this
+    model alone, in LyCORIS' own names. Raises `FileError` when the file is damaged or does not fit the model.
     """
+    for strange in unknown_options(options):
+        logger.warning("%s", strange)
     metadata: dict[str, str] = {}
     if weights_sd is not None:
         tensors = dict(weights_sd)
@@ -213,27 +228,36 @@ def create_lycoris_from_weights(
     own = LycorisNetwork._preset.lora_prefix if LycorisNetwork._preset else "lycoris"
     prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     try:
-        bundle = files.resolve(tensors, module, metadata=metadata, prefix=None if prefix == "lycoris" else prefix)
+        known = None if prefix == "lycoris" else prefix
+        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known)
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:
         logger.warning(remark)
     adapters = AdapterSet.load(module, bundle, name=_free_name(module))
-    adapters.schedule = _schedule(metadata, options)
+    adapters.schedule = adapters.schedule or schedule_in(options)
     return LycorisNetwork(adapters, prefix, multiplier), tensors
 
 
-def _schedule(metadata: Mapping[str, str], options: Mapping[str, Any]) -> RankSchedule | None:
-    """The rank schedule that a file's header, or else the caller's options, describe."""
-    try:
-        header = json.loads(metadata.get("lycoris_config", "{}"))
-    except ValueError:
-        logger.warning("the header's lycoris_config is not JSON and was left aside: %.80s", metadata["lycoris_config"])
-        header = {}
-    for config in (header, options):
-        if isinstance(config, Mapping) and str(config.get("algo", "")).lower() == "tlora":
-            return Recipe.parse({key: config[key] for key in SCHEDULE_KEYS if key in config}).schedule
-    return None
+def _one_of(name: str, value: float | None, other: str, documented: float | None) -> float | None:
+    """One setting that has two names; giving both is fine only if they agree."""
+    if value is None:
+        return documented
+    if not isinstance(documented, _Int) and documented != value:
+        raise ConfigError(f"{name}={value!r} and {other}={documented!r} contradict each other; give one")
+    return value
+
+
+def _check_names(paths: list[str]) -> None:
+    """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
+    owner: dict[str, str] = {}
+    for path in paths:
+        first = owner.setdefault(flatten(path), path)
+        if first != path:
+            raise ConfigError(
+                f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave one "
+                "out with exclude_name, or use AdapterSet, which goes by paths"
+            )
 
 
 def _free_name(module: nn.Module) -> str:

@@ -9,17 +9,21 @@ import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from lycoris.adapters import AdapterSet
+from lycoris.errors import ConfigError, unknown
 from lycoris.schedule import RankSchedule, takes_timestep
 
 logger = logging.getLogger("LyCORIS")
 
+CONFIG_KEYS = ("max_rank", "min_rank", "alpha")
+"""Of a pipeline's `_tlora_config`."""
+
 _masks: dict[int, Tensor] = {}
-_tracked: WeakKeyDictionary[AdapterSet, Any] = WeakKeyDictionary()
+_tracked: WeakSet[AdapterSet] = WeakSet()
 
 
 def compute_timestep_mask(
@@ -31,17 +35,20 @@ def compute_timestep_mask(
 
 def set_timestep_mask(mask: Tensor, group_id: int = 0) -> None:
     """Put a mask, (1, r) or (B, r), in force on every applied T-LoRA network until it is cleared."""
+    _check_group(group_id)
     _masks[group_id] = mask
     _push()
 
 
 def get_timestep_mask(group_id: int = 0) -> Tensor | None:
     """The mask in force, or None."""
+    _check_group(group_id)
     return _masks.get(group_id)
 
 
 def clear_timestep_mask(group_id: int = 0) -> None:
     """All ranks count again. A backward pass still to come recomputes with the mask its forward had."""
+    _check_group(group_id)
     _masks.pop(group_id, None)
     _push()
 
@@ -58,18 +65,38 @@ def track(adapters: AdapterSet) -> None:
                 "%s takes no `timestep`: every rank counts unless masks are set with set_timestep_mask",
                 type(adapters.model).__name__,
             )
-        _tracked[adapters] = None
+        _tracked.add(adapters)
         return
-    hook = adapters.model.register_forward_pre_hook(lambda model, args: _follow_pipeline(adapters, own))
-    _tracked[adapters] = hook
+    adapters.model.register_forward_pre_hook(_Follow(adapters, own))
+    _tracked.add(adapters)
     adapters.follow_timesteps()
 
 
 def untrack(adapters: AdapterSet) -> None:
     """Undo `track`."""
-    hook = _tracked.pop(adapters, None)
-    if hook is not None:
-        hook.remove()
+    _tracked.discard(adapters)
+    hooks = adapters.model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Follow) and hook.adapters is adapters]:
+        del hooks[key]
+
+
+class _Follow:
+    """The hook that lets a pipeline's schedule reach its denoiser; a copy of the model is tracked like the model."""
+
+    def __init__(self, adapters: AdapterSet, own: RankSchedule | None) -> None:
+        self.adapters, self.own = adapters, own
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        _follow_pipeline(self.adapters, self.own)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _tracked.add(self.adapters)
+
+
+def _check_group(group_id: int) -> None:
+    if group_id != 0:
+        raise ConfigError(f"mask groups are not built yet: group_id must be 0, not {group_id!r}")
 
 
 def _push() -> None:
@@ -84,15 +111,19 @@ def _follow_pipeline(adapters: AdapterSet, own: RankSchedule | None) -> None:
         adapters.schedule = own
         return
     config: Mapping[str, Any] = pipeline._tlora_config
+    strange = next((key for key in config if key not in CONFIG_KEYS), None)
+    if strange is not None:
+        raise ConfigError(unknown("key of _tlora_config", str(strange), CONFIG_KEYS))
+    masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.rank_masked]
+    ranks = {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]
     steps = int(getattr(getattr(pipeline, "scheduler", None), "config", {}).get("num_train_timesteps", 1000))
     wanted = RankSchedule(
-        max_rank=int(config["max_rank"]),
+        max_rank=int(config.get("max_rank", max(ranks))),
         min_rank=int(config.get("min_rank", 1)),
         alpha=float(config.get("alpha", 1.0)),
         steps=steps,
     )
     if wanted != adapters.schedule:
-        ranks = {adapter.algorithm.rank for stack in adapters.stacks.values() for adapter in stack}  # type: ignore[attr-defined]
         if max(ranks) != wanted.max_rank:
             logger.warning("_tlora_config has max_rank %d; the adapters have rank %s", wanted.max_rank, sorted(ranks))
         adapters.schedule = wanted

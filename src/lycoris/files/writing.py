@@ -18,12 +18,20 @@ from lycoris.files.storage import save_tensors
 def encode(
     bundle: Bundle, dialect: str = "lycoris", *, component: str = "", prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a bundle as a dialect names them. Raises `FileError` when two layers get one name."""
+    """The tensors of a bundle as a dialect names them. Raises `FileError` when two layers get one name or a
+    layer has several algorithms.
+    """
     if dialect not in DIALECTS:
         raise FileError(unknown("dialect", dialect, DIALECTS))
     tensors: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     for path, stack in bundle.entries.items():
+        if len(stack) > 1:
+            names = " and ".join(entry.algorithm.name for entry in stack)
+            raise FileError(
+                f"{path} has {names}, and {dialect} files hold one algorithm per layer; put each on a set of its own, "
+                "and write those one by one"
+            )
         for entry in stack:
             for suffix, tensor in write_tensors(entry.algorithm, entry.tensors, entry.geometry).items():
                 key = DIALECTS[dialect].join(path, suffix, component, prefix)

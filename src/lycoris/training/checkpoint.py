@@ -20,7 +20,14 @@ from lycoris.training.jsonfile import write_object
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CONFIG = "lycoris_config.json"
 STATE = "training_state.pt"
+INTERRUPTED = "interrupted"
+"""A file of this name says that the checkpoint was saved because training was interrupted."""
 LATEST = "latest"
+KEYS = (
+    *("step", "optimizer", "rates", "scaler", "history", "settings", "images"),
+    *("adapter", "recipe", "random"),
+)
+"""What the state of a run is made of: the first row comes from the run, the second is added by `save`."""
 
 
 def write_adapter(adapters: AdapterSet, recipe: Recipe, folder: Path) -> Path:
@@ -32,30 +39,51 @@ def write_adapter(adapters: AdapterSet, recipe: Recipe, folder: Path) -> Path:
     return path
 
 
-def save(folder: Path, state: dict[str, Any], adapters: AdapterSet, recipe: Recipe) -> None:
+def save(
+    folder: Path, state: dict[str, Any], adapters: AdapterSet, recipe: Recipe, *, interrupted: bool = False
+) -> None:
     """Write one checkpoint folder: usable adapter and training state. It appears complete or not at all."""
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     write_adapter(adapters, recipe, temporary)
     state = {**state, "adapter": adapters.state_dict(), "recipe": recipe.as_dict(), "random": _random_state()}
     torch.save(state, temporary / STATE)
+    if interrupted:
+        (temporary / INTERRUPTED).touch()
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
 def load(folder: Path, adapters: AdapterSet, recipe: Recipe) -> dict[str, Any]:
     """Put a checkpoint's tensors into `adapters`, set the random state, and return the rest of the state."""
-    try:
-        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise FileError(f"{folder / STATE} cannot be read; choose another checkpoint: {error}") from error
+    state = read(folder)
     if state["recipe"] != recipe.as_dict():
         raise ConfigError(f"{folder} was made with another lycoris_config: {json.dumps(state['recipe'])}")
-    adapters.load_state_dict(state["adapter"])
+    try:
+        adapters.load_state_dict(state["adapter"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder} does not fit the adapters of this base; was it made with another? {error}"
+        ) from None
     random.setstate(state["random"]["python"])
     torch.set_rng_state(state["random"]["torch"])
     if torch.cuda.is_available() and state["random"]["cuda"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return state
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint folder; FileError when it is damaged or something else."""
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
+        raise FileError(f"{folder / STATE} cannot be read; choose another checkpoint: {error}") from error
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    if missing:
+        raise FileError(
+            f"{folder / STATE} is not the state of a run, or of another version: it lacks {', '.join(missing)}; "
+            "choose another checkpoint"
+        )
     return state
 
 
@@ -97,6 +125,13 @@ def prune(output_dir: Path, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond `limit`."""
     if limit is not None:
         for path in existing(output_dir)[:-limit]:
+            shutil.rmtree(path)
+
+
+def remove_interrupted(output_dir: Path) -> None:
+    """Remove the checkpoints that are there only because training was interrupted."""
+    for path in existing(output_dir):
+        if (path / INTERRUPTED).is_file():
             shutil.rmtree(path)
 
 

@@ -38,6 +38,8 @@ class Examples:
 
     usable: list[Example]
     problems: list[str] = field(default_factory=list)
+    unused: str | None = None
+    """One line on files that are neither an image nor the caption of one; None when there are none."""
 
 
 def read(source: Path, *, skip_unreadable: bool = False) -> Examples:
@@ -58,8 +60,9 @@ def read(source: Path, *, skip_unreadable: bool = False) -> Examples:
     if problems and not (skip_unreadable and usable):
         raise ConfigError(_complaint(source, usable, problems))
     if not usable:
-        raise ConfigError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-    return Examples(usable, problems)
+        others = f"; {found.unused}" if found.unused else ""
+        raise ConfigError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}{others}")
+    return Examples(usable, problems, found.unused)
 
 
 def split(
@@ -90,7 +93,8 @@ def pixels(example: Example, resolution: int) -> torch.Tensor:
 
 def _folder(folder: Path) -> Examples:
     examples, problems = [], []
-    for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
+    images = sorted(each for each in folder.iterdir() if _is_image(each))
+    for path in images:
         caption = path.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8").strip()
@@ -99,8 +103,30 @@ def _folder(folder: Path) -> Examples:
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{path.name}: {caption.name} cannot be read ({error})")
         else:
-            examples.append(Example(path.name, text, partial(_open, path)))
-    return Examples(examples, problems)
+            if text:
+                examples.append(Example(path.name, text, partial(_open, path)))
+            else:
+                problems.append(f"{path.name}: its caption {caption.name} is empty")
+    return Examples(examples, problems, _unused(folder, images))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+
+
+def _unused(folder: Path, images: Sequence[Path]) -> str | None:
+    used = {*images, *(path.with_suffix(".txt") for path in images)}
+    beside = [path for path in folder.iterdir() if path.is_file() and path not in used]
+    below = [path for path in folder.glob("*/**/*") if _is_image(path)]
+    names = sorted(str(path.relative_to(folder)) for path in (*beside, *below) if not path.name.startswith("."))
+    if not names:
+        return None
+    count = f"{len(names)} file{'s' if len(names) > 1 else ''} in {folder} not used"
+    return f"{count} (neither an image nor its caption, or in a subfolder): {_some(names)}"
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _sheet(path: Path) -> Examples:
@@ -115,7 +141,7 @@ def _sheet(path: Path) -> Examples:
         raise ConfigError(f"{path}: image = {name!r} must be the name of a file beside the sheet")
     try:
         grid = _open(path.parent / name)
-    except OSError as error:
+    except Exception as error:  # as in _why_unreadable
         raise ConfigError(f"{path}: {name} is not a readable image ({error})") from None
     if size < 1 or columns < 1 or grid.width < columns * size or grid.height < -(-len(captions) // columns) * size:
         raise ConfigError(
@@ -126,14 +152,16 @@ def _sheet(path: Path) -> Examples:
         row, column = divmod(index, columns)
         return grid.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
 
-    return Examples([Example(f"{name}[{i}]", text, partial(tile, i)) for i, text in enumerate(captions)])
+    tiles = [Example(f"{name}[{i}]", text.strip(), partial(tile, i)) for i, text in enumerate(captions)]
+    problems = [f"{each.name}: its caption is empty" for each in tiles if not each.caption]
+    return Examples([each for each in tiles if each.caption], problems)
 
 
 def _why_unreadable(example: Example) -> str | None:
     try:
         example.open()
-    except (OSError, SyntaxError, ValueError) as error:
-        return str(error)
+    except Exception as error:  # PIL's decoders raise any type, and their own for an image that is too large
+        return str(error) or type(error).__name__
     return None
 
 
@@ -142,7 +170,20 @@ def _open(path: Path) -> Image:
 
     with Image.open(path) as image:
         image.load()
-        return image
+        return _eight_bits(image)
+
+
+def _eight_bits(image: Image) -> Image:
+    """Grey levels of 16 bits scaled to 8, which PIL's own conversion clips; ValueError when their range is unknown."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I": older Pillow
+        scaled = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        scaled.info = {key: value for key, value in image.info.items() if key == "exif"}
+        return scaled
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, 32 bits a pixel, has no known white; save it with 8 or 16 bits")
+    return image
 
 
 def _complaint(source: Path, usable: list[Example], problems: list[str]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PIPELINES = ("StableDiffusionPipeline",)
 """Pipeline classes of those families."""
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+"""Parts of such a pipeline that training needs; each is a folder in it."""
 PACKAGES: Mapping[str, str] = {
     "accelerate": "accelerate",
     "diffusers": "diffusers",
@@ -34,11 +37,18 @@ def check(settings: Settings) -> None:
     if missing:
         raise ConfigError(f'training needs {", ".join(missing)}; install with: pip install "lycoris-lora[train]"')
     base = settings.pretrained_model_name_or_path
-    name = _pipeline_class(base)
+    index = _index(base)
+    name = index["_class_name"]
     if name not in PIPELINES:
         raise ConfigError(
             f"pretrained_model_name_or_path = {base!r} is a {name}, which is not yet supported; "
             f"supported so far: {', '.join(PIPELINES)} (model_family {', '.join(FAMILIES)})"
+        )
+    lacking = [part for part in COMPONENTS if not _has(base, index, part)]
+    if lacking:
+        raise ConfigError(
+            f"pretrained_model_name_or_path = {base!r} has no {', '.join(lacking)}; a whole pipeline has folders "
+            f"{', '.join(COMPONENTS)}, each of them named in model_index.json"
         )
 
 
@@ -54,7 +64,7 @@ def load(settings: Settings, device: torch.device | str = "cpu") -> StableDiffus
                 safety_checker=None,
                 requires_safety_checker=False,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged part makes its library raise any type
             raise ConfigError(f"{settings.pretrained_model_name_or_path} cannot be loaded: {error}") from error
     _check_layout(pipe)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -96,17 +106,27 @@ def quiet() -> Iterator[None]:
                 each.enable_progress_bar()
 
 
-def _pipeline_class(base: str) -> str:
+def _index(base: str) -> Mapping[str, Any]:
+    """The pipeline's model_index.json."""
     with quiet():
         from diffusers import DiffusionPipeline
 
         try:
-            return str(DiffusionPipeline.load_config(base)["_class_name"])
-        except (OSError, ValueError, KeyError):
+            index: Mapping[str, Any] = DiffusionPipeline.load_config(base)
+            index["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"pretrained_model_name_or_path = {base!r} is neither a folder with a pipeline (model_index.json, "
                 "unet/, vae/, ...) nor a repository that can be reached on the hub"
             ) from None
+    return index
+
+
+def _has(base: str, index: Mapping[str, Any], part: str) -> bool:
+    named = index.get(part)
+    if not isinstance(named, (list, tuple)) or None in named:
+        return False
+    return (Path(base) / part).is_dir() or not Path(base).is_dir()
 
 
 def _check_layout(pipe: StableDiffusionPipeline) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +26,20 @@ class Checked:
     training: list[data.Example]
     held_out: list[data.Example]
     skipped: list[str]
+    unused: str | None
+    """One line on files in the image folder that are no part of the run; None when there are none."""
     resume: Path | None
 
 
 def check(settings: Settings) -> Checked:
     """Everything that can be checked without loading the base; raises ConfigError, PlanError or FileError."""
+    _check_output_dir(settings.output_dir)
     families.check(settings)
     if settings.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError('report_to = "tensorboard" needs tensorboard; pip install "lycoris-lora[train]" or "none"')
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError('mixed_precision = "fp16" needs a GPU; use "bf16" or "no"')
-    recipe = Recipe.parse(read_object(settings.lycoris_config))
+    recipe = _recipe(settings.lycoris_config)
     found = data.read(settings.instance_data_dir, skip_unreadable=settings.skip_unreadable_images)
     training, held_out = data.split(
         found.usable,
@@ -44,4 +49,29 @@ def check(settings: Settings) -> Checked:
         outside=settings.validation_prompts_outside,
     )
     resume = checkpoint.to_resume(settings.output_dir, settings.resume_from_checkpoint)
-    return Checked(settings, recipe, training, held_out, found.problems, resume)
+    return Checked(settings, recipe, training, held_out, found.problems, found.unused, resume)
+
+
+def _check_output_dir(folder: Path) -> None:
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"output_dir = {str(folder)!r} cannot be used: {error}") from None
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir = {str(folder)!r} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"output_dir = {str(folder)!r} cannot be written: no permission to write in {nearest}")
+
+
+def _recipe(path: Path) -> Recipe:
+    given = read_object(path)
+    try:
+        recipe = Recipe.parse(given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if recipe.multiplier == 0 or not math.isfinite(recipe.multiplier):
+        raise ConfigError(
+            f"{path}: multiplier = {given['multiplier']!r}, and nothing would be trained; it is the strength at which "
+            "the adapter is trained, usually 1"
+        )
+    return recipe

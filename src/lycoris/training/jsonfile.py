@@ -27,6 +27,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid JSON: {error.msg} at {where}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}; expected an object, {{...}}")
     return value

@@ -42,7 +42,7 @@ def fit(run: Run, console: Console) -> bool:
             progress.update(task, completed=run.step, loss=f"loss {sum(recent) / len(recent):.4f}")
             run.accelerator.log({"loss": loss, "learning_rate": run.rates.get_last_lr()[0]}, step=run.step)
             if stop_asked():
-                save(run)
+                save(run, interrupted=settings.checkpointing_steps == 0)
                 return run.step >= settings.max_train_steps
             _between_steps(run)
     return True

@@ -33,9 +33,13 @@ class Measured:
 
 
 def measure(run: Run, path: Path) -> Measured:
-    """Load `path` into a fresh pipeline; draw all prompts at strength 0, half, full, and merged; measure the loss."""
+    """Load `path` into a fresh pipeline; draw all prompts at strength 0, half, full, and merged; measure the loss.
+
+    The loss is taken at the recipe's multiplier, as in training, and full is `validation_lycoris_strength` times that.
+    """
     settings = run.settings
-    full = settings.validation_lycoris_strength
+    trained_at = run.checked.recipe.multiplier
+    full = settings.validation_lycoris_strength * trained_at
     prompts = [*settings.validation_prompts, *settings.validation_prompts_outside]
     pipe = families.load(settings, run.accelerator.device)
     rows = [("base", _draw(pipe, prompts, run))]
@@ -44,6 +48,7 @@ def measure(run: Run, path: Path) -> Measured:
 
     adapters = AdapterSet.load(pipe.unet, files.read(path, pipe.unet))
     adapters.schedule = schedule(run.checked.recipe, run.noise_schedule)
+    adapters.set_strength(trained_at)
     adapters.attach()
     with following(adapters):
         adapter_loss = _loss(pipe, run)
@@ -79,13 +84,21 @@ def _blocks(run: Run, rows: Sequence[tuple[str, Pixels]]) -> list[Block]:
     blocks = []
     if inside:
         shown = [(label, pictures[: len(inside)]) for label, pictures in rows]
-        title = "Prompts of the fine-tuning set"
+        title = _title(inside, run.checked.training)
         blocks.append(Block(title, inside, [*shown, *_real("image trained on", inside, run.checked.training, run)]))
     if outside:
         shown = [(label, pictures[len(inside) :]) for label, pictures in rows]
         title = "Prompts outside the fine-tuning set: the adapter never saw these"
         blocks.append(Block(title, outside, [*shown, *_real("held-out image", outside, run.checked.held_out, run)]))
     return blocks
+
+
+def _title(prompts: Sequence[str], training: Sequence[Example]) -> str:
+    captions = {example.caption for example in training}
+    among = sum(prompt in captions for prompt in prompts)
+    if among == len(prompts):
+        return "Prompts of the fine-tuning set"
+    return f"Prompts, {among or 'none'} of {len(prompts)} from the fine-tuning set"
 
 
 def _real(label: str, prompts: Sequence[str], examples: Sequence[Example], run: Run) -> list[tuple[str, Pixels]]:

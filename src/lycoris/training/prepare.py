@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lycoris.adapters import AdapterSet
-from lycoris.errors import ConfigError
+from lycoris.errors import ConfigError, PlanError
+from lycoris.planning import Plan
 from lycoris.training import cache, families, objective
 from lycoris.training.inputs import Checked
 from lycoris.training.run import History, Run, restore, schedule
 from lycoris.training.settings import Settings
+from lycoris.training.speech import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +26,7 @@ def prepare(checked: Checked, console: Console) -> Run:
     pipe = families.load(settings, accelerator.device)
     noise_schedule = objective.training_scheduler(pipe.scheduler)
     torch.manual_seed(settings.seed)
-    plan = checked.recipe.plan(pipe.unet)
+    plan = _plan(checked, pipe)
     adapters = AdapterSet.build(pipe.unet, plan)
     adapters.schedule = schedule(checked.recipe, noise_schedule)
     adapters.set_strength(checked.recipe.multiplier)
@@ -41,6 +43,13 @@ def prepare(checked: Checked, console: Console) -> Run:
     if checked.resume is not None:
         restore(run, checked.resume)
     return run
+
+
+def _plan(checked: Checked, pipe: Any) -> Plan:
+    try:
+        return checked.recipe.plan(pipe.unet)
+    except (ConfigError, PlanError) as error:
+        raise type(error)(f"{checked.settings.lycoris_config}: {error}") from None
 
 
 def _accelerator(settings: Settings) -> Any:
@@ -82,12 +91,10 @@ def _warn_of_cut_captions(pipe: Any, checked: Checked, console: Console) -> None
     captions = [example.caption for example in (*checked.training, *checked.held_out)]
     cut = cache.cut_captions(pipe, captions)
     if cut:
-        console.print(
+        say(
+            console,
             f"{len(cut)} of {len(captions)} captions are longer than the text encoder's "
             f"{pipe.tokenizer.model_max_length} tokens; the rest is not seen, as in: {cut[0]!r}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
 
 

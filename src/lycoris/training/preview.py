@@ -39,7 +39,7 @@ def preview(run: Run) -> None:
     prompts = [*settings.validation_prompts, *settings.validation_prompts_outside]
     if not prompts:
         return
-    strength = settings.validation_lycoris_strength
+    strength = settings.validation_lycoris_strength * run.checked.recipe.multiplier
     with run.adapters.at(strength=strength), following(run.adapters), evaluating(run.pipe.unet):
         pictures = draw(run.pipe, prompts, sampling(settings))
     sheet = grid([Block(f"step {run.step}", prompts, [(f"strength {strength:g}", pictures)])])

@@ -12,13 +12,14 @@ from lycoris.generation.pictures import grid
 from lycoris.training.jsonfile import write_atomically, write_object
 from lycoris.training.measure import Measured
 from lycoris.training.run import History
+from lycoris.training.speech import say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PICTURE, PLOT, NUMBERS = "before_after.png", "loss.png", "report.json"
 USE = """from lycoris import create_lycoris_from_weights
-network, _ = create_lycoris_from_weights(1.0, {path!r}, pipe.unet)
+network, _ = create_lycoris_from_weights({multiplier!r}, {path!r}, pipe.unet)
 network.apply_to()"""
 
 
@@ -27,6 +28,8 @@ class Report:
     """The numbers of a finished run; times in seconds, sizes in bytes, losses None when nothing was held out."""
 
     adapter: str
+    multiplier: float
+    """Strength at which the adapter was trained and its loss was measured."""
     steps: int
     images: int
     images_held_out: int
@@ -103,9 +106,10 @@ def summarise(report: Report, written: Sequence[Path], console: Console) -> None
     table.add_row("merged - attached, largest", f"{report.merge_difference:.3f} of 255", "")
     console.print(table)
     for path in written:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        say(console, f"wrote {path}")
     console.print("\nUse it on any pipeline with this base:\n")
-    console.print(Syntax(USE.format(path=report.adapter), "python", background_color="default"), soft_wrap=True)
+    lines = USE.format(multiplier=report.multiplier, path=report.adapter)
+    console.print(Syntax(lines, "python", background_color="default"), soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from lycoris.planning import Plan
 from lycoris.recipe import Recipe
 from lycoris.training import cache, checkpoint, objective
 from lycoris.training.inputs import Checked
-from lycoris.training.settings import Settings
+from lycoris.training.settings import FREE_ON_RESUME, Settings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -72,7 +74,7 @@ class Run:
             return objective.held_out_loss(self.predict, self.noise_schedule, self.held_out, self.accelerator.device)
 
 
-def save(run: Run) -> Path:
+def save(run: Run, *, interrupted: bool = False) -> Path:
     """Write a checkpoint of the step just taken, and remove those beyond the limit."""
     folder = run.settings.output_dir / f"checkpoint-{run.step}"
     state = {
@@ -81,8 +83,10 @@ def save(run: Run) -> Path:
         "rates": run.rates.state_dict(),
         "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
         "history": dataclasses.asdict(run.history),
+        "settings": _binding(run.settings),
+        "images": _fingerprint(run.checked),
     }
-    checkpoint.save(folder, state, run.adapters, run.checked.recipe)
+    checkpoint.save(folder, state, run.adapters, run.checked.recipe, interrupted=interrupted)
     checkpoint.prune(run.settings.output_dir, run.settings.checkpoints_total_limit)
     return folder
 
@@ -90,16 +94,45 @@ def save(run: Run) -> Path:
 def restore(run: Run, folder: Path) -> None:
     """Set the run to where it was when `folder` was saved."""
     state = checkpoint.load(folder, run.adapters, run.checked.recipe)
+    if changes := _changes(state, run.checked):
+        raise ConfigError(
+            f"{folder} cannot be gone on from, since this is not the run that made it; undo these changes, or train "
+            "anew into another output_dir:" + "".join(f"\n  {line}" for line in changes)
+        )
     if state["step"] >= run.settings.max_train_steps:
         raise ConfigError(
             f"{folder} is at step {state['step']}, and max_train_steps is {run.settings.max_train_steps}: "
-            "nothing is left to do"
+            "nothing is left to do; raise max_train_steps, or choose another output_dir to train anew"
         )
     run.optimizer.load_state_dict(state["optimizer"])
     run.rates.load_state_dict(state["rates"])
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step, run.history = state["step"], History(**state["history"])
+
+
+def _binding(settings: Settings) -> dict[str, Any]:
+    """The settings that must be the same when a run goes on."""
+    return settings.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
+
+
+def _fingerprint(checked: Checked) -> str:
+    """SHA-256 of the names and captions trained on and held out, in order: the same files anywhere are the same."""
+    parts = [[(example.name, example.caption) for example in part] for part in (checked.training, checked.held_out)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _changes(state: Mapping[str, Any], checked: Checked) -> list[str]:
+    """One line on everything in which a checkpoint's run differs from this one."""
+    then, now = state["settings"], _binding(checked.settings)
+    lines = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if state["images"] != _fingerprint(checked):
+        lines.append("the images, their captions, or which of them are held out have changed")
+    return lines
 
 
 def schedule(recipe: Recipe, noise_schedule: Any) -> Any:

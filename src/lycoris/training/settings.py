@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lycoris.errors import ConfigError, unknown
+from lycoris.training.checkpoint import LATEST
 from lycoris.training.jsonfile import read_object
 
 AnyPath: TypeAlias = Annotated[Path, Field(strict=False)]
@@ -18,12 +19,25 @@ FAMILIES = ("sd1x", "sd2x")
 """Values of `model_family` that can be trained so far, under the names SimpleTuner gives them."""
 FILE_PATHS = ("lycoris_config", "instance_data_dir", "output_dir")
 """Settings whose value is a path and, in a file, is meant relative to that file."""
+FREE_ON_RESUME = (
+    *("lycoris_config", "pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"),
+    *("max_train_steps", "skip_unreadable_images", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
+    *("eval_steps_interval", "validation_steps", "validation_prompts", "validation_prompts_outside"),
+    *("validation_negative_prompt", "validation_num_inference_steps", "validation_guidance", "validation_seed"),
+    "validation_lycoris_strength",
+)
+"""Settings that may differ when a run goes on: they move files or change what is shown, not what a step does.
+
+What the recipe and the images say is compared by content, wherever they lie.
+"""
 
 
 class Settings(BaseModel):
     """One training run. Names and meaning are SimpleTuner's wherever it has the option too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     model_type: Literal["lora"] = "lora"
     """What is trained. Only adapters (`lora`) are."""
@@ -50,7 +64,7 @@ class Settings(BaseModel):
 
     output_dir: AnyPath = Path("output")
     """Folder for the adapter, checkpoints, logs and the report."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides the adapter's start, the order of images, noise, timesteps and the held-out images."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -83,11 +97,11 @@ class Settings(BaseModel):
     """Trade time for memory: recompute activations in the backward pass."""
 
     checkpointing_steps: Annotated[int, Field(ge=0)] = 500
-    """Save a checkpoint every so many steps; 0 saves one only when training is interrupted."""
+    """Save a checkpoint every so many steps; 0 saves one only when training is interrupted, until it is finished."""
     checkpoints_total_limit: Annotated[int, Field(ge=1)] | None = None
     """Keep at most so many checkpoints, the newest; None keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or the path of a checkpoint folder to go on from; None starts anew."""
+    """`latest`, the path of a checkpoint folder, or its name in `output_dir`: where to go on; None starts anew."""
 
     eval_steps_interval: Annotated[int, Field(ge=0)] = 0
     """Measure the held-out loss every so many steps; 0 measures it only before and after training."""
@@ -103,7 +117,7 @@ class Settings(BaseModel):
     """Denoising steps of a validation picture."""
     validation_guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance scale of validation pictures."""
-    validation_seed: Annotated[int, Field(ge=0)] = 42
+    validation_seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the first validation picture; each next one has the next seed."""
     validation_lycoris_strength: float = 1.0
     """Strength of the adapter in validation pictures; the report also shows half of it."""
@@ -145,10 +159,18 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
     for key in FILE_PATHS:
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]
+    resume = values.get("resume_from_checkpoint")
+    if isinstance(resume, str) and resume != LATEST and not _is_name_in_output_dir(resume, path.parent):
+        values["resume_from_checkpoint"] = str(path.parent / resume)
     base = values.get("pretrained_model_name_or_path")
     if isinstance(base, str) and (path.parent / base).is_dir():
         values["pretrained_model_name_or_path"] = str(path.parent / base)
     return Settings.parse({**values, **(overrides or {})}, str(path))
+
+
+def _is_name_in_output_dir(resume: str, folder: Path) -> bool:
+    """`checkpoint-500` is the one in output_dir, unless the config's folder has one of that name itself."""
+    return Path(resume).name == resume and not (folder / resume).exists()
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:

@@ -16,6 +16,7 @@ from lycoris.training.measure import measure
 from lycoris.training.prepare import prepare
 from lycoris.training.run import Run
 from lycoris.training.settings import Settings
+from lycoris.training.speech import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ def train(settings: Settings, console: Console) -> Outcome:
     _announce(checked, console)
     with _fresh_accelerate():
         run = prepare(checked, console)
-        console.print(str(run.plan), highlight=False, markup=False, soft_wrap=True)
+        say(console, str(run.plan))
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         run.accelerator.init_trackers("logs")
         finished = fit(run, console)
@@ -48,14 +49,18 @@ def train(settings: Settings, console: Console) -> Outcome:
         adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
         if not finished:
             return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
-        console.print(f"saved {adapter}; reloading it into a fresh pipeline", soft_wrap=True, highlight=False)
-        return Outcome(adapter, _report(run, adapter, started, console))
+        say(console, f"saved {adapter}; reloading it into a fresh pipeline")
+        outcome = Outcome(adapter, _report(run, adapter, started, console))
+        if settings.checkpointing_steps == 0:
+            checkpoint.remove_interrupted(settings.output_dir)
+        return outcome
 
 
 def _report(run: Run, adapter: Path, started: float, console: Console) -> report.Report:
     measured = measure(run, adapter)
     numbers = report.Report(
         adapter=str(adapter),
+        multiplier=run.checked.recipe.multiplier,
         steps=run.step,
         images=len(run.checked.training),
         images_held_out=len(run.checked.held_out),
@@ -77,14 +82,14 @@ def _report(run: Run, adapter: Path, started: float, console: Console) -> report
 
 
 def _announce(checked: Checked, console: Console) -> None:
-    console.print(
-        f"{len(checked.training)} images to train on, {len(checked.held_out)} held out, {len(checked.skipped)} skipped",
-        highlight=False,
-    )
+    counts = (len(checked.training), len(checked.held_out), len(checked.skipped))
+    say(console, "{} images to train on, {} held out, {} skipped".format(*counts))
     for problem in checked.skipped:
-        console.print(f"  skipped {problem}", soft_wrap=True, highlight=False, markup=False)
+        say(console, f"  skipped {problem}")
+    if checked.unused:
+        say(console, f"  {checked.unused}")
     if checked.resume is not None:
-        console.print(f"going on from {checked.resume}", soft_wrap=True, highlight=False)
+        say(console, f"going on from {checked.resume}")
 
 
 @contextmanager

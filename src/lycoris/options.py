@@ -1,0 +1,162 @@
+"""The options of `lycoris_config.json`: which algorithm knows which, and how a value is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms import Full, LoHa, LoKr, LoRA, TLoRA
+from lycoris.errors import ConfigError, unknown
+from lycoris.planning import Remark
+
+
+class Option(NamedTuple):
+    """How a config's option reaches an algorithm."""
+
+    field: str | None
+    """The algorithm's own name for it; None: not a field of an algorithm."""
+    algorithms: tuple[str, ...]
+    kind: type
+    built: bool = True
+    """False: known to some algorithm or mode that is not built yet; only a value that leaves it off is accepted."""
+
+
+ALGORITHMS: tuple[tuple[str, type[Algorithm] | None], ...] = (
+    ("lora", LoRA),
+    ("locon", LoRA),
+    ("loha", LoHa),
+    ("lokr", LoKr),
+    ("full", Full),
+    ("tlora", TLoRA),
+    ("dylora", None),
+    ("glora", None),
+    ("diag-oft", None),
+    ("boft", None),
+    ("ia3", None),
+)
+"""Names in configs; None: known to the format, not built yet."""
+
+RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
+FACTORED = ("lora", "locon", "loha", "lokr")
+ALL = tuple(name for name, _ in ALGORITHMS)
+
+OPTIONS: Mapping[str, Option] = {
+    "use_tucker": Option("tucker", FACTORED, bool),
+    "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
+    "rs_lora": Option("rs_lora", RANKED, bool),
+    "factor": Option("factor", ("lokr",), int),
+    "full_matrix": Option("full_matrix", ("lokr",), bool),
+    "decompose_both": Option("decompose_both", ("lokr",), bool),
+    "unbalanced_factorization": Option("unbalanced", ("lokr",), bool),
+    "sig_type": Option("vectors", ("tlora",), str),
+    "use_data_init": Option("data_init", ("tlora",), bool),
+    "dora_wd": Option(None, FACTORED, bool),
+    "weight_decompose": Option(None, FACTORED, bool),
+    "wd_on_output": Option(None, FACTORED, bool),
+    "wd_on_out": Option(None, FACTORED, bool),
+    "tlora_min_rank": Option(None, ("tlora",), int),
+    "tlora_alpha": Option(None, ("tlora",), float),
+    "bypass_mode": Option(None, ALL, bool),
+    "dropout": Option(None, ALL, float, built=False),
+    "rank_dropout": Option(None, ALL, float, built=False),
+    "module_dropout": Option(None, ALL, float, built=False),
+    "rank_dropout_scale": Option(None, ALL, bool, built=False),
+    "train_norm": Option(None, ALL, bool, built=False),
+    "train_llm_adapter": Option(None, ALL, bool, built=False),
+    "block_size": Option(None, ("dylora",), int),
+    "constraint": Option(None, ("diag-oft", "boft"), float),
+    "rescaled": Option(None, ("diag-oft", "boft"), bool),
+    "train_on_input": Option(None, ("ia3",), bool),
+    "mask_group_id": Option(None, ("tlora",), int, built=False),
+}
+"""Options that any algorithm of the format knows."""
+
+SCHEDULE = ("tlora_min_rank", "tlora_alpha")
+"""Options of the one schedule that all T-LoRA layers of a recipe share."""
+
+SIZES = ("linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
+TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset")
+OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
+
+
+def unknown_options(given: Mapping[str, Any]) -> list[Remark]:
+    """A remark for each top-level option that no algorithm of the format knows."""
+    strange = [name for name in given if name not in OPTIONS and name not in TOP]
+    return [unknown_option(name, "") for name in strange]
+
+
+def unknown_option(name: str, where: str) -> Remark:
+    text = unknown("option", name, [*OPTIONS, *(OVERRIDE if where else TOP)])
+    return Remark(f"{text}{where}; it was ignored", "unknown")
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    known = dict(ALGORITHMS)
+    if name not in known:
+        raise ConfigError(unknown("algorithm", name, known))
+    cls = known[name]
+    if cls is None:
+        built = ", ".join(algo for algo, made in ALGORITHMS if made)
+        raise ConfigError(f"algorithm {name!r} is not built yet; there are {built}")
+    return cls
+
+
+def parse_options(
+    algo: str, given: Mapping[str, Any], where: str, strict: bool, remarks: list[Remark]
+) -> dict[str, Any]:
+    """Options that reach the algorithm or the recipe. The others are refused or remarked upon."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in OPTIONS:
+            remark = unknown_option(name, where)
+            if strict:
+                raise ConfigError(remark.removesuffix("; it was ignored"))
+            remarks.append(remark)
+            continue
+        entry = OPTIONS[name]
+        parsed = parse_optional(value, name, entry.kind)
+        if not entry.built:
+            if parsed:
+                raise ConfigError(
+                    f"{name} = {value!r}{where} is not built yet; leave it out or set it to {entry.kind()!r}"
+                )
+        elif algo not in entry.algorithms:
+            if parsed:
+                remarks.append(Remark(f"{algo} has no {name}{where}; it is for {', '.join(entry.algorithms)}"))
+        elif parsed is not None:
+            options[name] = parsed
+    return options
+
+
+def parse_rank(value: Any, name: str) -> int | None:
+    """A rank; None when none was given, which is not the same as 0."""
+    rank: int | None = parse_optional(value, name, int)
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {name} = {value!r}")
+    return rank
+
+
+def parse_optional(value: Any, name: str, kind: type) -> Any:
+    return None if value is None else parse_number(value, name, kind)
+
+
+def parse_number(value: Any, name: str, kind: type) -> Any:
+    """A value of the wanted type; kohya-style callers hand strings over, and false for "none"."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        text = str(value).lower()
+        if text in ("true", "1", "yes", "false", "0", "no", "none", ""):
+            return text in ("true", "1", "yes")
+        raise ConfigError(f"{name} must be true or false, not {value!r}")
+    if value is False:
+        return kind()
+    try:
+        parsed = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        parsed = None
+    if parsed is None or value is True or (kind is int and float(value) != parsed):
+        words = {int: "a whole number", float: "a number", str: "a word"}
+        raise ConfigError(f"{name} must be {words[kind]}, not {value!r}")
+    return parsed
