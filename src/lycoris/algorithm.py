@@ -9,7 +9,6 @@ layer below exactly, strength 1 the adapted one; what is between or beyond lies 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -133,10 +132,6 @@ class Algorithm(ABC):
         """Whether `Call.keep` says anything to this algorithm, so that its effect may differ from step to step."""
         return False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Name and settings as plain values; `from_dict` of the registry reads it back."""
-        return {"algorithm": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
-
     def __str__(self) -> str:
         """Like the repr, without settings other than the rank that are at their default."""
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
@@ -151,10 +146,6 @@ class Algorithm(ABC):
             if name not in known:
                 raise ConfigError(unknown(f"option for {cls.name}", name, known))
         return cls(**options)
-
-    def but(self, **changes: Any) -> Self:
-        """The same settings with some changed."""
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

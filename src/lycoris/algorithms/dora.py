@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +98,3 @@ class DoRA(Algorithm):
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return self.over.stored_alpha(g)
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"over": self.over.to_dict()}

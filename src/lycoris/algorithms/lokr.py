@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,9 +145,6 @@ class LoKr(Ranked):
         whole = not (w1_split or w2_split)
         layout = Layout(ol, im, w1_split, w2_split)
         return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"layout": None if self.layout is None else list(self.layout)}
 
 
 def _first_small(ol: int, im: int, ok: int, inner: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -118,9 +118,6 @@ class TLoRA(Ranked):
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls(rank=p["q"].shape[0], alpha=alpha)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "gate"}
 
 
 def _matrix(below: Base) -> Tensor:
