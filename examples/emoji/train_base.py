@@ -1,6 +1,6 @@
 """Train the demo's text-to-image base model: a UNet and a CLIP text encoder on two emoji styles.
 
-    python train_base.py data out/vae out/tokenizer out/base --steps 12000
+    python train_base.py data out/vae out/tokenizer out/base --steps 8800
 
 Captions are `name, style`, with `noto` and `flat` as style words, so that a concept is learned apart from the way it
 is drawn. Writes `out/base/pipeline` (StableDiffusionPipeline, float16) with progress pictures beside it, and a state
@@ -155,10 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "vae", "tokenizer", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=8800)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--report", type=int, default=1000, help="steps between progress pictures")
+    parser.add_argument("--report", type=int, default=500, help="steps between progress pictures")
     args = parser.parse_args()
 
     rng = random.Random(0)

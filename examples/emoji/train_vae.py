@@ -1,6 +1,6 @@
 """Train the demo's autoencoder (64x64 pixels to 16x16x4 latents) on every emoji sheet.
 
-    python train_vae.py data out/vae --steps 6000
+    python train_vae.py data out/vae --steps 4200
 
 The latents are folded to zero mean and unit variance per channel (into quant_conv and post_quant_conv), so that
 scaling_factor is 1.
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--kl", type=float, default=1e-5)
