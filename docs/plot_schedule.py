@@ -20,4 +20,4 @@ if __name__ == "__main__":
     figure.savefig(Path(__file__).parent / "images" / "tlora_schedule.png", dpi=120)
     for t in SHOWN:
         ranks = [RankSchedule(max_rank=64, alpha=alpha).rank(t) for alpha in ALPHAS]
-        print(f"| {t} | " + " | ".join(map(str, ranks)) + " |")  # noqa: T201
+        print(f"| {t} | " + " | ".join(map(str, ranks)) + " |")

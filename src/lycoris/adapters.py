@@ -26,10 +26,14 @@ class AdapterSet:
     """Adapters by layer path, made but not yet attached.
 
     States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
+    Sets that are attached at the same time need different names; with None a set takes a free one when attached.
     """
 
-    def __init__(self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str = "default") -> None:
+    def __init__(
+        self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
+    ) -> None:
         self.model, self.name = model, name
+        self._attached_as = ""
         self.stacks = dict(stacks)
         self.schedule: RankSchedule | None = None
         self.metadata: dict[str, str] = {}
@@ -45,7 +49,9 @@ class AdapterSet:
     # -- making ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, model: nn.Module, plan: Plan, name: str = "default", dtype: torch.dtype | None = None) -> AdapterSet:
+    def build(
+        cls, model: nn.Module, plan: Plan, name: str | None = "default", dtype: torch.dtype | None = None
+    ) -> AdapterSet:
         """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
 
         Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away.
@@ -62,7 +68,7 @@ class AdapterSet:
         return cls(model, stacks, name)
 
     @classmethod
-    def load(cls, model: nn.Module, bundle: Bundle, name: str = "default") -> AdapterSet:
+    def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
         """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet."""
         stacks = {}
         for path, entries in bundle.entries.items():
@@ -89,6 +95,7 @@ class AdapterSet:
             self._attached_by_merge = False
             return self
         self._check_layers()
+        self._attached_as = f"adapter_{self._free_name() if self.name is None else self.name}"
         done: list[tuple[str, int]] = []
         try:
             for path, at, adapter in self._each():
@@ -154,9 +161,7 @@ class AdapterSet:
         """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`."""
         if self.merged:
             raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
-        if not math.isfinite(strength):
-            raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
-        self._strength = float(strength)
+        self._strength = _finite(strength)
         self._refresh()
 
     def set_keep(self, keep: Tensor | None) -> None:
@@ -216,10 +221,12 @@ class AdapterSet:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
         strength = torch.tensor(-self._merged_at if self.merged else self._strength, dtype=torch.float64)
         for _, _, adapter in self._each():
-            masked = self._keep is not None and adapter.algorithm.rank_masked
-            keep = adapter.algorithm.fit_keep(self._keep) if masked else None  # type: ignore[arg-type]
-            adapter.call = Call(strength, 1 - keep if self.merged and keep is not None else keep)
-            adapter.silent = self.merged and not masked
+            keep = None
+            if self._keep is not None and adapter.algorithm.rank_masked:
+                keep = adapter.algorithm.fit_keep(self._keep)
+                keep = 1 - keep if self.merged else keep
+            adapter.call = Call(strength, keep)
+            adapter.silent = self.merged and keep is None
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,7 @@ class AdapterSet:
         self._check_layers()
         for path, layer in self._layers.items():
             merging.check_order(path, layer, self.stacks[path])
-        strength = self._strength if strength is None else float(strength)
+        strength = self._strength if strength is None else _finite(strength)
         merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
         if self.rank_masked:
             self._say_what_merging_means()
@@ -337,7 +344,11 @@ class AdapterSet:
         return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))
 
     def _child(self, at: int) -> str:
-        return f"adapter_{self.name}" if at == 0 else f"adapter_{self.name}_{at}"
+        return self._attached_as if at == 0 else f"{self._attached_as}_{at}"
+
+    def _free_name(self) -> str:
+        taken = {child for layer in self._layers.values() for child in layer._modules}
+        return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
 
 
 def _like(layer: nn.Module) -> dict[str, Any]:
@@ -355,6 +366,12 @@ def _completed(path: str, entry: Entry, layer: nn.Module) -> dict[str, Tensor]:
             "undo the merge, load, and merge again"
         )
     return tensors
+
+
+def _finite(strength: float) -> float:
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
+    return float(strength)
 
 
 def _no_change(*_: Any) -> None:

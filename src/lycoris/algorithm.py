@@ -241,8 +241,8 @@ def _check_type(what: str, annotation: str, value: Any) -> None:
     kind, _, optional = annotation.partition(" | ")
     if kind not in words or (optional == "None" and value is None):
         return
-    fits = {"bool": bool, "int": int, "float": (int, float)}[kind]
-    if not isinstance(value, fits) or (isinstance(value, bool) and kind != "bool"):  # type: ignore[arg-type]
+    fits: Mapping[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
+    if not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise ConfigError(f"{what} must be {words[kind]}, not {value!r}")
 
 

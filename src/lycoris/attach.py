@@ -135,20 +135,21 @@ class _Stage:
 class Adapted:
     """Mixed into the class of an adapted layer."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    # `self: Any`: this class is only ever mixed into a module.
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(iter(kwargs)))
-        first = next(adapters_on(self), None)  # type: ignore[arg-type]
+        first = next(adapters_on(self), None)
         if first is None:
             # Taken off since, while another library's wrapper still holds this method.
-            return base_class(self).forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
-        return _stack(self, first.geometry, (args, kwargs))(x)  # type: ignore[arg-type]
+            return base_class(self).forward(self, x, *args, **kwargs)
+        return _stack(self, first.geometry, (args, kwargs))(x)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # The derived class shares the name of the one it derives from, so pickle could not find it by name.
-        return _new, (base_class(self),), self.__dict__.copy()  # type: ignore[arg-type]
+        return _new, (base_class(self),), self.__dict__.copy()
 
 
 def top(layer: nn.Module) -> Base:
@@ -199,7 +200,8 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     layer.register_module(name, adapter)
     adapter.train(layer.training)
     if not isinstance(layer, Adapted):
-        layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]
+        cls: Any = type(layer)
+        layer.__class__ = _adapted(cls)
 
 
 def detach(layer: nn.Module, name: str) -> None:
@@ -228,6 +230,6 @@ def _adapted(cls: Any) -> Any:
     return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def _new(cls: type[nn.Module]) -> Any:
-    adapted = _adapted(cls)  # type: ignore[arg-type]
+def _new(cls: Any) -> Any:
+    adapted = _adapted(cls)
     return adapted.__new__(adapted)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, One, adapt, perturb, relative
-from lycoris import AdapterSet, AttachError, FileError, LoRA, RankSchedule, Rule, TLoRA, plan, read, write
+from lycoris import AdapterSet, AttachError, ConfigError, FileError, LoRA, RankSchedule, Rule, TLoRA, plan, read, write
 from lycoris.files import encode, resolve
 
 NAMES = ["lora", "lokr-whole", "dora-lora", "full"]
@@ -184,3 +184,12 @@ def test_a_merged_and_followed_model_is_copied_and_pickled() -> None:
         masked = model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(x), masked)
+
+
+def test_a_strength_that_is_no_number_is_refused_before_anything_is_merged() -> None:
+    model, adapters, x = made("lora")
+    y = model(x)
+    with pytest.raises(ConfigError, match="strength must be a finite number"):
+        adapters.merge(float("nan"))
+    assert not adapters.merged
+    assert torch.equal(model(x), y)

@@ -595,3 +595,21 @@ def test_nothing_warns(model: MyModel, config: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(model, **config)
+
+
+def test_networks_made_before_any_is_applied_stack_and_come_back_in_any_order() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    before = model(x)
+    one, two = (create_lycoris(model, algorithm="lora", rank=2) for _ in range(2))
+    for network in (one, two):
+        perturb(network.adapters)
+        network.apply_to()
+    both = model(x)
+    one.restore()
+    alone = model(x)
+    one.apply_to()
+    assert relative(model(x), both) < 1e-5
+    one.restore()
+    assert torch.equal(model(x), alone)
+    two.restore()
+    assert torch.equal(model(x), before)

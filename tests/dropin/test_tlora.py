@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import perturb, relative
 from lycoris import (
+    AttachError,
     ConfigError,
     LycorisNetwork,
     RankSchedule,
@@ -359,3 +360,18 @@ def test_the_configuration_of_a_pipeline_is_checked_and_completed(x: Tensor) -> 
     assert torch.equal(Pipeline(model, {"alpha": 2.0})(x), Pipeline(model, {"max_rank": RANK, "alpha": 2.0})(x))
     with pytest.raises(ConfigError, match=r"unknown key of _tlora_config 'max_ranks'; did you mean 'max_rank'"):
         Pipeline(model, {"max_ranks": RANK})(x)
+
+
+def test_a_refused_restore_leaves_the_network_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    lower, upper = (create_lycoris(model, algorithm="tlora", rank=4) for _ in range(2))
+    lower.merge_to()
+    hooks = len(model._forward_pre_hooks)
+    upper.merge_to()
+    with pytest.raises(AttachError, match="newest to oldest"):
+        lower.restore()
+    set_timestep_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert lower.adapters._keep is not None, "masks still reach it"
+    clear_timestep_mask()
+    upper.restore()
+    assert len(model._forward_pre_hooks) == hooks

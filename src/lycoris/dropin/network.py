@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,17 +91,16 @@ class LycorisNetwork(nn.Module):
 
     def restore(self) -> None:
         """Take the adapters off and undo a merge; the model is as it was."""
-        tlora.untrack(self.adapters)
         self.adapters.detach()
+        tlora.untrack(self.adapters)
 
     def merge_to(self, weight: float = 1.0) -> None:
         """Fold the adapters into the model's weights at `weight` times the multiplier.
 
         `restore` undoes it exactly. T-LoRA with a schedule goes on masking ranks after the merge.
         """
-        if self.adapters.rank_masked:
-            tlora.track(self.adapters)
         self.adapters.merge(weight * self.multiplier)
+        tlora.track(self.adapters)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the adapters; 0 is exactly the base model."""
@@ -130,7 +129,10 @@ class LycorisNetwork(nn.Module):
     def save_weights(
         self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write the adapters, as safetensors unless the name says otherwise, whole or not at all."""
+        """Write the adapters as safetensors, whole or not at all. `dtype` None keeps that of the adapters.
+
+        Raises `FileError` for a name that asks for a pickle.
+        """
         if Path(file).suffix in files.PICKLES:
             raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
         files.write(self.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=self.prefix)
@@ -194,7 +196,7 @@ def create_lycoris(
     for remark in plan.remarks:
         warn = remark.kind == "unknown" or (remark.kind == "unmatched" and warn_on_unmatched)
         logger.log(logging.WARNING if warn else logging.INFO, "%s", remark)
-    adapters = AdapterSet.build(module, plan, name=_free_name(module))
+    adapters = AdapterSet.build(module, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s", dataclasses.replace(plan, remarks=()))
     return LycorisNetwork(adapters, recipe.preset.lora_prefix, recipe.multiplier)
@@ -234,7 +236,7 @@ def create_lycoris_from_weights(
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:
         logger.warning(remark)
-    adapters = AdapterSet.load(module, bundle, name=_free_name(module))
+    adapters = AdapterSet.load(module, bundle, name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
     return LycorisNetwork(adapters, prefix, multiplier), tensors
 
@@ -258,13 +260,3 @@ def _check_names(paths: list[str]) -> None:
                 f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave one "
                 "out with exclude_name, or use AdapterSet, which goes by paths"
             )
-
-
-def _free_name(module: nn.Module) -> str:
-    """A set name that no layer of the model uses yet."""
-    taken = {child for layer in module.modules() for child in _adapter_names(layer)}
-    return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
-
-
-def _adapter_names(layer: nn.Module) -> Iterator[str]:
-    return (name for name, child in layer._modules.items() if isinstance(child, Adapter))
