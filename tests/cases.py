@@ -5,13 +5,34 @@ A new algorithm adds its configurations here by being in the registry: `test_cas
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lycoris import AdapterSet, DoRA, Full, LoHa, LoKr, LoRA, Rule, TLoRA, plan
+from lycoris import (
+    BOFT,
+    IA3,
+    OFT,
+    AdapterSet,
+    DoRA,
+    DyLoRA,
+    Full,
+    GLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    Norm,
+    Rule,
+    TLoRA,
+    plan,
+)
 from lycoris.algorithm import Algorithm
+from lycoris.attach import base_class, top
+from lycoris.errors import ConfigError
+from lycoris.geometry import sites
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),
@@ -42,7 +63,66 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dora-loha": DoRA(over=LoHa(rank=2, alpha=1.0)),
     "dora-lokr": DoRA(over=LoKr(rank=1, alpha=0.5)),
     "dora-lokr-in": DoRA(over=LoKr(full_matrix=True), axis="in"),
+    "dora-loha-high-rank": DoRA(over=LoHa(rank=5, alpha=1.0)),
+    "dora-gate-in": DoRA(over=LoRA(rank=2, gate=True), axis="in"),
+    "dora-full": DoRA(over=Full(bias=False)),
+    "dylora": DyLoRA(rank=4, alpha=2.0, block_size=2),
+    "glora": GLoRA(rank=2, alpha=1.0),
+    "glora-gate": GLoRA(rank=2, gate=True),
+    "glora-rs": GLoRA(rank=4, alpha=2.0, rs_lora=True),
+    "ia3": IA3(),
+    "ia3-in": IA3(on_input=True),
+    "oft": OFT(block_size=2),
+    "oft-rescale": OFT(block_size=2, rescale=True),
+    "oft-constraint": OFT(block_size=2, constraint=0.02),
+    "boft": BOFT(block_size=2),
+    "boft-rescale": BOFT(block_size=2, rescale=True, constraint=0.05),
+    "full-bias": Full(weight=False),
+    "norm": Norm(),
+    "lora-drops": LoRA(rank=4, dropout=0.3, rank_dropout=0.4, module_dropout=0.2),
+    "loha-drops": LoHa(rank=2, rank_dropout=0.5, rank_dropout_scale=True, dropout=0.2),
+    "lokr-drops": LoKr(rank=1, alpha=0.5, rank_dropout=0.5, dropout=0.2),
+    "full-drops": Full(dropout=0.2, module_dropout=0.3),
+    "tlora-drops": TLoRA(rank=3, rank_dropout=0.3),
+    "oft-drops": OFT(block_size=2, module_dropout=0.5),
+    "dora-drops": DoRA(over=LoRA(rank=3, dropout=0.3, rank_dropout=0.3)),
+    "loha-stable": LoHa(rank=3, stable_init=True),
+    "lokr-stable": LoKr(rank=1, stable_init=True, decompose_both=True),
 }
+"""Ranks above what the smallest layers hold are meant: such adapters are wasteful, and exact."""
+
+
+class HalfNorm(nn.Module):
+    """As model libraries write theirs: no class of torch, no bias, a formula of its own."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * (0.5 + self.weight)
+
+
+class Fused(nn.Module):
+    """A bare matrix that its module uses by itself."""
+
+    def __init__(self, o: int, i: int) -> None:
+        super().__init__()
+        self.weight_in = nn.Parameter(torch.randn(o, i) / i**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) @ self.weight_in.T
+
+
+class Experts(nn.Module):
+    """A stack of matrices, one for each entry of the batch."""
+
+    def __init__(self, e: int, o: int, i: int) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(e, o, i) / i**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eti,eoi->eto", x, self.experts)
 
 
 @dataclass(frozen=True)
@@ -56,7 +136,18 @@ class LayerCase:
         return self.make(*self.args, **self.options).to(dtype)
 
     def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        if self.make is nn.Embedding:
+            return torch.randint(0, 9, self.x)
         return torch.randn(self.x, dtype=dtype)
+
+    def serves(self, algorithm: Algorithm) -> bool:
+        """Whether an algorithm serves this layer: `test_planning.py` says for which it must not."""
+        ((_, _, _, geometry),) = sites(One(self.layer()))
+        try:
+            algorithm.check(geometry)
+        except ConfigError:
+            return False
+        return True
 
 
 LAYERS: dict[str, LayerCase] = {
@@ -76,8 +167,16 @@ LAYERS: dict[str, LayerCase] = {
     "conv2d-depthwise": LayerCase(nn.Conv2d, (6, 6, 3), {"padding": 1, "groups": 6}, (2, 6, 4, 4)),
     "conv2d-unbatched": LayerCase(nn.Conv2d, (4, 8, 3), {"padding": 1}, (4, 5, 5)),
     "conv3d": LayerCase(nn.Conv3d, (4, 6, (1, 3, 3)), {"padding": (0, 1, 1)}, (1, 4, 2, 4, 5)),
+    "conv1d-transformers": LayerCase(Conv1D, (18, 12), {}, (2, 5, 12)),
+    "embedding": LayerCase(nn.Embedding, (9, 8), {}, (2, 5)),
+    "layer-norm": LayerCase(nn.LayerNorm, (8,), {}, (2, 5, 8)),
+    "layer-norm-2d": LayerCase(nn.LayerNorm, ((3, 4),), {"bias": False}, (2, 3, 4)),
+    "group-norm": LayerCase(nn.GroupNorm, (2, 6), {}, (2, 6, 3, 4)),
+    "rms-norm": LayerCase(nn.RMSNorm, (8,), {"eps": 1e-4}, (2, 8)),
+    "own-norm": LayerCase(HalfNorm, (8,), {}, (2, 5, 8)),
+    "parameter": LayerCase(Fused, (8, 12), {}, (2, 5, 12)),
+    "experts": LayerCase(Experts, (3, 8, 6), {}, (3, 5, 6)),
 }
-
 
 class One(nn.Module):
     """A model of one layer."""
@@ -90,10 +189,17 @@ class One(nn.Module):
         return self.layer(x)
 
 
+PAIRS = [
+    (name, layer) for name, algorithm in ALGORITHMS.items() for layer, case in LAYERS.items() if case.serves(algorithm)
+]
+"""Every algorithm on every layer that it serves."""
+
+
 def adapt(model: nn.Module, *algorithms: Algorithm, name: str = "default", random: bool = True) -> AdapterSet:
     """Attach algorithms to every layer, in the layers' dtype, with tensors that have an effect."""
     dtype = next(model.parameters()).dtype
-    adapters = AdapterSet.build(model, plan(model, Rule(algorithms)), name=name, dtype=dtype).attach()
+    rule = Rule(algorithms, kind="*")
+    adapters = AdapterSet.build(model, plan(model, rule, strict=False), name=name, dtype=dtype).attach()
     if random:
         perturb(adapters)
     return adapters
@@ -103,6 +209,17 @@ def adapt(model: nn.Module, *algorithms: Algorithm, name: str = "default", rando
 def perturb(adapters: AdapterSet, size: float = 0.3) -> None:
     for parameter in adapters.parameters():
         parameter.add_(size * torch.randn_like(parameter))
+
+
+def dense(model: One, x: Tensor) -> Tensor:
+    """What a model of one layer gives with the weight that its adapters make, by the layer's own operation."""
+    ((_, layer, attribute, geometry),) = sites(model)
+    affine = top(layer, attribute).affine()
+    if not attribute:
+        return top(layer).run(x, affine)
+    plain = copy.deepcopy(layer)
+    plain.__class__ = base_class(plain)
+    return torch.func.functional_call(plain, {attribute: affine.weight}, (x,))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Adapters beyond LoRA for any PyTorch model: make, train, stack, merge, save and load them."""
 
 from lycoris.adapters import AdapterSet
-from lycoris.algorithms import DoRA, Full, LoHa, LoKr, LoRA, TLoRA
+from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.bundle import Bundle
 from lycoris.dropin.network import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from lycoris.dropin.tlora import (
@@ -18,18 +18,24 @@ from lycoris.schedule import RankSchedule
 __version__ = "5.0.0.dev0"
 
 __all__ = [
+    "BOFT",
+    "IA3",
+    "OFT",
     "AdapterSet",
     "AttachError",
     "Bundle",
     "ConfigError",
     "DoRA",
+    "DyLoRA",
     "FileError",
     "Full",
+    "GLoRA",
     "LoHa",
     "LoKr",
     "LoRA",
     "LycorisError",
     "LycorisNetwork",
+    "Norm",
     "NotFiniteError",
     "Plan",
     "PlanError",

@@ -16,6 +16,7 @@ from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.geometry import Site, site
 from lycoris.merging import Merge
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
@@ -37,7 +38,7 @@ class AdapterSet:
         self.stacks = dict(stacks)
         self.schedule: RankSchedule | None = None
         self.metadata: dict[str, str] = {}
-        self._layers = {path: model.get_submodule(path) for path in self.stacks}
+        self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._strength, self._merged_at = 1.0, 0.0
         self._attached_by_merge = False
@@ -58,11 +59,12 @@ class AdapterSet:
         """
         stacks = {}
         for placement in plan.placements:
-            layer = model.get_submodule(placement.path)
-            own = _like(layer) if dtype is None else _like(layer) | {"dtype": dtype}
+            place = site(model, placement.path)
+            own = _like(place) if dtype is None else _like(place) | {"dtype": dtype}
             stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
-            below = attach.top(layer)
+            below = attach.top(place.module, place.attribute)
             for adapter in stack:
+                adapter.attribute = place.attribute
                 adapter.initialise(below)
             stacks[placement.path] = tuple(stack)
         return cls(model, stacks, name)
@@ -72,11 +74,12 @@ class AdapterSet:
         """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet."""
         stacks = {}
         for path, entries in bundle.entries.items():
-            layer = model.get_submodule(path)
+            place = site(model, path)
             stack = []
             for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **_like(layer))
-                adapter.fill(_completed(path, entry, layer))
+                adapter = Adapter(entry.algorithm, entry.geometry, **_like(place))
+                adapter.attribute = place.attribute
+                adapter.fill(_completed(entry, place))
                 stack.append(adapter)
             stacks[path] = tuple(stack)
         made = cls(model, stacks, name)
@@ -99,12 +102,12 @@ class AdapterSet:
         done: list[tuple[str, int]] = []
         try:
             for path, at, adapter in self._each():
-                attach.attach(self._layers[path], self._child(at), adapter)
+                attach.attach(self._layers[path], self._child(path, at), adapter)
                 self._keep_off_fast_path(path, adapter)
                 done.append((path, at))
         except AttachError as error:
             for path, at in done:
-                attach.detach(self._layers[path], self._child(at))
+                attach.detach(self._layers[path], self._child(path, at))
             path = [path for path, _, _ in self._each()][len(done)]
             raise AttachError(f"{path}: {error}") from error
         self._attached = True
@@ -120,7 +123,7 @@ class AdapterSet:
         self.unfollow()
         if self._attached:
             for path, at, _ in self._each():
-                attach.detach(self._layers[path], self._child(at))
+                attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
 
     @property
@@ -145,7 +148,7 @@ class AdapterSet:
 
     def _check_layers(self) -> None:
         for path, layer in self._layers.items():
-            if self.model.get_submodule(path) is not layer:
+            if site(self.model, path).module is not layer:
                 raise AttachError(
                     f"{path} was replaced by another module since these adapters were made; make them anew"
                 )
@@ -249,7 +252,7 @@ class AdapterSet:
             self.attach()
             self._attached_by_merge = True
         for path, merge in merges.items():
-            merging.install(self._layers[path], merge.new)
+            merging.install(self._layers[path], merge.new, merge.attribute)
         self._merges, self._merged_at = merges, strength
         self._refresh()
 
@@ -318,7 +321,7 @@ class AdapterSet:
             raise FileError(f"{path} has no adapters to take these tensors")
         found = []
         for adapter, entry in zip(stack, entries, strict=True):
-            tensors = _completed(path, entry, self._layers[path])
+            tensors = _completed(entry, site(self.model, path))
             own = adapter.tensors()
             if "gate" in own:
                 tensors["gate"] = torch.ones(())
@@ -343,27 +346,29 @@ class AdapterSet:
     def _each(self) -> Iterator[tuple[str, int, Adapter]]:
         return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))
 
-    def _child(self, at: int) -> str:
-        return self._attached_as if at == 0 else f"{self._attached_as}_{at}"
+    def _child(self, path: str, at: int) -> str:
+        attribute = self.stacks[path][at].attribute
+        return "_".join([self._attached_as, *([attribute] if attribute else []), *([str(at)] if at else [])])
 
     def _free_name(self) -> str:
         taken = {child for layer in self._layers.values() for child in layer._modules}
         return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
 
 
-def _like(layer: nn.Module) -> dict[str, Any]:
-    """Where and how a layer's adapters keep their tensors."""
-    weight = next(layer.parameters())
+def _like(place: Site) -> dict[str, Any]:
+    """Where and how the adapters of a layer, or of a parameter, keep their tensors."""
+    weight: Any = place.module._parameters.get(place.attribute or "weight")
+    weight = next(place.module.parameters()) if weight is None else weight
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
 
 
-def _completed(path: str, entry: Entry, layer: nn.Module) -> dict[str, Tensor]:
+def _completed(entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
-    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(layer))
-    if len(tensors) > len(entry.tensors) and merging.is_merged(layer):
+    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
+    if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
         raise FileError(
-            f"{path}: the file leaves out tensors that follow from the base weight, and adapters are merged into it; "
-            "undo the merge, load, and merge again"
+            f"{place.path}: the file leaves out tensors that follow from the base weight, and adapters are merged into "
+            "it; undo the merge, load, and merge again"
         )
     return tensors
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -20,10 +20,19 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.errors import ConfigError, PlanError, unknown
-from lycoris.geometry import Geometry
+from lycoris.geometry import Geometry, Kind
 
 Params = Mapping[str, Tensor]
-Role = Literal["in", "out", "core", "gate", "length", "delta", "frozen"]
+Role = Literal["in", "out", "core", "gate", "length", "delta", "rotation", "frozen"]
+
+_OTHER: Mapping[Kind, str] = {
+    "linear": "leave it out, or give it LoRA()",
+    "conv": "leave it out, or give it LoRA()",
+    "embedding": "leave it out, or give it LoRA()",
+    "norm": "norms take Norm()",
+    "parameter": "leave it out, or give it LoRA()",
+}
+"""What to do about a layer of each kind that an algorithm does not serve."""
 
 
 class Affine(NamedTuple):
@@ -38,7 +47,8 @@ class Slot(NamedTuple):
 
     `role` groups parameters in a trainer: "in" and "out" are the sides of a factorisation (LoRA+ gives them separate
     learning rates), "core" lies between them, "gate" scales, "length" is a norm (kept in float32 or better: rounding
-    it would change the layer by itself), "delta" is stored densely, "frozen" is not trained.
+    it would change the layer by itself), "delta" is stored densely, "rotation" holds skew-symmetric generators, "frozen"
+    is not trained. Ranks are the first axis of every "in" tensor.
     """
 
     shape: tuple[int, ...]
@@ -56,7 +66,9 @@ class Call:
     strength: Tensor | float = 1.0
     """μ, as a 0-d tensor in a live adapter: a compiled graph does not depend on its value."""
     keep: Tensor | None = None
-    """Which of the algorithm's droppable ranks count: (1, r) for all samples, or (B, r). None: all of them."""
+    """How much each of the algorithm's ranks counts, mostly 0 or 1: (1, r), or (B, r). None: all of them, fully."""
+    dropping: Tensor | None = None
+    """1 in training, 0 in evaluation: what the dropout probabilities are multiplied by. None: no dropout."""
 
 
 class Base(Protocol):
@@ -70,18 +82,39 @@ class Base(Protocol):
     def affine(self) -> Affine:
         """Dense weight and bias, as a merge would leave them."""
 
+    def bias(self) -> Tensor | None:
+        """The bias alone, which costs no reading of the weight."""
+
+    def plain(self, x: Tensor) -> Affine | None:
+        """Weight and bias when calling this is `geometry.op(x, weight, bias)` and nothing else, in x's precision."""
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        """The layer's operation with another weight and bias."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(ABC):
     """Settings of one method and its maths. `transform` is the definition; `forward` is the same thing, faster."""
 
+    module_dropout: float = 0.0
+    """Probability that a training step leaves the adapter of a layer out; from 0 up to, but not, 1."""
+
     name: ClassVar[str]
     keys: ClassVar[Mapping[str, str]]
     """Slot name → tensor name in adapter files, as LyCORIS, kohya and ComfyUI spell it."""
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Names among `keys` that are settings kept as tensors in a file, not slots."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "parameter")
+    """Kinds of layers that it serves."""
+    moves_bias: ClassVar[bool] = False
+    """Whether it changes the bias of a layer that has one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_type(f"{f.name} of {self.name}", str(f.type), getattr(self, f.name))
+            value = getattr(self, f.name)
+            _check_type(f"{f.name} of {self.name}", str(f.type), value)
+            if f.name.endswith("dropout") and not 0 <= value < 1:
+                raise ConfigError(f"{f.name} of {self.name} is a probability from 0 up to, but not, 1, not {value!r}")
 
     @abstractmethod
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -95,7 +128,7 @@ class Algorithm(ABC):
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         """THE definition: the weight and bias that this adapter makes of those below, at strength 1.
 
-        `keep` is (r), a mask over droppable ranks. Works in the dtype of its arguments and is differentiable.
+        `keep` is (r), how much each rank counts. Works in the dtype of its arguments and is differentiable.
         """
 
     @abstractmethod
@@ -106,6 +139,11 @@ class Algorithm(ABC):
     @abstractmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         """Settings read off the tensors of a file. `alpha` as stored, None when the file has none."""
+
+    @classmethod
+    def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors whose names are all its own, by name as in a file, are in fact its own."""
+        return True
 
     def scale(self, g: Geometry) -> float:
         """What the change to the weight is multiplied by, exactly once, wherever it is used."""
@@ -129,8 +167,35 @@ class Algorithm(ABC):
 
     @property
     def rank_masked(self) -> bool:
-        """Whether `Call.keep` says anything to this algorithm, so that its effect may differ from step to step."""
+        """Whether a timestep schedule says anything to this algorithm, so that its effect differs from step to step."""
         return False
+
+    @property
+    def drops(self) -> bool:
+        """Whether training passes draw random numbers. Evaluation never does."""
+        return self.module_dropout > 0
+
+    def draw(self, call: Call, x: Tensor) -> Call:
+        """The call with this pass's random choices made, by torch's random numbers for the device of `x`."""
+        if call.dropping is None or not self.module_dropout:
+            return call
+        alive = torch.rand((), device=x.device) >= call.dropping * self.module_dropout
+        return replace(call, strength=call.strength * alive)
+
+    def waste(self, g: Geometry) -> str | None:
+        """Why these settings ask for more than a layer can use, with the nearest that does; None when they do not."""
+        return None
+
+    def check(self, g: Geometry) -> None:
+        """Raise `ConfigError` when this algorithm cannot serve a layer."""
+        if g.kind not in self.kinds:
+            raise ConfigError(f"{self.name} serves {', '.join(self.kinds)}, not a {g.kind}; {_OTHER[g.kind]}")
+        if g.kind in ("parameter", "embedding") and getattr(self, "dropout", 0):
+            raise ConfigError(
+                f"dropout is for the input of a layer, and a{'n' * (g.kind == 'embedding')} {g.kind} has none to drop; "
+                "use module_dropout or rank_dropout"
+            )
+        self.slots(g)
 
     def __str__(self) -> str:
         """Like the repr, without settings other than the rank that are at their default."""
@@ -146,90 +211,6 @@ class Algorithm(ABC):
             if name not in known:
                 raise ConfigError(unknown(f"option for {cls.name}", name, known))
         return cls(**options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Additive(Algorithm):
-    """An algorithm that adds something to the weight whatever the weight is: V = W + scale·ΔW."""
-
-    @abstractmethod
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        """ΔW (and Δb), without the scale."""
-
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        change, scale = self.delta(p, g, keep), self._gate(p) * self.scale(g)
-        bias = base.bias
-        if change.bias is not None:
-            bias = change.bias * scale if bias is None else bias + change.bias * scale
-        return Affine(base.weight + (change.weight * scale).to(base.weight.dtype), bias)
-
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
-        return below(x) + self.added(p, below.geometry, x, call)
-
-    def added(self, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
-        """What the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
-        p = in_dtype_of(x, p)
-        gain = call.strength * (self._gate(p) * self.scale(g))
-        # A grouped weight has so few columns that its ΔW costs less than factors applied group by group.
-        product = Additive.product if g.groups > 1 else type(self).product
-        return product(self, p, g, x, gain, call.keep)
-
-    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
-        """gain·ΔW applied to x. This dense way is always right; algorithms override it with a factored one."""
-        change = self.delta(p, g, None if keep is None else one_mask(keep))
-        bias = None if change.bias is None else change.bias * gain
-        return g.op(x, change.weight * gain, bias)
-
-    def _gate(self, p: Params) -> Tensor | float:
-        return p.get("gate", 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked(Additive):
-    """An additive algorithm with a rank and the scale convention alpha / rank."""
-
-    rank: int = 4
-    """Width of the factorisation, at least 1."""
-    alpha: float | None = None
-    """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
-    rs_lora: bool = False
-    """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
-    gate: bool = False
-    """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
-
-    GATE_FOLDS_INTO: ClassVar[tuple[str, ...]]
-    """Slots that can take the gate when a file is written; the first one present does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"rank of {self.name} must be a whole number of at least 1, not {self.rank!r}")
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise ConfigError(f"alpha of {self.name} must be finite, not {self.alpha!r}")
-
-    def scale(self, g: Geometry) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
-
-    def stored_alpha(self, g: Geometry) -> float | None:
-        if self.rs_lora:
-            return self.scale(g) * self.rank
-        return float(self.rank if self.alpha is None else self.alpha)
-
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        tensors = dict(p)
-        gate = tensors.pop("gate", None)
-        if gate is not None:
-            slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
-            tensors[slot] = tensors[slot] * gate
-        return tensors
-
-    def _gate_slot(self) -> dict[str, Slot]:
-        return {"gate": Slot((), "gate")} if self.gate else {}
-
-    def _start_at_zero(self, p: Params, slot: str) -> None:
-        """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
-        torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
 
 
 def _check_type(what: str, annotation: str, value: Any) -> None:
@@ -257,11 +238,33 @@ def interpolate(base: Affine, adapted: Affine, strength: Tensor | float) -> Affi
     return Affine(base.weight + strength * (adapted.weight - base.weight), bias)
 
 
+def dense_forward(algorithm: Algorithm, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    """The definition on activations, for layers where nothing cheaper is exact: below(x) and op(x, μ(V - W)).
+
+    V - W is taken in the adapter's precision and never added to a half-precision W.
+    """
+    g, base = below.geometry, below.affine()
+    own = next(iter(p.values())).dtype
+    wide = Affine(*(None if t is None else t.to(torch.promote_types(t.dtype, own)) for t in base))  # type: ignore[arg-type]
+    whole = algorithm.transform(p, wide, g, None if call.keep is None else one_mask(call.keep))
+    y = below(x)
+    change = ((whole.weight - wide.weight) * call.strength).to(y.dtype)
+    return y + g.op(x, change).to(y.dtype)
+
+
 def in_dtype_of(x: Tensor, p: Params) -> Params:
     """Tensors in the dtype of the activations. Under autocast the operations convert by themselves."""
-    if torch.is_autocast_enabled(x.device.type):
+    if all(tensor.dtype == x.dtype for tensor in p.values()) or torch.is_autocast_enabled(x.device.type):
         return p
     return {name: tensor.to(x.dtype) for name, tensor in p.items()}
+
+
+def dropped(x: Tensor, probability: Tensor) -> Tensor:
+    """x with numbers zeroed at random and the others divided by 1 - p. `probability` is a 0-d tensor: in a compiled
+    graph training and evaluation differ only by its value.
+    """
+    kept = torch.rand(x.shape, device=x.device) >= probability
+    return x * kept / (1 - probability).to(x.dtype)
 
 
 def one_mask(keep: Tensor) -> Tensor:

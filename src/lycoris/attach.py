@@ -8,8 +8,9 @@ off restores the class.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lycoris import bases
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
-from lycoris.geometry import Geometry, describe
+from lycoris.geometry import IS_ADAPTER, Geometry, describe, describe_parameter
 from lycoris.recall import Recall, in_backward, may_be_recomputed
 
 
@@ -36,10 +37,15 @@ class Adapter(nn.Module):
         self.algorithm, self.geometry = algorithm, geometry
         self.call = Call(torch.tensor(1.0, dtype=torch.float64))
         self.silent = False
+        setattr(self, IS_ADAPTER, True)
+        self.attribute = ""
+        """Name of the parameter that it adapts; "" for a layer."""
+        self._dropping = torch.tensor(1.0)
         self._recall = Recall()
         for name, slot in algorithm.slots(geometry).items():
             own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
-            tensor = torch.empty(slot.shape, dtype=own, device=device)
+            shape = (geometry.stack, *slot.shape) if geometry.stack else slot.shape
+            tensor = torch.empty(shape, dtype=own, device=device)
             if slot.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -50,10 +56,23 @@ class Adapter(nn.Module):
         found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def train(self, mode: bool = True) -> Adapter:
+        """Training draws dropout, evaluation is deterministic."""
+        # A tensor, so that a compiled graph serves both.
+        self._dropping = torch.tensor(1.0 if mode else 0.0)
+        super().train(mode)
+        return self
+
     @torch.no_grad()
     def initialise(self, below: Base) -> None:
         """Draw new tensors; the layer's effect does not change."""
-        self.algorithm.initialise(self.tensors(), below)
+        if not self.geometry.stack:
+            self.algorithm.initialise(self.tensors(), below)
+            return
+        weights = below.affine().weight
+        for at, weight in enumerate(weights):
+            one = _Matrix(replace(self.geometry, stack=0), weight)
+            self.algorithm.initialise({name: tensor[at] for name, tensor in self.tensors().items()}, one)
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
@@ -67,25 +86,39 @@ class Adapter(nn.Module):
             own[name].copy_(value)
 
     def adapted(self, base: Affine, call: Call | None = None) -> Affine:
-        """Weight and bias that this adapter makes of those below, at the strength in force."""
+        """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
         call = self.call if call is None else call
         keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
         tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
-        whole = self.algorithm.transform(tensors, base, self.geometry, keep)
+        if self.geometry.stack:
+            weight = torch.func.vmap(
+                lambda p, w: self.algorithm.transform(p, Affine(w, None), replace(self.geometry, stack=0), keep).weight
+            )(tensors, base.weight)
+            whole = Affine(weight, None)
+        else:
+            whole = self.algorithm.transform(tensors, base, self.geometry, keep)
         return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
+
+    def current(self, x: Tensor) -> Call:
+        """What is in force for a pass over x, with this pass's random choices made."""
+        call = self.call
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                # Not noted: of several passes before one backward, the first recomputed would hide the others.
+                call = self._recall.of(call, x)
+            elif may_be_recomputed():
+                self._recall.note(call, x)
+            if not self.training:
+                return call
+        if self.algorithm.drops:
+            call = self.algorithm.draw(replace(call, dropping=self._dropping), x)
+        return call
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
         if self.silent:
             return below(x)
-        if torch.compiler.is_compiling():
-            return self.algorithm.forward(self.tensors(), below, x, self.call)
-        call = self.call
-        if in_backward():
-            # Not noted: of several passes before one backward, the first recomputed would hide the others.
-            call = self._recall.of(call, x)
-        elif may_be_recomputed():
-            self._recall.note(call, x)
-        if call.strength == 0:
+        call = self.current(x)
+        if not torch.compiler.is_compiling() and call.strength == 0:
             return below(x)
         return self.algorithm.forward(self.tensors(), below, x, call)
 
@@ -100,6 +133,28 @@ class Adapter(nn.Module):
         return
 
 
+class _Matrix:
+    """A weight alone, as what lies below an adapter."""
+
+    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
+        self.geometry, self.weight = geometry, weight
+
+    def affine(self) -> Affine:
+        return Affine(self.weight, None)
+
+    def bias(self) -> Tensor | None:
+        return None
+
+    def plain(self, x: Tensor) -> Affine | None:
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise AttachError("a parameter has no output of its own; its module uses it")
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        return self(x)
+
+
 class _Layer:
     """The bottom of a stack: the layer as it was."""
 
@@ -111,7 +166,44 @@ class _Layer:
         return self.forward(self.layer, x, *args, **kwargs)
 
     def affine(self) -> Affine:
-        return bases.read(self.layer)
+        weight, bias = bases.read(self.layer)
+        return Affine(self.geometry.turned(weight), bias)
+
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.layer, "bias", None) if self.geometry.has_bias else None
+        return bias if bias is None or bias.is_floating_point() else self.affine().bias
+
+    def plain(self, x: Tensor) -> Affine | None:
+        layer: Any = self.layer
+        if self.forward not in _PLAIN or self.extra != ((), {}) or type(layer.weight) not in (Tensor, nn.Parameter):
+            return None
+        other = x.is_floating_point() and layer.weight.dtype != x.dtype
+        return None if other or torch.is_autocast_enabled(x.device.type) else self.affine()
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        if self.forward in _PLAIN:
+            return self.geometry.op(x, *affine)
+        return _run_with(self.layer, self.forward, x, Affine(self.geometry.turned(affine.weight), affine.bias))
+
+
+_PLAIN: frozenset[Any] = frozenset(
+    cls.forward
+    for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+)
+"""Forward methods that do what `Geometry.op` does and nothing else."""
+
+
+def _run_with(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, affine: Affine) -> Tensor:
+    """A layer's own forward with other tensors in place of its parameters, for layers whose formula is not known."""
+    own = layer._parameters
+    before = {name: own[name] for name in ("weight", "bias") if name in own}
+    try:
+        own["weight"] = affine.weight  # type: ignore[assignment]
+        if "bias" in own:
+            own["bias"] = affine.bias  # type: ignore[assignment]
+        return forward(layer, x)
+    finally:
+        own.update(before)
 
 
 class _Stage:
@@ -131,10 +223,28 @@ class _Stage:
         below = self.below.affine()
         return below if self.adapter.silent else self.adapter.adapted(below)
 
+    def bias(self) -> Tensor | None:
+        return self.affine().bias if self.adapter.algorithm.moves_bias else self.below.bias()
+
+    def plain(self, x: Tensor) -> Affine | None:
+        return None
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        return self.below.run(x, affine)
+
 
 class Adapted:
-    """Mixed into the class of an adapted layer."""
+    """Mixed into the class of a module with adapters."""
 
+    attributes: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that are adapted, for a module that is not a layer."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # The derived class shares the name of the one it derives from, so pickle could not find it by name.
+        return _new, (base_class(self), self.attributes), self.__dict__.copy()
+
+
+class _AdaptedLayer(Adapted):
     # `self: Any`: this class is only ever mixed into a module.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if args:
@@ -147,18 +257,25 @@ class Adapted:
             return base_class(self).forward(self, x, *args, **kwargs)
         return _stack(self, first.geometry, (args, kwargs))(x)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        # The derived class shares the name of the one it derives from, so pickle could not find it by name.
-        return _new, (base_class(self),), self.__dict__.copy()
 
-
-def top(layer: nn.Module) -> Base:
-    """A layer with the adapters it has now, as the next adapter will find it below itself."""
+def top(layer: nn.Module, attribute: str = "") -> Base:
+    """A layer, or a parameter of a module, with the adapters it has now, as the next one will find it below itself."""
+    if attribute:
+        below: Base = bottom(layer, attribute)
+        for adapter in adapters_on(layer, attribute):
+            below = _Stage(adapter, below)
+        return below
     return _stack(layer, bottom(layer).geometry, ((), {}))
 
 
-def bottom(layer: nn.Module) -> Base:
-    """A layer without its adapters."""
+def bottom(layer: nn.Module, attribute: str = "") -> Base:
+    """A layer, or a parameter of a module, without its adapters."""
+    if attribute:
+        parameter = layer._parameters[attribute]
+        geometry = None if parameter is None else describe_parameter(parameter)
+        if parameter is None or geometry is None:
+            raise AttachError(f"{attribute} of this {type(layer).__name__} is not a matrix or a stack of them")
+        return _Matrix(geometry, parameter)
     geometry = describe(layer)
     if geometry is None:
         raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")
@@ -172,9 +289,10 @@ def _stack(layer: nn.Module, geometry: Geometry, extra: Any) -> Base:
     return below
 
 
-def adapters_on(layer: nn.Module) -> Iterator[Adapter]:
-    """The adapters of a layer, lowest first."""
-    return (child for child in layer._modules.values() if isinstance(child, Adapter))
+def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:
+    """The adapters of a layer, or of a parameter, lowest first."""
+    children = layer._modules.values()
+    return (child for child in children if isinstance(child, Adapter) and child.attribute == attribute)
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
@@ -184,12 +302,12 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
-    """Put an adapter on top of a layer and of the adapters it has, under the child name `name`.
+    """Put an adapter on top of a layer, or of a parameter, and of the adapters it has, under the child name `name`.
 
     Raises `AttachError` when the name is taken or when the layer's `forward` was replaced on the instance: such a
     replacement would run instead of the adapters.
     """
-    if "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ and not adapter.attribute:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "
             "and older adapter libraries do so) and would bypass the adapter; remove that hook, attach, and wrap "
@@ -197,11 +315,10 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
         )
     if hasattr(layer, name):
         raise AttachError(f"this {type(layer).__name__} already has something called {name!r}; choose another set name")
+    check_detachable(layer)
     layer.register_module(name, adapter)
     adapter.train(layer.training)
-    if not isinstance(layer, Adapted):
-        cls: Any = type(layer)
-        layer.__class__ = _adapted(cls)
+    _set_class(layer)
 
 
 def detach(layer: nn.Module, name: str) -> None:
@@ -211,25 +328,47 @@ def detach(layer: nn.Module, name: str) -> None:
     """
     check_detachable(layer)
     del layer._modules[name]
-    if isinstance(layer, Adapted) and not any(adapters_on(layer)):
-        layer.__class__ = base_class(layer)  # type: ignore[assignment]
+    _set_class(layer)
 
 
 def check_detachable(layer: nn.Module) -> None:
-    """Raise `AttachError` unless the layer's class is the one that `attach` gave it."""
-    if Adapted in type(layer).__mro__[2:]:
+    """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it."""
+    if isinstance(layer, Adapted) and type(layer) is not _adapted(base_class(layer), layer.attributes):
         raise AttachError(
             f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
             "so); undo that first"
         )
 
 
+def _set_class(layer: Any) -> None:
+    adapters = [child for child in layer._modules.values() if isinstance(child, Adapter)]
+    attributes = tuple(sorted({adapter.attribute for adapter in adapters} - {""}))
+    layer.__class__ = _adapted(base_class(layer), attributes) if adapters else base_class(layer)
+
+
 @cache
-def _adapted(cls: Any) -> Any:
+def _adapted(cls: Any, attributes: tuple[str, ...]) -> Any:
+    own = {name: property(_reader(name)) for name in attributes}
+    mixin = Adapted if attributes else _AdaptedLayer
     # Same name: other libraries recognise layers by it.
-    return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "attributes": attributes}
+    return type(cls.__name__, (mixin, cls), {**own, **names})
 
 
-def _new(cls: Any) -> Any:
-    adapted = _adapted(cls)
+def _reader(attribute: str) -> Callable[[Any], Tensor]:
+    """What reading an adapted parameter gives: the parameter as its adapters make it."""
+
+    def read(module: Any) -> Tensor:
+        parameter: Tensor = module._parameters[attribute]
+        affine = Affine(parameter, None)
+        for adapter in adapters_on(module, attribute):
+            if not adapter.silent:
+                affine = adapter.adapted(affine, adapter.current(parameter))
+        return affine.weight
+
+    return read
+
+
+def _new(cls: Any, attributes: tuple[str, ...]) -> Any:
+    adapted = _adapted(cls, attributes)
     return adapted.__new__(adapted)

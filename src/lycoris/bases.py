@@ -16,7 +16,7 @@ def read(layer: nn.Module) -> Affine:
     Raises `AttachError` for weights that are packed or quantised: reading those is not built yet.
     """
     weight: Any = layer.weight
-    bias: Any = layer.bias
+    bias: Any = getattr(layer, "bias", None)
     if not weight.is_floating_point() or weight.element_size() < 2:
         kind = type(layer).__name__
         raise AttachError(

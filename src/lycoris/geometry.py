@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-Kind = Literal["linear", "conv"]
+Kind = Literal["linear", "conv", "embedding", "norm", "parameter"]
+Norm = Literal["", "layer", "group", "rms", "own"]
+
+IS_ADAPTER = "is_lycoris_adapter"
+"""Attribute of modules that are adapters themselves, whose parameters are no place for more of them."""
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -20,20 +25,29 @@ _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 
 class Geometry:
     """Shapes and operation of one layer. Tensors only; holds no weights.
 
-    Legend: O out features or channels, I in features or channels *per group*, K kernel dimensions.
+    Legend: O out features or channels, I in features or channels *per group*, K kernel dimensions. An embedding is a
+    linear map from one-hot vectors: O is its width, I the number of its entries.
     """
 
     kind: Kind
     shape: tuple[int, ...]
-    """Of the weight: (O, I) or (O, I, *K)."""
+    """Of the weight: (O, I) or (O, I, *K); of a norm, the shape that it scales."""
     has_bias: bool = True
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    """Of a convolution's channels; of a group norm's."""
     padding_mode: str = "zeros"
     pad: tuple[int, ...] = ()
-    """`F.pad` amounts for padding modes other than zeros, last dimension first."""
+    """`F.pad` amounts that stand for `padding`, last dimension first."""
+    transposed: bool = False
+    """Whether the module stores (I, O): embeddings and the `Conv1D` of transformers."""
+    stack: int = 0
+    """Of a parameter of three dimensions: how many matrices (O, I) it holds. 0: it is one matrix."""
+    norm: Norm = ""
+    """Which normalisation; "own": one that only the module itself can compute."""
+    eps: float | None = None
 
     @property
     def out_features(self) -> int:
@@ -46,7 +60,7 @@ class Geometry:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Kernel dimensions; empty for linear layers."""
+        """Kernel dimensions; empty for layers without one."""
         return self.shape[2:]
 
     @property
@@ -55,9 +69,23 @@ class Geometry:
         return math.prod(self.shape[1:])
 
     @property
+    def size(self) -> int:
+        """Numbers in one weight."""
+        return math.prod(self.shape)
+
+    @property
     def pointwise(self) -> bool:
         """Whether the weight is a plain matrix: linear, or a convolution with a kernel of ones."""
         return all(size == 1 for size in self.kernel)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """As the module keeps one weight."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A weight as the module stores it → (O, I, ...), and back."""
+        return weight.transpose(-1, -2) if self.transposed else weight
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's operation with the given weight: x·Wᵀ + b, or the convolution with the layer's own settings.
@@ -66,22 +94,53 @@ class Geometry:
         """
         if self.kind == "linear":
             return F.linear(x, weight, bias)
-        convolve = _CONVOLUTIONS[len(self.kernel)]
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.pad, mode=self.padding_mode), 0
-            return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.kind == "embedding":
+            y = F.embedding(x, weight.T)
+            return y if bias is None else y + bias
+        if self.kind == "conv":
+            if self.padding_mode != "zeros":
+                return self.convolve(F.pad(x, self.pad, mode=self.padding_mode), weight, bias, padding=0)
+            return self.convolve(x, weight, bias, padding=self.padding)
+        return self._normalise(x, weight, bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: Any) -> Tensor:
+        """The convolution alone, with `padding` in place of the layer's own."""
+        run = _CONVOLUTIONS[len(self.kernel)]
+        return run(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input of a convolution with its padding around it."""
+        return F.pad(x, self.pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.norm == "layer":
+            return F.layer_norm(x, self.shape, weight, bias, self.eps or 0.0)
+        if self.norm == "group":
+            return F.group_norm(x, self.groups, weight, bias, self.eps or 0.0)
+        if self.norm == "rms":
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        raise TypeError(f"a {self.kind} {self.norm} has no operation of its own; run the layer with the new weight")
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether features are the last dimension of inputs and outputs."""
+        return self.kind != "conv"
+
+    @property
+    def channel_axis(self) -> int:
+        """Where features are in inputs and outputs, counted from the end: a batch dimension may be missing."""
+        return -1 - (len(self.kernel) if self.kind == "conv" else 0)
 
     def mix(self, x: Tensor, weight: Tensor) -> Tensor:
         """Mix channels without touching positions: `weight` is (rows, channels), whatever the layer's kernel."""
-        if self.kind == "linear":
+        if self.channels_last:
             return F.linear(x, weight)
         ones = (1,) * len(self.kernel)
         return _CONVOLUTIONS[len(self.kernel)](x, weight.reshape(*weight.shape[:2], *ones))
 
     def channels(self, vector: Tensor) -> Tensor:
         """Shape a vector over channels (C) so that it broadcasts over a layer's input or output."""
-        return vector.reshape(-1) if self.kind == "linear" else vector.reshape(-1, *(1,) * len(self.kernel))
+        return vector.reshape(-1) if self.channels_last else vector.reshape(-1, *(1,) * len(self.kernel))
 
     def spread(self, rows: Tensor, x: Tensor) -> Tensor:
         """Shape per-sample channel vectors (B, C) to broadcast over `x`, a batch of inputs or outputs.
@@ -96,7 +155,66 @@ class Geometry:
             raise ValueError(f"a mask for {rows.shape[0]} samples cannot be spread over a batch of {batch}")
         rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
         between = (1,) * (x.dim() - 2)
-        return rows.reshape(batch, *between, -1) if self.kind == "linear" else rows.reshape(batch, -1, *between)
+        return rows.reshape(batch, *between, -1) if self.channels_last else rows.reshape(batch, -1, *between)
+
+    def __str__(self) -> str:
+        stack = f"{self.stack} x " if self.stack else ""
+        return f"{self.kind} {stack}{self.shape}"
+
+
+class Site(NamedTuple):
+    """A place in a model where adapters can go."""
+
+    path: str
+    """Dotted path of the layer, or of the parameter."""
+    module: nn.Module
+    """The layer, or the module that owns the parameter."""
+    attribute: str
+    """Name of the parameter; "" when the site is a layer."""
+    geometry: Geometry
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every place in a model where adapters can go: layers, and bare parameters of modules that are no such layers.
+
+    A module that appears twice is given once, under its first path.
+    """
+    for path, module in model.named_modules():
+        if getattr(module, IS_ADAPTER, False):
+            continue
+        geometry = describe(module)
+        if geometry is not None:
+            yield Site(path, module, "", geometry)
+        else:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (own := describe_parameter(parameter)) is not None:
+                    yield Site(f"{path}.{name}" if path else name, module, name, own)
+
+
+def site(model: nn.Module, path: str) -> Site:
+    """The place at a dotted path. Raises `KeyError` when there is none."""
+    parent, _, name = path.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = model.get_submodule(parent)
+        parameter = module._parameters.get(name)
+        geometry = None if parameter is None else describe_parameter(parameter)
+        if geometry is None:
+            raise KeyError(path) from None
+        return Site(path, module, name, geometry)
+    geometry = describe(module)
+    if geometry is None:
+        raise KeyError(path)
+    return Site(path, module, "", geometry)
+
+
+def describe_parameter(parameter: Tensor) -> Geometry | None:
+    """The geometry of a bare parameter: a matrix (O, I), or a stack of them as experts have (E, O, I)."""
+    if parameter.dim() not in (2, 3) or not (parameter.is_floating_point() or parameter.is_meta):
+        return None
+    *stack, o, i = parameter.shape
+    return Geometry(kind="parameter", shape=(o, i), has_bias=False, stack=stack[0] if stack else 0)
 
 
 def describe(module: nn.Module) -> Geometry | None:
@@ -120,4 +238,41 @@ def describe(module: nn.Module) -> Geometry | None:
             padding_mode=module.padding_mode,
             pad=tuple(module._reversed_padding_repeated_twice),
         )
-    return None
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        shape = (module.embedding_dim, module.num_embeddings)
+        return Geometry(kind="embedding", shape=shape, has_bias=False, transposed=True)
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
+        # transformers' linear layer of GPT-2; not imported here for its weight's sake.
+        weight: Any = module.weight
+        return Geometry(kind="linear", shape=(module.nf, weight.shape[0]), transposed=True)
+    return _describe_norm(module)
+
+
+def _describe_norm(module: Any) -> Geometry | None:
+    if isinstance(module, nn.LayerNorm):
+        shape, norm, eps, groups = tuple(module.normalized_shape), "layer", module.eps, 1
+    elif isinstance(module, nn.GroupNorm):
+        shape, norm, eps, groups = (module.num_channels,), "group", module.eps, module.num_groups
+    elif isinstance(module, nn.RMSNorm):
+        shape, norm, eps, groups = tuple(module.normalized_shape), "rms", module.eps, 1
+    elif _is_norm_by_name(module):
+        shape, norm, eps, groups = tuple(module.weight.shape), "own", None, 1
+    else:
+        return None
+    if getattr(module, "weight", None) is None:
+        return None
+    has_bias = getattr(module, "bias", None) is not None
+    return Geometry(kind="norm", shape=shape, norm=norm, eps=eps, groups=groups, has_bias=has_bias)  # type: ignore[arg-type]
+
+
+def _is_norm_by_name(module: nn.Module) -> bool:
+    """The RMS norms that model libraries define for themselves: a vector to scale by, and Norm in the name."""
+    weight = module._parameters.get("weight")
+    batched = isinstance(module, nn.modules.batchnorm._NormBase)
+    return (
+        "Norm" in type(module).__name__
+        and not batched
+        and isinstance(weight, torch.Tensor)
+        and weight.dim() == 1
+        and set(module._parameters) <= {"weight", "bias"}
+    )

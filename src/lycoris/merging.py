@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lycoris import attach, bases
-from lycoris.algorithm import Additive, Affine, Call
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Call
 from lycoris.attach import Adapter
 from lycoris.errors import AttachError
 
@@ -20,6 +21,8 @@ MARK = "_lycoris_merged"
 class Merge(NamedTuple):
     """A layer's parameters before and after, and how often the new ones had been written to when they were made."""
 
+    attribute: str
+    """Name of the parameter; "" for a layer's weight and bias."""
     old: Affine
     new: Affine
     versions: tuple[int, ...]
@@ -31,33 +34,45 @@ def fold(layer: nn.Module, stack: Sequence[Adapter], strength: float) -> Merge:
 
     float32 throughout (float64 for such weights), and one rounding to the layer's own precision.
     """
-    old = bases.read(layer)
+    attribute, geometry = stack[0].attribute, stack[0].geometry
+    old = _own(layer, attribute)
     dtype = old.weight.dtype
     full = torch.promote_types(dtype, torch.float32)
-    affine = Affine(old.weight.to(full), None if old.bias is None else old.bias.to(full))
+    affine = Affine(geometry.turned(old.weight.to(full)), None if old.bias is None else old.bias.to(full))
     for adapter in stack:
         affine = adapter.adapted(affine, Call(strength))
-    weight = nn.Parameter(affine.weight.to(dtype), requires_grad=old.weight.requires_grad)
+    whole = geometry.turned(affine.weight).contiguous()
+    weight = nn.Parameter(whole.to(dtype), requires_grad=old.weight.requires_grad)
     trained = (old.weight if old.bias is None else old.bias).requires_grad
     bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
     setattr(weight, MARK, True)
     new = Affine(weight, bias)
-    return Merge(old, new, _versions(new))
+    return Merge(attribute, old, new, _versions(new))
 
 
-def is_merged(layer: nn.Module) -> bool:
-    """Whether a layer's weight has adapters folded in."""
-    return bool(getattr(layer.weight, MARK, False))
+def _own(layer: nn.Module, attribute: str) -> Affine:
+    """The parameters themselves, as the module stores them."""
+    if attribute:
+        return Affine(layer._parameters[attribute], None)  # type: ignore[arg-type]
+    return bases.read(layer)
 
 
-def install(layer: nn.Module, affine: Affine) -> None:
+def is_merged(layer: nn.Module, attribute: str = "") -> bool:
+    """Whether a layer's weight, or a parameter, has adapters folded in."""
+    return bool(getattr(layer._parameters.get(attribute or "weight"), MARK, False))
+
+
+def install(layer: nn.Module, affine: Affine, attribute: str = "") -> None:
     """Give a layer these very parameters. Another layer that shared the old ones keeps them."""
-    layer.weight, layer.bias = affine.weight, affine.bias  # type: ignore[assignment]
+    layer._parameters[attribute or "weight"] = affine.weight  # type: ignore[assignment]
+    if "bias" in layer._parameters and not attribute:
+        layer._parameters["bias"] = affine.bias  # type: ignore[assignment]
 
 
 def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
     """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
-    if layer.weight is not merge.new.weight or layer.bias is not merge.new.bias:
+    now = _own(layer, merge.attribute)
+    if now.weight is not merge.new.weight or now.bias is not merge.new.bias:
         raise AttachError(
             f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
         )
@@ -73,7 +88,7 @@ def restore(layer: nn.Module, merge: Merge) -> None:
     for old, new in zip(merge.old, merge.new, strict=True):
         if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
             old.data = old.data.to(new)
-    install(layer, merge.old)
+    install(layer, merge.old, merge.attribute)
 
 
 def _versions(affine: Affine) -> tuple[int, ...]:
@@ -86,7 +101,7 @@ def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:
 
     A stack that is not attached would have come on top. Raises `AttachError` otherwise.
     """
-    order = list(attach.adapters_on(layer))
+    order = list(attach.adapters_on(layer, own[0].attribute))
     first = next((at for at, adapter in enumerate(order) if adapter is own[0]), len(order))
     lower = [adapter for adapter in order[:first] if not adapter.silent]
     moved = [adapter.algorithm for adapter in (*lower, *own)]

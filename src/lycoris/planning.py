@@ -15,8 +15,9 @@ from typing_extensions import Self
 
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
-from lycoris.geometry import Geometry, Kind, describe
+from lycoris.geometry import Geometry, Kind, sites
 
+SHOWN = 3
 RemarkKind = Literal["note", "unknown", "unmatched"]
 
 
@@ -43,8 +44,9 @@ class Rule:
     """One algorithm, several stacked from the lowest up, or () to leave the layer alone."""
     path: str | re.Pattern[str] = "*"
     """The layer's dotted path as in `named_modules()`, as a glob, or a compiled expression that must match whole."""
-    kind: str = "*"
-    """linear or conv."""
+    kind: str | tuple[str, ...] = ("linear", "conv")
+    """Kinds of layers: linear, conv, embedding, norm, or parameter (a bare matrix or stack of matrices that a module
+    uses without a layer of its own, such as fused attention projections and experts). `*` is a wildcard."""
     inside: str = "*"
     """Class name of the layer itself or of a module around it."""
 
@@ -60,11 +62,15 @@ class Rule:
         if not isinstance(self.inside, str):
             raise ConfigError(f"a rule's `inside` is the name of a class, not {_told(self.inside)}")
         kinds = get_args(Kind)
-        if not isinstance(self.kind, str) or not any(fnmatch.fnmatchcase(kind, self.kind) for kind in kinds):
-            raise ConfigError(unknown("kind of layer", str(self.kind), kinds))
+        for wanted in self.kinds():
+            if not isinstance(wanted, str) or not any(fnmatch.fnmatchcase(kind, wanted) for kind in kinds):
+                raise ConfigError(unknown("kind of layer", str(wanted), kinds))
 
     def algorithms(self) -> tuple[Algorithm, ...]:
         return self.use if isinstance(self.use, tuple) else (self.use,)
+
+    def kinds(self) -> tuple[str, ...]:
+        return self.kind if isinstance(self.kind, tuple) else (self.kind,)
 
     def matches(self, path: str, chain: Sequence[nn.Module], geometry: Geometry) -> bool:
         if isinstance(self.path, re.Pattern):
@@ -73,7 +79,7 @@ class Rule:
             at_path = fnmatch.fnmatchcase(path, self.path)
         return (
             at_path
-            and fnmatch.fnmatchcase(geometry.kind, self.kind)
+            and any(fnmatch.fnmatchcase(geometry.kind, kind) for kind in self.kinds())
             and any(fnmatch.fnmatchcase(type(module).__name__, self.inside) for module in chain)
         )
 
@@ -90,7 +96,7 @@ class Placement:
     def parameters(self) -> int:
         """Trainable numbers."""
         slots = [slot for algorithm in self.algorithms for slot in algorithm.slots(self.geometry).values()]
-        return sum(math.prod(slot.shape) for slot in slots if slot.trainable)
+        return max(1, self.geometry.stack) * sum(math.prod(slot.shape) for slot in slots if slot.trainable)
 
 
 @dataclass(frozen=True)
@@ -111,23 +117,24 @@ class Plan:
         groups: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for placement in self.placements:
-            key = (" + ".join(map(str, placement.algorithms)), placement.geometry.kind)
+            key: tuple[str, str] = (" + ".join(map(str, placement.algorithms)), placement.geometry.kind)
             groups[key] += 1
             sizes[key] += placement.parameters
         lines = [
             f"{len(self.placements)} layers get adapters, {len(self.skipped)} do not; {self.parameters:,} parameters"
         ]
         lines += [
-            f"  {count:5d} {kind:6s} {sizes[use, kind]:>12,}  {use}" for (use, kind), count in groups.most_common()
+            f"  {count:5d} {kind:9s} {sizes[use, kind]:>12,}  {use}" for (use, kind), count in groups.most_common()
         ]
         return "\n".join(lines + [f"  note: {remark}" for remark in self.remarks])
 
 
-def plan(model: nn.Module, rules: Rule | Sequence[Rule]) -> Plan:
+def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True) -> Plan:
     """Match rules to the layers of a model; for each layer the first rule that matches wins.
 
-    Raises `PlanError` for a rule that no layer falls to, naming near misses, and for an algorithm that cannot serve a
-    layer it was given.
+    Raises `PlanError` for a rule that no layer falls to, naming near misses, for an algorithm that cannot serve a
+    layer it was given and, when `strict`, for settings that ask for more than a layer can use, such as a rank above
+    what its weight can have; otherwise those become remarks.
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Sequence) else rules
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
@@ -144,42 +151,50 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule]) -> Plan:
                 return rule.algorithms()
         return None
 
-    made = place(model, choose)
+    made = place(model, choose, strict=strict)
     for at, rule in enumerate(rules):
         if not used[at]:
             raise PlanError(f"{rule} applies to no layer: {_why(model, rule)}")
     return made
 
 
-def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = ()) -> Plan:
+def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, strict: bool = False) -> Plan:
     """A plan from a function that decides layer by layer; a layer that appears twice is decided once.
 
-    Raises `PlanError` when an algorithm cannot serve a layer.
+    Raises `PlanError` when an algorithm cannot serve a layer and, when `strict`, when its settings are wasted on one.
     """
     modules = dict(model.named_modules())
-    placements, skipped = [], []
-    for path, layer in modules.items():
-        geometry = describe(layer)
-        if geometry is None:
-            continue
+    placements, skipped, wasted = [], [], []
+    for path, layer, _, geometry in sites(model):
         above = [modules[name] for name in _above(path) if name in modules]
         algorithms = choose(path, layer, above, geometry)
         if not algorithms:
             skipped.append(path)
             continue
-        placement = Placement(path, geometry, algorithms)
-        try:
-            _ = placement.parameters
-        except ConfigError as error:
-            raise PlanError(f"{path or 'the model itself'}, {geometry.kind} {geometry.shape}: {error}") from error
-        placements.append(placement)
-    return Plan(tuple(placements), tuple(skipped), tuple(remarks))
+        where = f"{path or 'the model itself'}, {geometry}"
+        for algorithm in algorithms:
+            try:
+                algorithm.check(geometry)
+            except ConfigError as error:
+                raise PlanError(f"{where}: {error}") from error
+            waste = algorithm.waste(geometry)
+            if waste and strict:
+                raise PlanError(f"{where}: {waste}")
+            wasted += [Remark(f"{where}: {waste}")] if waste else []
+        placements.append(Placement(path, geometry, algorithms))
+    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(wasted)))
+
+
+def _shortened(remarks: list[Remark]) -> list[Remark]:
+    """The first few of many remarks of the same sort."""
+    if len(remarks) <= SHOWN:
+        return remarks
+    return [*remarks[:SHOWN], Remark(f"and {len(remarks) - SHOWN} more layers like these")]
 
 
 def servable(model: nn.Module) -> dict[str, tuple[nn.Module, Geometry]]:
-    """Path → layer and geometry, of every layer that adapters can serve."""
-    found = ((path, layer, describe(layer)) for path, layer in model.named_modules())
-    return {path: (layer, geometry) for path, layer, geometry in found if geometry is not None}
+    """Path → layer and geometry, of every layer that adapters can serve; without bare parameters."""
+    return {path: (layer, geometry) for path, layer, attribute, geometry in sites(model) if not attribute}
 
 
 def around(model: nn.Module, path: str) -> list[nn.Module]:
@@ -191,9 +206,8 @@ def block_classes(model: nn.Module) -> list[str]:
     """Class names of modules that have layers which adapters can serve, or are such layers."""
     names = set()
     modules = dict(model.named_modules())
-    for path, layer in modules.items():
-        if describe(layer) is not None:
-            names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
+    for path in servable(model):
+        names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
     return sorted(names)
 
 
@@ -211,9 +225,12 @@ def _above(path: str) -> list[str]:
 
 
 def _why(model: nn.Module, rule: Rule) -> str:
-    layers = {path: layer for path, layer in model.named_modules() if describe(layer) is not None}
+    found = {path: geometry for path, _, _, geometry in sites(model)}
+    layers = [p for p, geometry in found.items() if any(fnmatch.fnmatchcase(geometry.kind, k) for k in rule.kinds())]
     if not layers:
-        return f"{type(model).__name__} has no layer that adapters can serve"
+        have = sorted({geometry.kind for geometry in found.values()})
+        kinds = f" of kind {' or '.join(rule.kinds())}; it has {', '.join(have)}" if have else ""
+        return f"{type(model).__name__} has no layer that adapters can serve{kinds}"
     classes = block_classes(model)
     if rule.inside != "*" and not any(fnmatch.fnmatchcase(name, rule.inside) for name in classes):
         close = nearest(rule.inside, classes)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lycoris.algorithm import Algorithm, Ranked
+from lycoris.additive import Ranked
+from lycoris.algorithm import Algorithm
 from lycoris.algorithms import DoRA
 from lycoris.errors import ConfigError, PlanError, nearest
 from lycoris.geometry import Geometry

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from cases import ALGORITHMS, LAYERS, One, adapt, relative
+from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, dense, relative
 from lycoris import AdapterSet, read, write
 from lycoris.algorithms import ALGORITHMS as REGISTRY
-from lycoris.attach import top
 
 TOLERANCE = 1e-10
 
@@ -21,37 +20,47 @@ def test_every_registered_algorithm_has_cases() -> None:
     assert {case.name for case in ALGORITHMS.values()} == set(REGISTRY)
 
 
-@pytest.fixture(params=ALGORITHMS)
-def algorithm(request: pytest.FixtureRequest):
-    return ALGORITHMS[request.param]
+@pytest.fixture(params=PAIRS, ids="-on-".join)
+def pair(request: pytest.FixtureRequest):
+    return request.param
 
 
-@pytest.fixture(params=LAYERS)
-def case(request: pytest.FixtureRequest):
-    return LAYERS[request.param]
+@pytest.fixture
+def algorithm(pair):
+    return ALGORITHMS[pair[0]]
+
+
+@pytest.fixture
+def case(pair):
+    return LAYERS[pair[1]]
+
+
+def made(case, algorithm, random: bool = True):
+    """A model in evaluation mode, where nothing is drawn."""
+    model = One(case.layer()).eval()
+    return model, case.input(), adapt(model, algorithm, random=random)
 
 
 def test_a_fresh_adapter_changes_nothing(algorithm, case) -> None:
     model, x = One(case.layer()), case.input()
     before = model(x)
     adapt(model, algorithm, random=False)
-    assert torch.equal(model(x), before)
+    assert torch.equal(model.eval()(x), before)
+    assert torch.equal(model.train()(x), before)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, -1.0])
 def test_factored_forward_equals_merged_forward(algorithm, case, strength: float) -> None:
-    model, x = One(case.layer()), case.input()
-    adapters = adapt(model, algorithm)
+    model, x, adapters = made(case, algorithm)
     adapters.set_strength(strength)
     attached = model(x)
-    dense = top(model.layer).affine()
-    assert relative(attached, top(model.layer).geometry.op(x, *dense)) < TOLERANCE
+    assert relative(attached, dense(model, x)) < TOLERANCE
     _merge(adapters)
     assert relative(model(x), attached) < TOLERANCE
 
 
 def test_strength_zero_is_the_base_layer_exactly(algorithm, case) -> None:
-    model, x = One(case.layer()), case.input()
+    model, x = One(case.layer()).eval(), case.input()
     before = model(x)
     adapters = adapt(model, algorithm)
     assert not torch.equal(model(x), before)
@@ -60,7 +69,7 @@ def test_strength_zero_is_the_base_layer_exactly(algorithm, case) -> None:
 
 
 def test_strength_is_a_straight_line(algorithm, case) -> None:
-    model, x = One(case.layer()), case.input()
+    model, x = One(case.layer()).eval(), case.input()
     base = model(x)
     adapters = adapt(model, algorithm)
     whole = model(x)
@@ -69,14 +78,13 @@ def test_strength_is_a_straight_line(algorithm, case) -> None:
 
 
 def test_gradients_of_both_ways_agree(algorithm, case) -> None:
-    model, x = One(case.layer()), case.input().requires_grad_()
-    adapters = adapt(model, algorithm)
+    model, x, adapters = made(case, algorithm)
     adapters.set_strength(0.7)
-    parameters = [x, *adapters.parameters()]
+    inputs = [x.requires_grad_()] if x.is_floating_point() else []
+    parameters = [*inputs, *adapters.parameters(), *(p for p in model.parameters() if p.dim() == 1)]
     weights = torch.randn_like(model(x))
     fast = torch.autograd.grad((model(x) * weights).sum(), parameters, allow_unused=True)
-    y = top(model.layer).geometry.op(x, *top(model.layer).affine())
-    slow = torch.autograd.grad((y * weights).sum(), parameters, allow_unused=True)
+    slow = torch.autograd.grad((dense(model, x) * weights).sum(), parameters, allow_unused=True)
     for a, b in zip(fast, slow, strict=True):
         assert a is not None
         assert b is not None
@@ -86,8 +94,7 @@ def test_gradients_of_both_ways_agree(algorithm, case) -> None:
 
 @pytest.mark.parametrize("dialect", ["lycoris", "kohya"])
 def test_save_and_load_give_equal_output(algorithm, case, dialect: str, tmp_path: Path) -> None:
-    model, x = One(case.layer()), case.input()
-    adapters = adapt(model, algorithm)
+    model, x, adapters = made(case, algorithm)
     trained = model(x)
     write(adapters.bundle(), tmp_path / "a.safetensors", dialect)
     adapters.detach()
@@ -98,7 +105,7 @@ def test_save_and_load_give_equal_output(algorithm, case, dialect: str, tmp_path
 
 
 def test_detached_leaves_no_trace(algorithm, case) -> None:
-    model, x = One(case.layer()), case.input()
+    model, x = One(case.layer()).eval(), case.input()
     before, keys, cls, own = model(x), list(model.state_dict()), type(model.layer), set(model.layer.__dict__)
     adapters = adapt(model, algorithm)
     assert list(model.state_dict()) == keys
@@ -111,14 +118,13 @@ def test_detached_leaves_no_trace(algorithm, case) -> None:
 
 
 def test_unmerge_restores_the_same_parameters(algorithm, case) -> None:
-    model, x = One(case.layer()), case.input()
-    weight, bias, before = model.layer.weight, model.layer.bias, model(x)
+    model, x = One(case.layer()).eval(), case.input()
+    parameters, before = dict(model.layer._parameters), model(x)
     adapters = adapt(model, algorithm)
     attached = model(x)
     _merge(adapters)
     adapters.unmerge()
-    assert model.layer.weight is weight
-    assert model.layer.bias is bias
+    assert all(model.layer._parameters[name] is parameter for name, parameter in parameters.items())
     assert torch.equal(model(x), attached)
     adapters.detach()
     assert torch.equal(model(x), before)

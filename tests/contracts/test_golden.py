@@ -19,8 +19,7 @@ from lycoris.bundle import Entry
 from lycoris.geometry import describe
 
 HERE = Path(__file__).parent.parent / "golden"
-BUILT = ("lora", "loha", "lokr", "full", "tlora")
-CASES = [case for case in json.loads((HERE / "manifest.json").read_text()) if case["algo"] in BUILT]
+CASES = json.loads((HERE / "manifest.json").read_text())
 
 
 def tensors_of(name: str) -> dict[str, Tensor]:

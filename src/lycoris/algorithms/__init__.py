@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Algorithm, Ranked
+from lycoris.additive import Additive
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms.boft import BOFT
 from lycoris.algorithms.dora import DoRA
+from lycoris.algorithms.dylora import DyLoRA
 from lycoris.algorithms.full import Full
+from lycoris.algorithms.glora import GLoRA
+from lycoris.algorithms.ia3 import IA3
 from lycoris.algorithms.loha import LoHa
 from lycoris.algorithms.lokr import LoKr
 from lycoris.algorithms.lora import LoRA
+from lycoris.algorithms.norm import Norm
+from lycoris.algorithms.oft import OFT
 from lycoris.algorithms.tlora import TLoRA
-from lycoris.errors import FileError
+from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
-    {algorithm.name: algorithm for algorithm in (LoRA, LoHa, LoKr, TLoRA, Full, DoRA)}
+    {
+        algorithm.name: algorithm
+        for algorithm in (LoRA, LoHa, LoKr, DyLoRA, TLoRA, GLoRA, IA3, OFT, BOFT, Full, Norm, DoRA)
+    }
 )
 
 MAGNITUDE = DoRA.keys["magnitude"]
-__all__ = ["ALGORITHMS", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "TLoRA", "read_tensors", "write_tensors"]
+ALPHA = "alpha"
+__all__ = [
+    "ALGORITHMS",
+    "BOFT",
+    "IA3",
+    "OFT",
+    "DoRA",
+    "DyLoRA",
+    "Full",
+    "GLoRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "Norm",
+    "TLoRA",
+    "read_tensors",
+    "write_tensors",
+]
 
 
 def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
     """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in."""
+    if g.stack:
+        one = replace(g, stack=0)
+        each = [write_tensors(algorithm, {name: t[at] for name, t in p.items()}, one) for at in range(g.stack)]
+        shared = {ALPHA, *(algorithm.keys[mark] for mark in algorithm.marks)}
+        return {key: t if key in shared else torch.stack([of[key] for of in each]) for key, t in each[0].items()}
     inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
     stored = inner.stored({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
     tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
     alpha = inner.stored_alpha(g)
     if alpha is not None:
-        tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        tensors[ALPHA] = torch.tensor(alpha, dtype=torch.float32)
     if isinstance(algorithm, DoRA):
         tensors[MAGNITUDE] = p["magnitude"]
     return tensors
@@ -45,31 +78,49 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
     `where` names the layer in errors. Shapes are checked against the layer; trailing dimensions of 1 are taken as
     the layer has them, so that a 1x1 convolution's adapter fits a linear layer of the same size.
     """
+    if g.stack:
+        return _read_stack(tensors, g, where)
     rest = dict(tensors)
-    alpha, magnitude = rest.pop("alpha", None), rest.pop(MAGNITUDE, None)
+    alpha, magnitude = rest.pop(ALPHA, None), rest.pop(MAGNITUDE, None)
     scale = None if alpha is None else _number(alpha, f"{where}.alpha")
-    kind = _recognise(set(rest), where)
+    kind = _recognise(rest, g, where)
     slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
     p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
     try:
         algorithm: Algorithm = kind.infer(p, g, scale)
     except (KeyError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(rest.items()))
-        raise FileError(
-            f"{where}: these tensors make no {kind.name} for a weight {g.shape}: {shapes} ({error})"
-        ) from error
+        raise FileError(f"{where}: these tensors make no {kind.name} for a {g}: {shapes} ({error})") from error
     if magnitude is not None:
-        if not isinstance(algorithm, Ranked):
+        if not isinstance(algorithm, Additive):
             raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
         p["magnitude"] = magnitude
         algorithm = DoRA.read(algorithm, p, g)
-    return algorithm, _fitted(algorithm, p, g, where)
+    return algorithm, _fitted(algorithm, {name: t for name, t in p.items() if name not in kind.marks}, g, where)
 
 
-def _recognise(suffixes: set[str], where: str) -> type[Algorithm]:
+def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
+    """Tensors with one more axis in front, for the matrices of a stacked parameter."""
+    parts = {key: tensor for key, tensor in tensors.items() if tensor.dim()}
+    wrong = next((key for key, tensor in parts.items() if len(tensor) != g.stack), None)
+    if wrong is not None:
+        raise FileError(f"{where}.{wrong} has {len(parts[wrong])} entries on its first axis; {g} needs {g.stack}")
+    one = replace(g, stack=0)
+    each = [
+        read_tensors({key: tensor[at] if key in parts else tensor for key, tensor in tensors.items()}, one, where)
+        for at in range(g.stack)
+    ]
+    return each[0][0], {name: torch.stack([p[name] for _, p in each]) for name in each[0][1]}
+
+
+def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[Algorithm]:
+    suffixes = set(tensors)
     fitting = [kind for kind in ALGORITHMS.values() if suffixes and suffixes <= set(kind.keys.values())]
-    if fitting:
+    fitting = [kind for kind in fitting if kind.claims(tensors)]
+    if fitting and g.kind in fitting[0].kinds:
         return fitting[0]
+    if fitting:
+        raise FileError(f"{where}: the file has {fitting[0].name} for a {g.kind}, which it does not serve")
     partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.keys.values())]
     why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here uses all of them"
     raise FileError(f"{where}: cannot read the tensors {', '.join(sorted(suffixes)) or '(none)'}: {why}")
@@ -78,7 +129,10 @@ def _recognise(suffixes: set[str], where: str) -> type[Algorithm]:
 def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
     inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
     names = dict(inner.keys) | DoRA.keys
-    slots = algorithm.slots(g)
+    try:
+        slots = algorithm.slots(g)
+    except ConfigError as error:
+        raise FileError(f"{where}: its {inner.name} does not fit a {g}: {error}") from error
     # Frozen tensors may be left out, since the base weight determines them; some without the others say nothing.
     some = any(name in p for name, slot in slots.items() if not slot.trainable)
     fitted = {}
@@ -89,11 +143,11 @@ def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str)
             continue
         given = tuple(p[name].shape)
         if [size for size in given if size != 1] != [size for size in slot.shape if size != 1]:
-            raise FileError(f"{where}.{names[name]} has shape {given}; a weight {g.shape} needs {slot.shape}")
+            raise FileError(f"{where}.{names[name]} has shape {given}; a {g} needs {slot.shape}")
         fitted[name] = p[name].reshape(slot.shape)
     extra = sorted(names[name] for name in p.keys() - slots.keys())
     if extra:
-        raise FileError(f"{where}: {inner.name} on a weight {g.shape} has no place for {', '.join(extra)}")
+        raise FileError(f"{where}: {inner.name} on a {g} has no place for {', '.join(extra)}")
     return fitted
 
 

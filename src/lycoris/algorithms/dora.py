@@ -7,11 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Ranked, Slot
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.channels import bend
 
 Axis = Literal["out", "in"]
 
@@ -24,11 +27,11 @@ class DoRA(Algorithm):
     """V' = m · V / ‖V‖ with V = W + scale·ΔW of the algorithm underneath; m starts as ‖W‖, so V' starts as W.
 
     A small ε is added to each norm, which runs over all other axes of the weight and is differentiated through. The
-    bias stays as it is.
+    bias stays as it is. Forward takes ‖V‖² = ‖W‖² + 2⟨W, Δ⟩ + ‖Δ‖² from the factors of Δ and never builds V.
     """
 
-    over: Ranked
-    """The algorithm whose weight gets the lengths: any that adds a factored change."""
+    over: Additive
+    """The algorithm whose weight gets the lengths: any that adds a change which does not follow the timestep."""
     axis: Axis = "out"
     """One length per output row (LyCORIS' default), or per input column (`wd_on_output: false`)."""
 
@@ -36,56 +39,101 @@ class DoRA(Algorithm):
     keys: ClassVar = {"magnitude": "dora_scale"}
 
     def __post_init__(self) -> None:
-        if not isinstance(self.over, Ranked):
-            raise ConfigError(f"DoRA goes over an algorithm that adds a factored change, not over {self.over!r}")
+        if not isinstance(self.over, Additive):
+            raise ConfigError(
+                f"DoRA goes over an algorithm that adds a change, such as LoRA(rank=8), not over {self.over!r}"
+            )
+        super().__post_init__()
         if self.over.rank_masked:
             raise ConfigError(f"DoRA cannot go over {self.over.name}: its lengths would change with the timestep")
+        if self.over.moves_bias and getattr(self.over, "bias", False):
+            raise ConfigError(f"DoRA leaves the bias as it is; give it {type(self.over).__name__}(bias=False)")
         if self.axis not in ("out", "in"):
             raise ConfigError(f"axis of dora must be 'out' or 'in', not {self.axis!r}")
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
+        if self.axis == "in" and g.kind == "embedding":
+            raise ConfigError("an embedding has one input per entry: give its DoRA axis='out'")
         ones = (1,) * len(g.kernel)
         shape = (g.out_features, 1, *ones) if self.axis == "out" else (1, g.in_features, *ones)
         return self.over.slots(g) | {"magnitude": Slot(shape, "length")}
 
     def initialise(self, p: Params, below: Base) -> None:
         self.over.initialise({name: tensor for name, tensor in p.items() if name != "magnitude"}, below)
-        weight = self.over.transform(p, below.affine(), below.geometry).weight
-        p["magnitude"].copy_(self._norm(weight.to(p["magnitude"].dtype)))
+        p["magnitude"].copy_(self._norm(p, below.affine().weight, below.geometry).view_as(p["magnitude"]))
 
-    def _norm(self, weight: Tensor) -> Tensor:
-        kept = 0 if self.axis == "out" else 1
-        others = [axis for axis in range(weight.dim()) if axis != kept]
-        return torch.linalg.vector_norm(weight, dim=others, keepdim=True) + EPSILON
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.over.drops
 
-    def _ratio(self, p: Params, base: Affine, g: Geometry) -> tuple[Affine, Tensor]:
-        """V and m / ‖V‖, in the adapter's own precision: in half precision the ratio would not be 1 at the start."""
-        weight = base.weight.to(torch.promote_types(base.weight.dtype, p["magnitude"].dtype))
-        below = self.over.transform(p, Affine(weight, base.bias), g)
-        return below, p["magnitude"] / self._norm(below.weight)
+    def draw(self, call: Call, x: Tensor) -> Call:
+        return self.over.draw(super().draw(call, x), x)
+
+    def waste(self, g: Geometry) -> str | None:
+        return self.over.waste(g)
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        below, ratio = self._ratio(p, base, g)
-        return Affine((below.weight * ratio).to(base.weight.dtype), below.bias)
+        # In the lengths' own precision: in half precision the ratio would not be 1 at the start.
+        wide = base.weight.to(torch.promote_types(base.weight.dtype, p["magnitude"].dtype))
+        below = self.over.transform(p, Affine(wide, base.bias), g, keep)
+        norm = torch.linalg.vector_norm(below.weight, dim=self._others(g), keepdim=True) + EPSILON
+        return Affine((below.weight * (p["magnitude"] / norm)).to(base.weight.dtype), below.bias)
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
-        g, base = below.geometry, below.affine()
-        bend = self._ratio(p, base, g)[1] - 1
-        if self.axis == "out":
-            # y0 + μ((s - 1)·(y0 - b) + s·Δx): exactly y0 where s is 1 and Δ is 0.
-            y = below(x)
-            bend = g.channels(bend.to(y.dtype))
-            plain = y if base.bias is None else y - g.channels(base.bias.to(y.dtype))
-            return y + (plain * bend) * call.strength + self.over.added(p, g, x, call) * (1 + bend)
-        bend = g.channels(bend.to(x.dtype).reshape(-1).repeat(g.groups))
-        return below(x + x * bend * call.strength) + self.over.added(p, g, x + x * bend, call)
+        g = below.geometry
+        keep = None if call.keep is None else one_mask(call.keep)
+        with torch.autocast(x.device.type, enabled=False):
+            length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, keep)
+        own = {name: tensor for name, tensor in p.items() if name != "magnitude"}
+        if self.axis == "in":
+            change = (length - 1).repeat(g.groups)
+            y = below(bend(x, change * call.strength, g.channel_axis))
+            return self.over.add(y, own, g, bend(x, change, g.channel_axis), call)
+        # y + μ((s - 1)·(y - b) + s·Δx): exactly y where s is 1 and Δ is 0.
+        y = bend(below(x), (length - 1) * call.strength, g.channel_axis, below.bias())
+        stretched = self.over.stretched(own, length)
+        if stretched is not None:
+            return self.over.add(y, stretched, g, x, call)
+        return torch.addcmul(y, self.over.add(torch.zeros_like(y), own, g, x, call), g.channels(length.to(y.dtype)))
+
+    def _norm(self, p: Params, weight: Tensor, g: Geometry, keep: Tensor | None = None) -> Tensor:
+        """‖V‖ + ε by row or column, flat, in at least float32."""
+        axis, wide = self._kept(), torch.promote_types(weight.dtype, p["magnitude"].dtype)
+        scale = self.over.gate_of(p) * self.over.scale(g)
+        gram = self.over.gram(self.over.masked(p, g, keep), weight, g, axis)
+        if gram is None:
+            return self._built_norm(p, weight, g, keep)
+        inner, square = gram
+        own = torch.linalg.vector_norm(weight, dim=self._others(g), dtype=wide).square()
+        total = own + 2 * scale * inner.to(wide) + scale**2 * square.to(wide)
+        return total.clamp_min(torch.finfo(wide).tiny).sqrt() + EPSILON
+
+    def _built_norm(self, p: Params, weight: Tensor, g: Geometry, keep: Tensor | None) -> Tensor:
+        """The same by building V, once more in backward instead of keeping it."""
+        names = list(p)
+
+        def norm(*tensors: Tensor) -> Tensor:
+            own = dict(zip(names, tensors, strict=True))
+            wide = weight.to(torch.promote_types(weight.dtype, own["magnitude"].dtype))
+            whole = self.over.transform(own, Affine(wide, None), g, keep).weight
+            return torch.linalg.vector_norm(whole, dim=self._others(g)) + EPSILON
+
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return norm(*p.values())
+        return checkpoint(norm, *p.values(), use_reentrant=False, preserve_rng_state=False)
+
+    def _kept(self) -> int:
+        return 0 if self.axis == "out" else 1
+
+    def _others(self, g: Geometry) -> list[int]:
+        return [axis for axis in range(len(g.shape)) if axis != self._kept()]
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         raise ConfigError("dora_scale alone says nothing: it belongs beside the tensors of another algorithm")
 
     @classmethod
-    def read(cls, over: Ranked, p: Params, g: Geometry) -> Self:
+    def read(cls, over: Additive, p: Params, g: Geometry) -> Self:
         """DoRA over what the other tensors of a file are; the shape of `magnitude` tells the axis."""
         sizes = p["magnitude"].shape
         return cls(over=over, axis="out" if sizes[0] == sizes.numel() == g.out_features else "in")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Additive, Affine, Base, Params, Slot
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Base, Call, Params, Slot
+from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
 
@@ -17,23 +19,44 @@ from lycoris.geometry import Geometry
 class Full(Additive):
     """V = W + diff, b' = b + diff_b."""
 
+    weight: bool = True
+    """Train the weight."""
     bias: bool = True
-    """Also train the bias, on layers that have one."""
+    """Train the bias too, on layers that have one."""
 
     name: ClassVar[str] = "full"
     keys: ClassVar = {"diff": "diff", "diff_b": "diff_b"}
+    moves_bias: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.weight or self.bias):
+            raise ConfigError("full without weight and bias trains nothing: set one of them to True")
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
+        weight = {"diff": Slot(g.stored_shape, "delta")} if self.weight else {}
         bias = {"diff_b": Slot((g.out_features,), "delta")} if self.bias and g.has_bias else {}
-        return {"diff": Slot(g.shape, "delta")} | bias
+        if not weight and not bias:
+            raise ConfigError(f"full with weight=False trains biases, and this {g.kind} has none; leave it out")
+        return weight | bias
 
     def initialise(self, p: Params, below: Base) -> None:
         for tensor in p.values():
             torch.nn.init.zeros_(tensor)
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        return Affine(p["diff"], p.get("diff_b"))
+        weight = g.turned(p["diff"]) if "diff" in p else p["diff_b"].new_zeros(g.shape)
+        return Affine(weight, self.delta_bias(p))
+
+    def delta_bias(self, p: Params) -> Tensor | None:
+        return p.get("diff_b")
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        return super().forward(p, below, x, call) if self.weight else self.add(below(x), p, below.geometry, x, call)
+
+    def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+        return super().add(y, p, g, x, call) if self.weight else self._biased(y, p, g, call)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
-        return cls(bias="diff_b" in p)
+        return cls(weight="diff" in p, bias="diff_b" in p)

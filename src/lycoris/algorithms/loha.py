@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Base, Params, Ranked, Slot
+from lycoris.additive import Additive, Ranked, low_rank_work
+from lycoris.algorithm import Affine, Base, Params, Slot
 from lycoris.geometry import Geometry
 from lycoris.ops.khatri_rao import khatri_rao
+from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoHa(Ranked):
+class LoHa(Ranked, Additive):
     """ΔW = (w1_a·w1_b) ⊙ (w2_a·w2_b), of rank up to r²; with Tucker cores each factor is a Tucker-2 kernel.
 
     A product of two rank-r matrices, element by element, is one matrix of rank r² whose factors are the Khatri-Rao
@@ -25,6 +28,9 @@ class LoHa(Ranked):
 
     tucker: bool = False
     """On convolutions with a real kernel, put the kernel into cores `t1`, `t2` of r x r."""
+    stable_init: bool = False
+    """Draw the factors so that each of the two matrices has entries of variance 1/√(I·ΠK), and so their product of
+    1/(I·ΠK), at any rank. False: N(0, 0.1²) and N(0, 1) as in existing files, where it grows with the rank."""
 
     name: ClassVar[str] = "loha"
     keys: ClassVar = {
@@ -46,8 +52,13 @@ class LoHa(Ranked):
         return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b} | self._gate_slot()
 
     def initialise(self, p: Params, below: Base) -> None:
+        factors = 3 if "t1" in p else 2
+        # A matrix is a sum over r (with a core over r²) products of `factors` numbers.
+        terms = self.rank ** (factors - 1)
+        even = (1 / math.sqrt(below.geometry.fan_in) / terms) ** (1 / (2 * factors))
         for name, tensor in p.items():
-            torch.nn.init.normal_(tensor, std=1.0 if name in ("w1_b", "w2_b") else 0.1)
+            usual = 1.0 if name in ("w1_b", "w2_b") else 0.1
+            torch.nn.init.normal_(tensor, std=even if self.stable_init else usual)
         self._start_at_zero(p, "w2_a")
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
@@ -56,13 +67,25 @@ class LoHa(Ranked):
             return Affine(one * tucker(p["t2"], p["w2_a"].T, p["w2_b"]), None)
         return Affine(((p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"])).reshape(g.shape), None)
 
-    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
-        dense = 3 * self.rank**2 * (g.out_features + g.fan_in) >= g.out_features * g.fan_in
-        if dense or "t1" in p:
-            return super().product(p, g, x, gain, keep)
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+        if "t1" in p:
+            return None
         up = khatri_rao(p["w1_a"].T, p["w2_a"].T).T
-        down = khatri_rao(p["w1_b"], p["w2_b"]).reshape(-1, *g.shape[1:])
-        return g.mix(g.op(x, down) * gain, up)
+        return up, khatri_rao(p["w1_b"], p["w2_b"]).reshape(-1, *g.shape[1:])
+
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+        pair = self.pair(p, g) if self.rank**2 * 2 < min(g.out_features, g.fan_in) else None
+        return None if pair is None else low_rank_gram(weight, *pair, axis)
+
+    def stretched(self, p: Params, length: Tensor) -> Params:
+        length = length.to(p["w1_a"])
+        return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length[:, None])}
+
+    def work(self, g: Geometry) -> int | None:
+        return None if self.tucker and not g.pointwise else low_rank_work(g, self.rank**2)
+
+    def building(self, g: Geometry) -> int:
+        return 2 * self.rank * g.size
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, uniform_like_linear
+from lycoris.additive import Additive, Ranked
+from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
-from lycoris.ops.factorization import factorize
+from lycoris.ops.factorization import factorize, nearest_divisor
+from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up
 from lycoris.ops.tucker import tucker
 
 
@@ -28,7 +30,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(Ranked):
+class LoKr(Ranked, Additive):
     """ΔW[a·ok + c, b·in + d, k] = w1[a, b] · w2[c, d, k]. Each factor is whole or itself a product of rank r.
 
     When both factors are whole the scale is 1, whatever alpha says: files and trainers agree on that.
@@ -44,6 +46,9 @@ class LoKr(Ranked):
     """Give w1 the larger of the two output factors."""
     tucker: bool = False
     """On convolutions with a real kernel, split w2 with a core `t2` of r x r."""
+    stable_init: bool = False
+    """Draw the factors so that each of the two has entries of variance 1 over its columns, and so their product of
+    1/(I·ΠK), however they are split and at any rank. False: each tensor as PyTorch initialises a linear layer."""
     layout: Layout | None = None
     """Storage read from a file; None: what the options above say."""
 
@@ -99,8 +104,15 @@ class LoKr(Ranked):
         return slots | self._gate_slot()
 
     def initialise(self, p: Params, below: Base) -> None:
+        im = self.layout_for(below.geometry).im
         for name, tensor in p.items():
-            if name != "gate":
+            if self.stable_init and name != "gate":
+                columns = im if name.startswith("w1") else below.geometry.fan_in // im
+                # A split factor is a sum over r (with a core over r²) products of two (three) numbers.
+                parts = 1 if name in ("w1", "w2") else 3 if "t2" in p and name not in ("w1_a", "w1_b") else 2
+                terms = self.rank ** (parts - 1)
+                torch.nn.init.normal_(tensor, std=(1 / columns / terms) ** (1 / (2 * parts)))
+            elif name != "gate":
                 uniform_like_linear(tensor, tensor[0].numel())
         self._start_at_zero(p, "w2" if "w2" in p else "w2_b")
 
@@ -123,15 +135,51 @@ class LoKr(Ranked):
         return w1, (p["w2_a"] @ p["w2_b"]).reshape(g.out_features // w1.shape[0], -1, *g.kernel)
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        w1, w2 = self._factors(p, g)
-        (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
-        blocks = w1.reshape(ol, 1, im, 1, *(1,) * len(g.kernel)) * w2.reshape(1, ok, 1, inner, *g.kernel)
-        return Affine(blocks.reshape(g.shape), None)
+        return Affine(kron(*self._factors(p, g)), None)
 
-    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
+        return kron_gram(weight, *self._factors(p, g), axis)
+
+    def work(self, g: Geometry) -> int | None:
+        if g.groups > 1:
+            return None
+        ol, im, _, w2_split = self.layout_for(g)
+        ok, inner, kernel = g.out_features // ol, g.in_features // im, g.fan_in // g.in_features
+        if self._applied_split(g):
+            return self.rank * (g.in_features + ol * im + g.out_features)
+        if first_small((ol, im), (ok, inner)):
+            return ol * im * inner + ol * inner * ok * kernel
+        return im * inner * ok * kernel + ol * im * ok
+
+    def _applied_split(self, g: Geometry) -> bool:
+        """Whether a w2 of low rank is applied as two factors; else it is built first."""
+        ol, im, _, w2_split = self.layout_for(g)
+        return w2_split and g.kind == "linear" and 2 * self.rank < min(g.out_features // ol, g.in_features // im)
+
+    def product(
+        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
+    ) -> Tensor:
+        if self._applied_split(g):
+            w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+            return add_linear_split(y, x, w1 * gain, p["w2_a"], p["w2_b"])
         w1, w2 = self._factors(p, g)
         w1 = w1 * gain
-        return _linear(x, w1, w2) if g.kind == "linear" else _convolved(x, w1, w2, g)
+        if g.kind == "embedding":
+            return y + look_up(x, w1, w2)
+        return add_linear(y, x, w1, w2) if g.kind == "linear" else y + _convolved(x, w1, w2, g)
+
+    def waste(self, g: Geometry) -> str | None:
+        if self.layout is not None:
+            return None
+        for n in (g.in_features, g.out_features):
+            if self.factor > 0 and n % self.factor:
+                near = nearest_divisor(n, self.factor)
+                taken = factorize(n, self.factor)[0]
+                return f"factor {self.factor} does not divide {n} ({taken} would be taken); the nearest that does is {near}"
+        layout = self.layout_for(g)
+        if self.rank_dropout and not (layout.w1_split or layout.w2_split):
+            return "rank_dropout has no rank to drop where both factors are whole; leave it out, or use dropout"
+        return None
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
@@ -147,29 +195,13 @@ class LoKr(Ranked):
         return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
 
 
-def _first_small(ol: int, im: int, ok: int, inner: int) -> bool:
-    """Whether applying w1 before w2 takes fewer multiplications."""
-    return ol * im * inner + ol * inner * ok < im * inner * ok + ol * im * ok
-
-
-def _linear(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """(w1 ⊗ w2) applied to x (..., im·in): one small product on each side of x as a matrix (im, in)."""
-    (ol, im), (ok, inner) = w1.shape, w2.shape
-    x = x.reshape(*x.shape[:-1], im, inner)
-    if _first_small(ol, im, ok, inner):
-        y = torch.matmul(torch.matmul(w1, x), w2.T)
-    else:
-        y = torch.matmul(w1, torch.matmul(x, w2.T))
-    return y.flatten(-2)
-
-
 def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
     """(w1 ⊗ w2) convolved with x (B, im·in, *S): w2 as a convolution on each group, w1 across the groups."""
     batched = x.dim() == len(g.kernel) + 2
     x = x if batched else x.unsqueeze(0)
     (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
     x = x.reshape(x.shape[0], im, inner, *x.shape[2:])
-    first = _first_small(ol, im, ok, inner)
+    first = first_small(w1.shape, w2.shape)
     if first:
         x = torch.einsum("ab,nb...->na...", w1, x)
     y = g.op(x.flatten(0, 1), w2)

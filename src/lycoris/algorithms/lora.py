@@ -8,13 +8,15 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, uniform_like_linear
+from lycoris.additive import Additive, Ranked, add_mixed, low_rank_work
+from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
+from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Ranked):
+class LoRA(Ranked, Additive):
     """ΔW[o, i, k] = Σ_r up[o, r] · down[r, i, k]; with a Tucker core Σ_pq up[o, p] · mid[p, q, k] · down[q, i]."""
 
     tucker: bool = False
@@ -39,14 +41,32 @@ class LoRA(Ranked):
         self._start_at_zero(p, "up")
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        up, down = p["up"].flatten(1), p["down"]
-        if "mid" in p:
-            return Affine(tucker(p["mid"], up, down.flatten(1)), None)
-        return Affine((up @ down.flatten(1)).reshape(g.shape), None)
+        up, into = self.pair(p, g)
+        return Affine((up @ into.flatten(1)).reshape(g.shape), None)
 
-    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+        up, down = p["up"].flatten(1), p["down"]
+        return up, tucker(p["mid"], None, down.flatten(1)) if "mid" in p else down
+
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
+        return low_rank_gram(weight, *self.pair(p, g), axis)
+
+    def stretched(self, p: Params, length: Tensor) -> Params:
+        return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
+
+    def work(self, g: Geometry) -> int | None:
+        if self.tucker and not g.pointwise and g.groups == 1:
+            return self.rank * (g.in_features + g.out_features) + self.rank**2 * (g.fan_in // g.in_features)
+        return low_rank_work(g, self.rank)
+
+    def building(self, g: Geometry) -> int:
+        return self.rank * g.size
+
+    def product(
+        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
+    ) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
-        return g.mix(h * gain, p["up"].flatten(1))
+        return add_mixed(y, g, h * gain, p["up"].flatten(1))
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Base, Params, Ranked, Slot, one_mask
+from lycoris.additive import Additive, Path, Ranked, low_rank_work
+from lycoris.algorithm import Affine, Base, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -20,7 +21,7 @@ TINY = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class TLoRA(Ranked):
+class TLoRA(Ranked, Additive):
     """ΔW = p·diag(λ ⊙ keep)·q - p0·diag(λ0 ⊙ keep)·q0.
 
     q, λ, p start as singular vectors and values of the layer's own weight; the copies with a 0 stay as they were, so
@@ -96,7 +97,28 @@ class TLoRA(Ranked):
         start = (p["p0"].flatten(1) * (p["lam0"] * kept)) @ p["q0"].flatten(1)
         return Affine((trained - start).reshape(g.shape), None)
 
-    def product(self, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None) -> Tensor:
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+        out = torch.cat([p["p"].flatten(1) * p["lam"], p["p0"].flatten(1) * -p["lam0"]], dim=1)
+        return out, torch.cat([p["q"], p["q0"]])
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        # Masks may differ from sample to sample: they meet the activations.
+        return p
+
+    def work(self, g: Geometry) -> int | None:
+        return low_rank_work(g, 2 * self.rank)
+
+    def building(self, g: Geometry) -> int:
+        return 2 * self.rank * g.size
+
+    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
+        if g.groups == 1:
+            return Path("factored", "masks may differ from sample to sample, and a weight cannot")
+        return super().path(g, tokens, alone=alone)
+
+    def product(
+        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
+    ) -> Tensor:
         mask: Tensor | None = None if keep is None else self.fit_keep(keep).to(p["lam"])
         # On strided input matmul picks its kernel, and with it the last bit, by whether the weight is trained.
         x = x.contiguous() if g.kind == "linear" else x
@@ -107,7 +129,7 @@ class TLoRA(Ranked):
             return g.mix(h, out.flatten(1))
 
         # Two chains with the same operations in the same order: equal tensors cancel to the last bit.
-        return chain(p["q"], p["lam"], p["p"]) - chain(p["q0"], p["lam0"], p["p0"])
+        return y + (chain(p["q"], p["lam"], p["p"]) - chain(p["q0"], p["lam0"], p["p0"]))
 
     def fit_keep(self, keep: Tensor) -> Tensor:
         """The mask (..., r): longer ones are cut, ranks beyond a shorter one count."""

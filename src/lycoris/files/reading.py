@@ -15,7 +15,7 @@ from lycoris.errors import FileError, nearest, unknown
 from lycoris.files.dialect import Dialect, Key, flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.storage import load_tensors
-from lycoris.geometry import Geometry, describe
+from lycoris.geometry import Geometry, sites
 
 SHOWN = 5
 
@@ -114,10 +114,7 @@ def _split(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Key]:
 def _paths(model: nn.Module) -> dict[str, tuple[str, Geometry]]:
     """Flat name → path and geometry of each layer that adapters can serve."""
     found: dict[str, tuple[str, Geometry]] = {}
-    for path, module in model.named_modules():
-        geometry = describe(module)
-        if geometry is None:
-            continue
+    for path, _, _, geometry in sites(model):
         flat = flatten(path)
         if flat in found:
             raise FileError(

@@ -16,3 +16,14 @@ def factorize(n: int, factor: int = -1) -> tuple[int, int]:
     limit = math.isqrt(n) if factor < 0 else min(math.isqrt(n), max(factor, 1))
     small = next(m for m in range(limit, 0, -1) if n % m == 0)
     return small, n // small
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n closest to the one wanted; of two that are as close, the smaller."""
+    return min((m for m in range(1, n + 1) if n % m == 0), key=lambda m: (abs(m - wanted), m))
+
+
+def butterfly_sizes(n: int) -> list[int]:
+    """Even block sizes s, ascending, for which n is s times a power of two."""
+    sizes = (n >> power for power in range(n.bit_length()) if n % (1 << power) == 0)
+    return sorted(size for size in sizes if size % 2 == 0)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 
-def tucker(core: Tensor, out: Tensor, into: Tensor) -> Tensor:
-    """W[o, i, ...] = Σ_pq core[p, q, ...] · out[o, p] · into[q, i].
+def tucker(core: Tensor, out: Tensor | None, into: Tensor) -> Tensor:
+    """W[o, i, ...] = Σ_pq core[p, q, ...] · out[o, p] · into[q, i]; without `out`, W[p, i, ...].
 
     Shapes: core (P, Q, *K), out (O, P), into (Q, I) → (O, I, *K).
     """
-    return torch.einsum("pq...,op,qi->oi...", core, out, into)
+    half = torch.einsum("pq...,qi->pi...", core, into)
+    return half if out is None else torch.einsum("pi...,op->oi...", half, out)

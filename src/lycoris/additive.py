@@ -1,0 +1,248 @@
+"""Algorithms that add something to the weight whatever the weight is, and the settings of those that have a rank.
+
+Legend: see `lycoris.algorithm`; r' is the rank of ΔW as a low-rank matrix, T the number of tokens (positions).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, dropped, in_dtype_of, one_mask
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+from lycoris.ops.lowrank import add_product
+from lycoris.ops.rebuild import Build, rebuilt
+
+TOKENS = 1024
+"""Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
+on it."""
+
+
+class Path(NamedTuple):
+    """How a layer's adapter is computed, and why."""
+
+    name: str
+    """factored or dense."""
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additive(Algorithm):
+    """V = W + scale·ΔW, with ΔW from the adapter's own tensors alone."""
+
+    dropout: float = 0.0
+    """Probability that an input of the adapter, not of the layer, is zeroed in training; the others are scaled up."""
+
+    @abstractmethod
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        """ΔW (and Δb), without the scale."""
+
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+        """ΔW as out·into, shapes (O, r') and (r', I, *K); None for an algorithm that has no such form."""
+        return None
+
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+        """⟨W, ΔW⟩ and ‖ΔW‖² over all axes but one, flat, without the scale; None where only building ΔW gives them."""
+        return None
+
+    def stretched(self, p: Params, length: Tensor) -> Params | None:
+        """Tensors whose ΔW has each row multiplied by a number of `length` (O); None where that is no such adapter."""
+        return None
+
+    def work(self, g: Geometry) -> int | None:
+        """Multiplications per token of the factored product; None where there is none for this layer."""
+        return None
+
+    def building(self, g: Geometry) -> int:
+        """Multiplications that building ΔW takes."""
+        return g.size
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.dropout > 0
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        p = self.masked(p, g, keep)
+        change, scale = self.delta(p, g, keep), self.gate_of(p) * self.scale(g)
+        bias = base.bias
+        if change.bias is not None:
+            bias = change.bias * scale if bias is None else bias + change.bias * scale
+        return Affine(base.weight + (change.weight * scale).to(base.weight.dtype), bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        plain = None if self.dropout and call.dropping is not None else below.plain(x)
+        low = plain is None or plain.weight.dtype not in (torch.float32, torch.float64)
+        if plain is None or low or self.path(g, _tokens(g, x)).name == "factored":
+            return self.add(below(x), p, g, x, call)
+        y = rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
+        return self._biased(y, p, g, call)
+
+    def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+        """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
+        if self.dropout and call.dropping is not None:
+            x = dropped(x, call.dropping * self.dropout)
+        if self.path(g, _tokens(g, x), alone=True).name == "factored":
+            p = self.masked(in_dtype_of(y, p), g, call.keep)
+            return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call.keep), p, g, call)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        change = rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
+        return self._biased(y + change.to(y.dtype), p, g, call)
+
+    def product(
+        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
+    ) -> Tensor:
+        """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
+        pair = self.pair(p, g)
+        if pair is None:
+            raise NotImplementedError(f"{self.name} has no factored product")
+        out, into = pair
+        return add_mixed(y, g, g.op(x, into) * gain, out)
+
+    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
+        """Whether the factored product or building ΔW costs less, forward and backward, for a number of tokens.
+
+        Dense, in W's own precision, one product with W + ΔW takes the place of the layer's, and its gradient is one
+        more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
+        """
+        work, build = self.work(g), 4 * self.building(g)
+        if work is None:
+            return Path("dense", "this layer has no factored form that costs less than building ΔW")
+        tokens = TOKENS if tokens is None or torch.compiler.is_compiling() else tokens
+        factored, dense = 3 * work * tokens, (3 if alone else 1) * g.size * tokens + build
+        told = f"{factored / 1e6:.3g} M multiplications against {dense / 1e6:.3g} M for building ΔW, at {tokens} tokens"
+        return Path("factored" if factored <= dense else "dense", told)
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        """The tensors with ranks weighted by a mask that all samples share."""
+        return p
+
+    def delta_bias(self, p: Params) -> Tensor | None:
+        """Δb, without the scale."""
+        return None
+
+    def gate_of(self, p: Params) -> Tensor | float:
+        """A trained scalar that multiplies ΔW."""
+        return p.get("gate", 1.0)
+
+    def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
+        return call.strength * (self.gate_of(p) * self.scale(g))
+
+    def _biased(self, y: Tensor, p: Params, g: Geometry, call: Call) -> Tensor:
+        bias = self.delta_bias(p)
+        return y if bias is None else y + g.channels((bias * self._gain(p, g, call)).to(y.dtype))
+
+    def _builder(self, p: Params, g: Geometry, call: Call) -> Build:
+        names = list(p)
+
+        def build(*tensors: Tensor) -> Tensor:
+            own = self.masked(dict(zip(names, tensors, strict=True)), g, call.keep)
+            keep = None if call.keep is None else one_mask(call.keep)
+            return self.delta(own, g, keep).weight * self._gain(own, g, call)
+
+        return build
+
+
+def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
+    """y + out applied to the channels of h."""
+    return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
+
+
+def _tokens(g: Geometry, x: Tensor) -> int | None:
+    if torch.compiler.is_compiling():
+        return None
+    if g.kind == "embedding":
+        return x.numel()
+    return x.numel() // max(1, x.shape[-1] if g.channels_last else g.in_features * g.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Algorithm):
+    """Settings of an algorithm with a rank and the scale convention alpha / rank."""
+
+    rank: int = 4
+    """Width of the factorisation, at least 1."""
+    alpha: float | None = None
+    """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
+    rs_lora: bool = False
+    """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
+    gate: bool = False
+    """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
+    rank_dropout: float = 0.0
+    """Probability that a training step leaves a rank out."""
+    rank_dropout_scale: bool = False
+    """Divide what the ranks that are left give by their share, so that its size stays the same on average."""
+
+    GATE_FOLDS_INTO: ClassVar[tuple[str, ...]]
+    """Slots that can take the gate when a file is written; the first one present does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"rank of {self.name} must be a whole number of at least 1, not {self.rank!r}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha of {self.name} must be finite, not {self.alpha!r}")
+        if self.rank_dropout_scale and not self.rank_dropout:
+            raise ConfigError(f"rank_dropout_scale of {self.name} says how rank_dropout scales; give rank_dropout too")
+
+    def scale(self, g: Geometry) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
+
+    def stored_alpha(self, g: Geometry) -> float | None:
+        if self.rs_lora:
+            return self.scale(g) * self.rank
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        tensors = dict(p)
+        gate = tensors.pop("gate", None)
+        if gate is not None:
+            slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
+            tensors[slot] = tensors[slot] * gate
+        return tensors
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.rank_dropout > 0
+
+    def draw(self, call: Call, x: Tensor) -> Call:
+        call = super().draw(call, x)
+        if call.dropping is None or not self.rank_dropout:
+            return call
+        keep = (torch.rand(1, self.rank, device=x.device) >= call.dropping * self.rank_dropout).float()
+        if self.rank_dropout_scale:
+            keep = keep / keep.mean().clamp_min(1 / self.rank)
+        return replace(call, keep=keep if call.keep is None else call.keep.to(keep) * keep)
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        if keep is None:
+            return p
+        own = one_mask(keep)
+        into = [name for name, slot in self.slots(g).items() if slot.role == "in"]
+        return dict(p) | {name: p[name] * own.to(p[name]).reshape(-1, *(1,) * (p[name].dim() - 1)) for name in into}
+
+    def waste(self, g: Geometry) -> str | None:
+        most = min(g.out_features, g.fan_in)
+        if self.rank <= most:
+            return None
+        return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
+
+    def _gate_slot(self) -> dict[str, Slot]:
+        return {"gate": Slot((), "gate")} if self.gate else {}
+
+    def _start_at_zero(self, p: Params, slot: str) -> None:
+        """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
+        torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
+
+
+def low_rank_work(g: Geometry, rank: int) -> int | None:
+    """Multiplications per token of a low-rank product; None on grouped convolutions, whose columns are few."""
+    return None if g.groups > 1 else rank * (g.out_features + g.fan_in)

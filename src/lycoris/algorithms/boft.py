@@ -1,0 +1,67 @@
+"""BOFT: rotations of all rows as a butterfly of small blocks (arXiv:2311.06243)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithm import Affine, Base, Call, Params, Slot, dense_forward
+from lycoris.algorithms.oft import OFT, length_slot
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+from lycoris.ops.factorization import butterfly_sizes
+from lycoris.ops.rotation import butterfly, cayley, stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFT(OFT):
+    """V = R_m-1 ··· R_0·W, each R_i of orthogonal blocks over rows that are 2^i·block_size/2 apart; then times
+    `rescale`. With m = log2(O / block_size) + 1 stages every row can reach every other.
+
+    The bias is not turned. Forward turns the layer's output, neighbouring stages as one, and keeps it before each.
+    """
+
+    block_size: int = 32
+    """Rows turned together in a stage; even, and the layer's outputs are it times a power of two."""
+
+    name: ClassVar[str] = "boft"
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        s, o = self.block_size, g.out_features
+        fitting = butterfly_sizes(o)
+        if s not in fitting:
+            near = sorted(fitting, key=lambda size: (abs(size - s), size))[:2]
+            told = f"; the nearest are {' and '.join(map(str, near))}" if near else "; no size does, leave it out"
+            raise ConfigError(f"block_size of boft is even and {o} outputs are it times a power of two: not {s}{told}")
+        n = o // s
+        return {"blocks": Slot((n.bit_length(), n, s, s), "rotation")} | length_slot(self.rescale, g)
+
+    @classmethod
+    def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 4
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        rows = base.weight.flatten(1)
+        for i, turn in enumerate(cayley(p["blocks"], self.constraint * g.out_features)):
+            rows = stage(rows, turn, i)
+        weight = rows.reshape(base.weight.shape)
+        return Affine(weight * p["rescale"] if "rescale" in p else weight, base.bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        if g.groups > 1:
+            return dense_forward(self, p, below, x, call)
+        turns = cayley(p["blocks"], self.constraint * g.out_features)
+        y, bias = below(x), below.bias()
+        channels = y.movedim(g.channel_axis, -1)
+        whole = butterfly(channels.reshape(-1, g.out_features), turns, p.get("rescale")).reshape(channels.shape)
+        if bias is not None:
+            bias = bias.to(y.dtype)
+            whole = whole + (bias - butterfly(bias[None], turns, p.get("rescale"))[0])
+        if not torch.compiler.is_compiling() and bool(call.strength == 1):
+            return whole.movedim(-1, g.channel_axis)
+        return y + (whole.movedim(-1, g.channel_axis) - y) * call.strength

@@ -1,0 +1,71 @@
+"""GLoRA: a low-rank change of the weight beside one that depends on it (arXiv:2306.07967)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.additive import Ranked, add_mixed
+from lycoris.algorithm import Affine, Base, Call, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.geometry import Geometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLoRA(Ranked):
+    """V = W + scale·(W·A + B) with A = a1·a2 on the input channels and B = b1·b2.
+
+    On a layer whose weight is at hand it runs as a LoRA of rank 2r with the factors (W·a1, b1) and (a2, b2); elsewhere
+    A bends the input of the layer.
+    """
+
+    name: ClassVar[str] = "glora"
+    keys: ClassVar = {"a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight"}
+    GATE_FOLDS_INTO: ClassVar = ("a2",)
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        r, ones = self.rank, (1,) * len(g.kernel)
+        a1, a2 = Slot((g.in_features, r, *ones), "out"), Slot((r, g.in_features, *ones), "in")
+        b1, b2 = Slot((g.out_features, r, *ones), "out"), Slot((r, *g.shape[1:]), "in")
+        return {"a1": a1, "a2": a2, "b1": b1, "b2": b2} | self._gate_slot()
+
+    def initialise(self, p: Params, below: Base) -> None:
+        for name, tensor in p.items():
+            if name != "gate":
+                uniform_like_linear(tensor, tensor[0].numel())
+        for slot in ("gate",) if self.gate else ("a2", "b2"):
+            torch.nn.init.zeros_(p[slot])
+
+    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        tensors = super().stored(p, g)
+        return tensors | {"b2": tensors["b2"] * p["gate"]} if "gate" in p else tensors
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        p = self.masked(p, g, keep)
+        turned = torch.einsum("oi...,ir,rj->oj...", base.weight, p["a1"].flatten(1), p["a2"].flatten(1))
+        added = (p["b1"].flatten(1) @ p["b2"].flatten(1)).reshape(g.shape)
+        return Affine(base.weight + (turned + added) * (p.get("gate", 1.0) * self.scale(g)), base.bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        gain = call.strength * (p.get("gate", 1.0) * self.scale(g))
+        plain = below.plain(x) if g.kind in ("linear", "embedding") else None
+        if plain is None and (g.groups > 1 or g.kind == "embedding"):
+            return dense_forward(self, p, below, x, call)
+        if plain is not None:
+            y = below(x)
+            p = self.masked(in_dtype_of(y, p), g, call.keep)
+            out = torch.cat([plain.weight @ p["a1"], p["b1"]], dim=1)
+            return add_mixed(y, g, g.op(x, torch.cat([p["a2"], p["b2"]])) * gain, out)
+        own = self.masked(in_dtype_of(x, p), g, call.keep)
+        h = g.mix(x, own["a2"].flatten(1)) * gain
+        y = below(x + g.mix(h, own["a1"].flatten(1)).to(x.dtype))
+        own = self.masked(in_dtype_of(y, p), g, call.keep)
+        return add_mixed(y, g, g.op(x, own["b2"]) * gain, own["b1"].flatten(1))
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        return cls(rank=p["a2"].shape[0], alpha=alpha)

@@ -1,0 +1,60 @@
+"""(IA)³: one trained factor per output or input channel (arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot
+from lycoris.geometry import Geometry
+from lycoris.ops.channels import bend
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Algorithm):
+    """V = W·(1 + w), with one w per output row, or per input column; the bias stays as it is."""
+
+    on_input: bool = False
+    """Scale the inputs of the layer instead of its outputs, as is usual for the second layer of a feed-forward."""
+
+    name: ClassVar[str] = "ia3"
+    keys: ClassVar = {"w": "weight", "on_input": "on_input"}
+    marks: ClassVar = ("on_input",)
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        n = g.in_features * g.groups if self.on_input else g.out_features
+        return {"w": Slot((1, n, *(1,) * len(g.kernel)) if g.kernel else (n,), "gate")}
+
+    def initialise(self, p: Params, below: Base) -> None:
+        torch.nn.init.zeros_(p["w"])
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        if not self.on_input:
+            w = p["w"].reshape(-1, *(1,) * (len(g.shape) - 1))
+            return Affine(base.weight + base.weight * w, base.bias)
+        # Input channel c of group j meets the rows of that group only.
+        w = p["w"].reshape(g.groups, 1, g.in_features, *(1,) * len(g.kernel))
+        grouped = base.weight.reshape(g.groups, -1, *g.shape[1:])
+        return Affine((grouped + grouped * w).reshape(base.weight.shape), base.bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g, w = below.geometry, p["w"].reshape(-1) * call.strength
+        if not self.on_input:
+            return bend(below(x), w, g.channel_axis, below.bias())
+        if g.kind == "embedding":
+            y = below(x)
+            return torch.addcmul(y, y, w[x].unsqueeze(-1).to(y.dtype))
+        return below(bend(x, w, g.channel_axis))
+
+    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        return dict(p) | {"on_input": torch.tensor(int(self.on_input))}
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        if "on_input" in p:
+            return cls(on_input=bool(p["on_input"]))
+        return cls(on_input=p["w"].numel() != g.out_features)

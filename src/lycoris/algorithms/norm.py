@@ -1,0 +1,48 @@
+"""Norm: deltas of the scale and shift of a normalisation layer, which few parameters hold and styles often need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, interpolate
+from lycoris.geometry import Geometry, Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Algorithm):
+    """V = W + w, b' = b + b, for LayerNorm, GroupNorm, RMSNorm and the norms that model libraries define themselves.
+
+    The layer runs once, with the new scale and shift.
+    """
+
+    name: ClassVar[str] = "norm"
+    keys: ClassVar = {"w": "w_norm", "b": "b_norm"}
+    moves_bias: ClassVar[bool] = True
+    kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        bias = {"b": Slot(g.shape, "delta")} if g.has_bias else {}
+        return {"w": Slot(g.shape, "delta")} | bias
+
+    def initialise(self, p: Params, below: Base) -> None:
+        for tensor in p.values():
+            torch.nn.init.zeros_(tensor)
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        return Affine(base.weight + p["w"], None if base.bias is None else base.bias + p["b"])
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        base = below.affine()
+        # Summed in the adapter's precision: a small delta of a half-precision scale would round away.
+        wide = Affine(*(None if t is None else t.to(torch.promote_types(t.dtype, p["w"].dtype)) for t in base))  # type: ignore[arg-type]
+        whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
+        return below.run(x, Affine(*(None if t is None else t.to(b.dtype) for t, b in zip(whole, base, strict=True))))  # type: ignore[arg-type,union-attr]
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        return cls()

@@ -1,0 +1,91 @@
+"""Diag-OFT: the weight's rows turned, block by block, by trained rotations (arXiv:2306.07280)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, dense_forward
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+from lycoris.ops.factorization import nearest_divisor
+from lycoris.ops.rotation import cayley, scaled_turn, turn_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(Algorithm):
+    """V = Rᵀ·W with R of blocks (I + Q)(I - Q)⁻¹, Q = B - Bᵀ, over consecutive rows of W; then times `rescale`.
+
+    The bias is not turned. Forward turns the layer's output, and keeps it for backward.
+    """
+
+    block_size: int = 32
+    """Rows turned together; divides the layer's outputs."""
+    constraint: float = 0.0
+    """Q of all blocks together is kept within a Frobenius norm of constraint·O; 0: no limit."""
+    rescale: bool = False
+    """Also train a length per row."""
+
+    name: ClassVar[str] = "diag-oft"
+    keys: ClassVar = {"blocks": "oft_blocks", "rescale": "rescale"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 2:
+            raise ConfigError(f"block_size of {self.name} must be at least 2, not {self.block_size}: 1 turns nothing")
+        if not 0 <= self.constraint < float("inf"):
+            raise ConfigError(f"constraint of {self.name} must be a finite number from 0, not {self.constraint}")
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        s, o = self.block_size, g.out_features
+        if o % s:
+            near = nearest_divisor(o, s)
+            raise ConfigError(
+                f"block_size {s} does not divide the {o} outputs"
+                + (f"; the nearest that does is {near}" if near > 1 else ", and nothing near it does; leave it out")
+            )
+        return {"blocks": Slot((o // s, s, s), "rotation")} | length_slot(self.rescale, g)
+
+    def initialise(self, p: Params, below: Base) -> None:
+        torch.nn.init.zeros_(p["blocks"])
+        if "rescale" in p:
+            torch.nn.init.ones_(p["rescale"])
+
+    @classmethod
+    def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 3
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        turn = cayley(p["blocks"], self.constraint * g.out_features).to(base.weight.dtype)
+        rows = base.weight.reshape(len(turn), self.block_size, -1)
+        weight = (rows + turn.mT @ rows).reshape(base.weight.shape)
+        return Affine(weight * p["rescale"] if "rescale" in p else weight, base.bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        if g.groups > 1:
+            return dense_forward(self, p, below, x, call)
+        turn = scaled_turn(cayley(p["blocks"], self.constraint * g.out_features), p.get("rescale")) * call.strength
+        y, bias = below(x), below.bias()
+        turned = turn_blocks(y, turn, g.channel_axis)
+        if bias is None:
+            return turned
+        bias = bias.to(y.dtype)
+        return turned + g.channels(bias - turn_blocks(bias, turn))
+
+    def stored_alpha(self, g: Geometry) -> float | None:
+        return float(self.constraint)
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        return cls(block_size=p["blocks"].shape[-1], constraint=alpha or 0.0, rescale="rescale" in p)
+
+
+def length_slot(wanted: bool, g: Geometry) -> dict[str, Slot]:
+    """The slot of a trained length per row."""
+    return {"rescale": Slot((g.out_features, *(1,) * (len(g.shape) - 1)), "length")} if wanted else {}

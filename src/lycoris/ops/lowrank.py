@@ -1,0 +1,32 @@
+"""Adding the product of a low-rank matrix to something that is there already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """y + h·outᵀ in one pass over y. Shapes: y (..., O), h (..., r), out (O, r)."""
+    rows, (o, r) = y.reshape(-1, y.shape[-1]), out.shape
+    if not y.numel():
+        return y + (h @ out.T).to(y.dtype)
+    return torch.addmm(rows, h.reshape(-1, r), out.T).view(*y.shape[:-1], o).to(y.dtype)
+
+
+def low_rank_gram(weight: Tensor, out: Tensor, into: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """⟨W, Δ⟩ and ‖Δ‖² for Δ = out·into, over all axes but `axis` (0 or 1), without building Δ.
+
+    Shapes: weight (O, I, *K), out (O, r), into (r, I, *K) → (O) and (O), or (I) and (I), in at least float32.
+    """
+    if axis == 0:
+        return _row_gram(weight.flatten(1), out, into.flatten(1))
+    found = _row_gram(weight.flatten(1).T, into.flatten(1).T, out.T)
+    return tuple(each.reshape(weight.shape[1], -1).sum(1) for each in found)  # type: ignore[return-value]
+
+
+def _row_gram(weight: Tensor, out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    inner = (out.to(wide) * (weight @ into.to(weight.dtype).T).to(wide)).sum(1)
+    out, into = out.to(wide), into.to(wide)
+    return inner, ((out @ (into @ into.T)) * out).sum(1)
