@@ -140,15 +140,6 @@ class LayerCase:
             return torch.randint(0, 9, self.x)
         return torch.randn(self.x, dtype=dtype)
 
-    def serves(self, algorithm: Algorithm) -> bool:
-        """Whether an algorithm serves this layer: `test_planning.py` says for which it must not."""
-        ((_, _, _, geometry),) = sites(One(self.layer()))
-        try:
-            algorithm.check(geometry)
-        except ConfigError:
-            return False
-        return True
-
 
 LAYERS: dict[str, LayerCase] = {
     "linear": LayerCase(nn.Linear, (12, 18), {}, (2, 5, 12)),
@@ -178,6 +169,7 @@ LAYERS: dict[str, LayerCase] = {
     "experts": LayerCase(Experts, (3, 8, 6), {}, (3, 5, 6)),
 }
 
+
 class One(nn.Module):
     """A model of one layer."""
 
@@ -189,8 +181,21 @@ class One(nn.Module):
         return self.layer(x)
 
 
+def serves(model: nn.Module, algorithm: Algorithm) -> bool:
+    """Whether an algorithm serves the one layer of a model: `test_planning.py` says for which it must not."""
+    ((_, _, _, geometry),) = sites(model)
+    try:
+        algorithm.check(geometry)
+    except ConfigError:
+        return False
+    return True
+
+
 PAIRS = [
-    (name, layer) for name, algorithm in ALGORITHMS.items() for layer, case in LAYERS.items() if case.serves(algorithm)
+    (name, layer)
+    for layer, case in LAYERS.items()
+    for name, algorithm in ALGORITHMS.items()
+    if serves(One(case.layer()), algorithm)
 ]
 """Every algorithm on every layer that it serves."""
 

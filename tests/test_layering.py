@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
     {"errors", "ops", "geometry"},
-    {"algorithm"},
+    {"algorithm", "additive"},
     {"algorithms"},
     {"recall", "bases", "attach", "merging"},
     {"bundle", "planning", "schedule"},

@@ -47,8 +47,8 @@ class Slot(NamedTuple):
 
     `role` groups parameters in a trainer: "in" and "out" are the sides of a factorisation (LoRA+ gives them separate
     learning rates), "core" lies between them, "gate" scales, "length" is a norm (kept in float32 or better: rounding
-    it would change the layer by itself), "delta" is stored densely, "rotation" holds skew-symmetric generators, "frozen"
-    is not trained. Ranks are the first axis of every "in" tensor.
+    it would change the layer by itself), "delta" is stored densely, "rotation" generates rotations, "frozen" is not
+    trained. Ranks are the first axis of every "in" tensor.
     """
 
     shape: tuple[int, ...]

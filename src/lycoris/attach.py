@@ -99,28 +99,31 @@ class Adapter(nn.Module):
             whole = self.algorithm.transform(tensors, base, self.geometry, keep)
         return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
 
-    def current(self, x: Tensor) -> Call:
-        """What is in force for a pass over x, with this pass's random choices made."""
+    def in_force(self, x: Tensor) -> Call:
+        """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
         call = self.call
         if not torch.compiler.is_compiling():
             if in_backward():
                 # Not noted: of several passes before one backward, the first recomputed would hide the others.
-                call = self._recall.of(call, x)
-            elif may_be_recomputed():
+                return self._recall.of(call, x)
+            if may_be_recomputed():
                 self._recall.note(call, x)
-            if not self.training:
-                return call
-        if self.algorithm.drops:
-            call = self.algorithm.draw(replace(call, dropping=self._dropping), x)
         return call
+
+    def drawn(self, call: Call, x: Tensor) -> Call:
+        """A call with this pass's random choices made; the same call in evaluation."""
+        if not self.algorithm.drops or not (torch.compiler.is_compiling() or self.training):
+            return call
+        return self.algorithm.draw(replace(call, dropping=self._dropping), x)
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
         if self.silent:
             return below(x)
-        call = self.current(x)
+        call = self.in_force(x)
+        # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
         if not torch.compiler.is_compiling() and call.strength == 0:
             return below(x)
-        return self.algorithm.forward(self.tensors(), below, x, call)
+        return self.algorithm.forward(self.tensors(), below, x, self.drawn(call, x))
 
     def extra_repr(self) -> str:
         return str(self.algorithm)
@@ -363,7 +366,7 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
             if not adapter.silent:
-                affine = adapter.adapted(affine, adapter.current(parameter))
+                affine = adapter.adapted(affine, adapter.drawn(adapter.in_force(parameter), parameter))
         return affine.weight
 
     return read

@@ -112,6 +112,13 @@ class Geometry:
         """The input of a convolution with its padding around it."""
         return F.pad(x, self.pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
+    @property
+    def even_padding(self) -> tuple[int, ...] | None:
+        """Zeros on both sides of each dimension of a convolution's input; None for any other padding."""
+        if self.padding_mode != "zeros" or self.pad[::2] != self.pad[1::2]:
+            return None
+        return self.pad[::-2]
+
     def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.norm == "layer":
             return F.layer_norm(x, self.shape, weight, bias, self.eps or 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import Full, LoHa, LoKr, LoRA, TLoRA
+from lycoris.algorithms import BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
 from lycoris.errors import ConfigError, unknown
 from lycoris.planning import Remark
 
@@ -19,55 +19,57 @@ class Option(NamedTuple):
     algorithms: tuple[str, ...]
     kind: type
     built: bool = True
-    """False: known to some algorithm or mode that is not built yet; only a value that leaves it off is accepted."""
+    """False: known to some mode that is not built yet; only a value that leaves it off is accepted."""
 
 
-ALGORITHMS: tuple[tuple[str, type[Algorithm] | None], ...] = (
+ALGORITHMS: tuple[tuple[str, type[Algorithm]], ...] = (
     ("lora", LoRA),
     ("locon", LoRA),
     ("loha", LoHa),
     ("lokr", LoKr),
     ("full", Full),
     ("tlora", TLoRA),
-    ("dylora", None),
-    ("glora", None),
-    ("diag-oft", None),
-    ("boft", None),
-    ("ia3", None),
+    ("dylora", DyLoRA),
+    ("glora", GLoRA),
+    ("diag-oft", OFT),
+    ("boft", BOFT),
+    ("ia3", IA3),
 )
-"""Names in configs; None: known to the format, not built yet."""
+"""Names in configs."""
 
 RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
 FACTORED = ("lora", "locon", "loha", "lokr")
+ADDING = (*FACTORED, "tlora", "dylora", "full")
 ALL = tuple(name for name, _ in ALGORITHMS)
 
 OPTIONS: Mapping[str, Option] = {
-    "use_tucker": Option("tucker", FACTORED, bool),
+    "use_tucker": Option("tucker", ("lora", "locon", "loha", "lokr"), bool),
     "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
     "rs_lora": Option("rs_lora", RANKED, bool),
     "factor": Option("factor", ("lokr",), int),
     "full_matrix": Option("full_matrix", ("lokr",), bool),
     "decompose_both": Option("decompose_both", ("lokr",), bool),
     "unbalanced_factorization": Option("unbalanced", ("lokr",), bool),
+    "stable_init": Option("stable_init", ("loha", "lokr"), bool),
     "sig_type": Option("vectors", ("tlora",), str),
     "use_data_init": Option("data_init", ("tlora",), bool),
-    "dora_wd": Option(None, FACTORED, bool),
-    "weight_decompose": Option(None, FACTORED, bool),
-    "wd_on_output": Option(None, FACTORED, bool),
-    "wd_on_out": Option(None, FACTORED, bool),
+    "dora_wd": Option(None, (*FACTORED, "dylora"), bool),
+    "weight_decompose": Option(None, (*FACTORED, "dylora"), bool),
+    "wd_on_output": Option(None, (*FACTORED, "dylora"), bool),
+    "wd_on_out": Option(None, (*FACTORED, "dylora"), bool),
     "tlora_min_rank": Option(None, ("tlora",), int),
     "tlora_alpha": Option(None, ("tlora",), float),
     "bypass_mode": Option(None, ALL, bool),
-    "dropout": Option(None, ALL, float, built=False),
-    "rank_dropout": Option(None, ALL, float, built=False),
-    "module_dropout": Option(None, ALL, float, built=False),
-    "rank_dropout_scale": Option(None, ALL, bool, built=False),
-    "train_norm": Option(None, ALL, bool, built=False),
+    "dropout": Option("dropout", ADDING, float),
+    "rank_dropout": Option("rank_dropout", RANKED, float),
+    "rank_dropout_scale": Option("rank_dropout_scale", RANKED, bool),
+    "module_dropout": Option("module_dropout", ALL, float),
+    "train_norm": Option(None, ALL, bool),
     "train_llm_adapter": Option(None, ALL, bool, built=False),
-    "block_size": Option(None, ("dylora",), int),
-    "constraint": Option(None, ("diag-oft", "boft"), float),
-    "rescaled": Option(None, ("diag-oft", "boft"), bool),
-    "train_on_input": Option(None, ("ia3",), bool),
+    "block_size": Option("block_size", ("dylora",), int),
+    "constraint": Option("constraint", ("diag-oft", "boft"), float),
+    "rescaled": Option("rescale", ("diag-oft", "boft"), bool),
+    "train_on_input": Option("on_input", ("ia3",), bool),
     "mask_group_id": Option(None, ("tlora",), int, built=False),
 }
 """Options that any algorithm of the format knows."""
@@ -95,11 +97,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
     known = dict(ALGORITHMS)
     if name not in known:
         raise ConfigError(unknown("algorithm", name, known))
-    cls = known[name]
-    if cls is None:
-        built = ", ".join(algo for algo, made in ALGORITHMS if made)
-        raise ConfigError(f"algorithm {name!r} is not built yet; there are {built}")
-    return cls
+    return known[name]
 
 
 def parse_options(

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lycoris.additive import Ranked
+from lycoris.additive import Additive, Ranked
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import DoRA
+from lycoris.algorithms import OFT, DoRA, DyLoRA, Norm
 from lycoris.errors import ConfigError, PlanError, nearest
 from lycoris.geometry import Geometry
+from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.options import (
-    FACTORED,
     OPTIONS,
     OVERRIDE,
     SCHEDULE,
@@ -132,7 +133,10 @@ class Recipe:
             override = self.preset.options_for(path, layer, around)
             if override is None or not (geometry.pointwise or self.preset.enable_conv):
                 return None
-            return (self.algorithm(geometry, override),)
+            if geometry.kind == "norm" and self.options.get("train_norm"):
+                return (Norm(module_dropout=self.options.get("module_dropout", 0.0)),)
+            # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
+            return (self.algorithm(geometry, override),) if geometry.kind in ("linear", "conv") else None
 
         made = place(model, choose, [*self.remarks, *self._unmatched(model)])
         if not made.placements:
@@ -150,14 +154,29 @@ class Recipe:
             for name, entry in OPTIONS.items()
             if entry.field and name in options and algo in entry.algorithms
         }
+        rank, alpha = self._size(geometry, override)
+        if issubclass(cls, OFT):
+            return cls.from_options(values | {"block_size": self._block_size(algo, geometry, rank)})
         if not issubclass(cls, Ranked):
             return cls.from_options(values)
-        rank, alpha = self._size(geometry, override)
+        if not values.get("rank_dropout"):
+            values.pop("rank_dropout_scale", None)
+        if issubclass(cls, DyLoRA):
+            values.setdefault("block_size", math.gcd(4, rank))
         made = cls.from_options(values | {"rank": rank, "alpha": alpha})
-        if algo in FACTORED and (options.get("dora_wd") or options.get("weight_decompose")):
+        if isinstance(made, Additive) and (options.get("dora_wd") or options.get("weight_decompose")):
             on_out = options.get("wd_on_output", options.get("wd_on_out", True))
             return DoRA(over=made, axis="out" if on_out else "in")
         return made
+
+    def _block_size(self, algo: str, geometry: Geometry, wanted: int) -> int:
+        """The size of the blocks that a file trained with this rank has: of two factors of the outputs, the smaller;
+        for a butterfly the largest that is not above the rank. What cannot be is left to the plan to refuse.
+        """
+        if algo == "boft":
+            return max((s for s in butterfly_sizes(geometry.out_features) if s <= wanted), default=max(wanted, 2))
+        small = factorize(geometry.out_features, wanted)[0]
+        return small if small > 1 else max(wanted, 2)
 
     def _size(self, geometry: Geometry, override: Mapping[str, Any]) -> tuple[int, float | None]:
         """Rank and alpha; alpha 0 or none means the rank, and convolutions fall back on the linear sizes."""

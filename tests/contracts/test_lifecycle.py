@@ -21,7 +21,7 @@ STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "dora-lora", "dora-lo
 KINDS = ["linear", "conv2d", "conv2d-stride", "conv2d-groups"]
 ON = [(name, layer) for name, layer in PAIRS if layer in ("linear", "conv2d", "embedding", "rms-norm", "own-norm")]
 """Every algorithm, each on some kinds of layers that it serves."""
-EVERY = pytest.mark.parametrize(("name", "layer"), ON, ids="-on-".join)
+EVERY = pytest.mark.parametrize(("name", "layer"), ON, ids=["-on-".join(pair) for pair in ON])
 
 
 @pytest.mark.parametrize("layer", KINDS)
@@ -216,7 +216,7 @@ COMPILED_ON += [("norm", "rms-norm"), ("norm", "own-norm"), ("lora", "embedding"
 COMPILED_ON += [("lora", "parameter"), ("oft", "experts"), ("lora", "conv1d-transformers")]
 
 
-@pytest.mark.parametrize(("name", "layer"), COMPILED_ON, ids="-on-".join)
+@pytest.mark.parametrize(("name", "layer"), COMPILED_ON, ids=["-on-".join(pair) for pair in COMPILED_ON])
 def test_compiles_whole_and_once(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer(torch.float32)), LAYERS[layer].input(torch.float32)
     adapters = adapt(model, ALGORITHMS[name])

@@ -69,6 +69,10 @@ class DoRA(Algorithm):
     def draw(self, call: Call, x: Tensor) -> Call:
         return self.over.draw(super().draw(call, x), x)
 
+    def check(self, g: Geometry) -> None:
+        super().check(g)
+        self.over.check(g)
+
     def waste(self, g: Geometry) -> str | None:
         return self.over.waste(g)
 

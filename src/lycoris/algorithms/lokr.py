@@ -143,7 +143,7 @@ class LoKr(Ranked, Additive):
     def work(self, g: Geometry) -> int | None:
         if g.groups > 1:
             return None
-        ol, im, _, w2_split = self.layout_for(g)
+        ol, im = self.layout_for(g)[:2]
         ok, inner, kernel = g.out_features // ol, g.in_features // im, g.fan_in // g.in_features
         if self._applied_split(g):
             return self.rank * (g.in_features + ol * im + g.out_features)
@@ -175,7 +175,7 @@ class LoKr(Ranked, Additive):
             if self.factor > 0 and n % self.factor:
                 near = nearest_divisor(n, self.factor)
                 taken = factorize(n, self.factor)[0]
-                return f"factor {self.factor} does not divide {n} ({taken} would be taken); the nearest that does is {near}"
+                return f"factor {self.factor} does not divide {n}, so it means {taken}; the nearest that does is {near}"
         layout = self.layout_for(g)
         if self.rank_dropout and not (layout.w1_split or layout.w2_split):
             return "rank_dropout has no rank to drop where both factors are whole; leave it out, or use dropout"
@@ -199,7 +199,7 @@ def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
     """(w1 ⊗ w2) convolved with x (B, im·in, *S): w2 as a convolution on each group, w1 across the groups."""
     batched = x.dim() == len(g.kernel) + 2
     x = x if batched else x.unsqueeze(0)
-    (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
+    im, inner = w1.shape[1], w2.shape[1]
     x = x.reshape(x.shape[0], im, inner, *x.shape[2:])
     first = first_small(w1.shape, w2.shape)
     if first:

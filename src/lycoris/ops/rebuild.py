@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,11 @@ def rebuilt(
     if g.kind == "linear":
         return _Rebuilt.apply(build, g, x, weight, bias, *factors)  # type: ignore[no-untyped-call]
     batched = x.dim() == len(g.kernel) + 2
-    y = _Rebuilt.apply(build, g, g.padded(x if batched else x.unsqueeze(0)), weight, bias, *factors)  # type: ignore[no-untyped-call]
+    x = x if batched else x.unsqueeze(0)
+    if g.even_padding is None:
+        none = (0,) * len(g.kernel)
+        x, g = g.padded(x), replace(g, padding=none, pad=none * 2, padding_mode="zeros")
+    y = _Rebuilt.apply(build, g, x, weight, bias, *factors)  # type: ignore[no-untyped-call]
     return y if batched else y.squeeze(0)
 
 
@@ -47,7 +52,7 @@ def _sum(change: Tensor, weight: Tensor | None, like: Tensor | None) -> Tensor:
 
 
 class _Rebuilt(torch.autograd.Function):
-    """On a padded convolution input, or on a linear one."""
+    """On a linear layer, or a convolution that pads evenly with zeros."""
 
     @staticmethod
     def forward(
@@ -57,7 +62,7 @@ class _Rebuilt(torch.autograd.Function):
         ctx.save_for_backward(x, *((weight,) if weight is not None else ()), *factors)
         with torch.autocast(x.device.type, enabled=False):
             whole = _sum(build(*factors), weight, x)
-            return g.op(x, whole, bias) if g.kind == "linear" else g.convolve(x, whole, bias, padding=0)
+            return g.op(x, whole, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,6 +98,6 @@ def _layer_gradients(g: Geometry, gy: Tensor, x: Tensor, whole: Tensor, need_x: 
         return (rows @ whole).view(x.shape) if need_x else None, rows.T @ seen
     none = [0] * len(g.kernel)
     gx, gv, _ = torch.ops.aten.convolution_backward(
-        gy, x, whole, None, g.stride, none, g.dilation, False, none, g.groups, [need_x, True, False]
+        gy, x, whole, None, g.stride, g.even_padding, g.dilation, False, none, g.groups, [need_x, True, False]
     )
     return gx, gv
