@@ -218,7 +218,7 @@ def perturb(adapters: AdapterSet, size: float = 0.3) -> None:
 
 def dense(model: One, x: Tensor) -> Tensor:
     """What a model of one layer gives with the weight that its adapters make, by the layer's own operation."""
-    ((_, layer, attribute, geometry),) = sites(model)
+    ((_, layer, attribute, _),) = sites(model)
     affine = top(layer, attribute).affine()
     if not attribute:
         return top(layer).run(x, affine)

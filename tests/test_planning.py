@@ -176,7 +176,10 @@ def test_what_is_no_list_of_rules_is_refused(rules, model: Model) -> None:
         ({"use": LoRA}, r"not the class LoRA; did you mean LoRA\(\)\?"),
         ({"use": [LoRA()]}, r"a tuple of them from the lowest up"),
         ({"use": (LoRA(), "x")}, r"a tuple of them"),
-        ({"use": LoRA(), "kind": "lin"}, r"unknown kind of layer 'lin'.*conv, linear"),
+        (
+            {"use": LoRA(), "kind": "lin"},
+            r"unknown kind of layer 'lin'; did you mean 'linear'.*conv, embedding, linear",
+        ),
         ({"use": LoRA(), "kind": None}, r"unknown kind of layer"),
         ({"use": LoRA(), "path": 3}, r"`path` is a glob"),
         ({"use": LoRA(), "inside": nn.Linear}, r"`inside` is the name of a class, not the class Linear"),

@@ -190,7 +190,7 @@ class Algorithm(ABC):
         """Raise `ConfigError` when this algorithm cannot serve a layer."""
         if g.kind not in self.kinds:
             raise ConfigError(f"{self.name} serves {', '.join(self.kinds)}, not a {g.kind}; {_OTHER[g.kind]}")
-        if g.kind in ("parameter", "embedding") and getattr(self, "dropout", 0):
+        if g.kind in ("parameter", "embedding") and getattr(self, "dropout", False):
             raise ConfigError(
                 f"dropout is for the input of a layer, and a{'n' * (g.kind == 'embedding')} {g.kind} has none to drop; "
                 "use module_dropout or rank_dropout"

@@ -199,7 +199,7 @@ _PLAIN: frozenset[Any] = frozenset(
 def _run_with(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, affine: Affine) -> Tensor:
     """A layer's own forward with other tensors in place of its parameters, for layers whose formula is not known."""
     own = layer._parameters
-    before = {name: own[name] for name in ("weight", "bias") if name in own}
+    before: dict[str, Any] = {name: own[name] for name in ("weight", "bias") if name in own}
     try:
         own["weight"] = affine.weight  # type: ignore[assignment]
         if "bias" in own:
@@ -336,7 +336,8 @@ def detach(layer: nn.Module, name: str) -> None:
 
 def check_detachable(layer: nn.Module) -> None:
     """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it."""
-    if isinstance(layer, Adapted) and type(layer) is not _adapted(base_class(layer), layer.attributes):
+    cls: Any = base_class(layer)
+    if isinstance(layer, Adapted) and type(layer) is not _adapted(cls, layer.attributes):
         raise AttachError(
             f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
             "so); undo that first"
@@ -346,7 +347,8 @@ def check_detachable(layer: nn.Module) -> None:
 def _set_class(layer: Any) -> None:
     adapters = [child for child in layer._modules.values() if isinstance(child, Adapter)]
     attributes = tuple(sorted({adapter.attribute for adapter in adapters} - {""}))
-    layer.__class__ = _adapted(base_class(layer), attributes) if adapters else base_class(layer)
+    cls: Any = base_class(layer)
+    layer.__class__ = _adapted(cls, attributes) if adapters else cls
 
 
 @cache

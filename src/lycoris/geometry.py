@@ -250,12 +250,13 @@ def describe(module: nn.Module) -> Geometry | None:
         return Geometry(kind="embedding", shape=shape, has_bias=False, transposed=True)
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
         # transformers' linear layer of GPT-2; not imported here for its weight's sake.
-        weight: Any = module.weight
-        return Geometry(kind="linear", shape=(module.nf, weight.shape[0]), transposed=True)
+        layer: Any = module
+        return Geometry(kind="linear", shape=(layer.nf, layer.weight.shape[0]), transposed=True)
     return _describe_norm(module)
 
 
 def _describe_norm(module: Any) -> Geometry | None:
+    eps: float | None
     if isinstance(module, nn.LayerNorm):
         shape, norm, eps, groups = tuple(module.normalized_shape), "layer", module.eps, 1
     elif isinstance(module, nn.GroupNorm):

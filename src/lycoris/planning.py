@@ -18,6 +18,9 @@ from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.geometry import Geometry, Kind, sites
 
 SHOWN = 3
+USUAL = ("linear", "conv")
+"""Kinds of layers that get adapters where nothing else is said."""
+
 RemarkKind = Literal["note", "unknown", "unmatched"]
 
 
@@ -44,7 +47,7 @@ class Rule:
     """One algorithm, several stacked from the lowest up, or () to leave the layer alone."""
     path: str | re.Pattern[str] = "*"
     """The layer's dotted path as in `named_modules()`, as a glob, or a compiled expression that must match whole."""
-    kind: str | tuple[str, ...] = ("linear", "conv")
+    kind: str | tuple[str, ...] = USUAL
     """Kinds of layers: linear, conv, embedding, norm, or parameter (a bare matrix or stack of matrices that a module
     uses without a layer of its own, such as fused attention projections and experts). `*` is a wildcard."""
     inside: str = "*"
@@ -105,7 +108,7 @@ class Plan:
 
     placements: tuple[Placement, ...]
     skipped: tuple[str, ...] = ()
-    """Paths of layers that adapters could serve and that get none."""
+    """Paths of linear layers and convolutions that get none."""
     remarks: tuple[Remark, ...] = field(default=())
     """What the user should know: options without effect or unknown, targets that no layer matches."""
 
@@ -169,7 +172,7 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, s
         above = [modules[name] for name in _above(path) if name in modules]
         algorithms = choose(path, layer, above, geometry)
         if not algorithms:
-            skipped.append(path)
+            skipped += [path] if geometry.kind in USUAL else []
             continue
         where = f"{path or 'the model itself'}, {geometry}"
         for algorithm in algorithms:
@@ -192,9 +195,14 @@ def _shortened(remarks: list[Remark]) -> list[Remark]:
     return [*remarks[:SHOWN], Remark(f"and {len(remarks) - SHOWN} more layers like these")]
 
 
-def servable(model: nn.Module) -> dict[str, tuple[nn.Module, Geometry]]:
-    """Path → layer and geometry, of every layer that adapters can serve; without bare parameters."""
-    return {path: (layer, geometry) for path, layer, attribute, geometry in sites(model) if not attribute}
+def servable(model: nn.Module, kinds: Sequence[str] = USUAL) -> dict[str, tuple[nn.Module, Geometry]]:
+    """Path → layer and geometry, of every layer of some kinds that adapters can serve."""
+    found = ((path, layer, geometry) for path, layer, _, geometry in sites(model))
+    return {
+        path: (layer, geometry)
+        for path, layer, geometry in found
+        if any(fnmatch.fnmatchcase(geometry.kind, kind) for kind in kinds)
+    }
 
 
 def around(model: nn.Module, path: str) -> list[nn.Module]:
@@ -202,11 +210,11 @@ def around(model: nn.Module, path: str) -> list[nn.Module]:
     return [model.get_submodule(name) for name in _above(path)]
 
 
-def block_classes(model: nn.Module) -> list[str]:
-    """Class names of modules that have layers which adapters can serve, or are such layers."""
+def block_classes(model: nn.Module, kinds: Sequence[str] = USUAL) -> list[str]:
+    """Class names of modules that have layers of some kinds which adapters can serve, or are such layers."""
     names = set()
     modules = dict(model.named_modules())
-    for path in servable(model):
+    for path in servable(model, kinds):
         names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
     return sorted(names)
 
@@ -225,13 +233,12 @@ def _above(path: str) -> list[str]:
 
 
 def _why(model: nn.Module, rule: Rule) -> str:
-    found = {path: geometry for path, _, _, geometry in sites(model)}
-    layers = [p for p, geometry in found.items() if any(fnmatch.fnmatchcase(geometry.kind, k) for k in rule.kinds())]
+    layers = servable(model, rule.kinds())
     if not layers:
-        have = sorted({geometry.kind for geometry in found.values()})
+        have = sorted({geometry.kind for _, _, _, geometry in sites(model)})
         kinds = f" of kind {' or '.join(rule.kinds())}; it has {', '.join(have)}" if have else ""
         return f"{type(model).__name__} has no layer that adapters can serve{kinds}"
-    classes = block_classes(model)
+    classes = block_classes(model, rule.kinds())
     if rule.inside != "*" and not any(fnmatch.fnmatchcase(name, rule.inside) for name in classes):
         close = nearest(rule.inside, classes)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

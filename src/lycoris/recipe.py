@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -141,6 +141,9 @@ class Recipe:
         made = place(model, choose, [*self.remarks, *self._unmatched(model)])
         if not made.placements:
             raise PlanError(self._nothing(model))
+        if self.options.get("train_norm") and not any(each.geometry.kind == "norm" for each in made.placements):
+            told = Remark("train_norm has no effect: no norm with a weight is meant", "unmatched")
+            return replace(made, remarks=(*made.remarks, told))
         return made
 
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
@@ -276,6 +279,8 @@ def _without_effect(
         asked = [each for each in every if name in each]
         if asked and not any(each.get("dora_wd") or each.get("weight_decompose") for each in asked):
             yield Remark(f"{name} has no effect without dora_wd")
+    if options.get("rank_dropout_scale") and not options.get("rank_dropout"):
+        yield Remark("rank_dropout_scale has no effect without rank_dropout")
     if _algorithms(algo, preset) == {"full"}:
         for name in SIZES:
             if given.get(name) is not None:

@@ -468,7 +468,7 @@ def test_unknown_algorithms_and_classes_raise_with_the_nearest(model: MyModel) -
     with pytest.raises(PlanError, match=r"FeedForward"):
         create_lycoris(model, 1.0, apply_preset={"target_module": ["FeedForwards"]})
     with pytest.raises(ConfigError, match=r"dropout"):
-        create_lycoris(model, 1.0, dropout=0.5)
+        create_lycoris(model, 1.0, dropout=1.5)
 
 
 # -- presets ---------------------------------------------------------------------------------------------------------

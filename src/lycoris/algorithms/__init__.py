@@ -122,8 +122,9 @@ def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
     if fitting:
         raise FileError(f"{where}: the file has {fitting[0].name} for a {g.kind}, which it does not serve")
     partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.keys.values())]
-    why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here uses all of them"
-    raise FileError(f"{where}: cannot read the tensors {', '.join(sorted(suffixes)) or '(none)'}: {why}")
+    why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here has just these"
+    told = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
+    raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
 
 
 def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:

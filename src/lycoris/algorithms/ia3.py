@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot
+from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.channels import bend
 
@@ -56,5 +57,7 @@ class IA3(Algorithm):
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         if "on_input" in p:
+            if p["on_input"].numel() != 1:
+                raise ConfigError(f"on_input is one truth value, not {tuple(p['on_input'].shape)}")
             return cls(on_input=bool(p["on_input"]))
         return cls(on_input=p["w"].numel() != g.out_features)

@@ -60,7 +60,8 @@ def write(
     """
     tensors = encode(bundle, dialect, component=component, prefix=prefix)
     if dtype is not None:
-        tensors = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}
+        whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
+        tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
     bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")

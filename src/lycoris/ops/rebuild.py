@@ -62,7 +62,11 @@ class _Rebuilt(torch.autograd.Function):
         ctx.save_for_backward(x, *((weight,) if weight is not None else ()), *factors)
         with torch.autocast(x.device.type, enabled=False):
             whole = _sum(build(*factors), weight, x)
-            return g.op(x, whole, bias)
+            # torch picks kernels, and with them the last bit, by what has a gradient: where ΔW is zero, the result
+            # must be the layer's own.
+            with torch.enable_grad():
+                whole = whole.detach().requires_grad_(weight is not None and weight.requires_grad)
+                return g.op(x.detach().requires_grad_(x.requires_grad), whole, bias).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

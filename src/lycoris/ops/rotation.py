@@ -1,7 +1,7 @@
 """Orthogonal matrices of blocks: made from skew-symmetric ones, and applied to channels.
 
-Legend: O channels in n blocks of s. A butterfly (BOFT) is a chain of stages: seen as (e_p, ..., e_0, v), with bits e and
-v below s/2, stage i mixes the channels that differ in v and e_i only.
+Legend: O channels in n blocks of s. A butterfly (BOFT) is a chain of stages: with channels numbered as
+(e_p, ..., e_0, v), bits e and v below s/2, stage i mixes those that differ in v and e_i only.
 """
 
 from __future__ import annotations
