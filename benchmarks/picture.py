@@ -21,7 +21,7 @@ HEIGHT = 0.2
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
     """Bars of the ratio to the frozen layer by algorithm and library, with the targets of ours."""
     arms = [arm for told in ARMS.values() for arm in told if any(arm in row["arms"] for row in rows)]
-    figure = Figure(figsize=(9, 0.8 + 0.24 * len(rows) * (len(arms) + 0.8)), layout="constrained")
+    figure = Figure(figsize=(9, 0.9 + 0.165 * len(rows) * (len(arms) + 0.8)), layout="constrained")
     axes = figure.subplots()
     for at, row in enumerate(rows):
         for place, arm in enumerate(arms):
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
 
 def _bar(axes: Axes, y: float, arm: str, found: Mapping[str, Any]) -> None:
     if "ratio" not in found:
-        axes.text(0.03, y, "-", va="center", fontsize=7, color=COLOURS[arm])
+        axes.text(0.03, y, "–", va="center", fontsize=8)
         return
     length = min(found["ratio"], LONGEST)
     axes.barh(y, length, HEIGHT * 0.9, color=COLOURS[arm], zorder=2)
