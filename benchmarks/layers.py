@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.layers", *(sys.argv[1:] if words is None else words)])
     rows: list[dict[str, Any]] = []
     for setting in settings(options.device, options.threads):
-        workers = [Worker(library, setting.threads) for library in libraries]
+        workers = [Worker(library, setting.threads, options.longest) for library in libraries]
         try:
             for name in options.layers:
                 for case in cases_for(LAYERS[name], options.algorithms):
@@ -69,6 +69,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=60, help=f"seconds after which {FEWEST_ROUNDS} rounds are enough for a case"
     )
+    parser.add_argument("--longest", type=float, default=600, help="seconds within which a library must answer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-peers", action="store_true", help="this library only; installs nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/<hardware>")

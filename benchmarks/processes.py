@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -49,25 +50,35 @@ def python_of(library: str) -> str:
 class Worker:
     """One process of `benchmarks.worker`, with a fixed number of threads. It waits without using the processor."""
 
-    def __init__(self, library: str, threads: int) -> None:
-        self.library, self.threads = library, threads
+    def __init__(self, library: str, threads: int, longest: float) -> None:
+        self.library, self.threads, self.longest = library, threads, longest
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to one request. Raises `WorkerError`, with what the process said last, when it dies."""
+        """The answer to one request.
+
+        Raises `WorkerError`, with what the process said last, when it dies or takes more than `longest` seconds. The
+        next request then starts a new one.
+        """
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
+        limit = threading.Timer(self.longest, process.kill)
+        limit.start()
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        late = not limit.is_alive()
+        limit.cancel()
         if not line:
             code = process.wait()
             self._process = None
+            if late:
+                raise WorkerError(f"no answer within {self.longest:.0f} seconds")
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()[-3:]
             raise WorkerError(f"the {self.library} process ended with {code}: {' / '.join(last)}")

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from benchmarks.libraries import ARMS, NotServedError, attach
 from benchmarks.measure import Arm, memory, times
 
 FROZEN = "frozen"
+TOO_LONG = 60
+"""Seconds of one forward pass after which a case is given up: none of these layers needs as many itself."""
 
 
 class Session:
@@ -78,7 +81,11 @@ def _adapted(name: str, layer: nn.Module, case: Case, setting: Setting, base: Ar
     """
     attached = attach(name, layer, case)
     call = _run(attached.call, setting)
+    begun = time.perf_counter()
     y = call(base.x)
+    seconds = time.perf_counter() - begun
+    if seconds > TOO_LONG and not setting.compiled:
+        raise NotServedError(f"forward alone takes {seconds:.0f} seconds; not timed further")
     arm = Arm(call, base.x, base.gradient.to(y.dtype), base.frozen, tuple(attached.parameters))
     arm.clear()
     y.backward(arm.gradient)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from benchmarks import layers, report
 from benchmarks.cases import CASES, HEADLINE_LAYER, LAYERS, OVERHEAD_CASE, OVERHEAD_LAYER, Layer, Setting, cases_for
 from benchmarks.libraries import ARMS, OURS
@@ -79,7 +78,7 @@ def test_results_can_be_written_and_read(tmp_path: Path) -> None:
 def test_the_small_layer_is_told_in_microseconds() -> None:
     rows = measured(OVERHEAD_LAYER, [OVERHEAD_CASE])
     assert "Microseconds beyond the frozen layer" in report.section(rows)
-    assert all(OVERHEAD_CASE != case.name for case in cases_for(LAYERS[HEADLINE_LAYER], list(CASES)))
+    assert all(case.name != OVERHEAD_CASE for case in cases_for(LAYERS[HEADLINE_LAYER], list(CASES)))
 
 
 def test_a_library_that_dies_is_a_remark_and_the_others_go_on() -> None:
