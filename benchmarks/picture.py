@@ -26,9 +26,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
     for at, row in enumerate(rows):
         for place, arm in enumerate(arms):
             y = at + (place - (len(arms) - 1) / 2) * HEIGHT
-            _bar(axes, y, arm, row["arms"].get(arm, {}))
-            target = CASES[row["case"]].target
-            if arm == "ours" and target is not None:
+            target = CASES[row["case"]].target if arm == "ours" else None
+            _bar(axes, y, arm, row["arms"].get(arm, {}), target or 0)
+            if target is not None:
                 axes.plot([target, target], [y - 0.6 * HEIGHT, y + 0.6 * HEIGHT], color="#c0182b", lw=2, zorder=4)
     axes.axvline(1, color="black", lw=1, zorder=3)
     axes.set_yticks(range(len(rows)), [CASES[row["case"]].label for row in rows])
@@ -43,11 +43,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _bar(axes: Axes, y: float, arm: str, found: Mapping[str, Any]) -> None:
+def _bar(axes: Axes, y: float, arm: str, found: Mapping[str, Any], target: float) -> None:
     if "ratio" not in found:
         axes.text(0.03, y, "–", va="center", fontsize=8)
         return
     length = min(found["ratio"], LONGEST)
     axes.barh(y, length, HEIGHT * 0.9, color=COLOURS[arm], zorder=2)
     cut = "  →" if found["ratio"] > LONGEST else ""
-    axes.text(length + 0.03, y, f"{found['ratio']:.2f}{cut}", va="center", fontsize=7, zorder=5)
+    end = target if 0 < target - length < 0.25 else length
+    axes.text(end + 0.03, y, f"{found['ratio']:.2f}{cut}", va="center", fontsize=7, zorder=5)
