@@ -1,4 +1,4 @@
-.PHONY: demo test test-all check
+.PHONY: demo test test-all check bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +17,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# ARGS picks less, such as `make bench ARGS=--quick`; docs/benchmarks.md.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.layers $(ARGS)
 
 # torch goes first and from constraints.txt: any other requirement would bring gigabytes of CUDA onto a CPU machine.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,0 +1,1 @@
+"""Measurements beside other libraries. Nothing here is installed with the package."""
