@@ -52,7 +52,10 @@ class Additive(Algorithm):
         return None
 
     def stretched(self, p: Params, length: Tensor) -> Params | None:
-        """Tensors whose ΔW has each row multiplied by a number of `length` (O); None where that is no such adapter."""
+        """Tensors whose ΔW has each row multiplied by a number of `length` (O), or all of it by one (a 0-d tensor).
+
+        None where no tensors give that.
+        """
         return None
 
     def work(self, g: Geometry) -> int | None:
@@ -145,7 +148,9 @@ class Additive(Algorithm):
         def build(*tensors: Tensor) -> Tensor:
             own = self.masked(dict(zip(names, tensors, strict=True)), g, call.keep)
             keep = None if call.keep is None else one_mask(call.keep)
-            return self.delta(own, g, keep).weight * self._gain(own, g, call)
+            gain = self._gain(own, g, call)
+            small = self.stretched(own, torch.as_tensor(gain))
+            return self.delta(own, g, keep).weight * gain if small is None else self.delta(small, g, keep).weight
 
         return build
 

@@ -79,7 +79,7 @@ class LoHa(Ranked, Additive):
 
     def stretched(self, p: Params, length: Tensor) -> Params:
         length = length.to(p["w1_a"])
-        return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length[:, None])}
+        return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
 
     def work(self, g: Geometry) -> int | None:
         return None if self.tucker and not g.pointwise else low_rank_work(g, self.rank**2)

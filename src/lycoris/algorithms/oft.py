@@ -72,11 +72,10 @@ class OFT(Algorithm):
             return dense_forward(self, p, below, x, call)
         turn = scaled_turn(cayley(p["blocks"], self.constraint * g.out_features), p.get("rescale")) * call.strength
         y, bias = below(x), below.bias()
-        turned = turn_blocks(y, turn, g.channel_axis)
         if bias is None:
-            return turned
+            return turn_blocks(y, turn, g.channel_axis)
         bias = bias.to(y.dtype)
-        return turned + g.channels(bias - turn_blocks(bias, turn))
+        return turn_blocks(y, turn, g.channel_axis, bias - turn_blocks(bias, turn))
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)

@@ -128,8 +128,9 @@ class TLoRA(Ranked, Additive):
             h = h * g.channels(lam * gain) if mask is None else h * (g.spread(mask * lam, h) * gain)
             return g.mix(h, out.flatten(1))
 
-        # Two chains with the same operations in the same order: equal tensors cancel to the last bit.
-        return y + (chain(p["q"], p["lam"], p["p"]) - chain(p["q0"], p["lam0"], p["p0"]))
+        # Two chains with the same operations in the same order: equal tensors cancel to the last bit. The sign goes
+        # where the tensors are small.
+        return y + (chain(p["q"], p["lam"], p["p"]) + chain(p["q0"], -p["lam0"], p["p0"]))
 
     def fit_keep(self, keep: Tensor) -> Tensor:
         """The mask (..., r): longer ones are cut, ranks beyond a shorter one count."""

@@ -61,7 +61,8 @@ class _Rebuilt(torch.autograd.Function):
         ctx.build, ctx.g, ctx.has_weight = build, g, weight is not None
         ctx.save_for_backward(x, *((weight,) if weight is not None else ()), *factors)
         with torch.autocast(x.device.type, enabled=False):
-            whole = _sum(build(*factors), weight, x)
+            change = build(*factors).to(x.dtype)
+            whole = change if weight is None else change.add_(weight)
             # torch picks kernels, and with them the last bit, by what has a gradient: where ΔW is zero, the result
             # must be the layer's own.
             with torch.enable_grad():

@@ -7,9 +7,14 @@ Legend: O channels in n blocks of s. A butterfly (BOFT) is a chain of stages: wi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+CHUNK = 256
+"""Tokens taken together on a CPU."""
 
 PASS = 48
 """What reading and writing a number costs, in multiplications: how far stages are worth joining."""
@@ -26,22 +31,89 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     q = q.to(torch.promote_types(q.dtype, torch.float32))
     if bound > 0:
         q = q * (bound / (torch.linalg.vector_norm(q) + 1e-8)).clamp_max(1.0)
+    return _turn(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
+
+
+def _turn(q: Tensor) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # X(I - Q) = 2Q, solved from the left: (I - Q)ᵀ = I + Q.
-    return torch.linalg.solve(eye + q, (2 * q).mT).mT
+    return torch.linalg.solve(eye + q, (2 * q).mT).mT.contiguous()
 
 
-def turn_blocks(y: Tensor, turn: Tensor, axis: int = -1) -> Tensor:
-    """y + y·turn in each block of channels. Shapes: y with n·s channels on `axis` from the end, turn (n, s, s)."""
+class _Cayley(torch.autograd.Function):
+    """With D = R - I, (I - Q)⁻¹ is (D + 2I)/2, so dD = (D + 2I)·dQ·(D + 2I)/2: backward solves nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor) -> Tensor:
+        return _turn(q)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (turn,) = ctx.saved_tensors
+        twice = (turn + 2 * torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)).mT
+        return twice @ grads[0] @ twice / 2
+
+
+def turn_blocks(y: Tensor, turn: Tensor, axis: int = -1, shift: Tensor | None = None) -> Tensor:
+    """y + y·turn in each block of channels, and `shift` per channel. Shapes: y with n·s channels on `axis` from the
+    end, turn (n, s, s), shift (n·s) or None.
+    """
     n, s, _ = turn.shape
     turn = turn.to(y.dtype)
     if not y.numel():
         return y
-    if axis == -1:
-        rows = y.reshape(-1, n, s).transpose(0, 1)
-        return torch.baddbmm(rows, rows, turn).transpose(0, 1).reshape(y.shape).to(y.dtype)
-    blocks = y.reshape(-1, n, s, math.prod(y.shape[axis + 1 :]))
-    return (blocks + torch.matmul(turn.mT, blocks)).reshape(y.shape).to(y.dtype)
+    if axis != -1:
+        blocks = y.reshape(-1, n, s, math.prod(y.shape[axis + 1 :]))
+        added = torch.matmul(turn.mT, blocks).reshape(y.shape).to(y.dtype)
+        return y + added if shift is None else y + added + shift.reshape(-1, *(1,) * (-1 - axis))
+    wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
+    if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _TurnBlocks.apply(y, turn, torch.zeros((), dtype=y.dtype) if shift is None else shift)  # type: ignore[no-untyped-call]
+    rows = y.reshape(-1, n, s).transpose(0, 1)
+    turned = torch.baddbmm(rows, rows, turn).transpose(0, 1).reshape(y.shape).to(y.dtype)
+    return turned if shift is None else turned + shift
+
+
+class _TurnBlocks(torch.autograd.Function):
+    """The same, some tokens at a time, so that what lies between stays in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+        n, s, _ = turn.shape
+        ctx.save_for_backward(y, turn)
+        ctx.shifted = shift.dim() > 0
+        out, whole = torch.empty(y.shape, dtype=y.dtype), _with_eye(turn)
+        shift = shift.view(n, s) if ctx.shifted else shift
+        for rows, to in zip(_chunks(y, n, s), _chunks(out, n, s), strict=True):
+            torch.add(torch.bmm(rows.transpose(0, 1), whole).transpose(0, 1), shift, out=to)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g = grads[0].contiguous()
+        y, turn = ctx.saved_tensors
+        n, s, _ = turn.shape
+        back = _with_eye(turn).mT
+        gy, gt = torch.empty(y.shape, dtype=y.dtype), torch.zeros_like(turn)
+        for rows, seen, to in zip(_chunks(g, n, s), _chunks(y, n, s), _chunks(gy, n, s), strict=True):
+            to.copy_(torch.bmm(rows.transpose(0, 1), back).transpose(0, 1))
+            gt.baddbmm_(seen.permute(1, 2, 0), rows.transpose(0, 1))
+        return gy, gt, g.reshape(-1, n * s).sum(0) if ctx.shifted else None
+
+
+def _chunks(y: Tensor, n: int, s: int) -> Sequence[Tensor]:
+    return torch.split(y.reshape(-1, n, s), CHUNK)
+
+
+def _with_eye(turn: Tensor) -> Tensor:
+    return turn + torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
 
 
 def scaled_turn(turn: Tensor, length: Tensor | None) -> Tensor:
@@ -81,25 +153,94 @@ def butterfly(y: Tensor, turns: Tensor, length: Tensor | None = None) -> Tensor:
 
     Neighbouring stages are multiplied into one matrix of larger blocks first.
     """
-    m, n, s, _ = turns.shape
+    m, s = turns.shape[0], turns.shape[-1]
     many = joined(m, s)
+    whole, orders = [], []
     for first in range(0, m, many):
         count = min(many, m - first)
-        size, high, low = s // 2 << count, n * 2 >> (first + count), 1 << first
-        # Row o of `whole` says what channel o takes from each channel of its block.
-        eye = torch.eye(size, dtype=turns.dtype, device=turns.device)
-        spread = eye.view(1, 1 << count, 1, s // 2, size).expand(high, -1, low, -1, -1)
-        whole = spread.reshape(n * s, size)
-        for at in range(first, first + count):
-            whole = stage(whole, turns[at], at)
-        whole = whole - spread.reshape(n * s, size)
-        turn = whole.view(high, 1 << count, low, s // 2, size).permute(0, 2, 4, 1, 3).reshape(high * low, size, size)
-        view = y.reshape(-1, high, 1 << count, low, s // 2)
-        rows = view.permute(1, 3, 0, 2, 4).reshape(high * low, -1, size)
-        if first + count == m and length is not None:
-            order = length.reshape(high, 1 << count, low, s // 2).permute(0, 2, 1, 3)
-            turn = scaled_turn(turn, order)
-        rows = torch.baddbmm(rows, rows, turn.to(rows.dtype))
-        back = rows.reshape(high, low, -1, 1 << count, s // 2).permute(2, 0, 3, 1, 4)
-        y = back.reshape(y.shape).to(y.dtype)
-    return y
+        bits = list(range(1, m + 1))
+        mid = bits[m - first - count : m - first]
+        orders.append([*(bit for bit in bits if bit not in mid), 0, *mid, m + 1])
+        whole.append(_join(turns[first : first + count], first))
+    if length is not None:
+        numbered = length.reshape(1, *(2,) * m, s // 2)
+        whole[-1] = scaled_turn(whole[-1], numbered.permute(orders[-1]).reshape(len(whole[-1]), -1))
+    whole = [turn.to(y.dtype) for turn in whole]
+    wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
+    if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Butterfly.apply(y, orders, *whole)  # type: ignore[no-untyped-call]
+    return _pass(y, whole, orders)
+
+
+def _pass(y: Tensor, whole: Sequence[Tensor], orders: Sequence[Sequence[int]]) -> Tensor:
+    """Each matrix in turn. Shapes: y (T, O); matrices (blocks, size, size), minus I."""
+    view = y.reshape(-1, *(2,) * (len(orders[0]) - 2), y.shape[-1] >> (len(orders[0]) - 2))
+    # (T, e_p, ..., e_0, v): what lies between two matrices is a permutation, and one copy.
+    for turn, order in zip(whole, orders, strict=True):
+        view = _ungrouped(_turned(_grouped(view, turn, order), turn), view, order)
+    return view.reshape(y.shape)
+
+
+def _grouped(view: Tensor, turn: Tensor, order: Sequence[int]) -> Tensor:
+    """(T, e_p, ..., e_0, v) → (blocks, T, size)."""
+    return view.permute(*order).reshape(len(turn), -1, turn.shape[-1])
+
+
+def _ungrouped(rows: Tensor, view: Tensor, order: Sequence[int]) -> Tensor:
+    """And back."""
+    return rows.reshape([view.shape[at] for at in order]).permute([order.index(at) for at in range(len(order))])
+
+
+def _turned(rows: Tensor, turn: Tensor) -> Tensor:
+    """rows + rows·turn. Low precision must not round I + turn."""
+    if rows.dtype in (torch.float32, torch.float64):
+        return torch.bmm(rows, _with_eye(turn)).to(rows.dtype)
+    return torch.baddbmm(rows, rows, turn).to(rows.dtype)
+
+
+class _Butterfly(torch.autograd.Function):
+    """The same, some tokens at a time; keeps the first input and finds those of later matrices again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, orders: Sequence[Sequence[int]], *whole: Tensor) -> Tensor:
+        ctx.orders = orders
+        ctx.save_for_backward(y, *whole)
+        out = torch.empty(y.shape, dtype=y.dtype)
+        for rows, to in zip(torch.split(y, CHUNK), torch.split(out, CHUNK), strict=True):
+            to.copy_(_pass(rows, whole, orders))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y, *whole = ctx.saved_tensors
+        orders = ctx.orders
+        gy, gw = torch.empty(y.shape, dtype=y.dtype), [torch.zeros_like(turn) for turn in whole]
+        back = [_with_eye(turn).mT for turn in whole]
+        shape = (-1, *(2,) * (len(orders[0]) - 2), y.shape[-1] >> (len(orders[0]) - 2))
+        for g, rows, to in zip(*(torch.split(t, CHUNK) for t in (grads[0], y, gy)), strict=True):
+            view, grad, seen = rows.reshape(shape), g.reshape(shape), []
+            for turn, order in zip(whole, orders, strict=True):
+                seen.append(_grouped(view, turn, order))
+                if len(seen) < len(whole):
+                    view = _ungrouped(_turned(seen[-1], turn), view, order)
+            for at in range(len(whole) - 1, -1, -1):
+                right = _grouped(grad, whole[at], orders[at])
+                gw[at].baddbmm_(seen[at].mT, right)
+                grad = _ungrouped(torch.bmm(right, back[at]), grad, orders[at])
+            to.copy_(grad.reshape(to.shape))
+        return gy, None, *gw
+
+
+def _join(turns: Tensor, first: int) -> Tensor:
+    """Some stages, the lowest of which is `first`, as one: (blocks, size, size), for channels on the right, minus I."""
+    count, n, s, _ = turns.shape
+    size, high, low = s // 2 << count, n * 2 >> (first + count), 1 << first
+    # Row o of `whole` says what channel o takes from each channel of its block.
+    eye = torch.eye(size, dtype=turns.dtype, device=turns.device)
+    spread = eye.view(1, 1 << count, 1, s // 2, size).expand(high, -1, low, -1, -1).reshape(n * s, size)
+    whole = spread
+    for at in range(count):
+        whole = stage(whole, turns[at], first + at)
+    whole = (whole - spread).view(high, 1 << count, low, s // 2, size)
+    return whole.permute(0, 2, 4, 1, 3).reshape(high * low, size, size)
