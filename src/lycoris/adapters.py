@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, merging
+from lycoris import attach, bases, merging
 from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
-from lycoris.merging import Merge
+from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
+
+logger = logging.getLogger("LyCORIS")
 
 
 class AdapterSet:
@@ -59,7 +62,7 @@ class AdapterSet:
         stacks = {}
         for placement in plan.placements:
             layer = model.get_submodule(placement.path)
-            own = _like(layer) if dtype is None else _like(layer) | {"dtype": dtype}
+            own = bases.home(layer) if dtype is None else bases.home(layer) | {"dtype": dtype}
             stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
             below = attach.top(layer)
             for adapter in stack:
@@ -75,7 +78,7 @@ class AdapterSet:
             layer = model.get_submodule(path)
             stack = []
             for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **_like(layer))
+                adapter = Adapter(entry.algorithm, entry.geometry, **bases.home(layer))
                 adapter.fill(_completed(path, entry, layer))
                 stack.append(adapter)
             stacks[path] = tuple(stack)
@@ -89,7 +92,8 @@ class AdapterSet:
     def attach(self) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
 
-        While merged, the adapters are there and wait: what they do is in the weights.
+        While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
+        "LyCORIS" says what works on them, which `capabilities` has as a value.
         """
         if self._attached:
             self._attached_by_merge = False
@@ -108,7 +112,13 @@ class AdapterSet:
             path = [path for path, _, _ in self._each()][len(done)]
             raise AttachError(f"{path}: {error}") from error
         self._attached = True
+        if (able := self.capabilities()).low_bit:
+            logger.info("the layers under these adapters:\n%s", able)
         return self
+
+    def capabilities(self) -> bases.Capabilities:
+        """What works on the layers under these adapters, by how they store their weight; prints as a table."""
+        return bases.capabilities(self._layers)
 
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
@@ -230,28 +240,41 @@ class AdapterSet:
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
-    def merge(self, strength: float | None = None) -> None:
+    def merge(
+        self, strength: float | None = None, *, into_low_bit: bool = False, stochastic_seed: int | None = None
+    ) -> MergeReport:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
-        Computed in float32 (float64 for such weights) and rounded once. The layers' old parameters are kept aside and
-        `unmerge` puts the very same objects back. Layers that share a parameter no longer do so while merged.
+        Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
+        took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
+        parameters are kept aside and `unmerge` puts the very same objects back. Layers that share a parameter no
+        longer do so while merged.
+
+        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it.
         """
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
         for path, layer in self._layers.items():
             merging.check_order(path, layer, self.stacks[path])
+            merging.check_writable(path, layer, into_low_bit, stochastic_seed is not None)
         strength = self._strength if strength is None else _finite(strength)
-        merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
+        merges = {
+            path: merging.fold(path, layer, self.stacks[path], strength, stochastic_seed)
+            for path, layer in self._layers.items()
+        }
+        report = merging.report(self._layers, merges, strength)
+        report.warn(stacklevel=2)
         if self.rank_masked:
             self._say_what_merging_means()
         if self.rank_masked and not self._attached:
             self.attach()
             self._attached_by_merge = True
         for path, merge in merges.items():
-            merging.install(self._layers[path], merge.new)
+            bases.install(self._layers[path], merge.new)
         self._merges, self._merged_at = merges, strength
         self._refresh()
+        return report
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
@@ -349,12 +372,6 @@ class AdapterSet:
     def _free_name(self) -> str:
         taken = {child for layer in self._layers.values() for child in layer._modules}
         return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
-
-
-def _like(layer: nn.Module) -> dict[str, Any]:
-    """Where and how a layer's adapters keep their tensors."""
-    weight = next(layer.parameters())
-    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
 
 
 def _completed(path: str, entry: Entry, layer: nn.Module) -> dict[str, Tensor]:

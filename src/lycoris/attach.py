@@ -20,6 +20,9 @@ from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe
 from lycoris.recall import Recall, in_backward, may_be_recomputed
 
+BASE = "_lycoris_base"
+"""Attribute of the class of an adapted layer: the class it had before."""
+
 
 class Adapter(nn.Module):
     """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
@@ -147,6 +150,16 @@ class Adapted:
             return base_class(self).forward(self, x, *args, **kwargs)
         return _stack(self, first.geometry, (args, kwargs))(x)
 
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A layer that stores its weight in float8 may be cast in and out in every pass; its adapters must not be.
+        before = self.weight.dtype
+        base: Any = base_class(self)
+        base._apply(self, fn, recurse=False)
+        for child in self.children() if recurse else ():
+            stays = isinstance(child, Adapter) and bases.is_float8(before, self.weight.dtype)
+            child._apply((lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)) if stays else fn)
+        return self
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # The derived class shares the name of the one it derives from, so pickle could not find it by name.
         return _new, (base_class(self),), self.__dict__.copy()
@@ -179,8 +192,8 @@ def adapters_on(layer: nn.Module) -> Iterator[Adapter]:
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
     """The class a layer had before adapters came onto it."""
-    order: Any = type(layer).__mro__
-    return order[order.index(Adapted) + 1 if Adapted in order else 0]
+    found: type[nn.Module] = getattr(type(layer), BASE, type(layer))
+    return found
 
 
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
@@ -193,7 +206,8 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "
             "and older adapter libraries do so) and would bypass the adapter; remove that hook, attach, and wrap "
-            "again. With sequential CPU offload, merge the adapters first instead"
+            "again. With sequential CPU offload, merge the adapters first instead; layerwise casting of diffusers "
+            "cannot be taken off, so attach before it is enabled"
         )
     if hasattr(layer, name):
         raise AttachError(f"this {type(layer).__name__} already has something called {name!r}; choose another set name")
@@ -217,7 +231,7 @@ def detach(layer: nn.Module, name: str) -> None:
 
 def check_detachable(layer: nn.Module) -> None:
     """Raise `AttachError` unless the layer's class is the one that `attach` gave it."""
-    if Adapted in type(layer).__mro__[2:]:
+    if isinstance(layer, Adapted) and BASE not in vars(type(layer)):
         raise AttachError(
             f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
             "so); undo that first"
@@ -226,8 +240,11 @@ def check_detachable(layer: nn.Module) -> None:
 
 @cache
 def _adapted(cls: Any) -> Any:
-    # Same name: other libraries recognise layers by it.
-    return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    # The layer's class comes first, for Python lets an object change its class only to one laid out by the same base;
+    # what is to override it goes into the derived class itself. Same name: other libraries recognise layers by it.
+    own = {name: vars(Adapted)[name] for name in ("forward", "_apply", "__reduce_ex__")}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, BASE: cls}
+    return type(cls.__name__, (cls, Adapted), own | names)
 
 
 def _new(cls: Any) -> Any:
