@@ -94,7 +94,7 @@ class Quantised:
     stochastic: bool = False
 
     def layer(self, inputs: int = 64, outputs: int = 32, device: str = "cpu") -> nn.Module:
-        return self.make(nn.Linear(inputs, outputs, device=device)).requires_grad_(False)
+        return self.make(nn.Linear(inputs, outputs, device=device)).to(device).requires_grad_(False)
 
 
 # A compiler builds the extension with which quanto unpacks 4 bits on a CPU, in about a minute.

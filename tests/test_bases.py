@@ -304,7 +304,9 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 @GPU
-@pytest.mark.parametrize("base", [name for name in CPU if not name.startswith("gguf")])
+@pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*below the quantisation step:UserWarning")
+@EVERY
 @EACH
 def test_on_a_gpu(base: str, name: str) -> None:
     model, x = One(CPU[base].layer(128, 128, device="cuda")), torch.randn(2, 5, 128, device="cuda", requires_grad=True)

@@ -31,6 +31,8 @@ class TorchAO(Storage):
         names = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
         if not isinstance(weight, tuple(loaded("torchao.quantization", name) for name in names)):
             return f"only {', '.join(names)} can be written again"
+        if str(getattr(weight, "target_dtype", "")) == "torch.int1":
+            return "one bit has no grid to round to"
         if getattr(weight, "act_pre_scale", None) is not None:
             return "its columns were scaled for the activations"
         zero = getattr(weight, "zero_point", None)
