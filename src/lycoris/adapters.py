@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, merging
+from lycoris import attach, bases, merging
 from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.geometry import Site, site
-from lycoris.merging import Merge
+from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
+
+logger = logging.getLogger("LyCORIS")
 
 
 class AdapterSet:
@@ -60,7 +63,7 @@ class AdapterSet:
         stacks = {}
         for placement in plan.placements:
             place = site(model, placement.path)
-            own = _like(place) if dtype is None else _like(place) | {"dtype": dtype}
+            own = _home(place) if dtype is None else _home(place) | {"dtype": dtype}
             stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
             below = attach.top(place.module, place.attribute)
             for adapter in stack:
@@ -77,7 +80,7 @@ class AdapterSet:
             place = site(model, path)
             stack = []
             for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **_like(place))
+                adapter = Adapter(entry.algorithm, entry.geometry, **_home(place))
                 adapter.attribute = place.attribute
                 adapter.fill(_completed(entry, place))
                 stack.append(adapter)
@@ -92,7 +95,8 @@ class AdapterSet:
     def attach(self) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
 
-        While merged, the adapters are there and wait: what they do is in the weights.
+        While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
+        "LyCORIS" says what works on them, which `capabilities` has as a value.
         """
         if self._attached:
             self._attached_by_merge = False
@@ -111,7 +115,13 @@ class AdapterSet:
             path = [path for path, _, _ in self._each()][len(done)]
             raise AttachError(f"{path}: {error}") from error
         self._attached = True
+        if (able := self.capabilities()).low_bit:
+            logger.info("the layers under these adapters:\n%s", able)
         return self
+
+    def capabilities(self) -> bases.Capabilities:
+        """What works on the layers under these adapters, by how they store their weight; prints as a table."""
+        return bases.capabilities(self._holders())
 
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
@@ -233,28 +243,46 @@ class AdapterSet:
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
-    def merge(self, strength: float | None = None) -> None:
+    def merge(
+        self, strength: float | None = None, *, into_low_bit: bool = False, stochastic_seed: int | None = None
+    ) -> MergeReport:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
-        Computed in float32 (float64 for such weights) and rounded once. The layers' old parameters are kept aside and
-        `unmerge` puts the very same objects back. Layers that share a parameter no longer do so while merged.
+        Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
+        took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
+        parameters are kept aside and `unmerge` puts the very same objects back. Layers that share a parameter no
+        longer do so while merged.
+
+        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it.
         """
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        for path, layer in self._layers.items():
-            merging.check_order(path, layer, self.stacks[path])
+        holders = self._holders()
+        for path, holder in holders.items():
+            merging.check_order(path, self._layers[path], self.stacks[path])
+            merging.check_writable(path, holder, into_low_bit, stochastic_seed is not None)
         strength = self._strength if strength is None else _finite(strength)
-        merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
+        merges = {
+            path: merging.fold(path, holder, self.stacks[path], strength, stochastic_seed)
+            for path, holder in holders.items()
+        }
+        report = merging.report(holders, merges, strength)
+        report.warn(stacklevel=2)
         if self.rank_masked:
             self._say_what_merging_means()
         if self.rank_masked and not self._attached:
             self.attach()
             self._attached_by_merge = True
         for path, merge in merges.items():
-            merging.install(self._layers[path], merge.new, merge.attribute)
+            bases.install(self._layers[path], merge.new, merge.attribute)
         self._merges, self._merged_at = merges, strength
         self._refresh()
+        return report
+
+    def _holders(self) -> dict[str, nn.Module]:
+        """What has a weight, by path: the layers, and stand-ins for bare parameters."""
+        return {path: bases.holder(layer, self.stacks[path][0].attribute) for path, layer in self._layers.items()}
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
@@ -355,11 +383,8 @@ class AdapterSet:
         return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
 
 
-def _like(place: Site) -> dict[str, Any]:
-    """Where and how the adapters of a layer, or of a parameter, keep their tensors."""
-    weight: Any = place.module._parameters.get(place.attribute or "weight")
-    weight = next(place.module.parameters()) if weight is None else weight
-    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
+def _home(place: Site) -> dict[str, Any]:
+    return bases.home(bases.holder(place.module, place.attribute))
 
 
 def _completed(entry: Entry, place: Site) -> dict[str, Tensor]:

@@ -21,6 +21,9 @@ from lycoris.errors import AttachError
 from lycoris.geometry import IS_ADAPTER, Geometry, describe, describe_parameter
 from lycoris.recall import Recall, in_backward, may_be_recomputed
 
+BASE = "_lycoris_base"
+"""Attribute of the class of an adapted layer: the class it had before."""
+
 
 class Adapter(nn.Module):
     """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
@@ -242,13 +245,21 @@ class Adapted:
     attributes: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that are adapted, for a module that is not a layer."""
 
+    # `self: Any`: this class is only ever mixed into a module.
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # The derived class shares the name of the one it derives from, so pickle could not find it by name.
         return _new, (base_class(self), self.attributes), self.__dict__.copy()
 
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A layer that stores its weight in float8 may be cast in and out in every pass; its adapters must not be.
+        before = bases.precision(self)
+        base: Any = base_class(self)
+        base._apply(self, fn, recurse=False)
+        for child in self.children() if recurse else ():
+            stays = isinstance(child, Adapter) and bases.is_float8(before, bases.precision(self))
+            child._apply((lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)) if stays else fn)
+        return self
 
-class _AdaptedLayer(Adapted):
-    # `self: Any`: this class is only ever mixed into a module.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             x, args = args[0], args[1:]
@@ -300,8 +311,8 @@ def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
     """The class a layer had before adapters came onto it."""
-    order: Any = type(layer).__mro__
-    return order[order.index(Adapted) + 1 if Adapted in order else 0]
+    found: type[nn.Module] = getattr(type(layer), BASE, type(layer))
+    return found
 
 
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
@@ -336,8 +347,7 @@ def detach(layer: nn.Module, name: str) -> None:
 
 def check_detachable(layer: nn.Module) -> None:
     """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it."""
-    cls: Any = base_class(layer)
-    if isinstance(layer, Adapted) and type(layer) is not _adapted(cls, layer.attributes):
+    if isinstance(layer, Adapted) and BASE not in vars(type(layer)):
         raise AttachError(
             f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
             "so); undo that first"
@@ -353,11 +363,12 @@ def _set_class(layer: Any) -> None:
 
 @cache
 def _adapted(cls: Any, attributes: tuple[str, ...]) -> Any:
-    own = {name: property(_reader(name)) for name in attributes}
-    mixin = Adapted if attributes else _AdaptedLayer
-    # Same name: other libraries recognise layers by it.
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "attributes": attributes}
-    return type(cls.__name__, (mixin, cls), {**own, **names})
+    # The layer's class comes first, for Python lets an object change its class only to one laid out by the same base;
+    # what is to override it goes into the derived class itself. Same name: other libraries recognise layers by it.
+    own: dict[str, Any] = {name: property(_reader(name)) for name in attributes}
+    own |= {name: vars(Adapted)[name] for name in ("_apply", "__reduce_ex__", *(() if attributes else ("forward",)))}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "attributes": attributes, BASE: cls}
+    return type(cls.__name__, (cls, Adapted), own | names)
 
 
 def _reader(attribute: str) -> Callable[[Any], Tensor]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lycoris import attach, bases
 from lycoris.additive import Additive
@@ -17,6 +21,9 @@ from lycoris.errors import AttachError
 MARK = "_lycoris_merged"
 """Attribute of parameters that hold a merge."""
 
+LOST = 3.0
+"""dB at which the rounding error has half the power of the update."""
+
 
 class Merge(NamedTuple):
     """A layer's parameters before and after, and how often the new ones had been written to when they were made."""
@@ -26,35 +33,110 @@ class Merge(NamedTuple):
     old: Affine
     new: Affine
     versions: tuple[int, ...]
+    sqnr: float
+    """See `MergedLayer.sqnr`."""
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What a merge did to one layer."""
+
+    path: str
+    stored_as: str
+    sqnr: float
+    """Signal-to-quantisation-noise ratio in dB: 10·log10(‖V - W‖² / ‖V' - V‖²), Frobenius norms.
+
+    W is the weight before, V the adapted weight as computed, V' what V is after storing. Infinite when V' is V; 0 dB
+    when the update was lost whole, V' = W; less when rounding changed the weight more than the adapters did.
+    """
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding did to a merged update, layer by layer; prints as a table, worst first."""
+
+    strength: float
+    layers: tuple[MergedLayer, ...]
+
+    @property
+    def lost(self) -> tuple[MergedLayer, ...]:
+        """Layers of which the update is of the size of the rounding error or below: less than `LOST` dB."""
+        return tuple(layer for layer in self.layers if layer.sqnr < LOST)
+
+    def __str__(self) -> str:
+        exact = sum(math.isinf(layer.sqnr) and layer.sqnr > 0 for layer in self.layers)
+        worst = sorted((layer for layer in self.layers if layer.sqnr < math.inf), key=lambda layer: layer.sqnr)
+        lines = [
+            f"merged {len(self.layers)} layers at strength {self.strength:g}; in {exact} of them nothing was rounded",
+            *(f"  {layer.sqnr:7.1f} dB  {layer.stored_as}  {layer.path}" for layer in worst),
+        ]
+        return "\n".join(lines)
+
+    def warn(self, stacklevel: int) -> None:
+        """Say which updates did not survive."""
+        if lost := self.lost:
+            some = ", ".join(f"{layer.path} ({layer.stored_as}, {layer.sqnr:.1f} dB)" for layer in lost[:5])
+            warnings.warn(
+                f"in {len(lost)} of {len(self.layers)} merged layers the update is below the quantisation step: {some}"
+                f"{', ...' if len(lost) > 5 else ''}. 0 dB is what merging nothing would give. Unmerge and leave the "
+                "adapters attached, which is exact; stochastic rounding keeps the update in the mean",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def report(layers: Mapping[str, nn.Module], merges: Mapping[str, Merge], strength: float) -> MergeReport:
+    """What the merges of these layers did."""
+    told = (MergedLayer(path, bases.kind(layers[path]), merge.sqnr) for path, merge in merges.items())
+    return MergeReport(strength, tuple(told))
+
+
+def check_writable(path: str, layer: nn.Module, into_low_bit: bool, stochastic: bool) -> None:
+    """Raise `AttachError` unless a weight can be written as asked."""
+    row = bases.storage(layer)
+    stored = f"the weight of {path} is stored as {row.label(layer)}"
+    if row.low_bit and not into_low_bit:
+        raise AttachError(
+            f"{stored}, and a merge would round the update to that. Attached and unmerged the adapters act exactly; "
+            "merge(into_low_bit=True) dequantises, folds, rounds once and reports the loss"
+        )
+    if why := row.why_unreadable(layer) or row.why_unwritable(layer):
+        raise AttachError(f"{stored} and cannot be merged into: {why}. Leave the adapters attached")
+    if stochastic and not row.stochastic(layer):
+        raise AttachError(
+            f"{stored}, which is written by its own library, to nearest; merge without stochastic_seed, or those "
+            "layers in a set of their own"
+        )
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, stack: Sequence[Adapter], strength: float) -> Merge:
-    """The layer's parameters, and new ones with a stack of adapters folded in. The layer is not changed yet.
+def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float, seed: int | None = None) -> Merge:
+    """The parameters of a layer (a `bases.holder`), and new ones with a stack folded in. Nothing is changed yet.
 
-    float32 throughout (float64 for such weights), and one rounding to the layer's own precision.
+    float32 throughout (float64 for such weights), and one rounding to the layer's own precision, stochastic with a
+    seed. What is drawn depends on the seed and the path alone.
     """
-    attribute, geometry = stack[0].attribute, stack[0].geometry
-    old = _own(layer, attribute)
-    dtype = old.weight.dtype
-    full = torch.promote_types(dtype, torch.float32)
-    affine = Affine(geometry.turned(old.weight.to(full)), None if old.bias is None else old.bias.to(full))
+    base, turned = bases.read(layer), stack[0].geometry.turned
+    full = torch.promote_types(base.weight.dtype, torch.float32)
+    before = Affine(turned(base.weight.to(full)), None if base.bias is None else base.bias.to(full))
+    affine = before
     for adapter in stack:
         affine = adapter.adapted(affine, Call(strength))
-    whole = geometry.turned(affine.weight).contiguous()
-    weight = nn.Parameter(whole.to(dtype), requires_grad=old.weight.requires_grad)
-    trained = (old.weight if old.bias is None else old.bias).requires_grad
-    bias = None if affine.bias is None else nn.Parameter(affine.bias.to(dtype), requires_grad=trained)
-    setattr(weight, MARK, True)
-    new = Affine(weight, bias)
-    return Merge(attribute, old, new, _versions(new))
+    generator = None
+    if seed is not None:
+        # 32 bits: torch's generator for CPUs takes no more.
+        generator = torch.Generator(affine.weight.device).manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+    whole = turned(affine.weight).contiguous()
+    new = bases.rewritten(layer, Affine(whole, affine.bias), generator)
+    sqnr = _decibel(affine.weight - before.weight, turned(bases.read_as(layer, new).weight.to(full)) - affine.weight)
+    setattr(new.weight, MARK, True)
+    return Merge(stack[0].attribute, bases.own(layer), new, _versions(new), sqnr)
 
 
-def _own(layer: nn.Module, attribute: str) -> Affine:
-    """The parameters themselves, as the module stores them."""
-    if attribute:
-        return Affine(layer._parameters[attribute], None)  # type: ignore[arg-type]
-    return bases.read(layer)
+def _decibel(signal: Tensor, noise: Tensor) -> float:
+    power, error = (float(torch.linalg.vector_norm(part)) for part in (signal, noise))
+    if error == 0:
+        return math.inf
+    return 20 * math.log10(power / error) if power > 0 else -math.inf
 
 
 def is_merged(layer: nn.Module, attribute: str = "") -> bool:
@@ -62,16 +144,10 @@ def is_merged(layer: nn.Module, attribute: str = "") -> bool:
     return bool(getattr(layer._parameters.get(attribute or "weight"), MARK, False))
 
 
-def install(layer: nn.Module, affine: Affine, attribute: str = "") -> None:
-    """Give a layer these very parameters. Another layer that shared the old ones keeps them."""
-    layer._parameters[attribute or "weight"] = affine.weight  # type: ignore[assignment]
-    if "bias" in layer._parameters and not attribute:
-        layer._parameters["bias"] = affine.bias  # type: ignore[assignment]
-
-
 def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
     """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
-    now = _own(layer, merge.attribute)
+    holder = bases.holder(layer, merge.attribute)
+    now = bases.own(holder)
     if now.weight is not merge.new.weight or now.bias is not merge.new.bias:
         raise AttachError(
             f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
@@ -81,6 +157,11 @@ def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
             f"the weight of {path} was written to after this merge, by load_state_dict or by training; "
             "undoing the merge would lose that"
         )
+    if not bases.movable(holder) and _where(merge.old) != _where(merge.new):
+        raise AttachError(
+            f"{path} was moved or cast after this merge, and what {bases.kind(layer)} keeps beside its weight did "
+            f"not follow; move it back to {_where(merge.old)} first"
+        )
 
 
 def restore(layer: nn.Module, merge: Merge) -> None:
@@ -88,7 +169,11 @@ def restore(layer: nn.Module, merge: Merge) -> None:
     for old, new in zip(merge.old, merge.new, strict=True):
         if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
             old.data = old.data.to(new)
-    install(layer, merge.old, merge.attribute)
+    bases.install(layer, merge.old, merge.attribute)
+
+
+def _where(affine: Affine) -> str:
+    return f"{affine.weight.device}, {affine.weight.dtype}"
 
 
 def _versions(affine: Affine) -> tuple[int, ...]:

@@ -1,0 +1,118 @@
+"""Weights that are ordinary tensors: floating point of 16 bits or more, float8 storage, and what nobody can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.bases.grid import spread
+from lycoris.bases.storage import Storage
+from lycoris.ops import rounding
+
+SCALES = ("weight_scale", "scale_weight")
+"""What layers with float8 weights call the factor that the weight is to be multiplied with."""
+
+
+def is_dense(layer: Any) -> bool:
+    """The quick answer for nearly all layers, which `torch.compile` can follow."""
+    weight = layer.weight
+    # optimum-quanto's layers hold a plain parameter until they are frozen.
+    return type(weight) is nn.Parameter and _wide(weight) and not hasattr(layer, "weight_qtype")
+
+
+def _wide(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+class Dense(Storage):
+    """Floating point of 16 bits or more, whatever class of tensor holds it."""
+
+    low_bit = False
+    plain = True
+
+    def holds(self, layer: Any) -> bool:
+        return _wide(layer.weight)
+
+    def label(self, layer: Any) -> str:
+        return f"dense {_short(layer.weight.dtype)}"
+
+    def stochastic(self, layer: Any) -> bool:
+        return True
+
+    def decode(self, layer: Any, weight: Any) -> Tensor:
+        return weight
+
+    def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
+        return nn.Parameter(rounding.to_dtype(dense, layer.weight.dtype, generator))
+
+
+class Float8(Storage):
+    """float8 in a layer whose own forward deals with it, with or without a scale beside it."""
+
+    plain = True
+
+    def holds(self, layer: Any) -> bool:
+        return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point() and not _wide(layer.weight)
+
+    def label(self, layer: Any) -> str:
+        return f"{_short(layer.weight.dtype)} storage"
+
+    def why_unreadable(self, layer: Any) -> str:
+        found, shape = _scale(layer), layer.weight.shape
+        if found is None or found.numel() == 1:
+            return ""
+        sizes = found.shape[: len(shape)]
+        fits = len(sizes) == len(shape) and all(size % blocks == 0 for size, blocks in zip(shape, sizes, strict=True))
+        if fits and found.numel() == sizes.numel():
+            return ""
+        return f"its scale has shape {tuple(found.shape)}; known are a single one, and one per block and axis"
+
+    def why_unwritable(self, layer: Any) -> str:
+        return self.why_unreadable(layer)
+
+    def stochastic(self, layer: Any) -> bool:
+        return True
+
+    def decode(self, layer: Any, weight: Any) -> Tensor:
+        return weight.float() * self._scale(layer)
+
+    def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
+        # The scale stays: it is a buffer of the layer, and state dicts of the base must not change.
+        return nn.Parameter(rounding.to_dtype(dense / self._scale(layer), layer.weight.dtype, generator))
+
+    def _scale(self, layer: Any) -> Tensor | float:
+        found = _scale(layer)
+        return 1.0 if found is None else spread(found.float(), layer.weight.shape)
+
+
+def _scale(layer: Any) -> Tensor | None:
+    found = (getattr(layer, name, None) for name in SCALES)
+    return next((scale for scale in found if scale is not None), None)
+
+
+class Unknown(Storage):
+    """Anything else: adapters that need only the layer's output work on it."""
+
+    def holds(self, layer: Any) -> bool:
+        return True
+
+    def label(self, layer: Any) -> str:
+        return f"{type(layer).__name__} of {_short(layer.weight.dtype)}"
+
+    def why_unreadable(self, layer: Any) -> str:
+        return "this library does not know how it is packed"
+
+    def why_unwritable(self, layer: Any) -> str:
+        return self.why_unreadable(layer)
+
+    def decode(self, layer: Any, weight: Any) -> Tensor:
+        raise NotImplementedError(self.why_unreadable(layer))
+
+    def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
+        raise NotImplementedError(self.why_unwritable(layer))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
