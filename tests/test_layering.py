@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "ops", "geometry"},
     {"algorithm"},
     {"algorithms"},
-    {"recall", "bases", "attach", "merging"},
+    {"sharding", "recall", "bases", "attach", "merging"},
     {"bundle", "planning", "schedule"},
     {"preset", "options", "recipe", "adapters"},
     {"files"},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, merging
+from lycoris import attach, merging, sharding
 from lycoris.algorithm import Call
 from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
@@ -32,6 +32,7 @@ class AdapterSet:
     def __init__(
         self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
+        sharding.check_unwrapped(model)
         self.model, self.name = model, name
         self._attached_as = ""
         self.stacks = dict(stacks)
@@ -241,6 +242,7 @@ class AdapterSet:
         self._check_layers()
         for path, layer in self._layers.items():
             merging.check_order(path, layer, self.stacks[path])
+            sharding.check_own(path, layer)
         strength = self._strength if strength is None else _finite(strength)
         merges = {path: merging.fold(layer, self.stacks[path], strength) for path, layer in self._layers.items()}
         if self.rank_masked:
@@ -278,35 +280,44 @@ class AdapterSet:
     # -- contents ----------------------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable parameters, always the same objects in the same order."""
+        """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors."""
         for _, _, adapter in self._each():
-            yield from adapter.parameters()
+            yield from (tensor for tensor in adapter.kept().values() if isinstance(tensor, nn.Parameter))
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor under `path/index/slot`, detached: for checkpoints of this library."""
+        """Every tensor under `path/index/slot`, detached and whole: for checkpoints of this library.
+
+        On a sharded model collective: every process calls it, and gets the same.
+        """
         return {
-            f"{path}/{at}/{slot}": tensor.detach()
+            f"{path}/{at}/{slot}": tensor
             for path, at, adapter in self._each()
-            for slot, tensor in adapter.tensors().items()
+            for slot, tensor in adapter.whole().items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same."""
-        own = self.state_dict()
+        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
+        own = {f"{path}/{at}/{slot}": t for path, at, adapter in self._each() for slot, t in adapter.kept().items()}
         wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
         off = sorted(own.keys() ^ state.keys()) + sorted(wrong)
         if off:
             raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
         for key, tensor in own.items():
-            tensor.copy_(state[key])
+            sharding.assign(tensor, state[key])
 
     @torch.no_grad()
     def fill(self, bundle: Bundle) -> None:
-        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
+        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
         values = {path: self._values(path, entries) for path, entries in bundle.entries.items()}
         for path, stack in values.items():
             for adapter, tensors in zip(self.stacks[path], stack, strict=True):
@@ -321,7 +332,7 @@ class AdapterSet:
             tensors = _completed(path, entry, self._layers[path])
             own = adapter.tensors()
             if "gate" in own:
-                tensors["gate"] = torch.ones(())
+                tensors["gate"] = torch.ones(1)
             same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
             # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
             scales = [algorithm.scale(adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
@@ -331,12 +342,12 @@ class AdapterSet:
         return found
 
     def bundle(self) -> Bundle:
-        """The adapters as a value, to be written to a file."""
+        """The adapters as a value, to be written to a file.
+
+        On a sharded model collective: every process calls it and gets the same, and one of them writes.
+        """
         entries = {
-            path: tuple(
-                Entry(a.algorithm, a.geometry, {slot: t.detach() for slot, t in a.tensors().items()}) for a in stack
-            )
-            for path, stack in self.stacks.items()
+            path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
         }
         return Bundle(entries, dict(self.metadata))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import bases
+from lycoris import bases, sharding
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe
@@ -50,6 +50,16 @@ class Adapter(nn.Module):
         found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def kept(self) -> dict[str, Tensor]:
+        """By slot name, what training changes: of a sharded model the shards, never FSDP's passing whole copies."""
+        # A module's own state_dict, which the one below hides, is what makes FSDP put its shards back.
+        return nn.Module.state_dict(self, keep_vars=True)
+
+    def whole(self) -> dict[str, Tensor]:
+        """By slot name, detached and gathered from the processes that share them, all of which have to call this."""
+        slots = self.algorithm.slots(self.geometry)
+        return {name: sharding.whole(name, tensor, slots[name].shape) for name, tensor in self.kept().items()}
+
     @torch.no_grad()
     def initialise(self, below: Base) -> None:
         """Draw new tensors; the layer's effect does not change."""
@@ -58,13 +68,13 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Copy tensors in by slot name; all of them, with the right shapes."""
-        own = self.tensors()
+        own = self.kept()
         if own.keys() != values.keys():
             raise AttachError(f"{self.algorithm.name} has the tensors {sorted(own)}; given were {sorted(values)}")
         for name, value in values.items():
             if own[name].shape != value.shape:
                 raise AttachError(f"{name} has shape {tuple(own[name].shape)}; given was {tuple(value.shape)}")
-            own[name].copy_(value)
+            sharding.assign(own[name], value)
 
     def adapted(self, base: Affine, call: Call | None = None) -> Affine:
         """Weight and bias that this adapter makes of those below, at the strength in force."""
@@ -186,9 +196,10 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     """Put an adapter on top of a layer and of the adapters it has, under the child name `name`.
 
-    Raises `AttachError` when the name is taken or when the layer's `forward` was replaced on the instance: such a
-    replacement would run instead of the adapters.
+    Raises `AttachError` when the name is taken, when the layer was sharded without the adapter, or when the layer's
+    `forward` was replaced on the instance: such a replacement would run instead of the adapters.
     """
+    sharding.check_shared(layer, adapter)
     if "forward" in layer.__dict__:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "

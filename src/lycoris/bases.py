@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lycoris import sharding
 from lycoris.algorithm import Affine
 from lycoris.errors import AttachError
 
@@ -13,10 +14,11 @@ from lycoris.errors import AttachError
 def read(layer: nn.Module) -> Affine:
     """Weight and bias of a layer as floating-point tensors.
 
-    Raises `AttachError` for weights that are packed or quantised: reading those is not built yet.
+    Raises `AttachError` for weights that are sharded, packed or quantised: reading those is not built yet.
     """
     weight: Any = layer.weight
     bias: Any = layer.bias
+    sharding.check_readable(layer, weight)
     if not weight.is_floating_point() or weight.element_size() < 2:
         kind = type(layer).__name__
         raise AttachError(
