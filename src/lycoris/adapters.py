@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, merging
+from lycoris import attach, bases, filling, merging, sharding
+from lycoris.adapter import Adapter
 from lycoris.algorithm import Call
-from lycoris.attach import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
-from lycoris.geometry import Site, site
+from lycoris.geometry import site
 from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
@@ -36,6 +36,7 @@ class AdapterSet:
     def __init__(
         self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
+        sharding.check_unwrapped(model)
         self.model, self.name = model, name
         self._attached_as = ""
         self.stacks = dict(stacks)
@@ -63,7 +64,7 @@ class AdapterSet:
         stacks = {}
         for placement in plan.placements:
             place = site(model, placement.path)
-            own = _home(place) if dtype is None else _home(place) | {"dtype": dtype}
+            own = filling.home(place) if dtype is None else filling.home(place) | {"dtype": dtype}
             stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
             below = attach.top(place.module, place.attribute)
             for adapter in stack:
@@ -80,9 +81,9 @@ class AdapterSet:
             place = site(model, path)
             stack = []
             for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **_home(place))
+                adapter = Adapter(entry.algorithm, entry.geometry, **filling.home(place))
                 adapter.attribute = place.attribute
-                adapter.fill(_completed(entry, place))
+                adapter.fill(filling.completed(entry, place))
                 stack.append(adapter)
             stacks[path] = tuple(stack)
         made = cls(model, stacks, name)
@@ -262,6 +263,7 @@ class AdapterSet:
         for path, holder in holders.items():
             merging.check_order(path, self._layers[path], self.stacks[path])
             merging.check_writable(path, holder, into_low_bit, stochastic_seed is not None)
+            sharding.check_own(path, self._layers[path])
         strength = self._strength if strength is None else _finite(strength)
         merges = {
             path: merging.fold(path, holder, self.stacks[path], strength, stochastic_seed)
@@ -309,35 +311,44 @@ class AdapterSet:
     # -- contents ----------------------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable parameters, always the same objects in the same order."""
+        """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors."""
         for _, _, adapter in self._each():
-            yield from adapter.parameters()
+            yield from (tensor for tensor in adapter.kept().values() if isinstance(tensor, nn.Parameter))
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor under `path/index/slot`, detached: for checkpoints of this library."""
+        """Every tensor under `path/index/slot`, detached and whole: for checkpoints of this library.
+
+        On a sharded model collective: every process calls it, and gets the same.
+        """
         return {
-            f"{path}/{at}/{slot}": tensor.detach()
+            f"{path}/{at}/{slot}": tensor
             for path, at, adapter in self._each()
-            for slot, tensor in adapter.tensors().items()
+            for slot, tensor in adapter.whole().items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same."""
-        own = self.state_dict()
+        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
+        own = {f"{path}/{at}/{slot}": t for path, at, adapter in self._each() for slot, t in adapter.kept().items()}
         wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
         off = sorted(own.keys() ^ state.keys()) + sorted(wrong)
         if off:
             raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
         for key, tensor in own.items():
-            tensor.copy_(state[key])
+            sharding.assign(tensor, state[key])
 
     @torch.no_grad()
     def fill(self, bundle: Bundle) -> None:
-        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
+        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
         values = {path: self._values(path, entries) for path, entries in bundle.entries.items()}
         for path, stack in values.items():
             for adapter, tensors in zip(self.stacks[path], stack, strict=True):
@@ -347,27 +358,16 @@ class AdapterSet:
         stack = self.stacks.get(path)
         if stack is None or len(stack) != len(entries):
             raise FileError(f"{path} has no adapters to take these tensors")
-        found = []
-        for adapter, entry in zip(stack, entries, strict=True):
-            tensors = _completed(entry, site(self.model, path))
-            own = adapter.tensors()
-            if "gate" in own:
-                tensors["gate"] = torch.ones(())
-            same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
-            # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
-            scales = [algorithm.scale(adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
-            if not same or not math.isclose(*scales, rel_tol=4e-3):
-                raise FileError(f"{path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
-            found.append(tensors)
-        return found
+        place = site(self.model, path)
+        return [filling.fitted(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
 
     def bundle(self) -> Bundle:
-        """The adapters as a value, to be written to a file."""
+        """The adapters as a value, to be written to a file.
+
+        On a sharded model collective: every process calls it and gets the same, and one of them writes.
+        """
         entries = {
-            path: tuple(
-                Entry(a.algorithm, a.geometry, {slot: t.detach() for slot, t in a.tensors().items()}) for a in stack
-            )
-            for path, stack in self.stacks.items()
+            path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
         }
         return Bundle(entries, dict(self.metadata))
 
@@ -381,21 +381,6 @@ class AdapterSet:
     def _free_name(self) -> str:
         taken = {child for layer in self._layers.values() for child in layer._modules}
         return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
-
-
-def _home(place: Site) -> dict[str, Any]:
-    return bases.home(bases.holder(place.module, place.attribute))
-
-
-def _completed(entry: Entry, place: Site) -> dict[str, Tensor]:
-    """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
-    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
-    if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
-        raise FileError(
-            f"{place.path}: the file leaves out tensors that follow from the base weight, and adapters are merged into "
-            "it; undo the merge, load, and merge again"
-        )
-    return tensors
 
 
 def _finite(strength: float) -> float:

@@ -241,7 +241,7 @@ class Ranked(Algorithm):
         return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
 
     def _gate_slot(self) -> dict[str, Slot]:
-        return {"gate": Slot((), "gate")} if self.gate else {}
+        return {"gate": Slot((1,), "gate")} if self.gate else {}
 
     def _start_at_zero(self, p: Params, slot: str) -> None:
         """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""

@@ -1,4 +1,4 @@
-"""Adapters on layers: the only module of the library, and how it gets onto a layer and off again.
+"""How adapters get onto a layer, or a bare parameter, and off again.
 
 An adapted layer keeps its identity. Its class becomes a derived one of the same name whose `forward` runs the stack of
 adapters, and each adapter is a child module that keeps itself out of the layer's `state_dict`. Taking the last adapter
@@ -7,158 +7,21 @@ off restores the class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import bases
-from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
+from lycoris import bases, sharding
+from lycoris.adapter import Adapter, Matrix
+from lycoris.algorithm import Affine, Base
 from lycoris.errors import AttachError
-from lycoris.geometry import IS_ADAPTER, Geometry, describe, describe_parameter
-from lycoris.recall import Recall, in_backward, may_be_recomputed
+from lycoris.geometry import Geometry, describe, describe_parameter
 
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
-
-
-class Adapter(nn.Module):
-    """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        geometry: Geometry,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.algorithm, self.geometry = algorithm, geometry
-        self.call = Call(torch.tensor(1.0, dtype=torch.float64))
-        self.silent = False
-        setattr(self, IS_ADAPTER, True)
-        self.attribute = ""
-        """Name of the parameter that it adapts; "" for a layer."""
-        self._dropping = torch.tensor(1.0)
-        self._recall = Recall()
-        for name, slot in algorithm.slots(geometry).items():
-            own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
-            shape = (geometry.stack, *slot.shape) if geometry.stack else slot.shape
-            tensor = torch.empty(shape, dtype=own, device=device)
-            if slot.trainable:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By slot name, live."""
-        found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def train(self, mode: bool = True) -> Adapter:
-        """Training draws dropout, evaluation is deterministic."""
-        # A tensor, so that a compiled graph serves both.
-        self._dropping = torch.tensor(1.0 if mode else 0.0)
-        super().train(mode)
-        return self
-
-    @torch.no_grad()
-    def initialise(self, below: Base) -> None:
-        """Draw new tensors; the layer's effect does not change."""
-        if not self.geometry.stack:
-            self.algorithm.initialise(self.tensors(), below)
-            return
-        weights = below.affine().weight
-        for at, weight in enumerate(weights):
-            one = _Matrix(replace(self.geometry, stack=0), weight)
-            self.algorithm.initialise({name: tensor[at] for name, tensor in self.tensors().items()}, one)
-
-    @torch.no_grad()
-    def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Copy tensors in by slot name; all of them, with the right shapes."""
-        own = self.tensors()
-        if own.keys() != values.keys():
-            raise AttachError(f"{self.algorithm.name} has the tensors {sorted(own)}; given were {sorted(values)}")
-        for name, value in values.items():
-            if own[name].shape != value.shape:
-                raise AttachError(f"{name} has shape {tuple(own[name].shape)}; given was {tuple(value.shape)}")
-            own[name].copy_(value)
-
-    def adapted(self, base: Affine, call: Call | None = None) -> Affine:
-        """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
-        call = self.call if call is None else call
-        keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
-        tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
-        if self.geometry.stack:
-            weight = torch.func.vmap(
-                lambda p, w: self.algorithm.transform(p, Affine(w, None), replace(self.geometry, stack=0), keep).weight
-            )(tensors, base.weight)
-            whole = Affine(weight, None)
-        else:
-            whole = self.algorithm.transform(tensors, base, self.geometry, keep)
-        return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
-
-    def in_force(self, x: Tensor) -> Call:
-        """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
-        call = self.call
-        if not torch.compiler.is_compiling():
-            if in_backward():
-                # Not noted: of several passes before one backward, the first recomputed would hide the others.
-                return self._recall.of(call, x)
-            if may_be_recomputed():
-                self._recall.note(call, x)
-        return call
-
-    def drawn(self, call: Call, x: Tensor) -> Call:
-        """A call with this pass's random choices made; the same call in evaluation."""
-        if not self.algorithm.drops or not (torch.compiler.is_compiling() or self.training):
-            return call
-        return self.algorithm.draw(replace(call, dropping=self._dropping), x)
-
-    def forward(self, below: Base, x: Tensor) -> Tensor:
-        if self.silent:
-            return below(x)
-        call = self.in_force(x)
-        # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
-        if not torch.compiler.is_compiling() and call.strength == 0:
-            return below(x)
-        return self.algorithm.forward(self.tensors(), below, x, self.drawn(call, x))
-
-    def extra_repr(self) -> str:
-        return str(self.algorithm)
-
-    # An adapter is not part of the layer's own state: base checkpoints load and save as if it were not there.
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        return
-
-
-class _Matrix:
-    """A weight alone, as what lies below an adapter."""
-
-    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
-        self.geometry, self.weight = geometry, weight
-
-    def affine(self) -> Affine:
-        return Affine(self.weight, None)
-
-    def bias(self) -> Tensor | None:
-        return None
-
-    def plain(self, x: Tensor) -> Affine | None:
-        return None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        raise AttachError("a parameter has no output of its own; its module uses it")
-
-    def run(self, x: Tensor, affine: Affine) -> Tensor:
-        return self(x)
 
 
 class _Layer:
@@ -289,7 +152,7 @@ def bottom(layer: nn.Module, attribute: str = "") -> Base:
         geometry = None if parameter is None else describe_parameter(parameter)
         if parameter is None or geometry is None:
             raise AttachError(f"{attribute} of this {type(layer).__name__} is not a matrix or a stack of them")
-        return _Matrix(geometry, parameter)
+        return Matrix(geometry, parameter)
     geometry = describe(layer)
     if geometry is None:
         raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")
@@ -318,9 +181,10 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
 def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     """Put an adapter on top of a layer, or of a parameter, and of the adapters it has, under the child name `name`.
 
-    Raises `AttachError` when the name is taken or when the layer's `forward` was replaced on the instance: such a
-    replacement would run instead of the adapters.
+    Raises `AttachError` when the name is taken, when the layer was sharded without the adapter, or when the layer's
+    `forward` was replaced on the instance: such a replacement would run instead of the adapters.
     """
+    sharding.check_shared(layer, adapter)
     if "forward" in layer.__dict__ and not adapter.attribute:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "

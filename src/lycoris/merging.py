@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lycoris import attach, bases
+from lycoris.adapter import Adapter
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Call
-from lycoris.attach import Adapter
 from lycoris.errors import AttachError
 
 MARK = "_lycoris_merged"

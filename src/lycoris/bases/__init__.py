@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lycoris import sharding
 from lycoris.algorithm import Affine
 from lycoris.bases.bitsandbytes import Bits4, Int8
 from lycoris.bases.gguf import GGUF
@@ -44,8 +45,9 @@ def own(layer: nn.Module) -> Affine:
 def read(layer: nn.Module) -> Affine:
     """Weight and bias of a layer as floating-point tensors: its own parameters, or what they stand for.
 
-    Raises `AttachError` for a weight that cannot be read.
+    Raises `AttachError` for a weight that cannot be read, or that other processes have parts of.
     """
+    sharding.check_readable(layer, layer.weight)  # type: ignore[arg-type]
     return own(layer) if is_dense(layer) else read_as(layer, own(layer))
 
 

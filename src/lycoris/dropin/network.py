@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lycoris import files
+from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
-from lycoris.attach import Adapter
 from lycoris.dropin import tlora
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialect import flatten

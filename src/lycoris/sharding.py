@@ -1,0 +1,82 @@
+"""Adapters on a model that several processes share: gathering their tensors, filling them, and what has to come first.
+
+FSDP2 keeps parameters as DTensors and swaps whole ones in while a forward or backward pass needs them. Everything
+below that reads or writes a sharded tensor is collective: every process has to call it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lycoris.errors import AttachError
+
+FIRST = "attach the adapters first, then wrap the model, so that their gradients are shared too"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Told by its method: importing the class takes a second that most never need."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(what: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
+    """The whole of a tensor, on every process. Collective for DTensors.
+
+    Raises `AttachError` for a tensor of another shape: DeepSpeed ZeRO-3 and FSDP1 leave a piece or nothing in its
+    place, and only they can gather it.
+    """
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    if found.shape != shape:
+        raise AttachError(
+            f"{what} should be {tuple(shape)} and is {tuple(found.shape)}: another library holds the rest of it. "
+            "Gather on every process first, with deepspeed.zero.GatheredParameters(list(adapters.parameters())) or "
+            "FullyShardedDataParallel.summon_full_params(model), and do this inside"
+        )
+    return found.detach()
+
+
+def assign(own: Any, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded. Collective for DTensors, where the first process's counts."""
+    if is_sharded(own):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements)
+    own.copy_(value)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise `AttachError` for a DDP wrapper: it would not know of the adapters, nor a file of its paths."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise AttachError(f"this is a DistributedDataParallel wrapper; {FIRST}: build on its .module, then wrap anew")
+
+
+def check_shared(layer: nn.Module, adapter: nn.Module) -> None:
+    """Raise `AttachError` if a layer was sharded without this adapter, whose copies would go apart unnoticed."""
+    if _is_managed(layer) and not _is_managed(adapter):
+        raise AttachError(f"the parameters of this {type(layer).__name__} are sharded already; {FIRST}")
+
+
+def check_own(path: str, layer: nn.Module) -> None:
+    """Raise `AttachError` if a layer's weight is in the hands of FSDP, which would undo a change to it."""
+    if _is_managed(layer):
+        raise AttachError(
+            f"the parameters of {path} are sharded, and a merge replaces them; merge before the model is sharded, or "
+            "write the adapters and merge them into an unsharded model"
+        )
+
+
+def check_readable(layer: nn.Module, weight: Tensor) -> None:
+    """Raise `AttachError` for a weight of which this process has a part, or nothing as DeepSpeed ZeRO-3 leaves it."""
+    if is_sharded(weight) or weight.numel() == 0:
+        raise AttachError(
+            f"the weight of this {type(layer).__name__} is sharded, and whole only inside the forward pass; do what "
+            "needs it (the start of DoRA and T-LoRA, a merge) before the model is sharded, or under DeepSpeed ZeRO-3 "
+            "inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+
+
+def _is_managed(module: nn.Module) -> bool:
+    # The mark of both FSDPs: after a forward pass without backward the outermost parameters stay whole for a while.
+    marked = bool(getattr(module, "_is_fsdp_managed_module", False))
+    return marked or any(is_sharded(parameter) for parameter in module.parameters())

@@ -1,0 +1,391 @@
+"""Several processes train the adapters that one would: DDP, FSDP2, and what refuses to go wrong quietly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import lycoris
+from cases import ALGORITHMS, LAYERS, relative
+from lycoris import AdapterSet, AttachError, RankSchedule, Rule, plan
+from lycoris.files import encode
+from lycoris.geometry import describe
+from ranks import SIZE, Ranks
+
+OFTEN = ["lora", "lora-gate", "loha", "lokr-full-matrix", "tlora", "full", "dora-lora", "dora-lokr-in"]
+SELDOM = [name for name in ALGORITHMS if name not in OFTEN]
+NAMES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
+TOLERANCE = 1e-12
+STEPS, BATCH = 4, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(12, 18), nn.Linear(18, 12, bias=False)
+        self.recomputed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (checkpoint(self.inside, x, use_reentrant=False) if self.recomputed else self.inside(x))
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.narrow(torch.tanh(self.wide(x)))
+
+
+class Net(nn.Module):
+    """A convolution, two blocks and a head whose sizes do not divide by the number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12, 5)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how."""
+
+    algorithm: str
+    way: str
+    optimizer: str = "adamw"
+    base: torch.dtype = torch.float64
+
+
+def start(job: Job, seed: int = 0) -> tuple[Net, AdapterSet]:
+    """A frozen model with new adapters."""
+    torch.manual_seed(seed)
+    model = Net().to(job.base).requires_grad_(False)
+    adapters = AdapterSet.build(model, plan(model, Rule(ALGORITHMS[job.algorithm]))).attach()
+    adapters.schedule = RankSchedule(max_rank=3)
+    adapters.metadata = {"note": "the same"}
+    return model, adapters
+
+
+def wrap(model: Net, way: str) -> nn.Module:
+    """The model as several processes share it."""
+    if way == "one":
+        return model
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (SIZE,))
+    for block in model.blocks:
+        block.recomputed = way == "fsdp, checkpointing"
+        for part in (block.wide, block.narrow) if way == "fsdp on layers" else (block,):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def batches(job: Job) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs, targets and timesteps of each step: this process's share of what all of them see."""
+    random = torch.Generator().manual_seed(1)
+    share = slice(None)
+    if dist.is_initialized():
+        share = slice(dist.get_rank() * BATCH // SIZE, (dist.get_rank() + 1) * BATCH // SIZE)
+    for _ in range(STEPS):
+        x, y = (torch.randn(BATCH, *sizes, dtype=torch.float64, generator=random) for sizes in ((3, 4, 4), (5,)))
+        timesteps = torch.randint(1000, (BATCH,), generator=random)
+        yield x[share].to(job.base), y[share], timesteps[share]
+
+
+def optimizer_for(job: Job, adapters: AdapterSet) -> torch.optim.Optimizer:
+    makes = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    return makes[job.optimizer](adapters.parameters(), lr=0.05)
+
+
+def train(
+    job: Job, model: nn.Module, adapters: AdapterSet, optimizer: torch.optim.Optimizer, steps: slice = slice(None)
+) -> None:
+    for x, y, timesteps in list(batches(job))[steps]:
+        optimizer.zero_grad()
+        adapters.set_timesteps(timesteps)
+        (model(x) - y).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(adapters.parameters(), 0.5)
+        optimizer.step()
+    adapters.set_timesteps(None)
+
+
+def trained(job: Job, folder: Path) -> Path:
+    """Train, and write the adapters: every process, so that what each has gathered is compared."""
+    model, adapters = start(job)
+    wrapped = wrap(model, job.way)
+    train(job, wrapped, adapters, optimizer_for(job, adapters))
+    return written(adapters, folder)
+
+
+def written(adapters: AdapterSet, folder: Path) -> Path:
+    """An adapter file of this process's own."""
+    path = folder / f"{dist.get_rank() if dist.is_initialized() else 'one'}.safetensors"
+    lycoris.write(adapters.bundle(), path)
+    return path
+
+
+def content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 -- no mapping
+
+
+def assert_same_files(paths: list[Path], wanted: Path, tolerance: float = TOLERANCE) -> None:
+    tensors, metadata = content(wanted)
+    for path in paths:
+        found, said = content(path)
+        assert said == metadata
+        assert found.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert found[key].dtype == tensor.dtype
+            assert relative(found[key], tensor) < tolerance, key
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    both = Ranks(tmp_path_factory.mktemp("meetings"))
+    yield both
+    both.stop()
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_the_file_that_one_does(
+    name: str, optimizer: str, way: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    paths = ranks.run(trained, Job(name, way, optimizer), tmp_path)
+    assert_same_files(paths, trained(Job(name, "one", optimizer), tmp_path))
+
+
+@pytest.mark.parametrize("way", ["fsdp on layers", "fsdp, checkpointing"])
+@pytest.mark.parametrize("name", ["lora", "lokr-full-matrix", "tlora", "dora-lora"])
+def test_sharded_by_layer_and_recomputed(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
+    assert_same_files(ranks.run(trained, Job(name, way), tmp_path), trained(Job(name, "one"), tmp_path))
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["lora", "dora-lora"])
+def test_float32_adapters_on_a_bfloat16_base(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
+    paths = ranks.run(trained, Job(name, way, "sgd", torch.bfloat16), tmp_path)
+    wanted = trained(Job(name, "one", "sgd", torch.bfloat16), tmp_path)
+    assert_same_files(paths, wanted, 0.02)
+    assert {tensor.dtype for tensor in content(wanted)[0].values()} == {torch.float32}
+
+
+def test_the_comparison_sees_shares_that_are_not_averaged(ranks: Ranks, tmp_path: Path) -> None:
+    paths = ranks.run(trained, Job("lora", "one"), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_files(paths, trained(Job("lora", "one"), tmp_path))
+
+
+@torch.no_grad()
+def steered(job: Job) -> list[Tensor]:
+    """Outputs for the whole batch under strengths and timesteps that change between passes."""
+    model, adapters = start(job)
+    wrapped = wrap(model, job.way)
+    random = torch.Generator().manual_seed(2)
+    values = {key: torch.randn(t.shape, dtype=t.dtype, generator=random) for key, t in adapters.state_dict().items()}
+    x = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=random)
+    wrapped(x)  # leaves FSDP's outermost parameters whole
+    adapters.load_state_dict(values)
+    found = []
+    for strength in (1.0, 0.0, -0.5):
+        for timesteps in (None, torch.tensor([900, 600, 300, 10])):
+            adapters.set_strength(strength)
+            adapters.set_timesteps(timesteps)
+            found.append(wrapped(x).clone())
+    again = adapters.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in values.items())
+    return found
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp on layers"])
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora"])
+def test_loaded_tensors_strength_and_timesteps_are_in_force(name: str, way: str, ranks: Ranks) -> None:
+    wanted = steered(Job(name, "one"))
+    for found in ranks.run(steered, Job(name, way)):
+        for y, exact in zip(found, wanted, strict=True):
+            assert relative(y, exact) < TOLERANCE
+
+
+def filled_after_sharding(job: Job, file: Path) -> dict[str, Tensor]:
+    model, adapters = start(job, seed=dist.get_rank())
+    wrapped = wrap(model, job.way)
+    optimizer = optimizer_for(job, adapters)
+    with torch.no_grad():
+        wrapped(next(batches(job))[0])  # leaves FSDP's outermost parameters whole
+    adapters.fill(lycoris.read(file, model))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in adapters.parameters()] == held
+    return encode(adapters.bundle())
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora"])
+def test_a_file_fills_adapters_that_are_sharded(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
+    file = trained(Job(name, "one"), tmp_path)
+    tensors, _ = content(file)
+    for found in ranks.run(filled_after_sharding, Job(name, way), file):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def broadcast_start(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model, adapters = start(job, seed=dist.get_rank())
+    for tensor in adapters.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    wrap(model, job.way)
+    return encode(start(job)[1].bundle()), encode(adapters.bundle())
+
+
+def test_starts_that_differ_are_made_one_by_a_broadcast(ranks: Ranks) -> None:
+    for wanted, found in ranks.run(broadcast_start, Job("tlora-random", "fsdp")):
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def resumed(job: Job, folder: Path) -> Path:
+    """Stop half way, and go on with another model from gathered states of adapters and optimizer."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    options = states.StateDictOptions(full_state_dict=True)
+    model, adapters = start(job)
+    wrapped, optimizer = wrap(model, job.way), optimizer_for(job, adapters)
+    train(job, wrapped, adapters, optimizer, slice(0, STEPS // 2))
+    saved = adapters.state_dict(), states.get_optimizer_state_dict(wrapped, optimizer, options=options)
+    model, adapters = start(job)
+    wrapped, optimizer = wrap(model, job.way), optimizer_for(job, adapters)
+    adapters.load_state_dict(saved[0])
+    states.set_optimizer_state_dict(wrapped, optimizer, saved[1], options=options)
+    train(job, wrapped, adapters, optimizer, slice(STEPS // 2, None))
+    return written(adapters, folder)
+
+
+def test_sharded_training_resumes(ranks: Ranks, tmp_path: Path) -> None:
+    paths = ranks.run(resumed, Job("dora-lora", "fsdp"), tmp_path)
+    assert_same_files(paths, trained(Job("dora-lora", "one"), tmp_path))
+
+
+def refusals(job: Job) -> dict[str, str]:
+    """What the library says to things that a sharded or wrapped model cannot take."""
+    model, adapters = start(job)
+    before = model(next(batches(job))[0])
+    wrapped = wrap(model, job.way)
+    said = {}
+
+    def say(what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except AttachError as error:
+            said[what] = str(error)
+
+    def another(name: str) -> AdapterSet:
+        return AdapterSet.build(wrapped, plan(wrapped, Rule(ALGORITHMS[name])), name="another")
+
+    for state in ("sharded", "whole for now"):
+        say(f"attach, {state}", lambda: another("lora").attach())
+        say(f"build, {state}", lambda: another("dora-lora"))
+        say(f"merge, {state}", adapters.merge)
+        with torch.no_grad():
+            wrapped(next(batches(job))[0])
+    say("detach", adapters.detach)
+    if not adapters.attached:
+        adapters.attach()
+        assert relative(wrapped(next(batches(job))[0]), before) < TOLERANCE
+    return said
+
+
+def test_what_sharded_models_refuse(ranks: Ranks) -> None:
+    for said in ranks.run(refusals, Job("lora", "fsdp")):
+        assert "attach the adapters first" in said["attach, sharded"]
+        assert said["attach, whole for now"] == said["attach, sharded"]
+        assert "before the model is sharded" in said["build, sharded"]
+        assert "write the adapters and merge them into an unsharded model" in said["merge, sharded"]
+        assert said["merge, whole for now"] == said["merge, sharded"]
+        assert "detach" not in said
+    for said in ranks.run(refusals, Job("lora", "fsdp on layers")):
+        assert "undo that first" in said["detach"]
+    for said in ranks.run(refusals, Job("lora", "ddp")):
+        assert "build on its .module" in said["attach, sharded"]
+
+
+def with_the_first_fsdp(job: Job, folder: Path) -> Path:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, adapters = start(job)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    train(job, wrapped, adapters, optimizer_for(job, adapters))
+    with pytest.raises(AttachError, match="another library holds the rest of it"):
+        adapters.bundle()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        return written(adapters, folder)
+
+
+def test_pieces_that_others_hold_are_never_written(ranks: Ranks, tmp_path: Path) -> None:
+    job = Job("lokr-full-matrix", "one", "sgd")
+    for path in ranks.run(with_the_first_fsdp, job, tmp_path):
+        found, wanted = content(path)[0], content(trained(job, tmp_path))[0]
+        assert {key: t.shape for key, t in found.items()} == {key: t.shape for key, t in wanted.items()}
+
+
+def with_accelerate(job: Job, folder: Path) -> Path:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(cpu=True)
+    model, adapters = start(job)
+    wrapped, optimizer = accelerator.prepare(model, optimizer_for(job, adapters))
+    assert isinstance(wrapped, DistributedDataParallel)
+    for x, y, timesteps in batches(job):
+        optimizer.zero_grad()
+        adapters.set_timesteps(timesteps)
+        accelerator.backward((wrapped(x) - y).square().mean())
+        accelerator.clip_grad_norm_(adapters.parameters(), 0.5)
+        optimizer.step()
+    AcceleratorState._reset_state(True)
+    return written(adapters, folder)
+
+
+def test_accelerate_trains_the_same_file(ranks: Ranks, tmp_path: Path) -> None:
+    assert_same_files(ranks.run(with_accelerate, Job("tlora", "ddp"), tmp_path), trained(Job("tlora", "one"), tmp_path))
+
+
+def with_network(way: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = Net().double().requires_grad_(False)
+    network = lycoris.create_lycoris(model, 1.0, linear_dim=4, linear_alpha=2.0, algo="lokr")
+    network.apply_to()
+    wrapped = wrap(model, way)
+    optimizer = torch.optim.AdamW(network.prepare_optimizer_params(0.05))
+    for x, y, _ in batches(Job("lokr", way)):
+        optimizer.zero_grad()
+        (wrapped(x) - y).square().mean().backward()
+        optimizer.step()
+    path = folder / f"{way}{dist.get_rank() if dist.is_initialized() else 0}.safetensors"
+    network.save_weights(path, None)
+    return path
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_the_documented_interface(way: str, ranks: Ranks, tmp_path: Path) -> None:
+    assert_same_files(ranks.run(with_network, way, tmp_path), with_network("one", tmp_path))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_trained_tensor_is_a_scalar(name: str, layer: str) -> None:
+    """FSDP2 shards the first dimension, and refuses tensors that have none."""
+    g = describe(LAYERS[layer].layer())
+    assert all(slot.shape for slot in ALGORITHMS[name].slots(g).values() if slot.trainable)
