@@ -40,7 +40,8 @@ class _Layer:
 
     def bias(self) -> Tensor | None:
         bias = getattr(self.layer, "bias", None) if self.geometry.has_bias else None
-        return bias if bias is None or bias.is_floating_point() else self.affine().bias
+        kept = bias is None or (bias.is_floating_point() and not bases.is_float8(bias.dtype))
+        return bias if kept else self.affine().bias
 
     def plain(self, x: Tensor) -> Affine | None:
         layer: Any = self.layer
@@ -50,7 +51,7 @@ class _Layer:
         return None if other or torch.is_autocast_enabled(x.device.type) else self.affine()
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
-        if self.forward in _PLAIN:
+        if self.forward in _PLAIN or bases.storage(self.layer).low_bit:
             return self.geometry.op(x, *affine)
         return _run_with(self.layer, self.forward, x, Affine(self.geometry.turned(affine.weight), affine.bias))
 
@@ -189,7 +190,8 @@ def attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
         raise AttachError(
             f"the forward of this {type(layer).__name__} was replaced on the instance (offloading hooks of accelerate "
             "and older adapter libraries do so) and would bypass the adapter; remove that hook, attach, and wrap "
-            "again. With sequential CPU offload, merge the adapters first instead"
+            "again. With sequential CPU offload, merge the adapters first instead; layerwise casting of diffusers "
+            "cannot be taken off, so attach before it is enabled"
         )
     if hasattr(layer, name):
         raise AttachError(f"this {type(layer).__name__} already has something called {name!r}; choose another set name")

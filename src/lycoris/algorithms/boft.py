@@ -15,6 +15,7 @@ from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes
 from lycoris.ops.rotation import butterfly, cayley, stage
+from lycoris.ops.shape import unflattened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,12 @@ class BOFT(OFT):
             return dense_forward(self, p, below, x, call)
         turns = cayley(p["blocks"], self.constraint * g.out_features)
         y, bias = below(x), below.bias()
-        channels = y.movedim(g.channel_axis, -1)
-        whole = butterfly(channels.reshape(-1, g.out_features), turns, p.get("rescale")).reshape(channels.shape)
+        channels = y.movedim(g.channel_axis, -1).contiguous()
+        whole = butterfly(channels.view(-1, g.out_features), turns, p.get("rescale"))
         if bias is not None:
             bias = bias.to(y.dtype)
             whole = whole + (bias - butterfly(bias[None], turns, p.get("rescale"))[0])
+        whole = unflattened(whole.contiguous(), channels.shape).movedim(-1, g.channel_axis)
         if not torch.compiler.is_compiling() and bool(call.strength == 1):
-            return whole.movedim(-1, g.channel_axis)
-        return y + (whole.movedim(-1, g.channel_axis) - y) * call.strength
+            return whole
+        return y + (whole - y) * call.strength

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lycoris.ops.shape import unflattened
+
 CHUNK = 64
 
 
@@ -34,9 +36,10 @@ def add_linear(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         return y + (w1 @ x @ w2.T).reshape(y.shape).to(y.dtype)
     if first_small(w1.shape, w2.shape):
         h = mix_rows(w1, x).reshape(-1, inner)
-        return torch.addmm(y.reshape(-1, ok), h, w2.T).view(y.shape).to(y.dtype)
+        return unflattened(torch.addmm(y.reshape(-1, ok), h, w2.T), y.shape).to(y.dtype)
     h = (x.reshape(-1, inner) @ w2.T).view(-1, im, ok)
-    return torch.baddbmm(y.reshape(-1, ol, ok), w1.expand(len(h), ol, im), h).view(y.shape).to(y.dtype)
+    added = torch.baddbmm(y.reshape(-1, ol, ok), w1.expand(len(h), ol, im), h)
+    return unflattened(added, y.shape).to(y.dtype)
 
 
 def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tenso
         return add_linear(y, x, w1, w2_a @ w2_b)
     h = (x.reshape(-1, inner) @ w2_b.T).view(-1, im, len(w2_b))
     h = mix_rows(w1, h).reshape(-1, len(w2_b))
-    return torch.addmm(y.reshape(-1, len(w2_a)), h, w2_a.T).view(y.shape).to(y.dtype)
+    return unflattened(torch.addmm(y.reshape(-1, len(w2_a)), h, w2_a.T), y.shape).to(y.dtype)
 
 
 def look_up(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lycoris.ops.shape import unflattened
+
 
 def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
     """y + h·outᵀ in one pass over y. Shapes: y (..., O), h (..., r), out (O, r)."""
-    rows, (o, r) = y.reshape(-1, y.shape[-1]), out.shape
     if not y.numel():
         return y + (h @ out.T).to(y.dtype)
-    return torch.addmm(rows, h.reshape(-1, r), out.T).view(*y.shape[:-1], o).to(y.dtype)
+    rows = y.reshape(-1, y.shape[-1])
+    return unflattened(torch.addmm(rows, h.reshape(-1, h.shape[-1]), out.T), y.shape).to(y.dtype)
 
 
 def low_rank_gram(weight: Tensor, out: Tensor, into: Tensor, axis: int) -> tuple[Tensor, Tensor]:

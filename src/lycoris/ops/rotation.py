@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lycoris.ops.shape import unflattened
+
 CHUNK = 256
 """Tokens taken together on a CPU."""
 
@@ -76,7 +78,7 @@ def turn_blocks(y: Tensor, turn: Tensor, axis: int = -1, shift: Tensor | None = 
     if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _TurnBlocks.apply(y, turn, torch.zeros((), dtype=y.dtype) if shift is None else shift)  # type: ignore[no-untyped-call]
     rows = y.reshape(-1, n, s).transpose(0, 1)
-    turned = torch.baddbmm(rows, rows, turn).transpose(0, 1).reshape(y.shape).to(y.dtype)
+    turned = unflattened(torch.baddbmm(rows, rows, turn).transpose(0, 1).contiguous(), y.shape).to(y.dtype)
     return turned if shift is None else turned + shift
 
 
