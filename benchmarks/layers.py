@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import statistics
 import sys
@@ -109,15 +110,17 @@ def measure(
             break
         for worker in ready:
             taken = _guarded(worker, arms, do="time", seconds=options.seconds)
-            for arm in taken.keys() - {FROZEN} if number else ():
+            for arm in _working(taken, arms):
                 turns.setdefault(arm, []).append((taken[arm]["median"], taken[FROZEN]["median"]))
-    for arm, pairs in turns.items():
-        arms[arm] |= _summary(pairs)
     for worker in ready:
         sizes = _guarded(worker, arms, do="memory")
-        for arm in sizes.keys() - {FROZEN}:
+        for arm in _working(sizes, arms):
             arms[arm]["memory"] = sizes[arm] | {"ratio": sizes[arm]["peak"] / sizes[FROZEN]["peak"]}
-    return {"layer": layer.name, "setting": setting.as_dict(), "case": case.name, "arms": arms}
+    for arm, pairs in turns.items():
+        if "error" not in arms[arm]:
+            arms[arm] |= _summary(pairs[1:])
+    where = {"layer": layer.name, "setting": setting.as_dict(), "case": case.name}
+    return {**where, "load": os.getloadavg()[0], "arms": arms}
 
 
 def _prepare(worker: Asked, layer: Layer, setting: Setting, case: Case, arms: dict[str, dict[str, Any]]) -> bool:
@@ -136,6 +139,13 @@ def _guarded(worker: Asked, arms: dict[str, dict[str, Any]], **request: Any) -> 
     except WorkerError as error:
         arms |= {arm: {"error": str(error), "died": True} for arm in ARMS[worker.library]}
         return {}
+
+
+def _working(answer: dict[str, Any], arms: dict[str, dict[str, Any]]) -> list[str]:
+    """The arms that an answer has numbers for; those that failed meanwhile are noted as such."""
+    failed = {arm: found for arm, found in answer.items() if "error" in found}
+    arms |= failed
+    return [arm for arm in answer if arm != FROZEN and arm not in failed]
 
 
 def _summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
+class StepError(Exception):
+    """A pass through an arm failed."""
+
+    def __init__(self, arm: Arm, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.arm, self.cause = arm, cause
+
+
 @dataclass(frozen=True)
 class Arm:
     """Something to measure: a layer, adapted or frozen, with the input and the gradient that it is given."""
@@ -29,8 +37,17 @@ class Arm:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.call(x)
+        except Exception as error:
+            raise StepError(self, error) from error
+
     def step(self) -> None:
-        self.call(self.x).backward(self.gradient)
+        try:
+            self.call(self.x).backward(self.gradient)
+        except Exception as error:
+            raise StepError(self, error) from error
 
     @property
     def resident(self) -> int:
@@ -100,7 +117,7 @@ def _saved(arm: Arm) -> tuple[int, bool]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            arm.call(x)
+            arm.forward(x)
         return [t for t in packed if t.untyped_storage().data_ptr() not in own | {x.untyped_storage().data_ptr()}]
 
     arm.clear()

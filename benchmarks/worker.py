@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.cases import CASES, LAYERS, Case, Setting
 from benchmarks.libraries import ARMS, NotServedError, attach
-from benchmarks.measure import Arm, memory, times
+from benchmarks.measure import Arm, StepError, memory, times
 
 FROZEN = "frozen"
 TOO_LONG = 60
@@ -36,11 +36,17 @@ class Session:
         """A reply for one request. A library that fails is a reply too; wrong requests raise."""
         if request["do"] == "prepare":
             return self._prepare(request)
-        if request["do"] == "time":
-            return times(self.arms, request["seconds"])
-        if request["do"] == "memory":
+        if request["do"] not in ("time", "memory"):
+            raise ValueError(f"a worker can prepare, time and memory, not {request['do']!r}")
+        try:
+            if request["do"] == "time":
+                return times(self.arms, request["seconds"])
             return {name: memory(arm) for name, arm in self.arms.items()}
-        raise ValueError(f"a worker can prepare, time and memory, not {request['do']!r}")
+        except StepError as error:
+            # One that draws ranks at random can work when it is prepared and fail later.
+            name = next(name for name, arm in self.arms.items() if arm is error.arm)
+            del self.arms[name]
+            return {**self.answer(request), name: {"error": _told(error.cause)}}
 
     def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         setting, case = Setting(**request["setting"]), CASES[request["case"]]
@@ -63,10 +69,14 @@ class Session:
             try:
                 self.arms[name], told[name] = _adapted(name, own, case, setting, base)
             except Exception as error:  # whatever a library raises is its result
-                kind = "" if isinstance(error, NotServedError) else f"{type(error).__name__}: "
-                told[name] = {"error": f"{kind}{error}"[:400]}
+                told[name] = {"error": _told(error)}
         self.arms = {FROZEN: base, **self.arms}
         return told
+
+
+def _told(error: Exception) -> str:
+    kind = "" if isinstance(error, NotServedError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:400]
 
 
 def _run(call: Any, setting: Setting) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_a_library_that_dies_is_a_remark_and_the_others_go_on() -> None:
     assert "ratio" in row["arms"]["ours"]
     assert report.line(row).endswith("peft      -")
     assert "ended with -9: Killed" in report.section([row])
+
+
+@pytest.mark.parametrize("question", [{"do": "time", "seconds": 0}, {"do": "memory"}])
+def test_an_arm_that_fails_late_leaves_the_others(question: dict[str, Any]) -> None:
+    session = InProcess(OURS)
+    session.ask(do="prepare", layer=HEADLINE_LAYER, case="lora-r16", setting=PLAIN.as_dict())
+    session.arms["ours"] = dataclasses.replace(session.arms["ours"], call=torch.linalg.cholesky)
+    answer = session.ask(**question)
+    assert "Error: " in answer["ours"]["error"]
+    assert "error" not in answer[FROZEN]
+    assert session.ask(**question).keys() == {FROZEN}
 
 
 def test_memory_tells_what_is_kept_and_whether_it_is_a_weight() -> None:
