@@ -29,7 +29,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.algorithm, self.geometry = algorithm, geometry
-        self.call = Call(torch.tensor(1.0, dtype=torch.float64))
+        self.set_call(1.0, None)
         self.silent = False
         setattr(self, IS_ADAPTER, True)
         self.attribute = ""
@@ -63,6 +63,12 @@ class Adapter(nn.Module):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         stack = (self.geometry.stack,) if self.geometry.stack else ()
         return {name: (*stack, *slot.shape) for name, slot in self.algorithm.slots(self.geometry).items()}
+
+    def set_call(self, strength: float, keep: Tensor | None) -> None:
+        """What is in force from now on."""
+        self.call = Call(strength, keep)
+        # A compiled graph takes the strength as a tensor, so that it serves every value.
+        self._traced = Call(torch.tensor(strength, dtype=torch.float64), keep)
 
     def train(self, mode: bool = True) -> Adapter:
         """Training draws dropout, evaluation is deterministic."""
@@ -109,14 +115,14 @@ class Adapter(nn.Module):
 
     def in_force(self, x: Tensor) -> Call:
         """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
-        call = self.call
-        if not torch.compiler.is_compiling():
-            if in_backward():
-                # Not noted: of several passes before one backward, the first recomputed would hide the others.
-                return self._recall.of(call, x)
-            if may_be_recomputed():
-                self._recall.note(call, x)
-        return call
+        if torch.compiler.is_compiling():
+            return self._traced
+        if in_backward():
+            # Not noted: of several passes before one backward, the first recomputed would hide the others.
+            return self._recall.of(self.call, x)
+        if may_be_recomputed():
+            self._recall.note(self.call, x)
+        return self.call
 
     def drawn(self, call: Call, x: Tensor) -> Call:
         """A call with this pass's random choices made; the same call in evaluation."""

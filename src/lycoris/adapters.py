@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lycoris import attach, bases, filling, merging, sharding
 from lycoris.adapter import Adapter
-from lycoris.algorithm import Call
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.geometry import site
@@ -233,13 +232,13 @@ class AdapterSet:
 
     def _refresh(self) -> None:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
-        strength = torch.tensor(-self._merged_at if self.merged else self._strength, dtype=torch.float64)
+        strength = -self._merged_at if self.merged else self._strength
         for _, _, adapter in self._each():
             keep = None
             if self._keep is not None and adapter.algorithm.rank_masked:
                 keep = adapter.algorithm.fit_keep(self._keep)
                 keep = 1 - keep if self.merged else keep
-            adapter.call = Call(strength, keep)
+            adapter.set_call(strength, keep)
             adapter.silent = self.merged and keep is None
 
     # -- merging -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ class Additive(Algorithm):
     dropout: float = 0.0
     """Probability that an input of the adapter, not of the layer, is zeroed in training; the others are scaled up."""
 
+    always: ClassVar[str] = ""
+    """Why the factored product is taken wherever there is one, whatever it costs; "" where cost decides."""
+
     @abstractmethod
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         """ΔW (and Δb), without the scale."""
@@ -80,9 +83,11 @@ class Additive(Algorithm):
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
-        plain = None if self.dropout and call.dropping is not None else below.plain(x)
-        low = plain is None or plain.weight.dtype not in (torch.float32, torch.float64)
-        if plain is None or low or self.path(g, _tokens(g, x)).name == "factored":
+        drops = self.dropout and call.dropping is not None
+        if not drops and self._factored(g, _tokens(g, x)):
+            return self._added(below(x), p, g, x, call)
+        plain = None if drops else below.plain(x)
+        if plain is None or plain.weight.dtype not in (torch.float32, torch.float64):
             return self.add(below(x), p, g, x, call)
         y = rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
         return self._biased(y, p, g, call)
@@ -91,13 +96,18 @@ class Additive(Algorithm):
         """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
         if self.dropout and call.dropping is not None:
             x = dropped(x, call.dropping * self.dropout)
-        if self.path(g, _tokens(g, x), alone=True).name == "factored":
-            p = self.masked(in_dtype_of(y, p), g, call.keep)
-            return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call.keep), p, g, call)
+        if self._factored(g, _tokens(g, x), alone=True):
+            return self._added(y, p, g, x, call)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         change = rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
         return self._biased(y + change.to(y.dtype), p, g, call)
+
+    def _added(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+        p = in_dtype_of(y, p)
+        if call.keep is not None:
+            p = self.masked(p, g, call.keep)
+        return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call.keep), p, g, call)
 
     def product(
         self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
@@ -107,7 +117,7 @@ class Additive(Algorithm):
         if pair is None:
             raise NotImplementedError(f"{self.name} has no factored product")
         out, into = pair
-        return add_mixed(y, g, g.op(x, into) * gain, out)
+        return add_mixed(y, g, amplified(g.op(x, into), gain), out)
 
     def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
         """Whether the factored product or building ΔW costs less, forward and backward, for a number of tokens.
@@ -115,13 +125,26 @@ class Additive(Algorithm):
         Dense, in W's own precision, one product with W + ΔW takes the place of the layer's, and its gradient is one
         more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
         """
-        work, build = self.work(g), 4 * self.building(g)
-        if work is None:
+        if self.always:
+            return Path("factored", self.always)
+        tokens = TOKENS if tokens is None else tokens
+        costs = self._costs(g, tokens, alone)
+        if costs is None:
             return Path("dense", "this layer has no factored form that costs less than building ΔW")
-        tokens = TOKENS if tokens is None or torch.compiler.is_compiling() else tokens
-        factored, dense = 3 * work * tokens, (3 if alone else 1) * g.size * tokens + build
-        told = f"{factored / 1e6:.3g} M multiplications against {dense / 1e6:.3g} M for building ΔW, at {tokens} tokens"
+        factored, dense = (cost / 1e6 for cost in costs)
+        told = f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens"
         return Path("factored" if factored <= dense else "dense", told)
+
+    def _costs(self, g: Geometry, tokens: int, alone: bool) -> tuple[int, int] | None:
+        """Multiplications of a training step, factored and dense; None where there is no factored form."""
+        work = self.work(g)
+        if work is None:
+            return None
+        return 3 * work * tokens, (3 if alone else 1) * g.size * tokens + 4 * self.building(g)
+
+    def _factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
+        costs = self._costs(g, tokens, alone)
+        return costs is not None and (bool(self.always) or costs[0] <= costs[1])
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         """The tensors with ranks weighted by a mask that all samples share."""
@@ -155,14 +178,19 @@ class Additive(Algorithm):
         return build
 
 
+def amplified(h: Tensor, gain: Tensor | float) -> Tensor:
+    """gain·h, without a step where that is h."""
+    return h if isinstance(gain, float) and gain == 1.0 else h * gain
+
+
 def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
     """y + out applied to the channels of h."""
     return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
 
 
-def _tokens(g: Geometry, x: Tensor) -> int | None:
+def _tokens(g: Geometry, x: Tensor) -> int:
     if torch.compiler.is_compiling():
-        return None
+        return TOKENS
     if g.kind == "embedding":
         return x.numel()
     return x.numel() // max(1, x.shape[-1] if g.channels_last else g.in_features * g.groups)

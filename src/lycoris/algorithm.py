@@ -254,7 +254,13 @@ def dense_forward(algorithm: Algorithm, p: Params, below: Base, x: Tensor, call:
 
 def in_dtype_of(x: Tensor, p: Params) -> Params:
     """Tensors in the dtype of the activations. Under autocast the operations convert by themselves."""
-    if all(tensor.dtype == x.dtype for tensor in p.values()) or torch.is_autocast_enabled(x.device.type):
+    dtype = x.dtype
+    for tensor in p.values():
+        if tensor.dtype != dtype:
+            break
+    else:
+        return p
+    if torch.is_autocast_enabled(x.device.type):
         return p
     return {name: tensor.to(x.dtype) for name, tensor in p.items()}
 

@@ -80,11 +80,7 @@ class _Stage:
     """An adapter on top of something is again such a thing."""
 
     def __init__(self, adapter: Adapter, below: Base) -> None:
-        self.adapter, self.below = adapter, below
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.adapter.geometry
+        self.adapter, self.below, self.geometry = adapter, below, adapter.geometry
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.adapter(self.below, x)
@@ -129,21 +125,22 @@ class Adapted:
             x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(iter(kwargs)))
-        first = next(adapters_on(self), None)
-        if first is None:
+        adapters = [child for child in self._modules.values() if isinstance(child, Adapter)]
+        if not adapters:
             # Taken off since, while another library's wrapper still holds this method.
             return base_class(self).forward(self, x, *args, **kwargs)
-        return _stack(self, first.geometry, (args, kwargs))(x)
+        below: Base = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
+        for adapter in adapters:
+            below = _Stage(adapter, below)
+        return below(x)
 
 
 def top(layer: nn.Module, attribute: str = "") -> Base:
     """A layer, or a parameter of a module, with the adapters it has now, as the next one will find it below itself."""
-    if attribute:
-        below: Base = bottom(layer, attribute)
-        for adapter in adapters_on(layer, attribute):
-            below = _Stage(adapter, below)
-        return below
-    return _stack(layer, bottom(layer).geometry, ((), {}))
+    below = bottom(layer, attribute)
+    for adapter in adapters_on(layer, attribute):
+        below = _Stage(adapter, below)
+    return below
 
 
 def bottom(layer: nn.Module, attribute: str = "") -> Base:
@@ -158,13 +155,6 @@ def bottom(layer: nn.Module, attribute: str = "") -> Base:
     if geometry is None:
         raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")
     return _Layer(layer, base_class(layer).forward, geometry, ((), {}))
-
-
-def _stack(layer: nn.Module, geometry: Geometry, extra: Any) -> Base:
-    below: Base = _Layer(layer, base_class(layer).forward, geometry, extra)
-    for adapter in adapters_on(layer):
-        below = _Stage(adapter, below)
-    return below
 
 
 def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, add_mixed, low_rank_work
+from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work
 from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import low_rank_gram
@@ -66,7 +66,7 @@ class LoRA(Ranked, Additive):
         self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
     ) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
-        return add_mixed(y, g, h * gain, p["up"].flatten(1))
+        return add_mixed(y, g, amplified(h, gain), p["up"].flatten(1))
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Path, Ranked, low_rank_work
+from lycoris.additive import Additive, Ranked, low_rank_work
 from lycoris.algorithm import Affine, Base, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
@@ -35,6 +35,7 @@ class TLoRA(Ranked, Additive):
     """Decompose the layer's own weight. False: a random matrix of standard deviation 1/r."""
 
     name: ClassVar[str] = "tlora"
+    always: ClassVar[str] = "masks may differ from sample to sample, and a weight cannot"
     keys: ClassVar = {
         "q": "q_layer.weight",
         "p": "p_layer.weight",
@@ -110,11 +111,6 @@ class TLoRA(Ranked, Additive):
 
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
-
-    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
-        if g.groups == 1:
-            return Path("factored", "masks may differ from sample to sample, and a weight cannot")
-        return super().path(g, tokens, alone=alone)
 
     def product(
         self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None

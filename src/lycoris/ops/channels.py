@@ -17,7 +17,7 @@ def bend(y: Tensor, w: Tensor, axis: int = -1, bias: Tensor | None = None) -> Te
     Shapes: y with C channels on `axis`, which counts from the end; w (C); bias (C) or None.
     """
     small = y.numel() < ROWS * 4096 or y.device.type != "cpu"
-    if axis != -1 or y.dtype != w.dtype or small or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if axis != -1 or y.dtype != w.dtype or small or torch.compiler.is_compiling():
         return reference(y, w, axis, bias)
     shift = y.new_zeros(()) if bias is None else -bias.to(w.dtype) * w
     return _Bend.apply(y, w, shift)  # type: ignore[no-untyped-call]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+
+import torch
 
 
 def factorize(n: int, factor: int = -1) -> tuple[int, int]:
@@ -11,6 +14,12 @@ def factorize(n: int, factor: int = -1) -> tuple[int, int]:
     A positive `factor` that divides n is one of the two. Otherwise m is the largest divisor of n that exceeds neither
     √n nor `factor` (negative: no limit). Example: (128, -1) → (8, 16); (128, 64) → (2, 64); (250, 4) → (2, 125).
     """
+    # A layer asks in every pass; a compiler has to see through it.
+    return (_factorize.__wrapped__ if torch.compiler.is_compiling() else _factorize)(n, factor)
+
+
+@lru_cache(4096)
+def _factorize(n: int, factor: int) -> tuple[int, int]:
     if factor > 0 and n % factor == 0:
         return min(factor, n // factor), max(factor, n // factor)
     limit = math.isqrt(n) if factor < 0 else min(math.isqrt(n), max(factor, 1))

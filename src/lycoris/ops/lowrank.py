@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lycoris.ops.shape import unflattened
 
+SMALL = 1 << 16
+"""Numbers below which one more pass costs less than telling torch to save it."""
+
 
 def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
     """y + h·outᵀ in one pass over y. Shapes: y (..., O), h (..., r), out (O, r)."""
-    if not y.numel():
-        return y + (h @ out.T).to(y.dtype)
+    if y.numel() < SMALL:
+        return y + F.linear(h, out).to(y.dtype)
     rows = y.reshape(-1, y.shape[-1])
     return unflattened(torch.addmm(rows, h.reshape(-1, h.shape[-1]), out.T), y.shape).to(y.dtype)
 

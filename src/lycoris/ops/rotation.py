@@ -75,7 +75,7 @@ def turn_blocks(y: Tensor, turn: Tensor, axis: int = -1, shift: Tensor | None = 
         added = torch.matmul(turn.mT, blocks).reshape(y.shape).to(y.dtype)
         return y + added if shift is None else y + added + shift.reshape(-1, *(1,) * (-1 - axis))
     wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
-    if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if wide and not torch.compiler.is_compiling():
         return _TurnBlocks.apply(y, turn, torch.zeros((), dtype=y.dtype) if shift is None else shift)  # type: ignore[no-untyped-call]
     rows = y.reshape(-1, n, s).transpose(0, 1)
     turned = unflattened(torch.baddbmm(rows, rows, turn).transpose(0, 1).contiguous(), y.shape).to(y.dtype)
@@ -169,7 +169,7 @@ def butterfly(y: Tensor, turns: Tensor, length: Tensor | None = None) -> Tensor:
         whole[-1] = scaled_turn(whole[-1], numbered.permute(orders[-1]).reshape(len(whole[-1]), -1))
     whole = [turn.to(y.dtype) for turn in whole]
     wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
-    if wide and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if wide and not torch.compiler.is_compiling():
         return _Butterfly.apply(y, orders, *whole)  # type: ignore[no-untyped-call]
     return _pass(y, whole, orders)
 
