@@ -172,7 +172,9 @@ class Additive(Algorithm):
             own = self.masked(dict(zip(names, tensors, strict=True)), g, call.keep)
             keep = None if call.keep is None else one_mask(call.keep)
             gain = self._gain(own, g, call)
-            small = self.stretched(own, torch.as_tensor(gain))
+            # In float64: a number alone would become float32, and round the factors of a float64 layer.
+            exact = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float64)
+            small = self.stretched(own, exact)
             return self.delta(own, g, keep).weight * gain if small is None else self.delta(small, g, keep).weight
 
         return build
