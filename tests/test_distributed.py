@@ -23,8 +23,10 @@ from lycoris.geometry import sites
 from ranks import SIZE, Ranks
 
 OFTEN = ["lora", "loha-high-rank", "lokr-full-matrix", "tlora", "dora-lora", "oft"]
-LINEAR = [name for name, layer in PAIRS if layer == "linear-one-vector" and not name.endswith("-drops")]
+SERVING = [name for name, layer in PAIRS if layer == "linear-one-vector"]
+DRAWING = [name for name in SERVING if ALGORITHMS[name].drops]
 """Dropout differs from process to process, as it should."""
+LINEAR = [name for name in SERVING if name not in DRAWING]
 SELDOM = [name for name in LINEAR if name not in OFTEN]
 NAMES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
 TOLERANCE = 1e-12
@@ -177,6 +179,13 @@ def test_two_processes_train_the_file_that_one_does(
 ) -> None:
     paths = ranks.run(trained, Job(name, way, optimizer), tmp_path)
     assert_same_files(paths, trained(Job(name, "one", optimizer), tmp_path))
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", DRAWING)
+def test_processes_that_draw_each_for_itself_stay_together(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
+    one, two = ranks.run(trained, Job(name, way), tmp_path)
+    assert_same_files([one], two)
 
 
 @pytest.mark.parametrize("way", ["fsdp on layers", "fsdp, checkpointing"])
