@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lycoris
-from cases import ALGORITHMS, LAYERS, PAIRS, One, relative
+from cases import ALGORITHMS, LAYERS, PAIRS, Fused, One, relative
 from lycoris import AdapterSet, AttachError, RankSchedule, Rule, plan
 from lycoris.files import encode
 from lycoris.geometry import sites
@@ -61,6 +61,17 @@ class Net(nn.Module):
         return self.head(x.mean(1))
 
 
+class Kinds(nn.Module):
+    """What adapters serve besides linear layers and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bare, self.head = nn.LayerNorm(48), Fused(6, 48), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bare(self.norm(x.flatten(1))))
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained, and how."""
@@ -93,15 +104,20 @@ def wrap(model: Net, way: str) -> nn.Module:
         return model
     if way == "ddp":
         return DistributedDataParallel(model)
+    for block in model.blocks:
+        block.recomputed = way == "fsdp, checkpointing"
+    layers = [layer for block in model.blocks for layer in (block.wide, block.narrow)]
+    return fully_sharded(model, *(layers if way == "fsdp on layers" else model.blocks))
+
+
+def fully_sharded(model: nn.Module, *parts: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (SIZE,))
-    for block in model.blocks:
-        block.recomputed = way == "fsdp, checkpointing"
-        for part in (block.wide, block.narrow) if way == "fsdp on layers" else (block,):
-            fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh)
+    return model
 
 
 def batches(job: Job) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -259,6 +275,25 @@ def test_a_file_fills_adapters_that_are_sharded(name: str, way: str, ranks: Rank
     for found in ranks.run(filled_after_sharding, Job(name, way), file):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def trained_kinds(way: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = Kinds().double().requires_grad_(False)
+    rules = [Rule(ALGORITHMS["norm"], kind="norm"), Rule(ALGORITHMS["dora-lora"], kind=("parameter", "linear"))]
+    adapters = AdapterSet.build(model, plan(model, rules)).attach()
+    if way == "fsdp":
+        fully_sharded(model, model.bare)
+    job = Job("", way)
+    train(job, DistributedDataParallel(model) if way == "ddp" else model, adapters, optimizer_for(job, adapters))
+    return written(adapters, folder)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_norms_and_bare_parameters(way: str, ranks: Ranks, tmp_path: Path) -> None:
+    wanted = trained_kinds("one", tmp_path)
+    assert any(".bare." in key or "_bare_" in key for key in content(wanted)[0])
+    assert_same_files(ranks.run(trained_kinds, way, tmp_path), wanted)
 
 
 def broadcast_start(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

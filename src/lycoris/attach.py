@@ -232,6 +232,9 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
 
     def read(module: Any) -> Tensor:
         parameter: Tensor = module._parameters[attribute]
+        if sharding.is_sharded(parameter):
+            # FSDP, looking after its shards: it would take what the adapters make of one for the parameter.
+            return parameter
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
             if not adapter.silent:
