@@ -397,5 +397,4 @@ def _finite(strength: float) -> float:
     return float(strength)
 
 
-def _no_change(*_: Any) -> None:
-    """A hook for the sake of having one."""
+def _no_change(*_: Any) -> None: ...

@@ -25,8 +25,8 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
     """Say what parameters of half precision do to small updates."""
     if dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
-            f"adapter parameters in {dtype}: an update far below a parameter's own size rounds away. Leave dtype out for "
-            "float32, or pass stochastic_rounding=True if your optimizer rounds stochastically",
+            f"adapter parameters in {dtype}: an update far below a parameter's own size rounds away. Leave dtype out "
+            "for float32, or pass stochastic_rounding=True if your optimizer rounds stochastically",
             stacklevel=stacklevel + 1,
         )
 

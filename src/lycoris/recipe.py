@@ -295,10 +295,12 @@ def _without_effect(
         yield Remark("rank_dropout has no effect on norms, which have no rank")
     if options.get("rank_dropout_scale") and not options.get("rank_dropout"):
         yield Remark("rank_dropout_scale has no effect without rank_dropout")
-    for only, sizes in UNUSED_SIZES.items():
-        if _algorithms(algo, preset) == {only}:
-            for name in sizes:
-                if given.get(name) is not None:
-                    yield Remark(
-                        f"{name} has no effect on {only}, which has no {'alpha' if 'alpha' in name else 'rank'}"
-                    )
+    yield from _unused_sizes(_algorithms(algo, preset), given)
+
+
+def _unused_sizes(algorithms: set[str], given: Mapping[str, Any]) -> Iterator[Remark]:
+    for algo, sizes in UNUSED_SIZES.items():
+        for name in sizes if algorithms == {algo} else ():
+            if given.get(name) is not None:
+                what = "alpha" if "alpha" in name else "rank"
+                yield Remark(f"{name} has no effect on {algo}, which has no {what}")
