@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lycoris import AdapterSet, ConfigError, DoRA, Full, LoHa, LoKr, LoRA, PlanError, Rule, TLoRA, plan
+from lycoris import BOFT, OFT, AdapterSet, ConfigError, DoRA, Full, LoHa, LoKr, LoRA, Norm, PlanError, Rule, TLoRA, plan
 from lycoris.planning import block_classes
 
 
@@ -208,3 +208,83 @@ def test_settings_have_the_types_that_they_say(kind, options, words: str) -> Non
     with pytest.raises(ConfigError, match=words):
         kind(**options)
     assert LoRA(alpha=8) == LoRA(alpha=8.0)
+
+
+class Mixed(nn.Module):
+    """One layer of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.conv, self.norm = nn.Embedding(9, 6), nn.Conv2d(6, 12, 3), nn.LayerNorm(12)
+        self.head, self.attention = nn.Linear(12, 7), nn.MultiheadAttention(8, 2)
+        self.experts = nn.ParameterList([nn.Parameter(torch.zeros(3, 4, 5))])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "words"),
+    [
+        (Norm(), {"path": "head"}, r"head, linear \(7, 12\): norm serves norm, not a linear"),
+        (LoRA(), {"kind": "norm"}, r"norm, norm \(12,\): lora serves .*, not a norm; norms take Norm\(\)"),
+        (OFT(block_size=4), {"path": "head"}, r"head.*block_size 4 does not divide the 7 outputs, and nothing near it"),
+        (BOFT(block_size=4), {"path": "conv"}, r"conv.*12 outputs are it times a power of two: not 4; .* 6 and 12"),
+        (BOFT(block_size=4), {"path": "head"}, r"head.*no size does, leave it out"),
+        (LoRA(rank=8), {"path": "head"}, r"head.*rank 8 is above 7.*use rank=7"),
+        (TLoRA(rank=8), {"path": "head"}, r"head.*rank 8 is above 7"),
+        (DoRA(over=LoRA(rank=2), axis="in"), {"path": "words", "kind": "*"}, r"words.*axis='out'"),
+        (LoKr(factor=5), {"path": "conv"}, r"conv.*factor 5 does not divide 6, so it means 2; the nearest.* is 6"),
+        (LoKr(full_matrix=True, rank_dropout=0.5), {"path": "head"}, r"head.*no rank to drop"),
+        (LoRA(rank=2, dropout=0.5), {"path": "words", "kind": "*"}, r"words.*an embedding has none to drop"),
+        (LoRA(rank=2, dropout=0.5), {"kind": "parameter"}, r"a parameter has none to drop"),
+        (Full(weight=False), {"path": "words", "kind": "*"}, r"words.*trains biases, and this embedding has none"),
+    ],
+)
+def test_what_a_layer_cannot_use_is_refused_with_the_nearest_that_works(algorithm, options, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan(Mixed(), Rule(algorithm, **options))
+
+
+def test_what_is_only_wasteful_may_be_asked_for() -> None:
+    made = plan(nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))), Rule(LoRA(rank=8)), strict=False)
+    assert len(made.placements) == 9
+    assert "0, linear (4, 4): rank 8 is above 4" in made.remarks[0]
+    assert made.remarks[-1] == "and 6 more layers like these"
+
+
+def test_rules_reach_every_kind_of_place_by_name() -> None:
+    rules = [
+        Rule(LoRA(rank=2), kind=("linear", "conv", "embedding")),
+        Rule(Norm(), kind="norm"),
+        Rule(LoRA(rank=2), kind="parameter"),
+    ]
+    found = {placement.path: placement.geometry.kind for placement in plan(Mixed(), rules).placements}
+    assert found == {
+        "words": "embedding",
+        "conv": "conv",
+        "norm": "norm",
+        "head": "linear",
+        "attention.in_proj_weight": "parameter",
+        "attention.out_proj.weight": "parameter",
+        "experts.0": "parameter",
+    }
+    assert not plan(Mixed(), Rule(LoRA(rank=2))).skipped
+
+
+def test_fused_attention_and_experts_are_adapted() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    before = model(x, x, x)[0]
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), kind="parameter"))).attach()
+    assert set(adapters.stacks) == {"in_proj_weight", "out_proj.weight"}
+    assert torch.equal(model(x, x, x)[0], before)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    attached = model(x, x, x)[0]
+    assert (attached - before).abs().max() > 0.01
+    attached.sum().backward()
+    assert all(parameter.grad is not None for parameter in adapters.parameters())
+    adapters.merge()
+    assert (model(x, x, x)[0] - attached).abs().max() < 1e-12
+    adapters.detach()
+    assert torch.equal(model(x, x, x)[0], before)
+    assert type(model) is nn.MultiheadAttention

@@ -41,6 +41,7 @@ NAMES = [
     "plan",
     "read",
     "set_timestep_mask",
+    "watch_finite",
     "write",
 ]
 HEAVY = ("accelerate", "diffusers", "matplotlib", "peft", "PIL", "tensorboard", "transformers", "typer")

@@ -12,6 +12,7 @@ from lycoris.dropin.tlora import (
 )
 from lycoris.errors import AttachError, ConfigError, FileError, LycorisError, NotFiniteError, PlanError
 from lycoris.files import read, write
+from lycoris.finite import watch_finite
 from lycoris.planning import Plan, Rule, plan
 from lycoris.schedule import RankSchedule
 
@@ -51,5 +52,6 @@ __all__ = [
     "plan",
     "read",
     "set_timestep_mask",
+    "watch_finite",
     "write",
 ]

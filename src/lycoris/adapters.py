@@ -54,12 +54,21 @@ class AdapterSet:
 
     @classmethod
     def build(
-        cls, model: nn.Module, plan: Plan, name: str | None = "default", dtype: torch.dtype | None = None
+        cls,
+        model: nn.Module,
+        plan: Plan,
+        name: str | None = "default",
+        dtype: torch.dtype | None = None,
+        *,
+        stochastic_rounding: bool = False,
     ) -> AdapterSet:
         """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
 
-        Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away.
+        Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away,
+        which is warned about unless `stochastic_rounding` says that the optimizer rounds up and down by chance.
         """
+        if not stochastic_rounding:
+            filling.warn_of_rounding(dtype, stacklevel=2)
         stacks = {}
         for placement in plan.placements:
             place = site(model, placement.path)
@@ -388,5 +397,4 @@ def _finite(strength: float) -> float:
     return float(strength)
 
 
-def _no_change(*_: Any) -> None:
-    """A hook for the sake of having one."""
+def _no_change(*_: Any) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from lycoris.geometry import Site
 def home(place: Site) -> dict[str, Any]:
     """Where and how the adapters of a place keep their tensors."""
     return bases.home(bases.holder(place.module, place.attribute))
+
+
+def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
+    """Say what parameters of half precision do to small updates."""
+    if dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"adapter parameters in {dtype}: an update far below a parameter's own size rounds away. Leave dtype out "
+            "for float32, or pass stochastic_rounding=True if your optimizer rounds stochastically",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def completed(entry: Entry, place: Site) -> dict[str, Tensor]:

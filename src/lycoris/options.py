@@ -39,6 +39,7 @@ ALGORITHMS: tuple[tuple[str, type[Algorithm]], ...] = (
 
 RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
 FACTORED = ("lora", "locon", "loha", "lokr")
+DROPPING = ("lora", "locon", "loha", "lokr", "tlora", "glora")
 ADDING = (*FACTORED, "tlora", "dylora", "full")
 ALL = tuple(name for name, _ in ALGORITHMS)
 
@@ -61,8 +62,8 @@ OPTIONS: Mapping[str, Option] = {
     "tlora_alpha": Option(None, ("tlora",), float),
     "bypass_mode": Option(None, ALL, bool),
     "dropout": Option("dropout", ADDING, float),
-    "rank_dropout": Option("rank_dropout", RANKED, float),
-    "rank_dropout_scale": Option("rank_dropout_scale", RANKED, bool),
+    "rank_dropout": Option("rank_dropout", DROPPING, float),
+    "rank_dropout_scale": Option("rank_dropout_scale", DROPPING, bool),
     "module_dropout": Option("module_dropout", ALL, float),
     "train_norm": Option(None, ALL, bool),
     "train_llm_adapter": Option(None, ALL, bool, built=False),
@@ -78,6 +79,14 @@ SCHEDULE = ("tlora_min_rank", "tlora_alpha")
 """Options of the one schedule that all T-LoRA layers of a recipe share."""
 
 SIZES = ("linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
+UNUSED_SIZES: Mapping[str, tuple[str, ...]] = {
+    "full": SIZES,
+    "ia3": SIZES,
+    "diag-oft": ("linear_alpha", "conv_alpha"),
+    "boft": ("linear_alpha", "conv_alpha"),
+}
+"""Sizes that say nothing to an algorithm."""
+
 TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset")
 OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
 

@@ -78,13 +78,17 @@ class Preset:
 
     def options_for(self, path: str, layer: nn.Module, around: Sequence[nn.Module]) -> Options | None:
         """Settings of its own for a layer that is meant, {} when it has none; None for a layer that is not meant."""
-        if self._first(self.exclude_name, path) is not None:
+        if self.excludes(path):
             return None
         by_class = self._by_class([type(module).__name__ for module in (layer, *around)])
         named = self._first((*self.name_algo_map, *self.target_name), path)
         if named is None:
             return by_class
         return self.name_algo_map.get(named, by_class or {})
+
+    def excludes(self, path: str) -> bool:
+        """Whether a path is one that gets nothing."""
+        return self._first(self.exclude_name, path) is not None
 
     def _by_class(self, classes: Sequence[str]) -> Options | None:
         mapped = next((name for name in classes if name in self.module_algo_map), None)

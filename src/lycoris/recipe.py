@@ -25,15 +25,15 @@ from lycoris.options import (
     OPTIONS,
     OVERRIDE,
     SCHEDULE,
-    SIZES,
     TOP,
+    UNUSED_SIZES,
     algorithm_class,
     parse_number,
     parse_optional,
     parse_options,
     parse_rank,
 )
-from lycoris.planning import Plan, Remark, around, block_classes, place, servable
+from lycoris.planning import USUAL, Plan, Remark, around, block_classes, place, servable
 from lycoris.preset import LAYER_CLASSES, Preset, with_named
 from lycoris.schedule import RankSchedule
 
@@ -131,20 +131,32 @@ class Recipe:
             path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
         ) -> tuple[Algorithm, ...] | None:
             override = self.preset.options_for(path, layer, around)
+            if geometry.kind == "norm":
+                return self._norm(path, override)
             if override is None or not (geometry.pointwise or self.preset.enable_conv):
                 return None
-            if geometry.kind == "norm" and self.options.get("train_norm"):
-                return (Norm(module_dropout=self.options.get("module_dropout", 0.0)),)
             # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
             return (self.algorithm(geometry, override),) if geometry.kind in ("linear", "conv") else None
 
         made = place(model, choose, [*self.remarks, *self._unmatched(model)])
         if not made.placements:
             raise PlanError(self._nothing(model))
-        if self.options.get("train_norm") and not any(each.geometry.kind == "norm" for each in made.placements):
+        if self._trains_norms() and not any(each.geometry.kind == "norm" for each in made.placements):
             told = Remark("train_norm has no effect: no norm with a weight is meant", "unmatched")
             return replace(made, remarks=(*made.remarks, told))
         return made
+
+    def _norm(self, path: str, override: Mapping[str, Any] | None) -> tuple[Algorithm, ...] | None:
+        """Default targets mean the norms of any library, named ones just what they name."""
+        if override is None and (self.preset.excludes(path) or self.preset.target_module != LAYER_CLASSES):
+            return None
+        algo = str((override or {}).get("algo", self.algo)).lower()
+        given = {k: v for k, v in (override or {}).items() if k not in OVERRIDE}
+        options = {**self.options, **parse_options(algo, given, "", False, [])}
+        return (Norm(module_dropout=options.get("module_dropout", 0.0)),) if options.get("train_norm") else None
+
+    def _trains_norms(self) -> bool:
+        return any(options.get("train_norm") for options in (self.options, *self.preset.overrides()))
 
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
         """The algorithm for a layer of this shape, with a preset's own settings over the general ones."""
@@ -200,7 +212,7 @@ class Recipe:
     def _unmatched(self, model: nn.Module) -> list[Remark]:
         """Targets that the user named and that mean no layer which could get an adapter."""
         conv = self.preset.enable_conv
-        layers = servable(model)
+        layers = servable(model, (*USUAL, "norm") if self._trains_norms() else USUAL)
         meant = {path: layer for path, (layer, geometry) in layers.items() if conv or geometry.pointwise}
         classes = {type(m).__name__ for path, layer in meant.items() for m in (layer, *around(model, path))}
         named = [name for name in self.preset.target_module if self.preset.target_module != LAYER_CLASSES]
@@ -279,9 +291,16 @@ def _without_effect(
         asked = [each for each in every if name in each]
         if asked and not any(each.get("dora_wd") or each.get("weight_decompose") for each in asked):
             yield Remark(f"{name} has no effect without dora_wd")
+    if options.get("rank_dropout") and any(each.get("train_norm") for each in every):
+        yield Remark("rank_dropout has no effect on norms, which have no rank")
     if options.get("rank_dropout_scale") and not options.get("rank_dropout"):
         yield Remark("rank_dropout_scale has no effect without rank_dropout")
-    if _algorithms(algo, preset) == {"full"}:
-        for name in SIZES:
+    yield from _unused_sizes(_algorithms(algo, preset), given)
+
+
+def _unused_sizes(algorithms: set[str], given: Mapping[str, Any]) -> Iterator[Remark]:
+    for algo, sizes in UNUSED_SIZES.items():
+        for name in sizes if algorithms == {algo} else ():
             if given.get(name) is not None:
-                yield Remark(f"{name} has no effect on full, which has no rank")
+                what = "alpha" if "alpha" in name else "rank"
+                yield Remark(f"{name} has no effect on {algo}, which has no {what}")

@@ -184,7 +184,7 @@ def test_mixed_precisions(name: str, layer: str, own: torch.dtype, base: torch.d
     model, x = One(case.layer(base)).eval(), case.input(base)
     plain = model(x)
     placed = plan(model, Rule(ALGORITHMS[name], kind="*"), strict=False)
-    adapters = AdapterSet.build(model, placed, dtype=own).attach()
+    adapters = AdapterSet.build(model, placed, dtype=own, stochastic_rounding=True).attach()
     assert torch.equal(model(x), plain), "a fresh adapter changes nothing, in any precision"
     perturb(adapters, 0.1)
     y = model(x)

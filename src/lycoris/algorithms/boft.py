@@ -23,7 +23,8 @@ class BOFT(OFT):
     """V = R_m-1 ··· R_0·W, each R_i of orthogonal blocks over rows that are 2^i·block_size/2 apart; then times
     `rescale`. With m = log2(O / block_size) + 1 stages every row can reach every other.
 
-    The bias is not turned. Forward turns the layer's output, neighbouring stages as one, and keeps it before each.
+    The bias is not turned. Forward turns the layer's output, neighbouring stages as one, and keeps it for backward:
+    once in float32 on a CPU, elsewhere before each of the joined stages.
     """
 
     block_size: int = 32

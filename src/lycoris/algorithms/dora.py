@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -88,7 +88,9 @@ class DoRA(Algorithm):
         keep = None if call.keep is None else one_mask(call.keep)
         with torch.autocast(x.device.type, enabled=False):
             length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, keep)
-        own = {name: tensor for name, tensor in p.items() if name != "magnitude"}
+        own: Params = {name: tensor for name, tensor in p.items() if name != "magnitude"}
+        # Once, before anything else is done to the tensors: a mask may stop gradients.
+        own, call = self.over.masked(own, g, call.keep), replace(call, keep=None)
         if self.axis == "in":
             change = (length - 1).repeat(g.groups)
             y = below(bend(x, change * call.strength, g.channel_axis))

@@ -18,8 +18,8 @@ from lycoris.ops.lowrank import low_rank_gram
 
 @dataclass(frozen=True, kw_only=True)
 class DyLoRA(Ranked, Additive):
-    """ΔW = up · down. A training step uses the first n ranks, n a random multiple of `block_size`, at scale alpha / n,
-    and trains the last block of them; evaluation uses all r at alpha / r.
+    """ΔW = up · down. A training step uses the first n ranks, n a random multiple of `block_size`, at scale alpha / n
+    (alpha / √n with `rs_lora`), and trains the last block of them; evaluation uses all r at alpha / r.
 
     A file of it is a LoRA file: cutting it to its first n ranks and keeping alpha gives what was trained at rank n.
     """
@@ -40,6 +40,8 @@ class DyLoRA(Ranked, Additive):
                 f"block_size of dylora must divide the rank {self.rank}, and {self.block_size} does not; "
                 f"the nearest that does is {near}"
             )
+        if self.rank_dropout:
+            raise ConfigError("dylora has no rank_dropout: each training step leaves ranks out already")
         if self.gate:
             raise ConfigError("dylora has no gate: its blocks are trained one at a time from zero")
 
@@ -66,7 +68,8 @@ class DyLoRA(Ranked, Additive):
         # 1 + a whole number below `blocks`; in evaluation, which a compiled graph only tells by the value, all of them.
         drawn = 1 + (torch.rand((), device=x.device) * blocks).floor().clamp_max(blocks - 1)
         n = torch.where(call.dropping.to(x.device) > 0, drawn, float(blocks)) * self.block_size
-        keep = (torch.arange(self.rank, device=x.device) < n).float() * (self.rank / n)
+        louder = (self.rank / n).sqrt() if self.rs_lora else self.rank / n
+        keep = (torch.arange(self.rank, device=x.device) < n).float() * louder
         return replace(call, keep=keep[None] if call.keep is None else call.keep.to(keep) * keep)
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:

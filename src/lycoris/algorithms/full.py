@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive
+from lycoris.additive import Additive, Path
 from lycoris.algorithm import Affine, Base, Call, Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
@@ -32,6 +32,8 @@ class Full(Additive):
         super().__post_init__()
         if not (self.weight or self.bias):
             raise ConfigError("full without weight and bias trains nothing: set one of them to True")
+        if self.dropout and not self.weight:
+            raise ConfigError("dropout is for the input of the weight's change; full with weight=False has none")
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         weight = {"diff": Slot(g.stored_shape, "delta")} if self.weight else {}
@@ -53,6 +55,11 @@ class Full(Additive):
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         return super().forward(p, below, x, call) if self.weight else self.add(below(x), p, below.geometry, x, call)
+
+    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
+        if not self.weight:
+            return Path("factored", "only the bias changes")
+        return super().path(g, tokens, alone=alone)
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         return super().add(y, p, g, x, call) if self.weight else self._biased(y, p, g, call)

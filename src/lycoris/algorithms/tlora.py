@@ -16,6 +16,9 @@ from lycoris.geometry import Geometry
 
 Vectors = Literal["principal", "middle", "last"]
 
+EXTRA, ROUNDS = 8, 6
+"""Of the subspace iteration: vectors beyond the rank, and rounds."""
+
 TINY = 1e-6
 """Singular value for ranks beyond what the layer has: nothing at the start, yet with a gradient."""
 
@@ -68,7 +71,8 @@ class TLoRA(Ranked, Additive):
         weight = _matrix(below) if self.data_init else None
         if weight is None:
             weight = torch.randn(g.out_features, g.fan_in, device=p["q"].device) / self.rank
-        for name, start in self._start(weight, g).items():
+        few = self.vectors == "principal" and 4 * (self.rank + EXTRA) < min(weight.shape)
+        for name, start in self._start(weight, g, few=few).items():
             p[name].copy_(start)
             p[f"{name}0"].copy_(start)
 
@@ -80,10 +84,19 @@ class TLoRA(Ranked, Additive):
             tensors |= {f"{name}0": value.to(p[name]) for name, value in start.items()}
         return tensors
 
-    def _start(self, weight: Tensor, g: Geometry) -> dict[str, Tensor]:
-        """q, p and λ for a weight (O, I·ΠK), padded with nothing where the layer has fewer triplets than ranks."""
-        u, values, v = torch.linalg.svd(weight, full_matrices=False)
+    def _start(self, weight: Tensor, g: Geometry, *, few: bool = False) -> dict[str, Tensor]:
+        """q, p and λ for a weight (O, I·ΠK), padded with nothing where the layer has fewer triplets than ranks.
+
+        `few` finds the largest triplets by subspace iteration (Halko et al., arXiv:0909.4061, algorithm 4.4),
+        which takes a small part of the time of a whole decomposition; what is found is what a file keeps.
+        """
+        if few:
+            u, values, vectors = torch.svd_lowrank(weight, self.rank + EXTRA, niter=ROUNDS)
+            v = vectors.mT
+        else:
+            u, values, v = torch.linalg.svd(weight, full_matrices=False)
         r, n = min(self.rank, len(values)), len(values)
+        # Of the few, those beyond the rank are only there to make the others accurate.
         first = {"principal": 0, "middle": (n - r) // 2, "last": n - r}[self.vectors]
         at, missing = slice(first, first + r), self.rank - r
         q = torch.cat([v[at], v.new_zeros(missing, v.shape[1])])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lycoris.ops.shape import unflattened
 
@@ -86,6 +87,14 @@ class _MixRows(torch.autograd.Function):
         return gw, torch.matmul(w.T, g) if ctx.needs_input_grad[1] else None
 
 
+def _by_column(blocks: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    # The contraction copies the weight into another order, which is not worth keeping for backward.
+    equation = "acbdk,ab,cdk->bd"
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.einsum(equation, blocks, w1, w2)
+    return checkpoint(torch.einsum, equation, blocks, w1, w2, use_reentrant=False, preserve_rng_state=False)
+
+
 def kron_gram(weight: Tensor, w1: Tensor, w2: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """⟨W, w1 ⊗ w2⟩ and ‖w1 ⊗ w2‖² over all axes of the weight but `axis` (0 or 1), flat, in at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -98,6 +107,6 @@ def kron_gram(weight: Tensor, w1: Tensor, w2: Tensor, axis: int) -> tuple[Tensor
         products = (inside * w1[:, None, :]).sum(-1)
         lengths = w1.square().sum(1)[:, None] * w2.square().sum((1, 2))[None, :]
     else:
-        products = torch.einsum("acbdk,ab,cdk->bd", blocks.to(wide), w1, w2)
+        products = _by_column(blocks.to(wide), w1, w2)
         lengths = w1.square().sum(0)[:, None] * w2.square().sum((0, 2))[None, :]
     return products.flatten(), lengths.flatten()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lycoris import finite
 from lycoris.errors import NotFiniteError
 from lycoris.training import diagnose
 from lycoris.training.draw import draw
@@ -108,8 +109,8 @@ def _measure(run: Run) -> None:
 
 def _complaint(run: Run, what: str, batch: Batch) -> str:
     noisy = run.noise_schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
-    where = diagnose.first_bad_module(run.pipe.unet, lambda: run.predict(noisy, batch.timesteps, batch.text))
-    where = where or diagnose.first_bad_gradient(run.pipe.unet) or "no single module; it did not happen again"
+    where = finite.first_bad_module(run.pipe.unet, lambda: run.predict(noisy, batch.timesteps, batch.text))
+    where = where or finite.first_bad_tensor(run.pipe.unet) or "no single module; it did not happen again"
     values: dict[str, Any] = {
         "learning_rate": run.settings.learning_rate,
         "mixed_precision": run.settings.mixed_precision,
