@@ -11,6 +11,7 @@ from lycoris.dropin.tlora import (
     set_timestep_mask,
 )
 from lycoris.errors import AttachError, ConfigError, FileError, LycorisError, NotFiniteError, PlanError
+from lycoris.explain import Explanation, explain
 from lycoris.files import read, write
 from lycoris.planning import Plan, Rule, plan
 from lycoris.schedule import RankSchedule
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigError",
     "DoRA",
     "DyLoRA",
+    "Explanation",
     "FileError",
     "Full",
     "GLoRA",
@@ -47,6 +49,7 @@ __all__ = [
     "compute_timestep_mask",
     "create_lycoris",
     "create_lycoris_from_weights",
+    "explain",
     "get_timestep_mask",
     "plan",
     "read",

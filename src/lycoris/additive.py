@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, dropped, in_dtype_of, one_mask
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, dropped, in_dtype_of, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import add_product
@@ -65,6 +65,20 @@ class Additive(Algorithm):
     def building(self, g: Geometry) -> int:
         """Multiplications that building ΔW takes."""
         return g.size
+
+    def kept(self, g: Geometry) -> int:
+        """Numbers per token that the factored product keeps for backward, beside x."""
+        return 0
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        alone = alone or self.dropout > 0
+        name, why = self.path(g, tokens, alone=alone)
+        kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
+        if name == "factored":
+            work = self.work(g) or 0
+            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags)
+        build = self.building(g) / tokens
+        return Cost(name, why, g.size * alone + build, g.size * (3 if alone else 1) + 4 * build, kept, flags)
 
     @property
     def drops(self) -> bool:

@@ -111,6 +111,12 @@ class TLoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
+    def kept(self, g: Geometry) -> int:
+        return 2 * self.rank
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(2 * self.rank, g.out_features, g.fan_in)
+
     def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
         if g.groups == 1:
             return Path("factored", "masks may differ from sample to sample, and a weight cannot")
