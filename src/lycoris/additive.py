@@ -76,9 +76,9 @@ class Additive(Algorithm):
         kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
         if name == "factored":
             work = self.work(g) or 0
-            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags)
+            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
         build = self.building(g) / tokens
-        return Cost(name, why, g.size * alone + build, g.size * (3 if alone else 1) + 4 * build, kept, flags)
+        return Cost(name, why, g.size * alone + build, g.size * (3 if alone else 1) + 4 * build, kept, flags, not flags)
 
     @property
     def drops(self) -> bool:

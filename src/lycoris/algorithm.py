@@ -86,6 +86,8 @@ class Cost(NamedTuple):
     """Numbers per token kept for backward, beside the input of the layer; tensors of parameters are not counted."""
     flags: int = 0
     """Bytes per token kept for backward beside them: what dropout chose."""
+    needs_input: bool = True
+    """Whether backward needs the layer's input, which a frozen linear layer or convolution does not keep."""
 
 
 class Base(Protocol):

@@ -47,6 +47,9 @@ class LayerCost:
     """Forward of the layer itself: 2·O·fan-in of a linear layer or convolution, nothing of a look-up or a norm."""
     kept: int
     """Bytes kept for backward, beside the layer's input and tensors of parameters."""
+    input: int
+    """Bytes of the layer's input, where the adapter makes autograd keep it: a frozen linear layer or convolution does
+    not. Layers with one input keep it once."""
     way: str
     """How it is computed: factored, dense (ΔW is built), turned, scaled, added."""
     why: str
@@ -64,7 +67,7 @@ class LayerCost:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         g, names = self.geometry, ("parameters", "frozen", "file_bytes", "rank", "flops", "training_flops")
-        told = {name: getattr(self, name) for name in (*names, "base_flops", "ratio", "kept", "way", "why")}
+        told = {name: getattr(self, name) for name in (*names, "base_flops", "ratio", "kept", "input", "way", "why")}
         return {"path": self.path, "kind": g.kind, "shape": [*g.shape], "algorithm": str(self.algorithm)} | told
 
 
@@ -108,6 +111,11 @@ class Explanation:
     def kept(self) -> int:
         """Bytes per token kept for backward, over all layers."""
         return sum(layer.kept for layer in self.layers)
+
+    @property
+    def inputs(self) -> int:
+        """Bytes per token of the inputs that adapters make autograd keep, at most: layers may share them."""
+        return sum({layer.path: layer.input for layer in self.layers if layer.input}.values())
 
     def groups(self) -> list[tuple[int, LayerCost]]:
         """Layers that are alike: how many, and what each costs; those that cost most parameters together first."""
@@ -153,7 +161,8 @@ class Explanation:
             f"{len({layer.path for layer in self.layers})} layers get adapters, {len(self.skipped)} do not; "
             f"{self.parameters:,} parameters, {size_text(self.file_bytes)} in a file",
             f"a token passing all of these layers: {number_text(self.flops)} FLOPs more forward{part}, "
-            f"{number_text(self.training_flops)} more in training, {size_text(self.kept)} more kept for backward",
+            f"{number_text(self.training_flops)} more in training, {size_text(self.kept)} kept for backward beside "
+            f"the layers' inputs, and those: {size_text(self.inputs)} at most",
             f"at {self.tokens} tokens in {str(self.dtype).removeprefix('torch.')}",
         ]
 
@@ -179,7 +188,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: settings, totals, and every layer."""
-        totals = ("parameters", "file_bytes", "flops", "training_flops", "base_flops", "kept")
+        totals = ("parameters", "file_bytes", "flops", "training_flops", "base_flops", "kept", "inputs")
         return {
             "tokens": self.tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -243,6 +252,7 @@ def _layer(
         training_flops=2 * cost.training,
         base_flops=2 * g.size if matrix else 0,
         kept=cost.kept * dtype.itemsize + cost.flags,
+        input=g.channels_in * dtype.itemsize if cost.needs_input and g.kind in ("linear", "conv") else 0,
         way=cost.path,
         why=cost.why,
         **sizes,

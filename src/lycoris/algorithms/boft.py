@@ -76,4 +76,4 @@ class BOFT(OFT):
         # In float32 a CPU keeps the first of them only.
         kept = o * -(-m // many)
         why = f"the output is turned by {m} stages, {many} at a time"
-        return Cost("turned", why, work + once, 3 * (work + once), kept)
+        return Cost("turned", why, work + once, 3 * (work + once), kept, needs_input=False)

@@ -84,7 +84,8 @@ class DoRA(Algorithm):
         once = (self.over.building(g) + g.size) / tokens
         work = inner.work + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
         why = f"lengths on the {'out' if self.axis == 'out' else 'in'}put, taken from the weight each pass; {inner.why}"
-        return Cost(inner.path, why, work, inner.training + 3 * (work - inner.work), inner.kept + kept, inner.flags)
+        training, needs_input = inner.training + 3 * (work - inner.work), inner.needs_input or self.axis == "in"
+        return Cost(inner.path, why, work, training, inner.kept + kept, inner.flags, needs_input)
 
     def waste(self, g: Geometry) -> str | None:
         return self.over.waste(g)

@@ -63,7 +63,7 @@ class Full(Additive):
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         if self.weight:
             return super().cost(g, tokens, alone=alone)
-        return Cost("added", "a bias is added to the output", 0, g.out_features)
+        return Cost("added", "a bias is added to the output", 0, g.out_features, needs_input=False)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

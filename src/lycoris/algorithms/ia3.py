@@ -54,7 +54,9 @@ class IA3(Algorithm):
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         if self.on_input and g.kind != "embedding":
             return Cost("scaled", "the input is scaled", g.channels_in, 3 * g.channels_in)
-        return Cost("scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features)
+        return Cost(
+            "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
+        )
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return dict(p) | {"on_input": torch.tensor(int(self.on_input))}

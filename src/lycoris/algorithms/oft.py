@@ -86,7 +86,8 @@ class OFT(Algorithm):
         if g.groups > 1:
             return super().cost(g, tokens, alone=alone)
         work, once = g.out_features * self.block_size, g.out_features * self.block_size**2 / tokens
-        return Cost("turned", "the output is turned, block by block", work + once, 3 * (work + once), g.out_features)
+        why = "the output is turned, block by block"
+        return Cost("turned", why, work + once, 3 * (work + once), g.out_features, needs_input=False)
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)
