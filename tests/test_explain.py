@@ -46,7 +46,7 @@ def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: st
     assert (found == most).all()
 
 
-def saved_per_token(algorithm: Algorithm, dtype: torch.dtype) -> tuple[float, bool]:
+def saved_per_token(algorithm: Algorithm, dtype: torch.dtype, kind: str = "linear") -> tuple[float, bool]:
     """Bytes per token that autograd keeps, beside the layer's input and output and all parameters; whether it keeps
     the input."""
     torch.manual_seed(0)

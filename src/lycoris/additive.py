@@ -77,8 +77,9 @@ class Additive(Algorithm):
         if name == "factored":
             work = self.work(g) or 0
             return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
-        build = self.building(g) / tokens
-        return Cost(name, why, g.size * alone + build, g.size * (3 if alone else 1) + 4 * build, kept, flags, not flags)
+        build, product = self.building(g) / tokens, 0 if g.kind == "embedding" else g.size
+        training = product * (3 if alone else 1) + 4 * build
+        return Cost(name, why, product * alone + build, training, kept, flags, not flags)
 
     @property
     def drops(self) -> bool:
@@ -264,4 +265,5 @@ class Ranked(Algorithm):
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:
     """Multiplications per token of a low-rank product; None on grouped convolutions, whose columns are few."""
-    return None if g.groups > 1 else rank * (g.out_features + g.fan_in)
+    looked_up = g.kind == "embedding"
+    return None if g.groups > 1 else rank * (g.out_features + g.fan_in * (not looked_up))

@@ -144,6 +144,8 @@ class LoKr(Ranked, Additive):
         if g.groups > 1:
             return None
         ol, im = self.layout_for(g)[:2]
+        if g.kind == "embedding":
+            return g.out_features
         ok, inner, kernel = g.out_features // ol, g.in_features // im, g.fan_in // g.in_features
         if self._applied_split(g):
             return self.rank * (g.in_features + ol * im + g.out_features)
@@ -154,6 +156,8 @@ class LoKr(Ranked, Additive):
     def kept(self, g: Geometry) -> int:
         ol, im = self.layout_for(g)[:2]
         ok, inner = g.out_features // ol, g.in_features // im
+        if g.kind == "embedding":
+            return ol + ok
         if self._applied_split(g):
             return self.rank * (im + ol)
         return ol * inner if first_small((ol, im), (ok, inner)) else im * ok
