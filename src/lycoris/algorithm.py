@@ -87,7 +87,7 @@ class Cost(NamedTuple):
     flags: int = 0
     """Bytes per token kept for backward beside them: what dropout chose."""
     needs_input: bool = True
-    """Whether backward needs the layer's input, which a frozen linear layer or convolution does not keep."""
+    """Whether backward needs the layer's input, which a frozen linear layer does not keep and a convolution does."""
 
 
 class Base(Protocol):

@@ -48,8 +48,8 @@ class LayerCost:
     kept: int
     """Bytes kept for backward, beside the layer's input and tensors of parameters."""
     input: int
-    """Bytes of the layer's input, where the adapter makes autograd keep it: a frozen linear layer or convolution does
-    not. Layers with one input keep it once."""
+    """Bytes of the layer's input, where the adapter makes autograd keep it: a frozen linear layer does not, a
+    convolution does by itself. Layers with one input keep it once."""
     way: str
     """How it is computed: factored, dense (ΔW is built), turned, scaled, added."""
     why: str
@@ -252,7 +252,7 @@ def _layer(
         training_flops=2 * cost.training,
         base_flops=2 * g.size if matrix else 0,
         kept=cost.kept * dtype.itemsize + cost.flags,
-        input=g.channels_in * dtype.itemsize if cost.needs_input and g.kind in ("linear", "conv") else 0,
+        input=g.channels_in * dtype.itemsize if cost.needs_input and g.kind == "linear" else 0,
         way=cost.path,
         why=cost.why,
         **sizes,

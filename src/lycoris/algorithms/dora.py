@@ -80,7 +80,9 @@ class DoRA(Algorithm):
         inner = self.over.cost(g, tokens, alone=True)
         # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
         apart = 1 if type(self.over).stretched is Additive.stretched else 0
-        kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * (not inner.flags)
+        # The bent input is kept by what is underneath, and once more by a convolution.
+        bent = (not inner.flags) + (g.kind == "conv")
+        kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
         once = (self.over.building(g) + g.size) / tokens
         work = inner.work + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
         why = f"lengths on the {'out' if self.axis == 'out' else 'in'}put, taken from the weight each pass; {inner.why}"

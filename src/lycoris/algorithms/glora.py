@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Ranked, add_mixed
+from lycoris.additive import Ranked, add_mixed, low_rank_work
 from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
 from lycoris.geometry import Geometry
 
@@ -72,14 +72,15 @@ class GLoRA(Ranked):
         return min(self.rank * (places + 1), g.out_features, g.fan_in)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
-        if g.groups > 1 or g.kind == "embedding":
+        if g.groups > 1:
             return super().cost(g, tokens, alone=alone)
         kept = 2 * self.rank * (1 + self.gate)
-        if g.kind == "linear":
-            work, once = 2 * self.rank * (g.out_features + g.fan_in), self.rank * g.size / tokens
+        if g.kind != "conv":
+            work, once = low_rank_work(g, 2 * self.rank) or 0, self.rank * g.size / tokens
             return Cost("factored", "as a LoRA of rank 2r, with W·a1 taken first", work + once, 3 * (work + once), kept)
         work = self.rank * (2 * g.in_features + g.out_features + g.fan_in)
-        return Cost("factored", "A bends the input of the layer, B adds to its output", work, 3 * work, kept)
+        why = "A bends the input of the layer, B adds to its output"
+        return Cost("factored", why, work, 3 * work, kept + g.channels_in)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

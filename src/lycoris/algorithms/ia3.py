@@ -53,7 +53,9 @@ class IA3(Algorithm):
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         if self.on_input and g.kind != "embedding":
-            return Cost("scaled", "the input is scaled", g.channels_in, 3 * g.channels_in)
+            # A convolution keeps the scaled input, frozen or not.
+            kept = g.channels_in if g.kind == "conv" else 0
+            return Cost("scaled", "the input is scaled", g.channels_in, 3 * g.channels_in, kept)
         return Cost(
             "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
         )

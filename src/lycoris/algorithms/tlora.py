@@ -112,7 +112,7 @@ class TLoRA(Ranked, Additive):
         return 2 * self.rank * g.size
 
     def kept(self, g: Geometry) -> int:
-        return 2 * self.rank
+        return (3 if g.kind == "conv" else 2) * self.rank
 
     def max_rank(self, g: Geometry) -> int:
         return min(2 * self.rank, g.out_features, g.fan_in)
