@@ -138,7 +138,7 @@ def test_file_bytes_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_it_prints_layers_that_are_alike_as_one() -> None:
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)), nn.LayerNorm(64))
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=at > 2) for at in range(5)), nn.LayerNorm(64))
     told = explain(plan(model, [Rule(LoRA(rank=4)), Rule(lycoris.Norm(), kind="norm")]))
     assert [count for count, _ in told.groups()] == [5, 1]
     text = str(told)

@@ -26,7 +26,7 @@ class LayerCost:
     """One adapter on one layer. Work and memory are per token, in a pass over as many as the explanation says."""
 
     path: str
-    """Of the layer; "" in a group of layers that are alike."""
+    """Of the layer."""
     geometry: Geometry
     algorithm: Algorithm
     shapes: tuple[tuple[int, ...], ...]
@@ -119,9 +119,11 @@ class Explanation:
 
     def groups(self) -> list[tuple[int, LayerCost]]:
         """Layers that are alike: how many, and what each costs; those that cost most parameters together first."""
-        found: dict[tuple[Algorithm, Geometry], list[LayerCost]] = {}
+        found: dict[tuple[Any, ...], list[LayerCost]] = {}
         for layer in self.layers:
-            found.setdefault((layer.algorithm, layer.geometry), []).append(layer)
+            # Not by geometry: what a layer costs does not depend on its stride, nor always on having a bias.
+            key = (layer.algorithm, layer.shape, layer.shapes, layer.flops, layer.kept, layer.way)
+            found.setdefault(key, []).append(layer)
         sizes = [(len(alike), alike[0]) for alike in found.values()]
         return sorted(sizes, key=lambda each: -each[0] * each[1].parameters)
 
