@@ -114,9 +114,12 @@ def _print(heading: str, explained: Explanation, needed: Memory, optimizer: str,
     console.print(heading)
     if console.is_terminal:
         (names, *rows) = explained.table()
+        # A narrow terminal breaks lines better than it reads columns of broken words.
+        widest = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
+        console.width = max(console.width, sum(widest) + 2 * len(widest))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for at, name in enumerate(names):
-            table.add_column(name, justify="right" if at in NUMBERS else "left", overflow="fold")
+            table.add_column(name, justify="right" if at in NUMBERS else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print(table)
