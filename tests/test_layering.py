@@ -15,6 +15,7 @@ ORDER = (
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},
     {"bundle", "planning", "schedule"},
     {"preset", "options", "recipe", "filling", "adapters"},
+    {"explain", "memory", "outline"},
     {"files"},
     {"generation", "training"},
     {"integrations", "dropin"},

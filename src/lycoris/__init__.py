@@ -11,6 +11,7 @@ from lycoris.dropin.tlora import (
     set_timestep_mask,
 )
 from lycoris.errors import AttachError, ConfigError, FileError, LycorisError, NotFiniteError, PlanError
+from lycoris.explain import Explanation, explain
 from lycoris.files import read, write
 from lycoris.finite import watch_finite
 from lycoris.planning import Plan, Rule, plan
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DoRA",
     "DyLoRA",
+    "Explanation",
     "FileError",
     "Full",
     "GLoRA",
@@ -48,6 +50,7 @@ __all__ = [
     "compute_timestep_mask",
     "create_lycoris",
     "create_lycoris_from_weights",
+    "explain",
     "get_timestep_mask",
     "plan",
     "read",

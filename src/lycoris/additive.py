@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, dropped, in_dtype_of, one_mask
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, dropped, in_dtype_of, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import add_product
@@ -68,6 +68,21 @@ class Additive(Algorithm):
     def building(self, g: Geometry) -> int:
         """Multiplications that building ΔW takes."""
         return g.size
+
+    def kept(self, g: Geometry) -> int:
+        """Numbers per token that the factored product keeps for backward, beside x."""
+        return 0
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        alone = alone or self.dropout > 0
+        name, why = self.path(g, tokens, alone=alone)
+        kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
+        if name == "factored":
+            work = self.work(g) or 0
+            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
+        build, product = self.building(g) / tokens, 0 if g.kind == "embedding" else g.size
+        training = product * (3 if alone else 1) + 4 * build
+        return Cost(name, why, product * alone + build, training, kept, flags, not flags)
 
     @property
     def drops(self) -> bool:
@@ -181,8 +196,10 @@ class Additive(Algorithm):
 
 
 def amplified(h: Tensor, gain: Tensor | float) -> Tensor:
-    """gain·h, without a step where that is h."""
-    return h if isinstance(gain, float) and gain == 1.0 else h * gain
+    """gain·h in the precision of h, without a step where that is h."""
+    if isinstance(gain, Tensor):
+        return h * gain.to(h.dtype)
+    return h if gain == 1.0 else h * gain
 
 
 def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
@@ -280,4 +297,5 @@ class Ranked(Algorithm):
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:
     """Multiplications per token of a low-rank product; None on grouped convolutions, whose columns are few."""
-    return None if g.groups > 1 else rank * (g.out_features + g.fan_in)
+    looked_up = g.kind == "embedding"
+    return None if g.groups > 1 else rank * (g.out_features + g.fan_in * (not looked_up))

@@ -71,6 +71,25 @@ class Call:
     """1 in training, 0 in evaluation: what the dropout probabilities are multiplied by. None: no dropout."""
 
 
+class Cost(NamedTuple):
+    """What an adapter adds to the work of one layer in a pass over some tokens; parts that do not grow with
+    the tokens are spread over them."""
+
+    path: str
+    """How it is computed: factored, dense (ΔW is built), turned, scaled, or what else an algorithm does."""
+    why: str
+    work: float
+    """Multiplications per token, forward."""
+    training: float
+    """Multiplications per token, forward and backward."""
+    kept: int = 0
+    """Numbers per token kept for backward, beside the input of the layer; tensors of parameters are not counted."""
+    flags: int = 0
+    """Bytes per token kept for backward beside them: what dropout chose."""
+    needs_input: bool = True
+    """Whether backward needs the layer's input, which a frozen linear layer does not keep and a convolution does."""
+
+
 class Base(Protocol):
     """Whatever lies below an adapter: a layer, or a layer with adapters on it."""
 
@@ -181,6 +200,18 @@ class Algorithm(ABC):
             return call
         alive = torch.rand((), device=x.device) >= call.dropping * self.module_dropout
         return replace(call, strength=call.strength * alive)
+
+    def max_rank(self, g: Geometry) -> int | None:
+        """The highest rank of ΔW as a matrix (O, I·ΠK), for any values of the tensors. None: the weight is none."""
+        return min(g.out_features, g.fan_in)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        """What this adds to a layer's pass over some tokens; by default that of `dense_forward`.
+
+        `alone`: the layer below runs by itself, since it is of low precision, quantised, or has adapters already.
+        """
+        why = "ΔW is built and applied beside the layer"
+        return Cost("dense", why, g.size + g.size / tokens, 3 * g.size + 4 * g.size / tokens)
 
     def waste(self, g: Geometry) -> str | None:
         """Why these settings ask for more than a layer can use, with the nearest that does; None when they do not."""

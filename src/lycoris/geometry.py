@@ -59,6 +59,11 @@ class Geometry:
         return self.shape[1]
 
     @property
+    def channels_in(self) -> int:
+        """Of all groups together: what one position of the input holds."""
+        return self.shape[1] * (self.groups if self.kind == "conv" else 1)
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """Kernel dimensions; empty for layers without one."""
         return self.shape[2:]

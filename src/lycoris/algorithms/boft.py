@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Affine, Base, Call, Params, Slot, dense_forward
+from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forward
 from lycoris.algorithms.oft import OFT, length_slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes
-from lycoris.ops.rotation import butterfly, cayley, stage
+from lycoris.ops.rotation import butterfly, butterfly_work, cayley, joined, stage
 from lycoris.ops.shape import unflattened
 
 
@@ -68,3 +68,13 @@ class BOFT(OFT):
         if not torch.compiler.is_compiling() and bool(call.strength == 1):
             return whole
         return y + (whole - y) * call.strength
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        if g.groups > 1:
+            return super().cost(g, tokens, alone=alone)
+        s, o, m = self.block_size, g.out_features, self.slots(g)["blocks"].shape[0]
+        work, once, many = butterfly_work(o, m, s), m * o * s**2 / tokens, joined(m, s)
+        # In float32 a CPU keeps the first of them only.
+        kept = o * -(-m // many)
+        why = f"the output is turned by {m} stages, {many} at a time"
+        return Cost("turned", why, work + once, 3 * (work + once), kept, needs_input=False)

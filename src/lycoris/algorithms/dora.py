@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lycoris.additive import Additive
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, one_mask
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.channels import bend
@@ -72,6 +72,22 @@ class DoRA(Algorithm):
     def check(self, g: Geometry) -> None:
         super().check(g)
         self.over.check(g)
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(g.out_features, g.fan_in)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        inner = self.over.cost(g, tokens, alone=True)
+        # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
+        apart = 1 if type(self.over).stretched is Additive.stretched else 0
+        # The bent input is kept by what is underneath, and once more by a convolution.
+        bent = (not inner.flags) + (g.kind == "conv")
+        kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
+        once = (self.over.building(g) + g.size) / tokens
+        work = inner.work + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
+        why = f"lengths on the {'out' if self.axis == 'out' else 'in'}put, taken from the weight each pass; {inner.why}"
+        training, needs_input = inner.training + 3 * (work - inner.work), inner.needs_input or self.axis == "in"
+        return Cost(inner.path, why, work, training, inner.kept + kept, inner.flags, needs_input)
 
     def waste(self, g: Geometry) -> str | None:
         return self.over.waste(g)

@@ -105,6 +105,12 @@ class DyLoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return self.rank * g.size
 
+    def kept(self, g: Geometry) -> int:
+        return self.rank
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(self.rank, g.out_features, g.fan_in)
+
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls(rank=p["down"].shape[0], alpha=alpha, block_size=1)

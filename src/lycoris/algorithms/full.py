@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Path
-from lycoris.algorithm import Affine, Base, Call, Params, Slot
+from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -63,6 +63,14 @@ class Full(Additive):
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         return super().add(y, p, g, x, call) if self.weight else self._biased(y, p, g, call)
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(g.out_features, g.fan_in) if self.weight else 0
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        if self.weight:
+            return super().cost(g, tokens, alone=alone)
+        return Cost("added", "a bias is added to the output", 0, g.out_features, needs_input=False)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Ranked, add_mixed
-from lycoris.algorithm import Affine, Base, Call, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.additive import Ranked, add_mixed, amplified, low_rank_work
+from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
 from lycoris.geometry import Geometry
 
 
@@ -59,12 +59,28 @@ class GLoRA(Ranked):
             y = below(x)
             p = self.masked(in_dtype_of(y, p), g, call.keep)
             out = torch.cat([plain.weight @ p["a1"], p["b1"]], dim=1)
-            return add_mixed(y, g, g.op(x, torch.cat([p["a2"], p["b2"]])) * gain, out)
+            return add_mixed(y, g, amplified(g.op(x, torch.cat([p["a2"], p["b2"]])), gain), out)
         own = self.masked(in_dtype_of(x, p), g, call.keep)
-        h = g.mix(x, own["a2"].flatten(1)) * gain
+        h = amplified(g.mix(x, own["a2"].flatten(1)), gain)
         y = below(x + g.mix(h, own["a1"].flatten(1)).to(x.dtype))
         own = self.masked(in_dtype_of(y, p), g, call.keep)
-        return add_mixed(y, g, g.op(x, own["b2"]) * gain, own["b1"].flatten(1))
+        return add_mixed(y, g, amplified(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
+
+    def max_rank(self, g: Geometry) -> int:
+        # A bends the same channels at every place of the kernel, and W takes each place elsewhere.
+        places = g.fan_in // g.in_features
+        return min(self.rank * (places + 1), g.out_features, g.fan_in)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        if g.groups > 1:
+            return super().cost(g, tokens, alone=alone)
+        kept = 2 * self.rank * (1 + self.gate)
+        if g.kind != "conv":
+            work, once = low_rank_work(g, 2 * self.rank) or 0, self.rank * g.size / tokens
+            return Cost("factored", "as a LoRA of rank 2r, with W·a1 taken first", work + once, 3 * (work + once), kept)
+        work = self.rank * (2 * g.in_features + g.out_features + g.fan_in)
+        why = "A bends the input of the layer, B adds to its output"
+        return Cost("factored", why, work, 3 * work, kept + g.channels_in)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

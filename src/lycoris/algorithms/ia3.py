@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.channels import bend
@@ -50,6 +50,15 @@ class IA3(Algorithm):
             y = below(x)
             return torch.addcmul(y, y, w[x].unsqueeze(-1).to(y.dtype))
         return below(bend(x, w, g.channel_axis))
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        if self.on_input and g.kind != "embedding":
+            # A convolution keeps the scaled input, frozen or not.
+            kept = g.channels_in if g.kind == "conv" else 0
+            return Cost("scaled", "the input is scaled", g.channels_in, 3 * g.channels_in, kept)
+        return Cost(
+            "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
+        )
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return dict(p) | {"on_input": torch.tensor(int(self.on_input))}

@@ -87,6 +87,12 @@ class LoHa(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
+    def kept(self, g: Geometry) -> int:
+        return self.rank**2 * (1 + self.gate)
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(self.rank**2, g.out_features, g.fan_in)
+
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls(rank=p["w1_b"].shape[0], alpha=alpha, tucker="t1" in p)

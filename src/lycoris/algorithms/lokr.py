@@ -144,12 +144,28 @@ class LoKr(Ranked, Additive):
         if g.groups > 1:
             return None
         ol, im = self.layout_for(g)[:2]
+        if g.kind == "embedding":
+            return g.out_features
         ok, inner, kernel = g.out_features // ol, g.in_features // im, g.fan_in // g.in_features
         if self._applied_split(g):
             return self.rank * (g.in_features + ol * im + g.out_features)
         if first_small((ol, im), (ok, inner)):
             return ol * im * inner + ol * inner * ok * kernel
         return im * inner * ok * kernel + ol * im * ok
+
+    def kept(self, g: Geometry) -> int:
+        ol, im = self.layout_for(g)[:2]
+        ok, inner = g.out_features // ol, g.in_features // im
+        if g.kind == "embedding":
+            return ol + ok
+        if self._applied_split(g):
+            return self.rank * (im + ol)
+        return ol * inner if first_small((ol, im), (ok, inner)) else im * ok
+
+    def max_rank(self, g: Geometry) -> int:
+        ol, im, w1_split, w2_split = self.layout_for(g)
+        w1, w2 = min(ol, im), min(g.out_features // ol, g.fan_in // im)
+        return (min(w1, self.rank) if w1_split else w1) * (min(w2, self.rank) if w2_split else w2)
 
     def _applied_split(self, g: Geometry) -> bool:
         """Whether a w2 of low rank is applied as two factors; else it is built first."""

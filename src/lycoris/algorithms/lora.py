@@ -62,6 +62,12 @@ class LoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return self.rank * g.size
 
+    def kept(self, g: Geometry) -> int:
+        return self.rank * (1 + self.gate) + self.rank * ("mid" in self.slots(g))
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(self.rank, g.out_features, g.fan_in)
+
     def product(
         self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
     ) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, interpolate
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, interpolate
 from lycoris.geometry import Geometry, Kind
 
 
@@ -42,6 +42,13 @@ class Norm(Algorithm):
         wide = Affine(*(None if t is None else t.to(torch.promote_types(t.dtype, p["w"].dtype)) for t in base))  # type: ignore[arg-type]
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
         return below.run(x, Affine(*(None if t is None else t.to(b.dtype) for t, b in zip(whole, base, strict=True))))  # type: ignore[arg-type,union-attr]
+
+    def max_rank(self, g: Geometry) -> None:
+        return None
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        why = "the layer runs once, with the new scale and shift"
+        return Cost("dense", why, g.size / tokens, g.size + g.size / tokens)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

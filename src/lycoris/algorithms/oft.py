@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, dense_forward
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, dense_forward
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import nearest_divisor
@@ -76,6 +76,18 @@ class OFT(Algorithm):
             return turn_blocks(y, turn, g.channel_axis)
         bias = bias.to(y.dtype)
         return turn_blocks(y, turn, g.channel_axis, bias - turn_blocks(bias, turn))
+
+    def max_rank(self, g: Geometry) -> int:
+        # A rotation of an odd number of rows leaves one direction where it is.
+        still = 0 if self.rescale or self.block_size % 2 == 0 else g.out_features // self.block_size
+        return min(g.out_features - still, g.fan_in)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        if g.groups > 1:
+            return super().cost(g, tokens, alone=alone)
+        work, once = g.out_features * self.block_size, g.out_features * self.block_size**2 / tokens
+        why = "the output is turned, block by block"
+        return Cost("turned", why, work + once, 3 * (work + once), g.out_features, needs_input=False)
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)

@@ -125,6 +125,12 @@ class TLoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
+    def kept(self, g: Geometry) -> int:
+        return (3 if g.kind == "conv" else 2) * self.rank
+
+    def max_rank(self, g: Geometry) -> int:
+        return min(2 * self.rank, g.out_features, g.fan_in)
+
     def product(
         self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
     ) -> Tensor:

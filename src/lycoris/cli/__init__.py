@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lycoris.cli.demo import demo
+from lycoris.cli.plan import plan
 from lycoris.cli.train import train
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(demo)
+app.command()(plan)
 
 
 def main() -> None:

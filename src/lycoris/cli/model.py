@@ -1,0 +1,90 @@
+"""A model for a command line: an empty copy of a known one, or of one that a `config.json` describes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lycoris import outline
+from lycoris.errors import ConfigError, nearest, unknown
+
+
+def empty(model: str) -> nn.Module:
+    """The model of that name, or of the `config.json` at that path, on torch's meta device.
+
+    Raises `ConfigError` when there is neither, when the file describes no model, or when its library is missing.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        if path.suffix == ".json" or len(path.parts) > 1:
+            raise ConfigError(f"{model} is no file and no folder; known models: {', '.join(outline.names())}")
+        return outline.known(model)
+    config = _read(path)
+    if "_class_name" in config:
+        return _diffusers(path, config)
+    if "architectures" in config or "model_type" in config:
+        return _transformers(path, config)
+    parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
+    hint = f"; folders in {path.parent} that have a model: {', '.join(parts)}" if parts else ""
+    raise ConfigError(f"{path} names no model: it has neither _class_name nor architectures nor model_type{hint}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
+        hint = f"; folders in it that have one: {', '.join(parts)}" if parts else ""
+        raise ConfigError(f"{path.parent} has no config.json{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is to be a JSON object that describes a model, not {type(config).__name__}")
+    return config
+
+
+def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
+    diffusers = _library("diffusers", path)
+    name = config["_class_name"]
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        models = [each for each in dir(diffusers) if "Model" in each]
+        raise ConfigError(f"{path}: {unknown('model class', str(name), nearest(str(name), models))}")
+    return _made(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]
+
+
+def _transformers(path: Path, config: dict[str, Any]) -> nn.Module:
+    transformers = _library("transformers", path)
+    name = next(iter(config.get("architectures") or []), None)
+    if name is not None and not hasattr(transformers, name):
+        models = [each for each in dir(transformers) if each.endswith(("Model", "LM", "Projection"))]
+        raise ConfigError(f"{path}: {unknown('model class', name, nearest(name, models))}")
+
+    def make() -> Any:
+        settings = transformers.AutoConfig.for_model(**config)
+        cls = transformers.AutoModel if name is None else getattr(transformers, name)
+        return cls.from_config(settings) if name is None else cls(settings)
+
+    return _made(path, make)
+
+
+def _made(path: Path, make: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            made: nn.Module = make()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{path}: no model could be made of this: {error}") from error
+    return made
+
+
+def _library(name: str, path: Path) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{path} describes a model of {name}, which is not installed: pip install {name}")
+    return importlib.import_module(name)

@@ -1,0 +1,59 @@
+"""An outline is as good as the model to plan on."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+from torch import nn
+
+from cases import LAYERS
+from lycoris import ConfigError, outline
+from lycoris.geometry import describe, sites
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_kind_of_layer_comes_back(layer: str) -> None:
+    model = nn.Sequential(LAYERS[layer].layer(), nn.ModuleList(LAYERS[layer].layer() for _ in range(3)))
+    told = json.loads(json.dumps(outline.outline(model)))
+    back = outline.build(told)
+    assert [(p, type(m).__name__) for p, m in back.named_modules()] == [
+        (p, type(m).__name__) for p, m in model.named_modules()
+    ]
+    assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    if LAYERS[layer].make.__name__ != "Conv1D":
+        assert [(s.path, s.geometry) for s in sites(back)] == [(s.path, s.geometry) for s in sites(model)]
+    assert all(parameter.is_meta for parameter in back.parameters())
+
+
+def test_a_range_is_no_name() -> None:
+    model = nn.ModuleDict({"2-1": nn.Linear(2, 2), "0": nn.Linear(2, 2), "1": nn.Linear(2, 2)})
+    told = outline.outline(model)
+    assert list(told["children"]) == ["2-1", "0..1"]
+    assert [name for name, _ in outline.build(told).named_children()] == ["2-1", "0", "1"]
+
+
+def test_a_shared_module_is_told_once() -> None:
+    one = nn.Linear(2, 3)
+    back = outline.build(outline.outline(nn.ModuleList([one, one])))
+    assert sum(parameter.numel() for parameter in back.parameters()) == 9
+
+
+@pytest.mark.parametrize("name", ["sd-1.5", "sdxl", "sd3.5-medium", "flux.1-dev", "z-image", "wan2.1-t2v-1.3b"])
+def test_known_models_are_those_of_the_library(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = json.loads((files("lycoris") / "models" / f"{name}.json").read_text())["config"]
+    with torch.device("meta"):
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
+    known = outline.known(name)
+    assert {n: p.shape for n, p in known.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert {p: (type(m).__name__, describe(m)) for p, m in known.named_modules()} == {
+        p: (type(m).__name__, describe(m)) for p, m in model.named_modules()
+    }
+
+
+def test_an_unknown_name_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'flux\.1-dev'"):
+        outline.known("flux.1-dve")
