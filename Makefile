@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+RUN := .venv/.installed-run
+STAMP := .venv/.installed-dev
 
-demo: $(STAMP)
+demo: $(RUN)
 	$(BIN)/lycoris demo
 
 test: $(STAMP)
@@ -23,9 +24,14 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layers $(ARGS)
 
 # torch goes first and from constraints.txt: any other requirement would bring gigabytes of CUDA onto a CPU machine.
-$(STAMP): pyproject.toml constraints.txt
+$(RUN): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	touch $@
+
+# The libraries for quantised bases slow every start of diffusers, so the demo does without them.
+$(STAMP): $(RUN)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

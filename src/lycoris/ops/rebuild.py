@@ -86,15 +86,10 @@ class _Rebuilt(torch.autograd.Function):
             found = iter(torch.autograd.grad(change, wanted, gv.to(change.dtype), allow_unused=True))
         gb = None
         if needs[4]:
-            gb = gy.sum([d for d in range(gy.dim()) if d != (gy.dim() - 1 if ctx.g.kind == "linear" else 1)])
-        return (
-            None,
-            None,
-            gx,
-            gv if needs[3] else None,
-            gb,
-            *(next(found) if f.requires_grad else None for f in factors),
-        )
+            rows = gy.reshape(-1, gy.shape[-1]) if ctx.g.kind == "linear" else gy.transpose(0, 1).flatten(1).T
+            gb = rows.sum(0)
+        own = (next(found) if factor.requires_grad else None for factor in factors)
+        return None, None, gx, gv if needs[3] else None, gb, *own
 
 
 def _layer_gradients(g: Geometry, gy: Tensor, x: Tensor, whole: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
