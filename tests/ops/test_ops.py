@@ -53,13 +53,16 @@ def test_turn_blocks(n: int, s: int, tokens: int, shifted: bool) -> None:
 @pytest.mark.parametrize("stretched", [True, False])
 def test_butterfly_joins_stages_into_the_same(o: int, s: int, stretched: bool) -> None:
     n = o // s
-    y, turns = parameter(300, o), parameter(n.bit_length(), n, s, s)
+    y, stages, shift = parameter(300, o), parameter(n.bit_length(), n, s, s), parameter(o)
     length = parameter(o) if stretched else None
     rows = y.T
-    for i, turn in enumerate(turns):
+    for i, turn in enumerate(stages):
         rows = rotation.stage(rows, turn, i)
     slow = rows.T if length is None else rows.T * length
-    same(rotation.butterfly(y, turns, length), slow, [y, turns] if length is None else [y, turns, length])
+    inputs = [y, stages] if length is None else [y, stages, length]
+    butterfly = rotation.joined_butterfly(stages, length)
+    same(rotation.turn_all(y, butterfly), slow, inputs)
+    same(rotation.turn_all(y, butterfly, shift), slow + shift, [*inputs, shift])
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.3, 1e9])

@@ -14,7 +14,7 @@ from lycoris.algorithms.oft import OFT, length_slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes
-from lycoris.ops.rotation import butterfly, butterfly_work, cayley, joined, stage
+from lycoris.ops.rotation import butterfly_work, cayley, joined, joined_butterfly, stage, turn_all
 from lycoris.ops.shape import unflattened
 
 
@@ -57,13 +57,15 @@ class BOFT(OFT):
         g = below.geometry
         if g.groups > 1:
             return dense_forward(self, p, below, x, call)
-        turns = cayley(p["blocks"], self.constraint * g.out_features)
+        stages = cayley(p["blocks"], self.constraint * g.out_features)
+        butterfly = joined_butterfly(stages, p.get("rescale"))
         y, bias = below(x), below.bias()
-        channels = y.movedim(g.channel_axis, -1).contiguous()
-        whole = butterfly(channels.view(-1, g.out_features), turns, p.get("rescale"))
+        shift = None
         if bias is not None:
             bias = bias.to(y.dtype)
-            whole = whole + (bias - butterfly(bias[None], turns, p.get("rescale"))[0])
+            shift = bias - turn_all(bias[None], butterfly)[0]
+        channels = y.movedim(g.channel_axis, -1).contiguous()
+        whole = turn_all(channels.view(-1, g.out_features), butterfly, shift)
         whole = unflattened(whole.contiguous(), channels.shape).movedim(-1, g.channel_axis)
         if not torch.compiler.is_compiling() and bool(call.strength == 1):
             return whole

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,28 +150,40 @@ def butterfly_work(o: int, m: int, s: int) -> int:
     return sum(o * (s // 2 << min(many, m - at)) for at in range(0, m, many))
 
 
-def butterfly(y: Tensor, turns: Tensor, length: Tensor | None = None) -> Tensor:
-    """All stages on the last axis, y·(R_m-1 ... R_0)ᵀ, then times `length`. Shapes: y (T, O), turns (m, n, s, s).
+class Butterfly(NamedTuple):
+    """Stages of a butterfly, neighbours multiplied into one matrix of larger blocks: fewer passes over activations."""
 
-    Neighbouring stages are multiplied into one matrix of larger blocks first.
-    """
-    m, s = turns.shape[0], turns.shape[-1]
+    turns: list[Tensor]
+    """(blocks, size, size) each, for channels on the right, minus I."""
+    orders: list[list[int]]
+    """Axes of (T, e_p, ..., e_0, v) that bring the channels of each block together."""
+
+
+def joined_butterfly(stages: Tensor, length: Tensor | None = None) -> Butterfly:
+    """The stages R_m-1 ... R_0, from R_i - I (m, n, s, s), then times `length`, n·s numbers."""
+    m, s = stages.shape[0], stages.shape[-1]
     many = joined(m, s)
-    whole, orders = [], []
+    turns, orders = [], []
     for first in range(0, m, many):
         count = min(many, m - first)
         bits = list(range(1, m + 1))
         mid = bits[m - first - count : m - first]
         orders.append([*(bit for bit in bits if bit not in mid), 0, *mid, m + 1])
-        whole.append(_join(turns[first : first + count], first))
+        turns.append(_join(stages[first : first + count], first))
     if length is not None:
         numbered = length.reshape(1, *(2,) * m, s // 2)
-        whole[-1] = scaled_turn(whole[-1], numbered.permute(orders[-1]).reshape(len(whole[-1]), -1))
-    whole = [turn.to(y.dtype) for turn in whole]
+        turns[-1] = scaled_turn(turns[-1], numbered.permute(orders[-1]).reshape(len(turns[-1]), -1))
+    return Butterfly(turns, orders)
+
+
+def turn_all(y: Tensor, butterfly: Butterfly, shift: Tensor | None = None) -> Tensor:
+    """y·(R_m-1 ... R_0)ᵀ, and `shift` per channel. Shapes: y (T, O), shift (O) or None."""
+    turns = [turn.to(y.dtype) for turn in butterfly.turns]
     wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
     if wide and not torch.compiler.is_compiling():
-        return _Butterfly.apply(y, orders, *whole)  # type: ignore[no-untyped-call]
-    return _pass(y, whole, orders)
+        return _Butterfly.apply(y, shift, butterfly.orders, *turns)  # type: ignore[no-untyped-call]
+    turned = _pass(y, turns, butterfly.orders)
+    return turned if shift is None else turned + shift
 
 
 def _pass(y: Tensor, whole: Sequence[Tensor], orders: Sequence[Sequence[int]]) -> Tensor:
@@ -204,12 +216,13 @@ class _Butterfly(torch.autograd.Function):
     """The same, some tokens at a time; keeps the first input and finds those of later matrices again."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, orders: Sequence[Sequence[int]], *whole: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, shift: Tensor | None, orders: Sequence[Sequence[int]], *whole: Tensor) -> Tensor:
         ctx.orders = orders
         ctx.save_for_backward(y, *whole)
         out = torch.empty(y.shape, dtype=y.dtype)
         for rows, to in zip(torch.split(y, CHUNK), torch.split(out, CHUNK), strict=True):
-            to.copy_(_pass(rows, whole, orders))
+            turned = _pass(rows, whole, orders)
+            to.copy_(turned) if shift is None else torch.add(turned, shift, out=to)
         return out
 
     @staticmethod
@@ -231,7 +244,7 @@ class _Butterfly(torch.autograd.Function):
                 gw[at].baddbmm_(seen[at].mT, right)
                 grad = _ungrouped(torch.bmm(right, back[at]), grad, orders[at])
             to.copy_(grad.reshape(to.shape))
-        return gy, None, *gw
+        return gy, grads[0].sum(0) if ctx.needs_input_grad[1] else None, None, *gw
 
 
 def _join(turns: Tensor, first: int) -> Tensor:
