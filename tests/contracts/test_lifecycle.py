@@ -13,11 +13,12 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, dense, perturb, relative
+from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, dense, perturb, relative, serves
 from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
 from lycoris.attach import top
 
-STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "dora-lora", "dora-lokr-in"]
+STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
+THREE = [("lokr", "dora-loha", "lora"), ("oft", "glora", "ia3"), ("dylora", "boft", "dora-loha-high-rank")]
 KINDS = ["linear", "conv2d", "conv2d-stride", "conv2d-groups"]
 ON = [(name, layer) for name, layer in PAIRS if layer in ("linear", "conv2d", "embedding", "rms-norm", "own-norm")]
 """Every algorithm, each on some kinds of layers that it serves."""
@@ -43,10 +44,13 @@ def test_two_sets_stack_and_come_off_in_any_order(stack: tuple[str, str], layer:
 
 @pytest.mark.parametrize("layer", KINDS)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_three_sets(layer: str, order: tuple[int, ...]) -> None:
-    model, x = One(LAYERS[layer].layer()), LAYERS[layer].input()
+@pytest.mark.parametrize("names", THREE, ids="+".join)
+def test_three_sets(names: tuple[str, ...], layer: str, order: tuple[int, ...]) -> None:
+    model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()
+    if not all(serves(model, ALGORITHMS[name]) for name in names):
+        pytest.skip("one of these does not serve this layer")
     before = model(x)
-    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(("lokr", "dora-loha", "lora"))]
+    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(names)]
     assert relative(model(x), top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
     for at in order:
         sets[at].detach()
