@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.kept import Kept
+
 
 class StepError(Exception):
     """A pass through an arm failed."""
@@ -40,13 +42,13 @@ class Arm:
     def forward(self, x: Tensor) -> Tensor:
         try:
             return self.call(x)
-        except Exception as error:
+        except Exception as error:  # whatever a library raises is its result
             raise StepError(self, error) from error
 
     def step(self) -> None:
         try:
             self.call(self.x).backward(self.gradient)
-        except Exception as error:
+        except Exception as error:  # whatever a library raises is its result
             raise StepError(self, error) from error
 
     @property
@@ -107,18 +109,14 @@ def memory(arm: Arm) -> dict[str, Any]:
 
 
 def _saved(arm: Arm) -> tuple[int, bool]:
-    own = {t.untyped_storage().data_ptr() for t in (*arm.frozen, *arm.parameters, *arm._buffers(), arm.x)}
-
     def kept(x: Tensor) -> list[Tensor]:
-        packed: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            packed.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            arm.forward(x)
-        return [t for t in packed if t.untyped_storage().data_ptr() not in own | {x.untyped_storage().data_ptr()}]
+        found = Kept(*arm.frozen, *arm.parameters, *arm._buffers(), x)
+        with found.during():
+            y = arm.forward(x)
+        # While the output is alive, so is what its backward needs.
+        tensors = found.tensors()
+        del y
+        return tensors
 
     arm.clear()
     # One token or column less, so that no activation has as many numbers as the weight by chance.

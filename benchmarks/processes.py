@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(self, library: str, threads: int, longest: float) -> None:
         self.library, self.threads, self.longest = library, threads, longest
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- it outlives this block; `close` closes it
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, **request: Any) -> dict[str, Any]:

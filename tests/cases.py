@@ -6,7 +6,6 @@ A new algorithm has to have configurations here: `contracts/test_equality.py` fa
 from __future__ import annotations
 
 import copy
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -228,32 +227,6 @@ def dense(model: One, x: Tensor) -> Tensor:
     plain = copy.deepcopy(layer)
     plain.__class__ = base_class(plain)
     return torch.func.functional_call(plain, {attribute: affine.weight}, (x,))
-
-
-class Kept:
-    """Tensors that are held for backward once a forward pass is over, by storage: numbers in each."""
-
-    def __init__(self, *own: Tensor) -> None:
-        self.own = {t.untyped_storage().data_ptr() for t in own}
-        self._held: list[weakref.ref[_Held]] = []
-
-    def during(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
-
-    def _pack(self, t: Tensor) -> _Held:
-        held = _Held(t)
-        self._held.append(weakref.ref(held))
-        return held
-
-    def sizes(self) -> list[int]:
-        alive = [held.tensor for ref in self._held if (held := ref()) is not None]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in alive}
-        return sorted((size for at, size in storages.items() if at not in self.own), reverse=True)
-
-
-class _Held:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 def relative(a: Tensor, b: Tensor) -> float:

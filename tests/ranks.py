@@ -80,7 +80,7 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         try:
             pipe.send((True, _together(rank, meeting, function, args)))
-        except Exception:
+        except Exception:  # whatever a job raises is sent to the test that asked for it
             pipe.send((False, traceback.format_exc()))
 
 

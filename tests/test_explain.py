@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.kept import Kept
 from torch import Tensor, nn
 
 import lycoris
 from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, serves
 from lycoris import AdapterSet, ConfigError, DoRA, LoHa, LoRA, Rule, explain, plan
+from lycoris.additive import Additive
 from lycoris.algorithm import Algorithm
 from lycoris.files.writing import encode
+from lycoris.geometry import sites
 
 IDS = ["-on-".join(pair) for pair in PAIRS]
 
@@ -70,20 +73,12 @@ def saved_per_token(algorithm: Algorithm, dtype: torch.dtype, kind: str = "linea
     sizes = []
     for samples in (4, 5):
         x = inputs(kind, samples, dtype)
-        storages: dict[int, int] = {}
-        alive: list[Tensor] = []
-
-        def pack(t: Tensor, storages: dict[int, int] = storages, alive: list[Tensor] = alive) -> Tensor:
-            alive.append(t)
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = Kept(x, *model.parameters(), *adapters.parameters())
+        with kept.during():
             y = model(x)
-        needs_input = x.untyped_storage().data_ptr() in storages
-        for tensor in (x, y, *model.parameters(), *adapters.parameters()):
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
-        sizes.append(sum(storages.values()))
+        needs_input = kept.holds(x)
+        kept.own.add(y.untyped_storage().data_ptr())
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept.tensors()))
     return (sizes[1] - sizes[0]) / 128, needs_input
 
 
@@ -155,3 +150,28 @@ def test_stacked_algorithms_are_a_row_each() -> None:
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         explain(plan(One(nn.Linear(4, 4)), Rule(LoRA(rank=2))), **wrong)
+
+
+@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=IDS)
+def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> None:
+    """Factored products are told by the algorithm's own `product` being called."""
+    algorithm = ALGORITHMS[name]
+    ((_, _, attribute, g),) = sites(One(LAYERS[layer].layer()))
+    if attribute or not isinstance(algorithm, Additive):
+        return
+    # Dropout of the input keeps the layer's own product apart, in training, which is what a cost is for.
+    model, x = One(LAYERS[layer].layer()).train(algorithm.dropout > 0), LAYERS[layer].input()
+    adapters = adapt(model, algorithm)
+    tokens = x.numel() if g.kind == "embedding" else x.numel() // g.channels_in
+    gone = []
+    own = type(algorithm).product
+
+    def product(*args: object) -> Tensor:
+        gone.append(True)
+        return own(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(algorithm), "product", product)
+        model(x)
+    told = explain(adapters, tokens=tokens, dtype=torch.float64).layers[0]
+    assert (told.way == "factored") == bool(gone) or told.way == "added"

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from lycoris import sharding
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
-from lycoris.geometry import IS_ADAPTER, Geometry
+from lycoris.geometry import Geometry
 from lycoris.recall import Recall, in_backward, may_be_recomputed
 
 
 class Adapter(nn.Module):
     """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
+
+    is_lycoris_adapter = True
+    """See `lycoris.geometry.IS_ADAPTER`."""
 
     def __init__(
         self,
@@ -31,7 +34,6 @@ class Adapter(nn.Module):
         self.algorithm, self.geometry = algorithm, geometry
         self.set_call(1.0, None)
         self.silent = False
-        setattr(self, IS_ADAPTER, True)
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
         self._dropping = torch.tensor(1.0)
@@ -61,8 +63,8 @@ class Adapter(nn.Module):
         return {name: sharding.whole(name, tensor, shapes[name]) for name, tensor in self.kept().items()}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        stack = (self.geometry.stack,) if self.geometry.stack else ()
-        return {name: (*stack, *slot.shape) for name, slot in self.algorithm.slots(self.geometry).items()}
+        g = self.geometry
+        return {name: g.stacked(slot.shape) for name, slot in self.algorithm.slots(g).items()}
 
     def set_call(self, strength: float, keep: Tensor | None) -> None:
         """What is in force from now on."""

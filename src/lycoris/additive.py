@@ -65,13 +65,17 @@ class Additive(Algorithm):
         """Multiplications per token of the factored product; None where there is none for this layer."""
         return None
 
-    def building(self, g: Geometry) -> int:
-        """Multiplications that building ΔW takes."""
-        return g.size
-
     def kept(self, g: Geometry) -> int:
         """Numbers per token that the factored product keeps for backward, beside x."""
         return 0
+
+    def check(self, g: Geometry) -> None:
+        super().check(g)
+        if g.kind in ("parameter", "embedding") and self.dropout:
+            raise ConfigError(
+                f"dropout is for the input of a layer, and a{'n' * (g.kind == 'embedding')} {g.kind} has none to drop; "
+                "use module_dropout or rank_dropout"
+            )
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         alone = alone or self.dropout > 0
@@ -80,9 +84,8 @@ class Additive(Algorithm):
         if name == "factored":
             work = self.work(g) or 0
             return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
-        build, product = self.building(g) / tokens, 0 if g.kind == "embedding" else g.size
-        training = product * (3 if alone else 1) + 4 * build
-        return Cost(name, why, product * alone + build, training, kept, flags, not flags)
+        forward = _product(g) * alone + self.building(g) / tokens
+        return Cost(name, why, forward, self._dense_training(g, tokens, alone) / tokens, kept, flags, not flags)
 
     @property
     def drops(self) -> bool:
@@ -129,8 +132,7 @@ class Additive(Algorithm):
     ) -> Tensor:
         """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
         pair = self.pair(p, g)
-        if pair is None:
-            raise NotImplementedError(f"{self.name} has no factored product")
+        assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"
         out, into = pair
         return add_mixed(y, g, amplified(g.op(x, into), gain), out)
 
@@ -140,26 +142,26 @@ class Additive(Algorithm):
         Dense, in W's own precision, one product with W + ΔW takes the place of the layer's, and its gradient is one
         more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
         """
-        if self.always:
-            return Path("factored", self.always)
         tokens = TOKENS if tokens is None else tokens
-        costs = self._costs(g, tokens, alone)
-        if costs is None:
-            return Path("dense", "this layer has no factored form that costs less than building ΔW")
-        factored, dense = (cost / 1e6 for cost in costs)
-        told = f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens"
-        return Path("factored" if factored <= dense else "dense", told)
-
-    def _costs(self, g: Geometry, tokens: int, alone: bool) -> tuple[int, int] | None:
-        """Multiplications of a training step, factored and dense; None where there is no factored form."""
-        work = self.work(g)
+        work, name = self.work(g), "factored" if self._factored(g, tokens, alone) else "dense"
         if work is None:
-            return None
-        return 3 * work * tokens, (3 if alone else 1) * g.size * tokens + 4 * self.building(g)
+            return Path(name, "this layer has no factored form that costs less than building ΔW")
+        if self.always:
+            return Path(name, self.always)
+        if g.kind == "embedding":
+            return Path(name, "looking rows up costs less than building all of ΔW")
+        factored, dense = 3 * work * tokens / 1e6, self._dense_training(g, tokens, alone) / 1e6
+        return Path(name, f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens")
 
     def _factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
-        costs = self._costs(g, tokens, alone)
-        return costs is not None and (bool(self.always) or costs[0] <= costs[1])
+        work = self.work(g)
+        if work is None or self.always or g.kind == "embedding":
+            return work is not None
+        return 3 * work * tokens <= self._dense_training(g, tokens, alone)
+
+    def _dense_training(self, g: Geometry, tokens: int, alone: bool) -> int:
+        """Multiplications of a training step that builds ΔW."""
+        return (3 if alone else 1) * _product(g) * tokens + 4 * self.building(g)
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         """The tensors with ranks weighted by a mask that all samples share."""
@@ -205,6 +207,11 @@ def amplified(h: Tensor, gain: Tensor | float) -> Tensor:
 def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
     """y + out applied to the channels of h."""
     return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
+
+
+def _product(g: Geometry) -> int:
+    """Multiplications per token of applying a weight; of an embedding, rows are looked up."""
+    return 0 if g.kind == "embedding" else g.size
 
 
 def _tokens(g: Geometry, x: Tensor) -> int:

@@ -25,21 +25,22 @@ from lycoris.geometry import Geometry, Kind
 Params = Mapping[str, Tensor]
 Role = Literal["in", "out", "core", "gate", "length", "delta", "rotation", "frozen"]
 
-_OTHER: Mapping[Kind, str] = {
-    "linear": "leave it out, or give it LoRA()",
-    "conv": "leave it out, or give it LoRA()",
-    "embedding": "leave it out, or give it LoRA()",
-    "norm": "norms take Norm()",
-    "parameter": "leave it out, or give it LoRA()",
-}
-"""What to do about a layer of each kind that an algorithm does not serve."""
-
 
 class Affine(NamedTuple):
     """A layer's weight and bias."""
 
     weight: Tensor
     bias: Tensor | None
+
+    def widened(self, dtype: torch.dtype) -> Affine:
+        """In at least that precision."""
+        wide = torch.promote_types(self.weight.dtype, dtype)
+        return Affine(self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+
+    def like(self, other: Affine) -> Affine:
+        """In the precision of another."""
+        bias = self.bias if self.bias is None or other.bias is None else self.bias.to(other.bias.dtype)
+        return Affine(self.weight.to(other.weight.dtype), bias)
 
 
 class Slot(NamedTuple):
@@ -64,7 +65,7 @@ class Call:
     """What is in force for one forward pass; never saved with the adapter."""
 
     strength: Tensor | float = 1.0
-    """μ, as a 0-d tensor in a live adapter: a compiled graph does not depend on its value."""
+    """μ: a number, or a 0-d tensor where a compiled graph must not depend on its value."""
     keep: Tensor | None = None
     """How much each of the algorithm's ranks counts, mostly 0 or 1: (1, r), or (B, r). None: all of them, fully."""
     dropping: Tensor | None = None
@@ -125,8 +126,6 @@ class Algorithm(ABC):
     """Names among `keys` that are settings kept as tensors in a file, not slots."""
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "parameter")
     """Kinds of layers that it serves."""
-    moves_bias: ClassVar[bool] = False
-    """Whether it changes the bias of a layer that has one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -185,6 +184,11 @@ class Algorithm(ABC):
         return keep
 
     @property
+    def moves_bias(self) -> bool:
+        """Whether it changes the bias of a layer that has one."""
+        return False
+
+    @property
     def rank_masked(self) -> bool:
         """Whether a timestep schedule says anything to this algorithm, so that its effect differs from step to step."""
         return False
@@ -205,13 +209,18 @@ class Algorithm(ABC):
         """The highest rank of ΔW as a matrix (O, I·ΠK), for any values of the tensors. None: the weight is none."""
         return min(g.out_features, g.fan_in)
 
+    def building(self, g: Geometry) -> int:
+        """Multiplications that building ΔW takes."""
+        return g.size
+
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         """What this adds to a layer's pass over some tokens; by default that of `dense_forward`.
 
         `alone`: the layer below runs by itself, since it is of low precision, quantised, or has adapters already.
         """
         why = "ΔW is built and applied beside the layer"
-        return Cost("dense", why, g.size + g.size / tokens, 3 * g.size + 4 * g.size / tokens)
+        build = self.building(g) / tokens
+        return Cost("dense", why, g.size + build, 3 * g.size + 4 * build)
 
     def waste(self, g: Geometry) -> str | None:
         """Why these settings ask for more than a layer can use, with the nearest that does; None when they do not."""
@@ -220,12 +229,8 @@ class Algorithm(ABC):
     def check(self, g: Geometry) -> None:
         """Raise `ConfigError` when this algorithm cannot serve a layer."""
         if g.kind not in self.kinds:
-            raise ConfigError(f"{self.name} serves {', '.join(self.kinds)}, not a {g.kind}; {_OTHER[g.kind]}")
-        if g.kind in ("parameter", "embedding") and getattr(self, "dropout", False):
-            raise ConfigError(
-                f"dropout is for the input of a layer, and a{'n' * (g.kind == 'embedding')} {g.kind} has none to drop; "
-                "use module_dropout or rank_dropout"
-            )
+            told = "norms take Norm()" if g.kind == "norm" else "leave it out, or give it LoRA()"
+            raise ConfigError(f"{self.name} serves {', '.join(self.kinds)}, not a {g.kind}; {told}")
         self.slots(g)
 
     def __str__(self) -> str:
@@ -275,8 +280,7 @@ def dense_forward(algorithm: Algorithm, p: Params, below: Base, x: Tensor, call:
     V - W is taken in the adapter's precision and never added to a half-precision W.
     """
     g, base = below.geometry, below.affine()
-    own = next(iter(p.values())).dtype
-    wide = Affine(*(None if t is None else t.to(torch.promote_types(t.dtype, own)) for t in base))  # type: ignore[arg-type]
+    wide = base.widened(next(iter(p.values())).dtype)
     whole = algorithm.transform(p, wide, g, None if call.keep is None else one_mask(call.keep))
     y = below(x)
     change = ((whole.weight - wide.weight) * call.strength).to(y.dtype)

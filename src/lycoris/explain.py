@@ -243,6 +243,8 @@ def _places(
 def _layer(
     path: str, g: Geometry, algorithm: Algorithm, alone: bool, tokens: int, dtype: torch.dtype, file_dtype: torch.dtype
 ) -> LayerCost:
+    # transformers' Conv1D runs by itself: it is not of torch, whose layers' own product may be replaced.
+    alone = alone or (g.kind == "linear" and g.transposed)
     sizes, cost = _sizes(algorithm, g, file_dtype), _cost(algorithm, g, alone, tokens)
     matrix = g.kind in ("linear", "conv", "parameter")
     return LayerCost(
@@ -264,9 +266,8 @@ def _layer(
 @cache
 def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     """What of `LayerCost` a model's activations have no part in."""
-    stack = (g.stack,) if g.stack else ()
     slots = algorithm.slots(g)
-    meta = {name: torch.empty(*stack, *slot.shape, device="meta") for name, slot in slots.items()}
+    meta = {name: torch.empty(g.stacked(slot.shape), device="meta") for name, slot in slots.items()}
     stored = write_tensors(algorithm, meta, g)
     whole = {key for key, tensor in stored.items() if key == ALPHA or not tensor.is_floating_point()}
     numbers = {name: tensor.numel() for name, tensor in meta.items()}
@@ -285,7 +286,7 @@ def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, A
 def _cost(algorithm: Algorithm, g: Geometry, alone: bool, tokens: int) -> Cost:
     if g.kind != "parameter":
         return algorithm.cost(g, tokens, alone=alone)
-    build = max(1, g.stack) * (getattr(algorithm, "building", lambda g: g.size)(g) + g.size) / tokens
+    build = max(1, g.stack) * (algorithm.building(g) + g.size) / tokens
     return Cost("dense", "a parameter has no input of its own: its weight is built in each pass", build, 3 * build)
 
 

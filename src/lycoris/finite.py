@@ -12,13 +12,24 @@ from torch import nn
 from lycoris.errors import NotFiniteError
 
 
+class _BadResultError(NotFiniteError):
+    """The first module whose result was bad, and where it is."""
+
+    def __init__(self, where: str, given: str) -> None:
+        super().__init__(
+            f"{where} returned NaN or infinity; what it was given is {given}. A lower learning rate or strength, or "
+            "bfloat16 in place of float16, are what helps most often"
+        )
+        self.where = where
+
+
 @contextmanager
 def watch_finite(model: nn.Module) -> Iterator[None]:
     """Raise `NotFiniteError` at the first module, innermost first, that returns NaN or infinity in a pass inside.
 
     It waits for every module's result, which on a GPU costs time: for finding out, not for training.
     """
-    handles = [module.register_forward_hook(_watch(name, module)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(_watch(name)) for name, module in model.named_modules()]
     try:
         yield
     finally:
@@ -26,16 +37,11 @@ def watch_finite(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _watch(name: str, watched: nn.Module) -> Callable[..., None]:
-    where = f"{name or 'the model'} ({type(watched).__name__})"
-
-    def hook(_: nn.Module, args: Any, output: Any) -> None:
+def _watch(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not is_finite(output):
-            came = "finite" if is_finite(args) else "not finite either"
-            raise NotFiniteError(
-                f"{where} returned NaN or infinity; what it was given is {came}. A lower learning rate or strength, or "
-                "bfloat16 in place of float16, are what helps most often"
-            )
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise _BadResultError(where, "finite" if is_finite(args) else "not finite either")
 
     return hook
 
@@ -48,8 +54,8 @@ def first_bad_module(model: nn.Module, run: Callable[[], object]) -> str | None:
     try:
         with torch.no_grad(), watch_finite(model):
             run()
-    except NotFiniteError as error:
-        return str(error).partition(" returned")[0]
+    except _BadResultError as error:
+        return error.where
     return None
 
 

@@ -16,7 +16,7 @@ Kind = Literal["linear", "conv", "embedding", "norm", "parameter"]
 Norm = Literal["", "layer", "group", "rms", "own"]
 
 IS_ADAPTER = "is_lycoris_adapter"
-"""Attribute of modules that are adapters themselves, whose parameters are no place for more of them."""
+"""Attribute of the class of adapters, whose own parameters are no place for more of them."""
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -87,6 +87,10 @@ class Geometry:
     def stored_shape(self) -> tuple[int, ...]:
         """As the module keeps one weight."""
         return self.shape[::-1] if self.transposed else self.shape
+
+    def stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what there is one of for each matrix of a stack."""
+        return (self.stack, *shape) if self.stack else shape
 
     def turned(self, weight: Tensor) -> Tensor:
         """A weight as the module stores it → (O, I, ...), and back."""

@@ -39,12 +39,13 @@ ALGORITHMS: tuple[tuple[str, type[Algorithm]], ...] = (
 
 RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
 FACTORED = ("lora", "locon", "loha", "lokr")
-DROPPING = ("lora", "locon", "loha", "lokr", "tlora", "glora")
-ADDING = (*FACTORED, "tlora", "dylora", "full")
+WITH_DORA = (*FACTORED, "dylora")
+DROPPING = (*FACTORED, "tlora", "glora")
+ADDING = (*WITH_DORA, "tlora", "full")
 ALL = tuple(name for name, _ in ALGORITHMS)
 
 OPTIONS: Mapping[str, Option] = {
-    "use_tucker": Option("tucker", ("lora", "locon", "loha", "lokr"), bool),
+    "use_tucker": Option("tucker", FACTORED, bool),
     "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
     "rs_lora": Option("rs_lora", RANKED, bool),
     "factor": Option("factor", ("lokr",), int),
@@ -54,10 +55,10 @@ OPTIONS: Mapping[str, Option] = {
     "stable_init": Option("stable_init", ("loha", "lokr"), bool),
     "sig_type": Option("vectors", ("tlora",), str),
     "use_data_init": Option("data_init", ("tlora",), bool),
-    "dora_wd": Option(None, (*FACTORED, "dylora"), bool),
-    "weight_decompose": Option(None, (*FACTORED, "dylora"), bool),
-    "wd_on_output": Option(None, (*FACTORED, "dylora"), bool),
-    "wd_on_out": Option(None, (*FACTORED, "dylora"), bool),
+    "dora_wd": Option(None, WITH_DORA, bool),
+    "weight_decompose": Option(None, WITH_DORA, bool),
+    "wd_on_output": Option(None, WITH_DORA, bool),
+    "wd_on_out": Option(None, WITH_DORA, bool),
     "tlora_min_rank": Option(None, ("tlora",), int),
     "tlora_alpha": Option(None, ("tlora",), float),
     "bypass_mode": Option(None, ALL, bool),

@@ -99,7 +99,7 @@ class Placement:
     def parameters(self) -> int:
         """Trainable numbers."""
         slots = [slot for algorithm in self.algorithms for slot in algorithm.slots(self.geometry).values()]
-        return max(1, self.geometry.stack) * sum(math.prod(slot.shape) for slot in slots if slot.trainable)
+        return sum(math.prod(self.geometry.stacked(slot.shape)) for slot in slots if slot.trainable)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.kept import Kept
 from torch import nn
 
-from cases import ALGORITHMS, LAYERS, PAIRS, Kept, One, adapt, relative
-from lycoris import AdapterSet, Rule, plan
+from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, relative
+from lycoris import AdapterSet, LoRA, Rule, plan
 
 SMALL = [pair for pair in PAIRS if pair[1] in ("linear-prime", "conv1d", "embedding", "own-norm", "experts")]
 DROPS = [pair for pair in PAIRS if pair[1] in ("linear", "conv2d", "embedding") and ALGORITHMS[pair[0]].drops]
@@ -72,9 +73,10 @@ def test_training_draws_and_evaluation_does_not(name: str, layer: str) -> None:
         assert relative(mean - base, kept * (model(x) - base)) < 0.2, "probabilities mean what they say"
 
 
-def test_dylora_trains_one_block_and_scales_by_the_ranks_in_use() -> None:
+@pytest.mark.parametrize("name", ["dylora", "dylora-rs"])
+def test_dylora_trains_one_block_and_scales_by_the_ranks_in_use(name: str) -> None:
     model = One(nn.Linear(6, 5).double())
-    adapters = adapt(model, ALGORITHMS["dylora"])
+    adapters = adapt(model, ALGORITHMS[name])
     (adapter,) = adapters.stacks["layer"]
     x = torch.randn(3, 6, dtype=torch.float64)
     base = F.linear(x, model.layer.weight, model.layer.bias)
@@ -86,7 +88,18 @@ def test_dylora_trains_one_block_and_scales_by_the_ranks_in_use() -> None:
         trained = [at for at in (0, 1) if adapter.down.grad.reshape(2, 2, -1)[at].abs().sum() > 0]
         assert len(trained) == 1
         n = 2 * (trained[0] + 1)
-        wanted = base + 2.0 / n * x @ (adapter.up[:, :n] @ adapter.down[:n]).T
+        scale = 2.0 / n if name == "dylora" else 4.0 / n**0.5
+        wanted = base + scale * x @ (adapter.up[:, :n] @ adapter.down[:n]).T
         assert relative(y, wanted) < 1e-6
         seen.add(n)
     assert seen == {2, 4}
+
+
+@pytest.mark.parametrize(("scaled", "share"), [(False, 0.5), (True, 1.0)])
+def test_rank_dropout_keeps_its_share_or_its_size(scaled: bool, share: float) -> None:
+    model = One(nn.Linear(6, 5).double()).train()
+    adapt(model, LoRA(rank=16, rank_dropout=0.5, rank_dropout_scale=scaled))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    mean = torch.stack([model(x) for _ in range(4000)]).mean(0).detach()
+    base = F.linear(x, model.layer.weight, model.layer.bias)
+    assert relative(mean - base, share * (model.eval()(x) - base)) < 0.1

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.kept import Kept
 from torch import Tensor, nn
 
-from cases import Kept, relative
+from cases import relative
 from lycoris.geometry import describe
 from lycoris.ops import channels, kronecker, lowrank, rebuild, rotation
 

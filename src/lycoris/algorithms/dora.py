@@ -46,7 +46,7 @@ class DoRA(Algorithm):
         super().__post_init__()
         if self.over.rank_masked:
             raise ConfigError(f"DoRA cannot go over {self.over.name}: its lengths would change with the timestep")
-        if self.over.moves_bias and getattr(self.over, "bias", False):
+        if self.over.moves_bias:
             raise ConfigError(f"DoRA leaves the bias as it is; give it {type(self.over).__name__}(bias=False)")
         if self.axis not in ("out", "in"):
             raise ConfigError(f"axis of dora must be 'out' or 'in', not {self.axis!r}")
@@ -73,9 +73,6 @@ class DoRA(Algorithm):
         super().check(g)
         self.over.check(g)
 
-    def max_rank(self, g: Geometry) -> int:
-        return min(g.out_features, g.fan_in)
-
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         inner = self.over.cost(g, tokens, alone=True)
         # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
@@ -85,7 +82,7 @@ class DoRA(Algorithm):
         kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
         once = (self.over.building(g) + g.size) / tokens
         work = inner.work + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
-        why = f"lengths on the {'out' if self.axis == 'out' else 'in'}put, taken from the weight each pass; {inner.why}"
+        why = f"lengths on the {self.axis}put, taken from the weight each pass; {inner.why}"
         training, needs_input = inner.training + 3 * (work - inner.work), inner.needs_input or self.axis == "in"
         return Cost(inner.path, why, work, training, inner.kept + kept, inner.flags, needs_input)
 

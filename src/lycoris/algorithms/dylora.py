@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Base, Call, Params, Slot, one_mask, uniform_like_linear
+from lycoris.algorithm import Call, Params, one_mask
+from lycoris.algorithms.lora import LoRA
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
-from lycoris.ops.lowrank import low_rank_gram
+from lycoris.ops.factorization import nearest_divisor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DyLoRA(Ranked, Additive):
+class DyLoRA(LoRA):
     """ΔW = up · down. A training step uses the first n ranks, n a random multiple of `block_size`, at scale alpha / n
     (alpha / √n with `rs_lora`), and trains the last block of them; evaluation uses all r at alpha / r.
 
@@ -29,32 +29,20 @@ class DyLoRA(Ranked, Additive):
 
     name: ClassVar[str] = "dylora"
     keys: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight"}
-    GATE_FOLDS_INTO: ClassVar = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_size < 1 or self.rank % self.block_size:
-            fitting = [n for n in range(1, self.rank + 1) if self.rank % n == 0]
-            near = min(fitting, key=lambda n: abs(n - self.block_size))
             raise ConfigError(
                 f"block_size of dylora must divide the rank {self.rank}, and {self.block_size} does not; "
-                f"the nearest that does is {near}"
+                f"the nearest that does is {nearest_divisor(self.rank, self.block_size)}"
             )
         if self.rank_dropout:
             raise ConfigError("dylora has no rank_dropout: each training step leaves ranks out already")
+        if self.tucker:
+            raise ConfigError("dylora has no Tucker core, whose ranks could not be cut one by one")
         if self.gate:
             raise ConfigError("dylora has no gate: its blocks are trained one at a time from zero")
-
-    def slots(self, g: Geometry) -> dict[str, Slot]:
-        ones = (1,) * len(g.kernel)
-        return {
-            "up": Slot((g.out_features, self.rank, *ones), "out"),
-            "down": Slot((self.rank, *g.shape[1:]), "in"),
-        }
-
-    def initialise(self, p: Params, below: Base) -> None:
-        uniform_like_linear(p["down"], p["down"][0].numel())
-        torch.nn.init.zeros_(p["up"])
 
     @property
     def drops(self) -> bool:
@@ -78,38 +66,10 @@ class DyLoRA(Ranked, Additive):
             return p
         blocks = (one_mask(keep) > 0).reshape(-1, self.block_size).any(1)
         last = blocks & ~torch.cat([blocks[1:], blocks.new_zeros(1)])
-        # All blocks on is evaluation, or the largest draw of training.
         trained = last.repeat_interleave(self.block_size)
         up, down = p["up"], p["down"]
         rows, columns = trained.reshape(-1, *(1,) * (down.dim() - 1)), trained.reshape(1, -1, *(1,) * (up.dim() - 2))
-        return {
-            "up": torch.where(columns, up, up.detach()),
-            "down": torch.where(rows, down, down.detach()),
-        }
-
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        return Affine((p["up"].flatten(1) @ p["down"].flatten(1)).reshape(g.shape), None)
-
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
-        return p["up"].flatten(1), p["down"]
-
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
-        return low_rank_gram(weight, *self.pair(p, g), axis)
-
-    def stretched(self, p: Params, length: Tensor) -> Params:
-        return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
-
-    def work(self, g: Geometry) -> int | None:
-        return low_rank_work(g, self.rank)
-
-    def building(self, g: Geometry) -> int:
-        return self.rank * g.size
-
-    def kept(self, g: Geometry) -> int:
-        return self.rank
-
-    def max_rank(self, g: Geometry) -> int:
-        return min(self.rank, g.out_features, g.fan_in)
+        return {"up": torch.where(columns, up, up.detach()), "down": torch.where(rows, down, down.detach())}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

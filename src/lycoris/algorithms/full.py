@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Path
-from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Base, Cost, Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -26,7 +26,6 @@ class Full(Additive):
 
     name: ClassVar[str] = "full"
     keys: ClassVar = {"diff": "diff", "diff_b": "diff_b"}
-    moves_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +33,10 @@ class Full(Additive):
             raise ConfigError("full without weight and bias trains nothing: set one of them to True")
         if self.dropout and not self.weight:
             raise ConfigError("dropout is for the input of the weight's change; full with weight=False has none")
+
+    @property
+    def moves_bias(self) -> bool:
+        return self.bias
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         weight = {"diff": Slot(g.stored_shape, "delta")} if self.weight else {}
@@ -53,16 +56,14 @@ class Full(Additive):
     def delta_bias(self, p: Params) -> Tensor | None:
         return p.get("diff_b")
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
-        return super().forward(p, below, x, call) if self.weight else self.add(below(x), p, below.geometry, x, call)
+    def work(self, g: Geometry) -> int | None:
+        return None if self.weight else 0
 
-    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
-        if not self.weight:
-            return Path("factored", "only the bias changes")
-        return super().path(g, tokens, alone=alone)
-
-    def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
-        return super().add(y, p, g, x, call) if self.weight else self._biased(y, p, g, call)
+    def product(
+        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
+    ) -> Tensor:
+        # Reached only without a weight: the bias is added to whatever way there is.
+        return y
 
     def max_rank(self, g: Geometry) -> int:
         return min(g.out_features, g.fan_in) if self.weight else 0

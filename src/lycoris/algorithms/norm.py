@@ -22,8 +22,11 @@ class Norm(Algorithm):
 
     name: ClassVar[str] = "norm"
     keys: ClassVar = {"w": "w_norm", "b": "b_norm"}
-    moves_bias: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+
+    @property
+    def moves_bias(self) -> bool:
+        return True
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         bias = {"b": Slot(g.shape, "delta")} if g.has_bias else {}
@@ -39,9 +42,9 @@ class Norm(Algorithm):
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         base = below.affine()
         # Summed in the adapter's precision: a small delta of a half-precision scale would round away.
-        wide = Affine(*(None if t is None else t.to(torch.promote_types(t.dtype, p["w"].dtype)) for t in base))  # type: ignore[arg-type]
+        wide = base.widened(p["w"].dtype)
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
-        return below.run(x, Affine(*(None if t is None else t.to(b.dtype) for t, b in zip(whole, base, strict=True))))  # type: ignore[arg-type,union-attr]
+        return below.run(x, whole.like(base))
 
     def max_rank(self, g: Geometry) -> None:
         return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lycoris.bases.grid import spread
 from lycoris.bases.storage import Storage
+from lycoris.errors import AttachError
 from lycoris.ops import rounding
 
 SCALES = ("weight_scale", "scale_weight")
@@ -108,10 +109,10 @@ class Unknown(Storage):
         return self.why_unreadable(layer)
 
     def decode(self, layer: Any, weight: Any) -> Tensor:
-        raise NotImplementedError(self.why_unreadable(layer))
+        raise AttachError(self.why_unreadable(layer))
 
     def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
-        raise NotImplementedError(self.why_unwritable(layer))
+        raise AttachError(self.why_unwritable(layer))
 
 
 def _short(dtype: torch.dtype) -> str:
