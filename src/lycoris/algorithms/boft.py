@@ -68,7 +68,8 @@ class BOFT(OFT):
         whole = turn_all(channels.view(-1, g.out_features), butterfly, shift)
         whole = unflattened(whole.contiguous(), channels.shape).movedim(-1, g.channel_axis)
         if not torch.compiler.is_compiling() and bool(call.strength == 1):
-            return whole
+            # In the layer's own memory layout: what comes next picks its kernels, and with them the last bit, by it.
+            return whole if whole.stride() == y.stride() else whole.contiguous()
         return y + (whole - y) * call.strength
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
