@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from torch import Tensor
+from lycoris.algorithm import Entry
 
-from lycoris.algorithm import Algorithm
-from lycoris.geometry import Geometry
-
-
-class Entry(NamedTuple):
-    """One algorithm on one layer."""
-
-    algorithm: Algorithm
-    geometry: Geometry
-    tensors: dict[str, Tensor]
-    """By slot name."""
+__all__ = ["Bundle", "Entry"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked
-from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
+from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot, covers, uniform_like_linear
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import whole_blocks
 from lycoris.ops.factorization import factorize, nearest_divisor
 from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up
 from lycoris.ops.tucker import tucker
@@ -136,6 +138,31 @@ class LoKr(Ranked, Additive):
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         return Affine(kron(*self._factors(p, g)), None)
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        layout = self.layout_for(g)
+        blocks = whole_blocks(rows, g.out_features // layout.ol)
+        if blocks is None:
+            return None
+        w1 = "w1_a" if layout.w1_split else "w1"
+        return replace(self, layout=layout._replace(ol=len(blocks))), dict(p) | {w1: p[w1][blocks]}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # The second factor is the same for all rows of a layer, so it has to be so already.
+        first = parts[0].entry
+        second = [name for name in first.tensors if name not in ("w1", "w1_a", "w1_b")]
+        alike = all(
+            part.entry.tensors.keys() == first.tensors.keys()
+            and all(torch.equal(part.entry.tensors[name], first.tensors[name]) for name in second)
+            for part in parts
+        )
+        if not alike or "w1" not in first.tensors or not covers(parts, g) or cls.common_scale(parts) is None:
+            return None
+        w1 = torch.cat([part.entry.tensors["w1"] for part in parts])
+        assert isinstance(first.algorithm, cls)
+        layout = first.algorithm.layout_for(first.geometry)._replace(ol=len(w1))
+        return replace(first.algorithm, layout=layout), first.tensors | {"w1": w1}
 
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
         return kron_gram(weight, *self._factors(p, g), axis)

@@ -1,0 +1,88 @@
+"""Adapters of some of a layer's rows: what a fused projection's adapter is for queries alone, and back.
+
+Every step says whether the algorithm stayed what it was. One that cannot say it in its own tensors becomes a LoRA of
+its factors or a dense difference, both exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from lycoris import recast
+from lycoris.algorithm import Entry, Part
+from lycoris.algorithms import TLoRA
+from lycoris.errors import FileError
+from lycoris.geometry import Geometry
+
+
+class Step(NamedTuple):
+    """An adapter in its new form."""
+
+    entry: Entry
+    note: str = ""
+    """What it had to become for that; "" when its algorithm could say it."""
+
+
+def take(entry: Entry, rows: slice, where: str) -> Step:
+    """What an adapter does to a range of its layer's rows. Raises `FileError` where only the base weight tells."""
+    return _at(entry, torch.arange(rows.start, rows.stop), where)
+
+
+def swapped(entry: Entry, where: str) -> Step:
+    """An adapter with the two halves of its layer's rows exchanged."""
+    half = entry.geometry.out_features // 2
+    return _at(entry, torch.arange(2 * half).roll(half), where)
+
+
+def join(parts: Sequence[Part], g: Geometry, where: str) -> Step:
+    """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells."""
+    kinds = {type(part.entry.algorithm) for part in parts}
+    if len(kinds) == 1:
+        own = kinds.pop().join(parts, g)
+        if own is not None:
+            return Step(Entry(own[0], g, own[1]))
+    plain = [part._replace(entry=_plain(part.entry, "joined with others", where)) for part in parts]
+    dense = any(part.entry.algorithm.name == "full" for part in plain)
+    if dense:
+        plain = [part._replace(entry=recast.dense(part.entry)) for part in plain]
+    algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
+    assert algorithm is not None, "LoRA and Full join whatever there is"
+    joined = Entry(algorithm, g, tensors)
+    return Step(joined, _told([part.entry for part in parts], joined))
+
+
+def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
+    algorithm, g, tensors = entry
+    part = replace(g, shape=(len(rows), *g.shape[1:]))
+    own = algorithm.take(tensors, g, rows)
+    if own is not None:
+        return Step(Entry(own[0], part, own[1]))
+    plain = _plain(entry, f"cut to {len(rows)} of its {g.out_features} rows", where)
+    cut = plain.algorithm.take(plain.tensors, g, rows)
+    assert cut is not None, "LoRA and Full can be cut anywhere"
+    found = Entry(cut[0], part, cut[1])
+    return Step(found, _told([entry], found))
+
+
+def _plain(entry: Entry, what: str, where: str) -> Entry:
+    """The same as LoRA or Full."""
+    if isinstance(entry.algorithm, TLoRA) and "q0" not in entry.tensors:
+        raise FileError(f"{where}: its tlora leaves out what the base weight determines; give the base model's weights")
+    found = recast.low_rank(entry)
+    if found is not None:
+        return found
+    try:
+        return recast.dense(entry)
+    except FileError as error:
+        raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base weight") from error
+
+
+def _told(before: Sequence[Entry], after: Entry) -> str:
+    names = " and ".join(sorted({entry.algorithm.name for entry in before}))
+    rank = after.tensors["down"].shape[0] if after.algorithm.name == "lora" else None
+    masks = "; timestep masks are lost" if any(entry.algorithm.rank_masked for entry in before) else ""
+    return f"{names} became {'a dense difference' if rank is None else f'a LoRA of rank {rank}'}, exact{masks}"
