@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lycoris.algorithm import Entry
+from lycoris.report import Report
 
 __all__ = ["Bundle", "Entry"]
 
@@ -17,8 +18,13 @@ class Bundle:
     entries: dict[str, tuple[Entry, ...]]
     """Dotted module path → stack of algorithms, lowest first."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-    """What reading the file brought up that is no error, such as keys for a component that was not given."""
+    report: Report = field(default_factory=Report, compare=False)
+    """What became of every tensor of the file that it was read from."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What reading the file brought up that is no error, such as keys for a component that was not given."""
+        return self.report.notes()
 
     def __str__(self) -> str:
         names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})

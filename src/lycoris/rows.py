@@ -14,7 +14,6 @@ import torch
 
 from lycoris import recast
 from lycoris.algorithm import Entry, Part
-from lycoris.algorithms import TLoRA
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
 
@@ -70,15 +69,9 @@ def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
 
 def _plain(entry: Entry, what: str, where: str) -> Entry:
     """The same as LoRA or Full."""
-    if isinstance(entry.algorithm, TLoRA) and "q0" not in entry.tensors:
-        raise FileError(f"{where}: its tlora leaves out what the base weight determines; give the base model's weights")
-    found = recast.low_rank(entry)
-    if found is not None:
-        return found
-    try:
-        return recast.dense(entry)
-    except FileError as error:
-        raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base weight") from error
+    if recast.needs_base(entry):
+        raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base model's weights")
+    return recast.low_rank(entry) or recast.dense(entry)
 
 
 def _told(before: Sequence[Entry], after: Entry) -> str:
