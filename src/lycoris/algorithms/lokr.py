@@ -164,6 +164,17 @@ class LoKr(Ranked, Additive):
         layout = first.algorithm.layout_for(first.geometry)._replace(ol=len(w1))
         return replace(first.algorithm, layout=layout), first.tensors | {"w1": w1}
 
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+        # (U·V) ⊗ (A·B) = (U ⊗ A)·(V ⊗ B), with the thinnest split of each factor.
+        w1, w2 = self._factors(p, g)
+        u, v = _thinnest(w1, (p["w1_a"], p["w1_b"]) if "w1_a" in p else None)
+        own = None
+        if "w2_a" in p:
+            a = p["w2_a"].T if "t2" in p else p["w2_a"]
+            own = (a, tucker(p["t2"], None, p["w2_b"]).flatten(1) if "t2" in p else p["w2_b"])
+        a, b = _thinnest(w2.flatten(1), own)
+        return kron(u, a), kron(v, b.reshape(-1, *w2.shape[1:]))
+
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
         return kron_gram(weight, *self._factors(p, g), axis)
 
@@ -236,6 +247,15 @@ class LoKr(Ranked, Additive):
         whole = not (w1_split or w2_split)
         layout = Layout(ol, im, w1_split, w2_split)
         return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
+
+
+def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """A matrix as two factors: as it is stored, unless it has fewer rows or columns than that has ranks."""
+    rows, columns = w.shape
+    if split is not None and split[0].shape[1] <= min(rows, columns):
+        return split
+    eye = torch.eye(min(rows, columns), dtype=w.dtype, device=w.device)
+    return (eye, w) if rows <= columns else (w, eye)
 
 
 def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:

@@ -101,6 +101,4 @@ class Layout:
         if len(parts) == 1:
             return parts[0]
         rows = sum(part.out_features for part in parts)
-        return replace(
-            parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts)
-        )
+        return replace(parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts))

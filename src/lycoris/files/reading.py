@@ -36,9 +36,7 @@ def read(
     """Read an adapter file for a model. See `resolve`; the file's name is put before every error."""
     tensors, metadata = load_tensors(path)
     try:
-        return resolve(
-            tensors, model, dialect, metadata=metadata, component=component, prefix=prefix, strict=strict
-        )
+        return resolve(tensors, model, dialect, metadata=metadata, component=component, prefix=prefix, strict=strict)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
 

@@ -31,7 +31,5 @@ KOHYA = Dialect(
     namings={**UNETS, "clip": "text_model"},
 )
 
-KOHYA_DIFFUSERS = Dialect(
-    name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings={"clip": "text_model"}
-)
+KOHYA_DIFFUSERS = Dialect(name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings={"clip": "text_model"})
 """The same with diffusers' names, as programs that train diffusers' classes write it."""
