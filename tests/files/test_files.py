@@ -361,7 +361,7 @@ def test_reading_what_was_written_gives_the_bundle_back(dialect: str, tmp_path: 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(good: Path) -> None:
     before = good.read_bytes()
     bundle = adapted(Model()).bundle()
-    with pytest.raises(TypeError):
+    with pytest.raises(FileError, match="metadata 'steps' is 10"):
         write(bundle, good, metadata={"steps": 10})  # type: ignore[dict-item]
     entry = bundle.entries["head"][0]
     poor = {**entry.tensors, "up": torch.full_like(entry.tensors["up"], 1e6)}

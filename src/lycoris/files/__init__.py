@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.headers import Header, TensorInfo, header
+from lycoris.files.kinds import PICKLES
 from lycoris.files.reading import read, resolve
-from lycoris.files.storage import PICKLES, load_tensors, save_tensors
+from lycoris.files.storage import load_tensors, save_tensors
 from lycoris.files.writing import encode, write
 
-__all__ = ["DIALECTS", "PICKLES", "encode", "load_tensors", "read", "resolve", "save_tensors", "write"]
+__all__ = [
+    "DIALECTS",
+    "PICKLES",
+    "Header",
+    "TensorInfo",
+    "encode",
+    "header",
+    "load_tensors",
+    "read",
+    "resolve",
+    "save_tensors",
+    "write",
+]

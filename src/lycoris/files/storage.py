@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,46 +13,68 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lycoris.errors import FileError
+from lycoris.files.headers import DTYPES, LONE, header
+from lycoris.files.kinds import PICKLES, examine
+from lycoris.files.pickles import load_pickle
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
+def load_tensors(
+    path: str | os.PathLike[str], only: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a file, or those tensors whose names `only` says yes to.
 
-def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a file. Raises `FileError` if it is missing, cut short or not such a file.
+    The tensors of a safetensors file lie in the file itself, mapped: they take memory as they are read, and the file
+    has to stay as it is (replaced it may be, as `save_tensors` does). Pickles are read only as far as
+    `torch.load(weights_only=True)` does: tensors, no code.
 
-    Pickles are read only as far as `torch.load(weights_only=True)` does: tensors, no code.
+    Raises `FileError` if the file is missing, cut short, or not such a file in any part.
     """
     path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.safetensors"))[:5] if path.parent.is_dir() else []
-        there = f"; in that folder: {', '.join(near)}" if near else ""
-        raise FileError(f"there is no file {path}{there}")
-    if path.suffix in PICKLES:
-        return _load_pickle(path), {}
+    kind, size, _ = examine(path)
+    if path.suffix.lower() in PICKLES:
+        if kind == "safetensors":
+            right = path.with_suffix(".safetensors").name
+            raise FileError(f"{path} is a safetensors file under the name of a pickle; rename it to {right}")
+        found = load_pickle(path, size, zipped=kind == "zip")
+        return {key: tensor for key, tensor in found.items() if only is None or only(key)}, {}
+    if kind in ("zip", "pickle"):
+        raise FileError(
+            f"{path} cannot be read as safetensors: it is a pickle under another name; rename it to "
+            f"{path.with_suffix('.pt').name}, or better save its tensors as safetensors"
+        )
+    head = header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 -- no mapping
+            names = [key for key in head.tensors if only is None or only(key)]
+            return {key: _aligned(file.get_tensor(key)) for key in names}, dict(head.metadata)
     except (SafetensorError, OSError) as error:
-        raise FileError(
-            f"{path} cannot be read as safetensors: {error}. It may be cut short; fetch it again"
-        ) from error
+        raise FileError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the damage happens to be
-        raise FileError(f"{path} cannot be read safely: {error}. Save it as safetensors") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise FileError(f"{path} holds something other than tensors by name")
-    return found
+def _aligned(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that lies where the processor cannot be trusted to reach it: not at a multiple of its size."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then move it into place."""
+    """Write a safetensors file under a temporary name, then move it into place.
+
+    Raises `FileError`, before anything is written, for a tensor that has no plain data or metadata that are not text.
+    """
     path = Path(path)
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise FileError(
+                f"metadata {key!r} is {value!r}, a {type(value).__name__}: headers hold text by text; give str(value) "
+                f"or json.dumps(value). {path} was not written"
+            )
+        if LONE.search(key + value):
+            raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
+    try:
+        whole = _whole(tensors)
+    except FileError as error:
+        raise FileError(f"{error}; {path} was not written") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     try:
@@ -62,5 +84,35 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         os.umask(mask)
         Path(temporary).chmod(0o666 & ~mask)
         Path(temporary).replace(path)
+    except SafetensorError as error:
+        raise FileError(f"{path} cannot be written: {error}; is its disk full?") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor as a file holds it: dense, in order, and in memory of its own."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        _check(key, tensor)
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        # Two names for one memory are two tensors in a file; safetensors refuses to choose.
+        found[key] = plain.clone() if memory in seen else plain
+        seen.add(memory)
+    return found
+
+
+def _check(key: str, tensor: Tensor) -> None:
+    if not isinstance(key, str) or key == "__metadata__" or LONE.search(key):
+        raise FileError(f"{key!r} cannot be the name of a tensor: names are text, and __metadata__ is the header's own")
+    if not isinstance(tensor, Tensor):
+        raise FileError(f"{key} is a {type(tensor).__name__}, no tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise FileError(f"{key} is {tensor.layout}, and files hold dense tensors; give .to_dense()")
+    if tensor.device.type == "meta":
+        raise FileError(f"{key} is on the meta device and has no data; load or fill it first")
+    if tensor.dtype not in DTYPES.values():
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        raise FileError(f"{key} is of {tensor.dtype}, which safetensors files cannot hold; known are {known}")

@@ -1,0 +1,66 @@
+"""Pickled tensors, as far as they can be read without running what they say."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lycoris.errors import FileError
+
+ADVICE = "Save its tensors as safetensors"
+
+
+def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
+    """Tensors by name, at the top of the file or below "state_dict", which checkpoints of trainers have.
+
+    `size` is the file's, and no more may come out of it. Raises `FileError` for anything else.
+    """
+    try:
+        if zipped:
+            _check_zip(path, size)
+        # Mapped storages cannot grow, so a tensor that claims more than the file has is refused before it takes memory.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # the unpickler raises whatever the damage happens to be
+        raise FileError(f"{path} cannot be read safely: {error}. {ADVICE}") from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise FileError(f"{path} holds something other than tensors by name: a {type(found).__name__}. {ADVICE}")
+    memory: dict[int, int] = {}
+    for key, tensor in found.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise FileError(
+                f"{path} holds something other than tensors by name: under {str(key)[:60]!r} a "
+                f"{type(tensor).__name__}. {ADVICE}"
+            )
+        if (problem := _problem(tensor)) is not None:
+            raise FileError(f"{path} cannot be read safely: {key[:60]} {problem}. {ADVICE}")
+        storage = tensor.untyped_storage()
+        memory[storage.data_ptr()] = storage.nbytes()
+    if sum(memory.values()) > size:
+        raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {ADVICE}")
+    return {key: tensor.detach() for key, tensor in found.items()}
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """`torch.save` compresses nothing: what is compressed could unpack to any size, or be read as if it were not."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise FileError("it is a compressed archive, which torch.save never writes")
+    if (total := sum(part.file_size for part in parts)) > size:
+        raise FileError(f"it has {size} bytes and its parts {total}: it is damaged")
+
+
+def _problem(tensor: Any) -> str | None:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_quantized:
+        return f"is a {type(tensor).__name__} of {tensor.dtype}, no plain tensor"
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return f"is {tensor.layout} on {tensor.device}, no plain tensor"
+    if (there := tensor.untyped_storage().nbytes()) < tensor.nbytes:
+        return f"of shape {tuple(tensor.shape)} needs {tensor.nbytes} bytes and has {there}"
+    return None
