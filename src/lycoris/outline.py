@@ -147,6 +147,9 @@ def _each(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
 def _built(told: Outline) -> nn.Module:
     if "layer" in told:
         base, arguments = told["layer"]
+        if base == "Embedding":  # left to fill its weight, it makes torch import its compiler
+            weight = torch.empty(arguments["num_embeddings"], arguments["embedding_dim"])
+            arguments = {**arguments, "_weight": weight}
         made = getattr(nn, base)(**arguments)
         if told["class"] != base:
             made.__class__ = type(told["class"], (type(made),), {})
