@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from lycoris import recast
+from lycoris.additive import Ranked
 from lycoris.algorithm import Entry, Part
+from lycoris.algorithms import DoRA
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
 
@@ -39,6 +41,7 @@ def swapped(entry: Entry, where: str) -> Step:
 
 def join(parts: Sequence[Part], g: Geometry, where: str) -> Step:
     """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells."""
+    parts = [part._replace(entry=_folded(part.entry)) for part in parts]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
         own = kinds.pop().join(parts, g)
@@ -65,6 +68,18 @@ def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
     assert cut is not None, "LoRA and Full can be cut anywhere"
     found = Entry(cut[0], part, cut[1])
     return Step(found, _told([entry], found))
+
+
+def _folded(entry: Entry) -> Entry:
+    """Without a gate of its own, which parts of a layer could not share."""
+    algorithm, g, tensors = entry
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    if not isinstance(inner, Ranked) or not inner.gate:
+        return entry
+    free = replace(inner, gate=False)
+    return Entry(
+        replace(algorithm, over=free) if isinstance(algorithm, DoRA) else free, g, algorithm.stored(tensors, g)
+    )
 
 
 def _plain(entry: Entry, what: str, where: str) -> Entry:

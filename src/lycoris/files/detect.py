@@ -16,8 +16,9 @@ from lycoris.files.dialect import Dialect, Key, flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.family import Architecture, Family
-from lycoris.files.layout import MIDDLE, Layout
-from lycoris.files.storage import header
+from lycoris.files.headers import header
+from lycoris.files.layout import Layout
+from lycoris.files.skeleton import DIFFUSERS as MIDDLE
 from lycoris.report import some
 
 Confidence = Literal["certain", "likely", "unsure"]

@@ -50,7 +50,7 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
 
 
 def _magnitude(own: Group, g: Geometry, where: str) -> None:
-    """PEFT's name of DoRA's lengths: always one per output, in a shape that broadcasts over outputs for convolutions."""
+    """PEFT's name of DoRA's lengths: one per output, for convolutions in a shape that broadcasts over them."""
     if "lora_magnitude_vector" in own:
         lengths = own.pop("lora_magnitude_vector")
         own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))

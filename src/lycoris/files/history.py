@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -37,10 +38,10 @@ def as_trained(
         block = int(settings.get("block_size") or DYLORA_BLOCK)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
         return _scaled(stack, alpha * block), told
-    if parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts):
-        if _text(settings.get("split_qkv")) == "true":
-            told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
-            return _scaled(stack, alpha * parts), told
+    apart = parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts)
+    if apart and _text(settings.get("split_qkv")) == "true":
+        told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
+        return _scaled(stack, alpha * parts), told
     return stack, ""
 
 
@@ -57,7 +58,7 @@ def _block_diagonal(up: Tensor, parts: int) -> bool:
     columns = [used[:, at * rank : (at + 1) * rank].any(dim=1).nonzero().flatten() for at in range(parts)]
     if any(not len(rows) for rows in columns):
         return False
-    return all(int(a.max()) < int(b.min()) for a, b in zip(columns, columns[1:], strict=False))
+    return all(int(a.max()) < int(b.min()) for a, b in pairwise(columns))
 
 
 def _settings(header: Mapping[str, str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Examined(NamedTuple):
 
 
 def examine(path: Path) -> Examined:
-    """The kind of a file. Raises `FileError` if it is missing, no file, unreadable, empty, or known to be no tensors."""
+    """The kind of a file. Raises `FileError` if it is missing, unreadable, empty, or known to hold no tensors."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:

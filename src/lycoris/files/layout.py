@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from torch import nn
 
@@ -12,11 +11,12 @@ from lycoris.errors import FileError
 from lycoris.files.dialect import Style, flatten
 from lycoris.files.family import Architecture
 from lycoris.files.naming import Span
-from lycoris.files.skeleton import named, recognise, skeleton, translate
+from lycoris.files.skeleton import DIFFUSERS as MIDDLE
+from lycoris.files.skeleton import guess, named, skeleton, translate
 from lycoris.geometry import Geometry, sites
 
-MIDDLE = "diffusers"
-"""The naming through which all others are told."""
+LEAST = 0.45
+"""Score below which a model is of no known family: all names are a half."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layout:
     """None: no known one, whose layers have one name each."""
     naming: str = MIDDLE
     """Of the paths in `layers`."""
-    middle: Mapping[str, Geometry] = MappingProxyType({})
+    middle: Mapping[str, Geometry] = field(default_factory=dict)
     """The layers under diffusers' names."""
     _spans: dict[str, Mapping[str, Span]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -40,12 +40,24 @@ class Layout:
         """Of a model; one on the meta device serves."""
         layers = {path: geometry for path, _, _, geometry in sites(model)}
         owner = type(model).__name__
-        known = recognise(layers, owner)
+        known = _recognised(layers, owner)
         if known is None:
             return cls(owner, layers, middle=layers)
         architecture, naming = known
         middle = layers if naming == MIDDLE else translate(layers, architecture.namings[naming])
         return cls(owner, layers, architecture, naming, middle)
+
+    @classmethod
+    def around(cls, layers: Mapping[str, Geometry]) -> Layout:
+        """Of some layers of a model, such as those that have adapters; the rest is taken from a known model."""
+        found = guess(layers)
+        if not found or found[0].score < LEAST:
+            return cls("the model", layers, middle=layers)
+        best = found[0]
+        if best.outline is not None:
+            return cls.known(best.architecture, best.outline).renamed(best.naming)
+        middle = layers if best.naming == MIDDLE else translate(layers, best.architecture.namings[best.naming])
+        return cls("the model", layers, best.architecture, best.naming, middle)
 
     @classmethod
     def known(cls, architecture: Architecture, outline: str) -> Layout:
@@ -83,6 +95,11 @@ class Layout:
                 )
         return found
 
+    @property
+    def unet(self) -> bool:
+        """Whether pipelines of diffusers call this component unet."""
+        return self.architecture is not None and "UNet2DConditionModel" in self.architecture.classes
+
     def parts(self, naming: str, name: str) -> int:
         """How many layers of diffusers a name of a naming holds."""
         span = self.spans(naming).get(name)
@@ -102,3 +119,11 @@ class Layout:
             return parts[0]
         rows = sum(part.out_features for part in parts)
         return replace(parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts))
+
+
+def _recognised(layers: Mapping[str, Geometry], owner: str) -> tuple[Architecture, str] | None:
+    """The architecture and the naming of a model's layers; None for a model of no known family."""
+    found = guess(layers)
+    named = [each for each in found if owner in each.architecture.classes]
+    best = next(iter(named or found), None)
+    return None if best is None or best.score < LEAST else (best.architecture, best.naming)

@@ -49,10 +49,7 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str) -> Places:
         except FileError as error:
             found.refused[name] = str(error)
     for name, parts in waiting.items():
-        try:
-            found.entries[name] = _joined(parts, own[name], layout, found, name)
-        except FileError as error:
-            found.refused[name] = str(error)
+        _join(parts, own[name], layout, found, name)
     return found
 
 
@@ -77,8 +74,15 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
     return parts
 
 
-def _joined(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> Stack:
+def _join(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> None:
     """One stack from those of the layers that a module holds; what is missing gets nothing."""
+    try:
+        found.entries[name] = _joined(parts, span, layout, found, name)
+    except FileError as error:
+        found.refused[name] = str(error)
+
+
+def _joined(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> Stack:
     geometry = layout.layers[name]
     starts, start = {}, 0
     for part in span.parts:

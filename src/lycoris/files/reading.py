@@ -15,9 +15,9 @@ from lycoris.algorithms import read_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
+from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import component_of
 from lycoris.files.layout import Layout
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
@@ -66,12 +66,12 @@ def resolve(
     match = max((_matched(tensors, each, layout, component, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))
-    unused = {name: f"not a name of the format {match.dialect.name}" for name in match.strange}
+    unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
         if layer not in match.names:
             near = nearest(layer, match.names, limit=1)
             hint = f"; {near[0]} is like it" if near else ""
-            unused |= {name: f"{layout.owner} has no layer {layer}{hint}" for name in group.values()}
+            unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}{hint}")
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused
@@ -132,7 +132,7 @@ def _matched(
     keys = {name: dialect.split(name) for name in tensors}
     parted = {name: key for name, key in keys.items() if key is not None}
     by_component: dict[str, dict[str, Key]] = {}
-    whose = component_of(parted.values(), header, layout.architecture if not component else None)
+    whose = component_of(family_in(header) or family_of({component: layout.architecture}))
     for name, key in parted.items():
         by_component.setdefault(whose(key), {})[name] = key
     mine = by_component.pop(component, {})

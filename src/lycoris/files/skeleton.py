@@ -1,4 +1,4 @@
-"""The layers of known models without the models: under which names, of which shapes, and whose a set of layers may be."""
+"""The layers of known models without the models: their names and shapes, and whose a set of layers may be."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIDDLE = Table(())
 
 @lru_cache(maxsize=64)
 def skeleton(name: str) -> Skeleton:
-    """The layers of a well-known model, by their paths in diffusers. Raises `ConfigError` for a name that is unknown."""
+    """The layers of a well-known model, by their paths in diffusers. Raises `ConfigError` for an unknown name."""
     return MappingProxyType(dict(outline.places(outline.told(name))))
 
 

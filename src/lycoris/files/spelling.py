@@ -43,7 +43,7 @@ ODD = (
     "oft_R.weight",
     "bm.weight",
 )
-"""Tensors that are put into other words, or refused with a reason, before an algorithm sees them: `lycoris.files.forms`."""
+"""Tensors that `lycoris.files.forms` puts into other words, or refuses, before an algorithm sees them."""
 
 OWN = frozenset({ALPHA, *ODD, *(name for algorithm in ALGORITHMS.values() for name in algorithm.keys.values())})
 

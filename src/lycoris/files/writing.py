@@ -16,9 +16,11 @@ from lycoris.algorithms import ALPHA, Full, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
 from lycoris.files import history, placing
+from lycoris.files.components import family_of, prefix_of
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES, family_of
+from lycoris.files.families import FAMILIES
+from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.storage import save_tensors
 from lycoris.report import some
@@ -33,7 +35,7 @@ class Encoded(NamedTuple):
     """Layer → what its algorithm had to become."""
 
 
-def encode(
+def compose(
     bundle: Bundle | Mapping[str, Bundle],
     dialect: str = "lycoris",
     *,
@@ -59,7 +61,7 @@ def encode(
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = Encoded({}, {}, {}), dict[str, str]()
     layouts = {name: _layout(each, models.get(name)) for name, each in bundles.items()}
-    whose = family or family_of({name: layout.architecture for name, layout in layouts.items()})
+    whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     scales: dict[str, float] = {}
     for name, each in bundles.items():
         stacks = _named(each, kind, layouts[name], found.notes) if prefix is None else each.entries
@@ -88,12 +90,12 @@ def write(
     model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
     family: str | None = None,
 ) -> Encoded:
-    """Write an adapter file, whole or not at all; returns what it holds. See `encode`.
+    """Write an adapter file, whole or not at all; returns what it holds. See `compose`.
 
     `dtype` is that of the stored tensors (None: as they are); `alpha` stays float32, since half precision would round
     or overflow it. `metadata` goes into the header beside the bundle's own.
     """
-    encoded = encode(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
+    encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     tensors = encoded.tensors
     if dtype is not None:
         whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
@@ -105,6 +107,13 @@ def write(
     header = {**own, **encoded.header, **(metadata or {})}
     save_tensors(tensors, path, header)
     return Encoded(tensors, header, encoded.notes)
+
+
+def encode(
+    bundle: Bundle, dialect: str = "lycoris", *, component: str = "", prefix: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of `compose`."""
+    return compose(bundle, dialect, component=component, prefix=prefix).tensors
 
 
 def _layout(bundle: Bundle, model: nn.Module | Layout | None) -> Layout:
@@ -128,14 +137,10 @@ def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, st
     return places.entries
 
 
-def _prefix(dialect: Dialect, component: str, family: str | None, layout: Layout) -> str:
-    if family is not None:
-        own = dialect.prefix_in(FAMILIES[family], component)
-        if own is not None:
-            return own
-    begin = dialect.prefix(component)
+def _prefix(dialect: Dialect, component: str, family: Family | None, layout: Layout) -> str:
     if component == "" and layout.unet and "unet." in dialect.prefixes:
-        begin = "unet."
+        return "unet."
+    begin = prefix_of(dialect, family, component)
     if begin is None:
         known = ", ".join(sorted({name or "the denoiser" for name in dialect.prefixes.values()}))
         raise FileError(f"{dialect.name} files have no {component!r}, only {known}")

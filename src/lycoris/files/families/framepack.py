@@ -1,4 +1,4 @@
-"""FramePack. The original code has the names of diffusers; ComfyUI has those of HunyuanVideo, from which it descends."""
+"""FramePack. The original code has diffusers' names; ComfyUI has those of HunyuanVideo, from which it descends."""
 
 from __future__ import annotations
 
