@@ -22,9 +22,9 @@ class Bundle:
     """What became of every tensor of the file that it was read from."""
 
     @property
-    def remarks(self) -> list[str]:
+    def remarks(self) -> tuple[str, ...]:
         """What reading the file brought up that is no error, such as keys for a component that was not given."""
-        return self.report.notes()
+        return tuple(self.report.notes())
 
     def __str__(self) -> str:
         names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})

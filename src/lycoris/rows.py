@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lycoris import recast
-from lycoris.additive import Ranked
+from lycoris.additive import Additive, Ranked
 from lycoris.algorithm import Entry, Part
 from lycoris.algorithms import DoRA
 from lycoris.errors import FileError
@@ -73,13 +73,13 @@ def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
 def _folded(entry: Entry) -> Entry:
     """Without a gate of its own, which parts of a layer could not share."""
     algorithm, g, tensors = entry
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    if not isinstance(inner, Ranked) or not inner.gate:
+    if isinstance(algorithm, DoRA):
+        inner = _folded(Entry(algorithm.over, g, tensors))
+        assert isinstance(inner.algorithm, Additive)
+        return Entry(replace(algorithm, over=inner.algorithm), g, inner.tensors)
+    if not isinstance(algorithm, Ranked) or not algorithm.gate:
         return entry
-    free = replace(inner, gate=False)
-    return Entry(
-        replace(algorithm, over=free) if isinstance(algorithm, DoRA) else free, g, algorithm.stored(tensors, g)
-    )
+    return Entry(replace(algorithm, gate=False), g, algorithm.stored(tensors, g))
 
 
 def _plain(entry: Entry, what: str, where: str) -> Entry:

@@ -219,7 +219,7 @@ def test_a_tensor_of_unknown_name(suffix: str, good: Path, model: Model) -> None
 
 
 def test_a_tensor_that_has_no_place(good: Path, model: Model) -> None:
-    refused(changed(good, lycoris_head__diff_b=torch.ones(4)), model, "head", "diff_b")
+    refused(changed(good, lycoris_head__lora_mid__weight=torch.ones(2, 2, 1)), model, "head", "lora_mid")
 
 
 def test_several_bad_layers_are_listed_together(good: Path, model: Model) -> None:

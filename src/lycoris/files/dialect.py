@@ -78,7 +78,7 @@ def flatten(path: str) -> str:
 
 def _split_flat(name: str) -> tuple[str, str, str] | None:
     layer, dot, spelled = name.partition(".")
-    if not dot or not layer or layer.startswith("_"):
+    if not dot or layer.startswith("_"):
         return None
     return layer, canonical(spelled) or spelled, spelled
 

@@ -18,6 +18,8 @@ from lycoris.files import forms, history, placing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.families import FAMILIES
+from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
@@ -50,12 +52,14 @@ def resolve(
     component: str = "",
     prefix: str | None = None,
     strict: bool = True,
+    family: str | None = None,
 ) -> Bundle:
     """Tensors by file name, matched to a model's layers; `report` of the bundle says what became of each.
 
     The model is only asked for paths and shapes, so one on the meta device serves. `component` is which part of a
     pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components are reported. `dialect`
-    and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised.
+    and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised. `family`
+    tells how text encoders are counted; None: by the header, or by the model.
 
     Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
@@ -63,7 +67,8 @@ def resolve(
     header = metadata or {}
     layout = model if isinstance(model, Layout) else Layout.of(model)
     choices = _dialects(tensors, dialect, prefix)
-    match = max((_matched(tensors, each, layout, component, header) for each in choices), key=_Match.score)
+    whose = FAMILIES[family] if family else family_in(header) or family_of({component: layout.architecture})
+    match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
@@ -127,12 +132,17 @@ def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | Non
 
 
 def _matched(
-    tensors: Mapping[str, Tensor], dialect: Dialect, layout: Layout, component: str, header: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    dialect: Dialect,
+    layout: Layout,
+    component: str,
+    family: Family | None,
+    header: Mapping[str, str],
 ) -> _Match:
     keys = {name: dialect.split(name) for name in tensors}
     parted = {name: key for name, key in keys.items() if key is not None}
     by_component: dict[str, dict[str, Key]] = {}
-    whose = component_of(family_in(header) or family_of({component: layout.architecture}))
+    whose = component_of(family)
     for name, key in parted.items():
         by_component.setdefault(whose(key), {})[name] = key
     mine = by_component.pop(component, {})

@@ -7,7 +7,7 @@ PEFT = Dialect(
     name="peft",
     style="dotted",
     prefixes={"base_model.model.": ""},
-    spelling=FACTORS | {"dora_scale": "lora_magnitude_vector"},
+    spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
     algorithms=frozenset({"lora", "loha", "lokr", "ia3", "dylora", "dora"}),
 )
 

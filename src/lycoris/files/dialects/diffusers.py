@@ -1,11 +1,13 @@
 """diffusers' format for LoRA: its own dotted names behind the component; the scale is in the header."""
 
+from collections.abc import Mapping
+
 from lycoris.files.dialect import Dialect
 
-FACTORS = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
+FACTORS: Mapping[str, str] = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
 """PEFT calls the first factor that the input meets A."""
 
-COMPONENTS = {
+COMPONENTS: Mapping[str, str] = {
     "transformer.": "",
     "unet.": "",
     "transformer_2.": "transformer_2",
@@ -18,7 +20,7 @@ DIFFUSERS = Dialect(
     name="diffusers",
     style="dotted",
     prefixes=COMPONENTS,
-    spelling=FACTORS | {"dora_scale": "lora_magnitude_vector"},
+    spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
     scale="header",
     algorithms=frozenset({"lora", "dylora", "dora"}),
 )

@@ -3,16 +3,18 @@
 Layers are called as in the code that a model was published with: sgm's for SDXL, but diffusers' for SD 1 and 2.
 """
 
+from collections.abc import Mapping
+
 from lycoris.files.dialect import Dialect
 
-TEXT_ENCODERS = {
+TEXT_ENCODERS: Mapping[str, str] = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
     "lora_te_": "text_encoder",
 }
 
-UNETS = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
+UNETS: Mapping[str, str] = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
 
 KOHYA = Dialect(
     name="kohya",
