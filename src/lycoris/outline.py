@@ -5,8 +5,8 @@ models come with this package, so that planning for them needs no model library 
 
     {"class": name, "layer": [class of torch, arguments], "parameters": {name: shape}, "children": {name: outline}}
 
-Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18. The outermost may have
-"tied": {name: name} besides, for a parameter that is the same as an earlier one.
+Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18. The outermost may
+have "tied": {name: name} besides, for a parameter that is the same as an earlier one.
 """
 
 from __future__ import annotations
