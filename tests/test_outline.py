@@ -47,7 +47,7 @@ def test_a_tied_parameter_is_one() -> None:
     )
     model["head"].weight = model["tokens"].weight
     back = outline.build(json.loads(json.dumps(outline.outline(model))))
-    assert back["head"].weight is back["tokens"].weight
+    assert back.head.weight is back.tokens.weight
     assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in model.parameters())
 
 

@@ -87,13 +87,7 @@ class TestGuesses:
     def test_blocks_of_flux_are_also_some_of_hunyuan_video(self) -> None:
         layers = {path: g for path, g in skeleton("flux.1-dev").items() if "transformer_blocks" in path}
         assert [each[2] for each in tops(layers)] == ["flux.1-dev", "flux.1-schnell", "hunyuanvideo", "framepack-i2v"]
-        found = guess(layers)
-        assert (
-            found[0].share
-            == 1
-            > found[2].share
-            == pytest.approx((19 / 20 * 20 * 14 + 38 * 7) / (20 * 14 + 40 * 7), rel=0.1)
-        )
+        assert [each.share for each in guess(layers)[:4]] == [1, 1, 0.95, 0.95]
 
     def test_a_model_of_another_size_has_no_outline(self) -> None:
         layers = {f"model.layers.{n}.self_attn.{p}_proj": linear(8192, 8192) for n in range(80) for p in "qo"}
