@@ -41,12 +41,58 @@ def test_a_shared_module_is_told_once() -> None:
     assert sum(parameter.numel() for parameter in back.parameters()) == 9
 
 
-@pytest.mark.parametrize("name", ["sd-1.5", "sdxl", "sd3.5-medium", "flux.1-dev", "z-image", "wan2.1-t2v-1.3b"])
+def test_a_tied_parameter_is_one() -> None:
+    model = nn.ModuleDict(
+        {"tokens": nn.Embedding(5, 3), "between": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)}
+    )
+    model["head"].weight = model["tokens"].weight
+    back = outline.build(json.loads(json.dumps(outline.outline(model))))
+    assert back.head.weight is back.tokens.weight
+    assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", outline.names())
+def test_places_are_the_sites(name: str) -> None:
+    assert [*outline.places(outline.told(name))] == [(s.path, s.geometry) for s in sites(outline.known(name))]
+
+
+def of_the_library(config: dict) -> nn.Module:
+    if "_class_name" in config:
+        return getattr(pytest.importorskip("diffusers"), config["_class_name"]).from_config(config)
+    transformers = pytest.importorskip("transformers")
+    (name,) = config["architectures"]
+    if name.startswith("CLIP") and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers before 5 has another level in the class")
+    return getattr(transformers, name)(transformers.AutoConfig.for_model(**config).get_text_config())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd-1.5",
+        "sdxl",
+        "sd3.5-medium",
+        "flux.1-dev",
+        "z-image",
+        "wan2.1-t2v-1.3b",
+        "framepack-i2v",
+        "clip-l",
+        "clip-l-projection",
+        "clip-bigg",
+        "openclip-h",
+        "t5-xxl",
+        "llama-3.1-8b",
+        "llama-3.2-1b",
+        "qwen2.5-7b",
+        "qwen3-8b",
+        "mistral-7b-v0.3",
+        "gemma2-2b",
+    ],
+)
 def test_known_models_are_those_of_the_library(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
     config = json.loads((files("lycoris") / "models" / f"{name}.json").read_text())["config"]
     with torch.device("meta"):
-        model = getattr(diffusers, config["_class_name"]).from_config(config)
+        model = of_the_library(config)
     known = outline.known(name)
     assert {n: p.shape for n, p in known.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert {p: (type(m).__name__, describe(m)) for p, m in known.named_modules()} == {

@@ -1,4 +1,4 @@
-"""The layers of known models without the models: their names and shapes, and whose a set of layers may be."""
+"""The layers of known models without the models: their names, their shapes, and whose a set of layers may be."""
 
 from __future__ import annotations
 
@@ -80,12 +80,15 @@ class Guess(NamedTuple):
     """The known model; None for one whose layers have such names but other shapes or numbers."""
     score: float
     """1 when every name and shape is there, ½ when every name is but no shape."""
+    share: float
+    """How many of the known model's layers of such kinds are among them: 1 when the adapter leaves out no block."""
 
 
 def guess(layers: Skeleton) -> list[Guess]:
-    """Whose layers these may be, most likely first. Equal scores are a tie: the layers do not tell more.
+    """Whose layers these may be, most likely first; among equal scores, the one of which more is there.
 
-    `layers` may be all of a model or a few of it. A shape counts as a matrix: a layer (O, I, *K) is O rows of I·ΠK.
+    Equal scores are a tie, whatever the shares: a few layers of Flux.1 are also some of HunyuanVideo. `layers` may be
+    all of a model or a few of it. A shape counts as a matrix: a layer (O, I, *K) is O rows of I·ΠK.
     """
     kinds = Counter(map(_kind, layers))
     examples = {_kind(name): name for name in layers}
@@ -93,8 +96,8 @@ def guess(layers: Skeleton) -> list[Guess]:
     for architecture in ARCHITECTURES.values():
         known = frozenset[str]().union(*map(_kinds, architecture.outlines))
         for naming in namings(architecture).items():
-            there = (kind for kind, name in examples.items() if known.issuperset(map(_kind, _parts(name, naming[1]))))
-            if fit := sum(kinds[kind] for kind in there):
+            parts = {kind: _parts(name, naming[1]) for kind, name in examples.items()}
+            if fit := sum(kinds[kind] for kind in kinds if parts[kind] and known.issuperset(map(_kind, parts[kind]))):
                 fits.append((fit, architecture, *naming))
     least = max((fit for fit, *_ in fits), default=0) / 2
     found = [
@@ -103,7 +106,7 @@ def guess(layers: Skeleton) -> list[Guess]:
         if fit >= least
         for each in _guesses(layers, architecture, name, naming, fit / len(layers) / 2)
     ]
-    return sorted(found, key=lambda each: -each.score)
+    return sorted(found, key=lambda each: (-each.score, -each.share))
 
 
 def _guesses(layers: Skeleton, architecture: Architecture, name: str, naming: Naming, fit: float) -> Iterator[Guess]:
@@ -120,9 +123,13 @@ def _guesses(layers: Skeleton, architecture: Architecture, name: str, naming: Na
         if same:
             score = (len(held) + same) / len(layers) / 2
             best = max(best, score)
-            yield Guess(architecture, name, model, score)
+            taken = [part for each in held for part in parts[each]]
+            numbers = _numbers(model)
+            yield Guess(
+                architecture, name, model, score, len(taken) / sum(numbers[kind] for kind in set(map(_kind, taken)))
+            )
     if best < fit:
-        yield Guess(architecture, name, None, fit)
+        yield Guess(architecture, name, None, fit, 0.0)
 
 
 def _parts(name: str, naming: Naming) -> tuple[str, ...]:
@@ -143,6 +150,12 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def _kind(path: str) -> str:
     """A path with stars for its numbers."""
     return _NUMBER.sub("*", path)
+
+
+@lru_cache(maxsize=64)
+def _numbers(model: str) -> Mapping[str, int]:
+    """How many layers of each kind a known model has."""
+    return MappingProxyType(Counter(map(_kind, skeleton(model))))
 
 
 @lru_cache(maxsize=64)

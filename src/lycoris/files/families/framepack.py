@@ -1,4 +1,4 @@
-"""FramePack. The original code has diffusers' names; ComfyUI has those of HunyuanVideo, from which it descends."""
+"""FramePack, a descendant of HunyuanVideo: its code has the names of diffusers, ComfyUI those of HunyuanVideo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2. The A14B models of 2.2 are two of one kind: `transformer_2` takes over when little noise is left."""
+"""Wan 2.1 and 2.2. An A14B model of 2.2 is two networks: `transformer_2` takes over when little noise is left."""
 
 from __future__ import annotations
 

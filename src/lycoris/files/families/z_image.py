@@ -1,4 +1,4 @@
-"""Z-Image. The original code has the names of diffusers; ComfyUI has those of Lumina, from which it descends."""
+"""Z-Image: its code has the names of diffusers, ComfyUI those of Lumina's code, from which it descends."""
 
 from __future__ import annotations
 

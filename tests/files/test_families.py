@@ -1,0 +1,292 @@
+"""What is said of each family holds together: names, rows, classes, prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from lycoris import outline
+from lycoris.files.families import ARCHITECTURES, FAMILIES
+from lycoris.files.naming import Naming
+from lycoris.files.skeleton import Skeleton, named, namings, skeleton, translate
+
+KNOWN = [
+    (architecture.name, naming, model)
+    for architecture in ARCHITECTURES.values()
+    for naming in namings(architecture)
+    for model in architecture.outlines
+]
+COUNTS = {
+    "sd-1.5": (859_520_964, 184, 98),
+    "sd-2.1": (865_910_724, 216, 66),
+    "sdxl": (2_567_463_684, 743, 51),
+    "sd3-medium": (2_028_328_000, 340, 1),
+    "sd3.5-medium": (2_243_171_520, 392, 1),
+    "sd3.5-large": (8_056_627_520, 536, 1),
+    "flux.1-dev": (11_901_408_320, 504, 0),
+    "flux.1-schnell": (11_891_178_560, 502, 0),
+    "flux.2-dev": (32_223_281_152, 203, 0),
+    "flux.2-klein-4b": (3_875_544_576, 109, 0),
+    "flux.2-klein-9b": (9_078_581_248, 153, 0),
+    "qwen-image": (20_430_401_088, 846, 0),
+    "z-image": (6_154_908_736, 276, 0),
+    "wan2.1-t2v-1.3b": (1_418_996_800, 306, 1),
+    "wan2.1-t2v-14b": (14_288_491_584, 406, 1),
+    "wan2.1-i2v-14b": (16_394_878_784, 488, 1),
+    "wan2.2-i2v-a14b": (14_288_901_184, 406, 1),
+    "wan2.2-ti2v-5b": (4_999_787_712, 306, 1),
+    "hunyuanvideo": (12_821_012_544, 547, 1),
+    "hunyuanvideo-1.5": (8_326_608_160, 784, 1),
+    "framepack-i2v": (12_874_314_816, 549, 4),
+    "lumina2": (2_609_769_152, 244, 0),
+    "llama-3.1-8b": (8_030_261_248, 225, 0),
+    "llama-3.2-1b": (1_235_814_400, 113, 0),
+    "qwen2.5-7b": (7_615_616_512, 197, 0),
+    "qwen3-8b": (8_190_735_360, 253, 0),
+    "mistral-7b-v0.3": (7_248_023_552, 225, 0),
+    "gemma2-2b": (2_614_341_888, 183, 0),
+    "clip-l": (123_060_480, 72, 0),
+    "clip-l-projection": (123_650_304, 73, 0),
+    "openclip-h": (340_387_840, 138, 0),
+    "clip-bigg": (694_659_840, 193, 0),
+    "t5-xxl": (4_762_310_656, 168, 0),
+}
+"""Parameters, linear layers and convolutions of the published models."""
+
+
+def fused(layers: Skeleton, naming: Naming) -> dict:
+    """The same layers as a model in that naming has them."""
+    found = {}
+    for name, span in named(layers, naming).items():
+        parts = [layers[part] for part in span.parts]
+        rows = sum(part.out_features for part in parts)
+        found[name] = replace(parts[0], shape=(rows, *parts[0].shape[1:]))
+    return found
+
+
+def spelt(architecture: str, naming: str, model: str) -> dict:
+    return fused(skeleton(model), namings(ARCHITECTURES[architecture])[naming])
+
+
+class TestNamings:
+    @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
+    def test_every_layer_has_one_name_and_every_name_its_layers(self, architecture, naming, model) -> None:
+        layers, names = skeleton(model), namings(ARCHITECTURES[architecture])[naming]
+        held = named(layers, names)
+        assert Counter(part for span in held.values() for part in span.parts) == Counter(list(layers))
+        for path in layers:
+            name = names.home(path) or path
+            assert path in (names.span(name).parts if names.span(name) else (name,))
+        flat = [name.replace(".", "_") for name in held]
+        assert len(set(flat)) == len(flat)
+
+    @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
+    def test_there_and_back(self, architecture, naming, model) -> None:
+        names = namings(ARCHITECTURES[architecture])[naming]
+        assert translate(spelt(architecture, naming, model), names) == dict(skeleton(model))
+
+    @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
+    def test_the_rows_of_a_module_are_those_of_its_parts(self, architecture, naming, model) -> None:
+        names = namings(ARCHITECTURES[architecture])[naming]
+        for name, geometry in spelt(architecture, naming, model).items():
+            rows = geometry.out_features
+            assert sum(names.sizes(name, rows, geometry.fan_in)) == rows
+
+    @pytest.mark.parametrize(
+        ("architecture", "naming", "model", "inside", "count"),
+        [
+            ("flux1", "original", "flux.1-dev", r"(double|single)_blocks\.", 304),
+            ("sd3", "original", "sd3.5-medium", r"joint_blocks\.", 263),
+            ("lumina2", "original", "lumina2", r"(layers|\w+_refiner|final_layer)\.", 180),
+            ("sdxl-unet", "sgm", "sdxl", "", 794),
+            ("sd1.5-unet", "sgm", "sd-1.5", "", 282),
+        ],
+    )
+    def test_trainers_find_that_many_layers_in_the_original(self, architecture, naming, model, inside, count) -> None:
+        names = spelt(architecture, naming, model).items()
+        assert sum(bool(re.match(inside, n)) and g.kind in ("linear", "conv") for n, g in names) == count
+
+    @pytest.mark.parametrize(
+        ("model", "naming", "swapped"),
+        [
+            ("sd3-medium", "original", {"joint_blocks.23.context_block.adaLN_modulation.1"}),
+            ("sd3.5-large", "original", {"joint_blocks.37.context_block.adaLN_modulation.1"}),
+            ("flux.1-dev", "original", set()),
+            ("flux.2-klein-4b", "original", set()),
+            ("hunyuanvideo", "original", set()),
+            ("hunyuanvideo", "comfyui", set()),
+            ("hunyuanvideo-1.5", "original", set()),
+            ("hunyuanvideo-1.5", "comfyui", set()),
+            ("framepack-i2v", "comfyui", set()),
+        ],
+    )
+    def test_final_modulations_are_exchanged(self, model, naming, swapped) -> None:
+        architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
+        layers = skeleton(model)
+        held = named(layers, architecture.namings[naming])
+        found = {name for name, span in held.items() if span.swaps(layers[span.parts[0]])}
+        assert found == swapped | {"final_layer.adaLN_modulation.1"}
+
+    @pytest.mark.parametrize("model", ["lumina2", "qwen-image", "z-image", "wan2.1-i2v-14b", "sdxl"])
+    def test_others_are_not(self, model) -> None:
+        architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
+        for naming in namings(architecture).values():
+            assert not any(span.swapped for span in named(skeleton(model), naming).values())
+
+
+SPELLINGS = [
+    ("hunyuanvideo", "comfyui", "double_blocks.3.img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+    ("hunyuanvideo", "comfyui", "double_blocks.3.txt_mlp.2", ["ff_context.net.2"]),
+    ("hunyuanvideo", "comfyui", "double_blocks.3.img_mod.lin", ["norm1.linear"]),
+    ("hunyuanvideo", "comfyui", "single_blocks.3.modulation.lin", ["norm.linear"]),
+    ("hunyuanvideo", "comfyui", "single_blocks.3.norm.key_norm", ["attn.norm_k"]),
+    ("hunyuanvideo", "comfyui", "single_blocks.3.linear1", ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
+    ("hunyuanvideo", "comfyui", "time_in.out_layer", ["time_text_embed.timestep_embedder.linear_2"]),
+    (
+        "hunyuanvideo",
+        "comfyui",
+        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv",
+        ["attn.to_q", "attn.to_k", "attn.to_v"],
+    ),
+    (
+        "hunyuanvideo",
+        "comfyui",
+        "txt_in.c_embedder.in_layer",
+        ["context_embedder.time_text_embed.text_embedder.linear_1"],
+    ),
+    ("framepack", "comfyui", "single_blocks.3.linear2", ["proj_out"]),
+    ("hunyuanvideo-1.5", "original", "double_blocks.53.img_attn_k", ["attn.to_k"]),
+    ("hunyuanvideo-1.5", "original", "double_blocks.53.txt_attn_v", ["attn.add_v_proj"]),
+    ("hunyuanvideo-1.5", "original", "double_blocks.53.img_attn_q_norm", ["attn.norm_q"]),
+    ("hunyuanvideo-1.5", "original", "byt5_in.fc3", ["context_embedder_2.linear_3"]),
+    ("hunyuanvideo-1.5", "original", "vision_in.proj.3", ["image_embedder.linear_2"]),
+    ("hunyuanvideo-1.5", "original", "time_in.mlp.2", ["time_embed.timestep_embedder.linear_2"]),
+    (
+        "hunyuanvideo-1.5",
+        "comfyui",
+        "double_blocks.0.txt_attn.qkv",
+        ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    ),
+    ("hunyuanvideo-1.5", "comfyui", "vision_in.proj.1", ["image_embedder.linear_1"]),
+    ("hunyuanvideo-1.5", "comfyui", "time_in.in_layer", ["time_embed.timestep_embedder.linear_1"]),
+    ("clip", "text_model", "text_model.encoder.layers.7.mlp.fc1", ["encoder.layers.7.mlp.fc1"]),
+    ("language-model", "headless", "layers.7.mlp.up_proj", ["model.layers.7.mlp.up_proj"]),
+    ("sd1.5-unet", "sgm", "output_blocks.2.1.conv", ["up_blocks.0.upsamplers.0.conv"]),
+    ("sd1.5-unet", "sgm", "output_blocks.5.2.conv", ["up_blocks.1.upsamplers.0.conv"]),
+    ("sdxl-unet", "sgm", "output_blocks.2.2.conv", ["up_blocks.0.upsamplers.0.conv"]),
+    ("sdxl-unet", "sgm", "input_blocks.6.0.op", ["down_blocks.1.downsamplers.0.conv"]),
+    ("sdxl-unet", "sgm", "middle_block.2.out_layers.3", ["mid_block.resnets.1.conv2"]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "naming", "name", "parts"), SPELLINGS)
+def test_spellings(architecture: str, naming: str, name: str, parts: list[str]) -> None:
+    names = ARCHITECTURES[architecture].namings[naming]
+    found = names.span(name).parts
+    assert [path.endswith(part) for path, part in zip(found, parts, strict=True)] == [True] * len(parts)
+    assert {names.home(path) for path in found} == {name}
+
+
+def test_a_name_of_no_model_has_no_place_in_the_unet() -> None:
+    unet = ARCHITECTURES["sdxl-unet"].namings["sgm"]
+    for name in ("input_blocks.3.1.proj_in", "input_blocks.4.0.conv", "middle_block.3.norm", "down_blocks.0", ""):
+        assert unet.span(name) is None
+    for path in ("down_blocks.0.downsamplers.0.op", "mid_block.resnets.2.conv1", "input_blocks.0.0", ""):
+        assert unet.home(path) is None
+
+
+class TestOutlines:
+    @pytest.mark.parametrize("model", COUNTS)
+    def test_counts_are_the_published_ones(self, model: str) -> None:
+        kinds = Counter(geometry.kind for geometry in skeleton(model).values())
+        parameters = sum(each.numel() for each in outline.known(model).parameters())
+        assert (parameters, kinds["linear"], kinds["conv"]) == COUNTS[model]
+
+    def test_every_one_is_of_one_architecture(self) -> None:
+        assert Counter(model for each in ARCHITECTURES.values() for model in each.outlines) == Counter(outline.names())
+        assert set(COUNTS) == set(outline.names())
+
+
+class TestClasses:
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_are_those_of_the_outlines(self, name: str) -> None:
+        architecture = ARCHITECTURES[name]
+        for model in architecture.outlines:
+            told = outline.told(model)
+            assert told["class"] in architecture.classes
+            found = {type(module).__name__ for module in outline.known(model).modules()}
+            assert found & set(architecture.targets)
+
+    def test_exist_in_the_libraries(self) -> None:
+        diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+        there = {*dir(diffusers), *dir(transformers)}
+        assert {each.name for each in ARCHITECTURES.values() if each.classes[0] not in there} == set()
+        assert {name for each in FAMILIES.values() for name in each.pipelines} <= there
+
+    @pytest.mark.parametrize(
+        ("name", "naming", "trained", "left_out"),
+        [
+            ("wan", "original", "blocks.3.cross_attn.k_img", "head.head"),
+            ("wan", "original", "blocks.3.ffn.2", "time_projection.1"),
+            ("z-image", "diffusers", "layers.3.attention.to_out.0", "noise_refiner.0.attention.to_q"),
+            ("z-image", "diffusers", "layers.3.feed_forward.w1", "layers.3.adaLN_modulation.0"),
+            ("flux1", "original", "double_blocks.3.img_attn.qkv", "double_blocks.3.txt_mod.lin"),
+            ("flux1", "original", "single_blocks.3.linear1", "single_blocks.3.modulation.lin"),
+            ("flux2", "original", "single_blocks.3.linear2", "single_stream_modulation.lin"),
+            ("hunyuanvideo", "original", "double_blocks.3.txt_attn_proj", "single_blocks.3.modulation.linear"),
+            ("hunyuanvideo-1.5", "original", "double_blocks.3.img_attn_q", "txt_in.input_embedder"),
+            ("framepack", "diffusers", "transformer_blocks.3.ff.net.2", "transformer_blocks.3.norm1.linear"),
+        ],
+    )
+    def test_excludes(self, name: str, naming: str, trained: str, left_out: str) -> None:
+        architecture = ARCHITECTURES[name]
+        assert {trained, left_out} <= {each for model in architecture.outlines for each in spelt(name, naming, model)}
+        assert not any(re.match(pattern, trained) for pattern in architecture.excludes)
+        assert any(re.match(pattern, left_out) for pattern in architecture.excludes)
+
+
+class TestFamilies:
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_refer_to_what_exists(self, name: str) -> None:
+        family = FAMILIES[name]
+        assert family.name == name
+        assert "" in family.components
+        assert set(family.components.values()) <= set(ARCHITECTURES)
+        assert {*family.kohya.values(), *family.comfyui.values()} <= set(family.components)
+        assert all(each == each.lower() for each in family.versions)
+
+    @pytest.mark.parametrize(
+        ("version", "family"),
+        [
+            ("sd_v1", "sd1.5"),
+            ("stable-diffusion-v2-768-v/lora", "sd2"),
+            ("sdxl_base_v1-0", "sdxl"),
+            ("sdxl_1.0", "sdxl"),
+            ("stable-diffusion-3-5-large/lora", "sd3"),
+            ("flux-1-dev/lora", "flux1"),
+            ("flux1", "flux1"),
+            ("Flux.1-dev", "flux1"),
+            ("Flux.2-klein-4b", "flux2"),
+            ("flux_2_dev", "flux2"),
+            ("Qwen-Image-Edit-2511", "qwen-image"),
+            ("Z-Image", "z-image"),
+            ("wan2.1", "wan"),
+            ("hunyuan-video", "hunyuanvideo"),
+            ("hunyuan_video_1_5", "hunyuanvideo-1.5"),
+            ("hunyuan-video-1.5", "hunyuanvideo-1.5"),
+            ("framepack", "framepack"),
+            ("lumina-2/lora", "lumina2"),
+            ("hunyuan-image-2.1", None),
+            ("chroma", None),
+        ],
+    )
+    def test_the_longest_version_that_fits_tells_the_family(self, version: str, family: str | None) -> None:
+        fits = [(len(v), f.name) for f in FAMILIES.values() for v in f.versions if version.lower().startswith(v)]
+        assert (max(fits)[1] if fits else None) == family
+
+    def test_t5_of_flux_goes_by_two_prefixes(self) -> None:
+        kohya = FAMILIES["flux1"].kohya
+        assert [prefix for prefix, of in kohya.items() if of == "text_encoder_2"] == ["lora_te3", "lora_te2"]
