@@ -192,10 +192,10 @@ BOMBS = {
     "objects": b'{"a":[' + b"{}," * 600_000,
     "numbers": b'{"a":{"shape":[' + b"999," * 500_000,
     "digits": b'{"a":{"dtype":"F32","shape":[' + b"9" * 2_000_000 + b'],"data_offsets":[0,0]}}',
-    "metadata": b'{"__metadata__":{' + b",".join(b'"%d":"%d"' % (n, n) for n in range(40_000)) + b"}",
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%d":"%d"' % (n, n) for n in range(15_000)) + b"}",
     "one string": '{"__metadata__":{"k":"𝄞'.encode() + b"x" * 2_000_000 + b'"}',
     "key": b'{"' + b"x" * 2_000_000 + b'":{}}',
-    "entries": b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(20_000)),
+    "entries": b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(8_000)),
     "spaces": b"{" + b" " * 2_000_000,
 }
 
