@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -148,7 +149,9 @@ def run(
             if str(path) not in str(error) or len(str(error)) > 3000:
                 told["wrong"].append(f"{way.__name__} {n}: {str(error)[:300]!r} is no good message")
         except Exception as error:
-            told["wrong"].append(f"{way.__name__} {n}: {type(error).__name__}: {str(error)[:300]}")
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            told["wrong"].append(f"{way.__name__} {n}: {type(error).__name__} at {place}: {str(error)[:300]}")
         finally:
             signal.alarm(0)
         path.unlink()

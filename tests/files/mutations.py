@@ -269,7 +269,7 @@ def reshaped(r: random.Random, tensor: Tensor) -> Tensor:
         lambda: tensor[..., None, None],
         lambda: tensor.T if tensor.ndim == 2 else tensor[..., None],
         lambda: tensor.reshape(-1)[:0],
-        lambda: tensor.reshape(-1)[:1].reshape(()),
+        lambda: torch.zeros(()),
         lambda: tensor[:0] if tensor.ndim else tensor,
         lambda: torch.cat([tensor, tensor]) if tensor.ndim else tensor.repeat(3),
         lambda: torch.zeros([r.choice([0, 1, 2, 3, 7]) for _ in range(r.randrange(7))]),
