@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, dropped, in_dtype_of, one_mask
+from lycoris.algorithm import (
+    Affine,
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Params,
+    Part,
+    Slot,
+    dropped,
+    in_dtype_of,
+    one_mask,
+)
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import add_product
@@ -294,12 +307,36 @@ class Ranked(Algorithm):
             return None
         return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
 
+    @classmethod
+    def common_scale(cls, parts: Sequence[Part]) -> float | None:
+        """The scale of all parts, None where they differ."""
+        scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
+        return scales.pop() if len(scales) == 1 else None
+
     def _gate_slot(self) -> dict[str, Slot]:
         return {"gate": Slot((1,), "gate")} if self.gate else {}
 
     def _start_at_zero(self, p: Params, slot: str) -> None:
         """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
         torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
+
+
+def side_by_side(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, gains: Sequence[float] = ()) -> Tensor:
+    """Factors with a row for each row of their layer and a column for each rank, on the diagonal of the whole one.
+
+    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts.
+    """
+    tensors = [part.entry.tensors[slot] for part in parts]
+    ranks = [tensor.shape[1 - axis] for tensor in tensors]
+    shape = [g.out_features, sum(ranks)] if axis == 0 else [sum(ranks), g.out_features]
+    whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:])
+    at = 0
+    for i, (part, tensor, rank) in enumerate(zip(parts, tensors, ranks, strict=True)):
+        columns = slice(at, at + rank)
+        place = (part.rows, columns) if axis == 0 else (columns, part.rows)
+        whole[place] = tensor * gains[i] if gains else tensor
+        at += rank
+    return whole
 
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -179,6 +179,21 @@ class Algorithm(ABC):
         """The alpha that makes a plain reader, which divides it by the rank, arrive at our scale. None: no alpha."""
         return None
 
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        """What this does to some rows of the weight, by their indices, in that order; the layer then has only those.
+
+        None where no tensors of this algorithm can say that. Exact where it is something.
+        """
+        return None
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        """One adapter for a layer whose rows those of several others are, all of this class; other rows get nothing.
+
+        None where no tensors of this algorithm can say that. Exact where it is something.
+        """
+        return None
+
     def fit_keep(self, keep: Tensor) -> Tensor:
         """A mask (..., n) over as many ranks as this algorithm has. Only `rank_masked` ones have any."""
         return keep
@@ -247,6 +262,40 @@ class Algorithm(ABC):
             if name not in known:
                 raise ConfigError(unknown(f"option for {cls.name}", name, known))
         return cls(**options)
+
+
+class Entry(NamedTuple):
+    """One algorithm on one layer."""
+
+    algorithm: Algorithm
+    geometry: Geometry
+    tensors: dict[str, Tensor]
+    """By slot name."""
+
+
+class Part(NamedTuple):
+    """An adapter of some consecutive rows of a layer."""
+
+    start: int
+    entry: Entry
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.entry.geometry.out_features)
+
+
+def joined_rows(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0) -> Tensor:
+    """A slot with something for each row, over all rows of the joined layer: zero where there is no part."""
+    first = parts[0].entry.tensors[slot]
+    whole = first.new_zeros(*first.shape[:axis], g.out_features, *first.shape[axis + 1 :])
+    for part in parts:
+        whole.movedim(axis, 0)[part.rows] = part.entry.tensors[slot].movedim(axis, 0)
+    return whole
+
+
+def covers(parts: Sequence[Part], g: Geometry) -> bool:
+    """Whether every row of the joined layer has a part."""
+    return sum(part.entry.geometry.out_features for part in parts) == g.out_features
 
 
 def _check_type(what: str, annotation: str, value: Any) -> None:

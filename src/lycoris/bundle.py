@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from torch import Tensor
+from lycoris.algorithm import Entry
+from lycoris.report import Report
 
-from lycoris.algorithm import Algorithm
-from lycoris.geometry import Geometry
-
-
-class Entry(NamedTuple):
-    """One algorithm on one layer."""
-
-    algorithm: Algorithm
-    geometry: Geometry
-    tensors: dict[str, Tensor]
-    """By slot name."""
+__all__ = ["Bundle", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +18,13 @@ class Bundle:
     entries: dict[str, tuple[Entry, ...]]
     """Dotted module path → stack of algorithms, lowest first."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-    """What reading the file brought up that is no error, such as keys for a component that was not given."""
+    report: Report = field(default_factory=Report, compare=False)
+    """What became of every tensor of the file that it was read from."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What reading the file brought up that is no error, such as keys for a component that was not given."""
+        return self.report.notes()
 
     def __str__(self) -> str:
         names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})

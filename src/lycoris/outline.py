@@ -5,7 +5,8 @@ models come with this package, so that planning for them needs no model library 
 
     {"class": name, "layer": [class of torch, arguments], "parameters": {name: shape}, "children": {name: outline}}
 
-Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18.
+Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18. The outermost may
+have "tied": {name: name} besides, for a parameter that is the same as an earlier one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from lycoris.errors import ConfigError, unknown
+from lycoris.geometry import Geometry, sites
 
 Outline = Mapping[str, Any]
 
@@ -37,13 +39,18 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 
 def outline(model: nn.Module) -> dict[str, Any]:
     """The outline of a model. A module that appears twice is told once, under its first path."""
-    return _told(model, set())
+    tied = _tied(model)
+    return _told(model, set()) | ({"tied": tied} if tied else {})
 
 
 def build(told: Outline) -> nn.Module:
     """An empty model on torch's meta device: classes of the same names, layers and parameters of the same shapes."""
     with torch.device("meta"):
-        return _built(told)
+        made = _built(told)
+    for name, first in told.get("tied", {}).items():
+        path, _, own = name.rpartition(".")
+        made.get_submodule(path).register_parameter(own, made.get_parameter(first))
+    return made
 
 
 def names() -> list[str]:
@@ -53,13 +60,39 @@ def names() -> list[str]:
 
 def known(name: str) -> nn.Module:
     """An empty copy of a well-known model. Raises `ConfigError` for another name, with the nearest that exists."""
+    return build(told(name))
+
+
+def told(name: str) -> Outline:
+    """The outline of a well-known model. Raises as `known` does."""
     if name not in names():
         raise ConfigError(unknown("model", name, names()))
-    return build(json.loads((_folder() / f"{name}.json").read_text())["outline"])
+    return json.loads((_folder() / f"{name}.json").read_text())["outline"]
+
+
+def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
+    """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
+    own = {key: value for key, value in told.items() if key not in ("children", "tied")}
+    yield from ((site.path, site.geometry) for site in sites(build(own)))
+    for name, child in told.get("children", {}).items():
+        inner = [*places(child)]
+        for each, _ in _each({name: child}):
+            yield from ((f"{each}.{path}" if path else each, geometry) for path, geometry in inner)
 
 
 def _folder() -> Any:
     return files("lycoris") / "models"
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    tied = {}
+    for path, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            name = f"{path}.{own}" if path else own
+            if parameter is not None and first.setdefault(id(parameter), name) != name:
+                tied[name] = first[id(parameter)]
+    return tied
 
 
 def _told(module: nn.Module, seen: set[int]) -> dict[str, Any]:
@@ -114,6 +147,9 @@ def _each(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
 def _built(told: Outline) -> nn.Module:
     if "layer" in told:
         base, arguments = told["layer"]
+        if base == "Embedding":  # left to fill its weight, it makes torch import its compiler
+            weight = torch.empty(arguments["num_embeddings"], arguments["embedding_dim"])
+            arguments = {**arguments, "_weight": weight}
         made = getattr(nn, base)(**arguments)
         if told["class"] != base:
             made.__class__ = type(told["class"], (type(made),), {})

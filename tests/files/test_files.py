@@ -163,8 +163,8 @@ def test_an_empty_file(good: Path, model: Model) -> None:
 
 
 def test_keys_of_no_known_format(good: Path, model: Model) -> None:
-    save_file({"transformer.head.lora_A.weight": torch.zeros(2, 8)}, good.parent / "peft.safetensors")
-    refused(good.parent / "peft.safetensors", model, "transformer.head.lora_A.weight", "lycoris_")
+    save_file({"transformer.head.lora_A.wait": torch.zeros(2, 8)}, good.parent / "peft.safetensors")
+    refused(good.parent / "peft.safetensors", model, "transformer.head.lora_A.wait", "lycoris_")
 
 
 def test_keys_that_match_nothing(good: Path, model: Model) -> None:

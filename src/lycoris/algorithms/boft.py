@@ -72,6 +72,9 @@ class BOFT(OFT):
             return whole if whole.stride() == y.stride() else whole.contiguous()
         return y + (whole - y) * call.strength
 
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> None:
+        return None  # every row of the layer is mixed with every other
+
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         if g.groups > 1:
             return super().cost(g, tokens, alone=alone)

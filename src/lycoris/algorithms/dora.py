@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,7 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lycoris.additive import Additive
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, one_mask
+from lycoris.algorithm import (
+    Affine,
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Entry,
+    Params,
+    Part,
+    Slot,
+    covers,
+    joined_rows,
+    one_mask,
+)
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.channels import bend
@@ -59,7 +73,7 @@ class DoRA(Algorithm):
         return self.over.slots(g) | {"magnitude": Slot(shape, "length")}
 
     def initialise(self, p: Params, below: Base) -> None:
-        self.over.initialise({name: tensor for name, tensor in p.items() if name != "magnitude"}, below)
+        self.over.initialise(_without_length(p), below)
         p["magnitude"].copy_(self._norm(p, below.affine().weight, below.geometry).view_as(p["magnitude"]))
 
     @property
@@ -101,7 +115,7 @@ class DoRA(Algorithm):
         keep = None if call.keep is None else one_mask(call.keep)
         with torch.autocast(x.device.type, enabled=False):
             length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, keep)
-        own: Params = {name: tensor for name, tensor in p.items() if name != "magnitude"}
+        own: Params = _without_length(p)
         # Once, before anything else is done to the tensors: a mask may stop gradients.
         own, call = self.over.masked(own, g, call.keep), replace(call, keep=None)
         if self.axis == "in":
@@ -147,6 +161,27 @@ class DoRA(Algorithm):
     def _others(self, g: Geometry) -> list[int]:
         return [axis for axis in range(len(g.shape)) if axis != self._kept()]
 
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # The length of a column runs over all rows, and only the base weight tells what is whose.
+        own = None if self.axis == "in" else self.over.take(_without_length(p), g, rows)
+        if own is None or not isinstance(own[0], Additive):
+            return None
+        return replace(self, over=own[0]), own[1] | {"magnitude": p["magnitude"][rows]}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        inner = []
+        for part in parts:
+            own, entry = part.entry.algorithm, part.entry
+            assert isinstance(own, cls)
+            if own.axis == "in" or type(own.over) is not type(_over(parts[0])) or not covers(parts, g):
+                return None
+            inner.append(part._replace(entry=Entry(own.over, entry.geometry, _without_length(entry.tensors))))
+        joined = type(_over(parts[0])).join(inner, g)
+        if joined is None or not isinstance(joined[0], Additive):
+            return None
+        return cls(over=joined[0]), joined[1] | {"magnitude": joined_rows(parts, g, "magnitude")}
+
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         raise ConfigError("dora_scale alone says nothing: it belongs beside the tensors of another algorithm")
@@ -165,3 +200,13 @@ class DoRA(Algorithm):
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return self.over.stored_alpha(g)
+
+
+def _without_length(p: Params) -> dict[str, Tensor]:
+    """The tensors of the algorithm underneath."""
+    return {name: tensor for name, tensor in p.items() if name != "magnitude"}
+
+
+def _over(part: Part) -> Additive:
+    assert isinstance(part.entry.algorithm, DoRA)
+    return part.entry.algorithm.over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive
-from lycoris.algorithm import Affine, Base, Cost, Params, Slot
+from lycoris.algorithm import Affine, Algorithm, Base, Cost, Params, Part, Slot, joined_rows
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -55,6 +56,21 @@ class Full(Additive):
 
     def delta_bias(self, p: Params) -> Tensor | None:
         return p.get("diff_b")
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        return self, {name: t.index_select(self._axis(name, g), rows) for name, t in p.items()}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        slots = {name for part in parts for name in part.entry.tensors}
+        having = {name: [part for part in parts if name in part.entry.tensors] for name in sorted(slots)}
+        joined = {name: joined_rows(some, g, name, cls._axis(name, g)) for name, some in having.items()}
+        return cls(weight="diff" in slots, bias="diff_b" in slots), joined
+
+    @staticmethod
+    def _axis(slot: str, g: Geometry) -> int:
+        """Where the rows of a tensor are."""
+        return 1 if slot == "diff" and g.transposed else 0
 
     def work(self, g: Geometry) -> int | None:
         return None if self.weight else 0

@@ -10,7 +10,18 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Ranked, add_mixed, amplified, low_rank_work
-from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.algorithm import (
+    Affine,
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Params,
+    Slot,
+    dense_forward,
+    in_dtype_of,
+    uniform_like_linear,
+)
 from lycoris.geometry import Geometry
 
 
@@ -65,6 +76,10 @@ class GLoRA(Ranked):
         y = below(x + g.mix(h, own["a1"].flatten(1)).to(x.dtype))
         own = self.masked(in_dtype_of(y, p), g, call.keep)
         return add_mixed(y, g, amplified(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        # W·A takes the rows of W along.
+        return self, dict(p) | {"b1": p["b1"][rows]}
 
     def max_rank(self, g: Geometry) -> int:
         # A bends the same channels at every place of the kernel, and W takes each place elsewhere.

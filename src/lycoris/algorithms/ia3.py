@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, covers, joined_rows
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.channels import bend
@@ -59,6 +60,24 @@ class IA3(Algorithm):
         return Cost(
             "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
         )
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        return self, dict(p) if self.on_input else {"w": p["w"].index_select(self._axis(g), rows)}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        first = parts[0].entry
+        if any(part.entry.algorithm != first.algorithm for part in parts):
+            return None
+        if first.algorithm == cls(on_input=True):
+            same = all(torch.equal(part.entry.tensors["w"], first.tensors["w"]) for part in parts)
+            return (first.algorithm, dict(first.tensors)) if same and covers(parts, g) else None
+        return first.algorithm, {"w": joined_rows(parts, g, "w", cls._axis(g))}
+
+    @staticmethod
+    def _axis(g: Geometry) -> int:
+        """Where the channels of the factor are."""
+        return 1 if g.kernel else 0
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return dict(p) | {"on_input": torch.tensor(int(self.on_input))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Base, Params, Slot
+from lycoris.additive import Additive, Ranked, low_rank_work, side_by_side
+from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
 from lycoris.geometry import Geometry
 from lycoris.ops.khatri_rao import khatri_rao
 from lycoris.ops.lowrank import low_rank_gram
@@ -80,6 +81,22 @@ class LoHa(Ranked, Additive):
     def stretched(self, p: Params, length: Tensor) -> Params:
         length = length.to(p["w1_a"])
         return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        axis = 1 if "t1" in p else 0
+        return self, dict(p) | {name: p[name].index_select(axis, rows) for name in ("w1_a", "w2_a")}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # Where one part's factors are not zero both of another's are: the products across parts vanish.
+        if any("t1" in part.entry.tensors for part in parts):
+            return None
+        scale = cls.common_scale(parts)
+        gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
+        into = {name: torch.cat([part.entry.tensors[name] for part in parts]) for name in ("w1_b", "w2_b")}
+        rank = len(into["w1_b"])
+        out = {"w1_a": side_by_side(parts, g, "w1_a", gains=gains), "w2_a": side_by_side(parts, g, "w2_a")}
+        return cls(rank=rank, alpha=None if scale is None else scale * rank), out | into
 
     def work(self, g: Geometry) -> int | None:
         return None if self.tucker and not g.pointwise else low_rank_work(g, self.rank**2)

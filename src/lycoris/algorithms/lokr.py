@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked
-from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
+from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot, covers, uniform_like_linear
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import whole_blocks
 from lycoris.ops.factorization import factorize, nearest_divisor
 from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up
 from lycoris.ops.tucker import tucker
@@ -137,6 +139,42 @@ class LoKr(Ranked, Additive):
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         return Affine(kron(*self._factors(p, g)), None)
 
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        layout = self.layout_for(g)
+        blocks = whole_blocks(rows, g.out_features // layout.ol)
+        if blocks is None:
+            return None
+        w1 = "w1_a" if layout.w1_split else "w1"
+        return replace(self, layout=layout._replace(ol=len(blocks))), dict(p) | {w1: p[w1][blocks]}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # The second factor is the same for all rows of a layer, so it has to be so already.
+        first = parts[0].entry
+        second = [name for name in first.tensors if name not in ("w1", "w1_a", "w1_b")]
+        alike = all(
+            part.entry.tensors.keys() == first.tensors.keys()
+            and all(torch.equal(part.entry.tensors[name], first.tensors[name]) for name in second)
+            for part in parts
+        )
+        if not alike or "w1" not in first.tensors or not covers(parts, g) or cls.common_scale(parts) is None:
+            return None
+        w1 = torch.cat([part.entry.tensors["w1"] for part in parts])
+        assert isinstance(first.algorithm, cls)
+        layout = first.algorithm.layout_for(first.geometry)._replace(ol=len(w1))
+        return replace(first.algorithm, layout=layout), first.tensors | {"w1": w1}
+
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+        # (U·V) ⊗ (A·B) = (U ⊗ A)·(V ⊗ B), with the thinnest split of each factor.
+        w1, w2 = self._factors(p, g)
+        u, v = _thinnest(w1, (p["w1_a"], p["w1_b"]) if "w1_a" in p else None)
+        own = None
+        if "w2_a" in p:
+            a = p["w2_a"].T if "t2" in p else p["w2_a"]
+            own = (a, tucker(p["t2"], None, p["w2_b"]).flatten(1) if "t2" in p else p["w2_b"])
+        a, b = _thinnest(w2.flatten(1), own)
+        return kron(u, a), kron(v, b.reshape(-1, *w2.shape[1:]))
+
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
         return kron_gram(weight, *self._factors(p, g), axis)
 
@@ -209,6 +247,15 @@ class LoKr(Ranked, Additive):
         whole = not (w1_split or w2_split)
         layout = Layout(ol, im, w1_split, w2_split)
         return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
+
+
+def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """A matrix as two factors: as it is stored, unless it has fewer rows or columns than that has ranks."""
+    rows, columns = w.shape
+    if split is not None and split[0].shape[1] <= min(rows, columns):
+        return split
+    eye = torch.eye(min(rows, columns), dtype=w.dtype, device=w.device)
+    return (eye, w) if rows <= columns else (w, eye)
 
 
 def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:

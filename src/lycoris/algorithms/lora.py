@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work
-from lycoris.algorithm import Affine, Base, Params, Slot, uniform_like_linear
+from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work, side_by_side
+from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
@@ -53,6 +55,21 @@ class LoRA(Ranked, Additive):
 
     def stretched(self, p: Params, length: Tensor) -> Params:
         return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        return self, dict(p) | {"up": p["up"][rows]}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # The ranks of one part come after those of another, so that the first few alone mean nothing any more.
+        if any("mid" in part.entry.tensors for part in parts):
+            return None
+        scale = cls.common_scale(parts)
+        gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
+        down = torch.cat([part.entry.tensors["down"] for part in parts])
+        rank = len(down)
+        algorithm = LoRA(rank=rank, alpha=None if scale is None else scale * rank)
+        return algorithm, {"up": side_by_side(parts, g, "up", gains=gains), "down": down}
 
     def work(self, g: Geometry) -> int | None:
         if self.tucker and not g.pointwise and g.groups == 1:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, dense_forward
+from lycoris.algorithm import (
+    Affine,
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Params,
+    Part,
+    Slot,
+    covers,
+    dense_forward,
+    joined_rows,
+)
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import whole_blocks
 from lycoris.ops.factorization import nearest_divisor
-from lycoris.ops.rotation import cayley, scaled_turn, turn_blocks
+from lycoris.ops.rotation import cayley, limited, scaled_turn, turn_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +89,29 @@ class OFT(Algorithm):
             return turn_blocks(y, turn, g.channel_axis)
         bias = bias.to(y.dtype)
         return turn_blocks(y, turn, g.channel_axis, bias - turn_blocks(bias, turn))
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        blocks = whole_blocks(rows, self.block_size)
+        if blocks is None:
+            return None
+        # The limit is one for all blocks together: it has to be applied before they part.
+        free = limited(p["blocks"], self.constraint * g.out_features)
+        own = {"blocks": free[blocks]} | ({"rescale": p["rescale"][rows]} if "rescale" in p else {})
+        return replace(self, constraint=0.0), own
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        sizes = {part.entry.tensors["blocks"].shape[-1] for part in parts}
+        with_rescale = {"rescale" in part.entry.tensors for part in parts}
+        if cls is not OFT or len(sizes) > 1 or with_rescale == {True, False} or not covers(parts, g):
+            return None
+        algorithm, blocks = cls(block_size=sizes.pop(), rescale=with_rescale == {True}), []
+        for part in parts:
+            own = part.entry.algorithm
+            assert isinstance(own, cls)
+            blocks.append(limited(part.entry.tensors["blocks"], own.constraint * part.entry.geometry.out_features))
+        rescale = {"rescale": joined_rows(parts, g, "rescale")} if algorithm.rescale else {}
+        return algorithm, {"blocks": torch.cat(blocks)} | rescale
 
     def max_rank(self, g: Geometry) -> int:
         # A rotation of an odd number of rows leaves one direction where it is.

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Base, Params, Slot, one_mask
+from lycoris.algorithm import Affine, Algorithm, Base, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -114,6 +114,9 @@ class TLoRA(Ranked, Additive):
     def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
         out = torch.cat([p["p"].flatten(1) * p["lam"], p["p0"].flatten(1) * -p["lam0"]], dim=1)
         return out, torch.cat([p["q"], p["q0"]])
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        return self, dict(p) | {name: p[name][rows] for name in ("p", "p0") if name in p}
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         # Masks may differ from sample to sample: they meet the activations.

@@ -1,49 +1,91 @@
-"""What a dialect is."""
+"""What a dialect is: how a kind of file writes the path of a layer, the names of its tensors, and its scale."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from lycoris.files.spelling import SUFFIXES, canonical
+
+Style = Literal["flat", "dotted"]
+Scale = Literal["alpha", "in up", "in both", "header"]
 
 
 class Key(NamedTuple):
-    """A tensor name in three parts."""
+    """A tensor name in its parts."""
 
+    prefix: str
     component: str
-    """Which model of a pipeline it belongs to, as diffusers names it; "" where the format has only one."""
-    flat: str
-    """The layer's dotted path with every dot turned into an underscore."""
+    """Which model of a pipeline it belongs to, as diffusers names it, as far as the prefix tells; "" the denoiser."""
+    layer: str
+    """The layer's path as written: dotted, or with every dot turned into an underscore."""
     suffix: str
-    """The tensor's own name."""
+    """The tensor's own name, in LyCORIS' spelling."""
+    spelled: str
+    """The same as written."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A file format that writes `<prefix>_<path with underscores>.<tensor>`."""
+    """A kind of file."""
 
     name: str
+    style: Style
+    """Whether paths are dotted, or have underscores in place of dots."""
     prefixes: Mapping[str, str]
-    """Prefix → component, longest prefixes first where one begins another."""
-    default: str
-    """The prefix to write when a component has several or is not known."""
+    """Beginning of a name, with what separates it from the path → component. The first one that fits counts."""
+    naming: str = "diffusers"
+    """Whose names of layers are written, where a family has several; see `lycoris.files.family.Architecture`."""
+    namings: Mapping[str, str] = field(default_factory=dict)
+    """The same for single architectures."""
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    """Tensor names that are written otherwise than LyCORIS does."""
+    scale: Scale = "alpha"
+    """Where the scale of an adapter is: a tensor `alpha`, multiplied into a LoRA's up (or both its factors), or in the
+    file's header."""
+    algorithms: frozenset[str] | None = None
+    """The algorithms that such files can hold; None: all."""
+    marks: tuple[str, ...] = ()
+    """Header keys that files of this kind have and files that look like it do not."""
 
-    def split(self, key: str) -> Key | None:
+    def split(self, name: str) -> Key | None:
         """The parts of a tensor name, or None if it is not of this dialect."""
-        head, dot, suffix = key.partition(".")
         for prefix, component in self.prefixes.items():
-            if dot and (head == prefix + "_" or re.match(re.escape(prefix) + r"_(?!_)", head)):
-                return Key(component, head[len(prefix) + 1 :], suffix)
+            if name.startswith(prefix):
+                parts = _split_flat(name[len(prefix) :]) if self.style == "flat" else split_dotted(name[len(prefix) :])
+                if parts is not None:
+                    return Key(prefix, component, *parts)
         return None
 
-    def join(self, path: str, suffix: str, component: str = "", prefix: str | None = None) -> str:
-        """The name of a tensor of the layer at `path`."""
-        if prefix is None:
-            prefix = next((p for p, of in self.prefixes.items() if of == component), self.default)
-        return f"{prefix}_{flatten(path)}.{suffix}"
+    def join(self, layer: str, suffix: str, prefix: str) -> str:
+        """The name of a tensor of the layer called `layer`."""
+        return f"{prefix}{flatten(layer) if self.style == 'flat' else layer}.{self.spelling.get(suffix, suffix)}"
+
+    def prefix(self, component: str) -> str | None:
+        """What the names of a component's tensors begin with; None when such files do not hold it."""
+        return next((prefix for prefix, of in self.prefixes.items() if of == component), None)
+
+    def naming_for(self, architecture: str) -> str:
+        """Whose names of layers are written for an architecture."""
+        return self.namings.get(architecture, self.naming)
 
 
 def flatten(path: str) -> str:
     """A dotted path as underscore formats write it."""
     return path.replace(".", "_")
+
+
+def _split_flat(name: str) -> tuple[str, str, str] | None:
+    layer, dot, spelled = name.partition(".")
+    if not dot or not layer or layer.startswith("_"):
+        return None
+    return layer, canonical(spelled) or spelled, spelled
+
+
+def split_dotted(name: str) -> tuple[str, str, str] | None:
+    """Layer, suffix and suffix as spelled; None where no known tensor name ends it."""
+    for spelled, suffix in SUFFIXES:
+        if name.endswith(spelled) and len(name) > len(spelled) + 1 and name[-len(spelled) - 1] == ".":
+            return name[: -len(spelled) - 1], suffix, spelled
+    return None

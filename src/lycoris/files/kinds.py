@@ -25,7 +25,7 @@ class Examined(NamedTuple):
 
 
 def examine(path: Path) -> Examined:
-    """The kind of a file. Raises `FileError` if there is none, it is empty, cannot be opened, or holds no tensors."""
+    """The kind of a file. Raises `FileError` if it is missing, unreadable, empty, or known to hold no tensors."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def _known(head: bytes, *, pickles: bool) -> str:
 
 def _missing(path: Path, error: Exception) -> str:
     if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-        return f"{path} cannot be opened: {getattr(error, 'strerror', error)}"
+        return f"{path} cannot be opened: {error}"
     try:
         there = _inside(path.parent)
     except (OSError, ValueError):

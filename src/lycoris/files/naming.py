@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -75,9 +75,17 @@ class Rename:
         return (self.here,) if isinstance(self.here, str) else tuple(self.here)
 
 
+def inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]:
+    """Renames of what is in a module."""
+    return tuple(
+        replace(each, there=f"{there}.{each.there}", here=tuple(f"{here}.{part}" for part in each.parts))
+        for each in renames
+    )
+
+
 @dataclass(frozen=True)
 class Table:
-    """A naming as a list of renames; the first that matches counts. A rename of a module is one of what is in it too."""
+    """A naming as a list of renames; the first that matches counts. What is in a renamed module moves along."""
 
     renames: tuple[Rename, ...]
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lycoris.algorithm import Entry
 from lycoris.algorithms import read_tensors
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Bundle
 from lycoris.errors import FileError, nearest, unknown
-from lycoris.files.dialect import Dialect, Key, flatten
+from lycoris.files import forms, history, placing
+from lycoris.files.components import component_of, family_in, family_of
+from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.layout import Layout
 from lycoris.files.storage import load_tensors
-from lycoris.geometry import Geometry, sites
-
-SHOWN = 5
+from lycoris.geometry import Geometry
+from lycoris.report import SHOWN, Report, some
 
 
 def read(
@@ -27,123 +31,194 @@ def read(
     *,
     component: str = "",
     prefix: str | None = None,
+    strict: bool = True,
 ) -> Bundle:
     """Read an adapter file for a model. See `resolve`; the file's name is put before every error."""
     tensors, metadata = load_tensors(path)
     try:
-        return resolve(tensors, model, dialect, metadata=metadata, component=component, prefix=prefix)
+        return resolve(tensors, model, dialect, metadata=metadata, component=component, prefix=prefix, strict=strict)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
 
 
 def resolve(
     tensors: Mapping[str, Tensor],
-    model: nn.Module,
+    model: nn.Module | Layout,
     dialect: str | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
     component: str = "",
     prefix: str | None = None,
+    strict: bool = True,
 ) -> Bundle:
-    """Tensors by file name, matched to a model's layers.
+    """Tensors by file name, matched to a model's layers; `report` of the bundle says what became of each.
 
     The model is only asked for paths and shapes, so one on the meta device serves. `component` is which part of a
-    pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components become remarks.
+    pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components are reported. `dialect`
+    and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised.
 
-    Raises `FileError` when a tensor of this component belongs to no layer, when shapes differ, or when nothing
-    matches; nothing is loaded then.
+    Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
+    layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
     """
-    keys = _split(tensors, _dialect(tensors, dialect, prefix))
-    mine = {name: key for name, key in keys.items() if key.component == component}
-    others = sorted({key.component or "the denoiser" for key in keys.values() if key.component != component})
-    remarks = [f"{len(keys) - len(mine)} tensors are for {', '.join(others)} and were left out"] if others else []
-    paths = _paths(model)
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, key in mine.items():
-        groups[key.flat][key.suffix] = tensors[name]
-    lost = sorted(flat for flat in groups if flat not in paths)
-    if lost or not groups:
-        raise FileError(_lost(lost, groups, paths, model, others))
-    entries: dict[str, tuple[Entry, ...]] = {}
-    problems = []
-    for flat, group in groups.items():
-        where, geometry = paths[flat]
-        try:
-            entries[where] = (_entry(group, geometry, where),)
-        except FileError as error:
-            problems.append(str(error))
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = "\n  ".join(problems[:SHOWN])
-        raise FileError(f"{len(problems)} of {len(groups)} layers do not fit {type(model).__name__}:\n  {listed}{more}")
-    return Bundle(entries, dict(metadata or {}), tuple(remarks))
+    header = metadata or {}
+    layout = model if isinstance(model, Layout) else Layout.of(model)
+    choices = _dialects(tensors, dialect, prefix)
+    match = max((_matched(tensors, each, layout, component, header) for each in choices), key=_Match.score)
+    if not match.groups:
+        raise FileError(_nothing(match, tensors))
+    unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
+    for layer, group in match.groups.items():
+        if layer not in match.names:
+            near = nearest(layer, match.names, limit=1)
+            hint = f"; {near[0]} is like it" if near else ""
+            unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}{hint}")
+    found, mismatched = _entries(tensors, match, layout, header)
+    places = placing.place(found.stacks, layout, match.naming)
+    mismatched |= places.refused
+    report = Report(
+        dialect=match.dialect.name,
+        applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
+        unused=unused,
+        mismatched=mismatched,
+        elsewhere=match.elsewhere,
+        changed=found.notes | places.notes,
+        cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
+    )
+    if not places.entries or (strict and not report.clean):
+        raise FileError(_problem(report, match, layout))
+    return Bundle(places.entries, dict(header), report)
 
 
-def _entry(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> Entry:
-    for suffix, tensor in group.items():
-        if not torch.isfinite(tensor).all():
-            raise FileError(f"{where}.{suffix} holds NaN or infinity")
-    algorithm, tensors = read_tensors(group, geometry, where)
-    return Entry(algorithm, geometry, tensors)
+@dataclass
+class _Match:
+    """A file read as one dialect and, of its family's namings, the one that fits best."""
+
+    dialect: Dialect
+    naming: str
+    groups: dict[str, dict[str, str]]
+    """Layer as written → suffix → tensor name."""
+    names: Mapping[str, str]
+    """Layer as written → dotted, for the layers that the model has."""
+    strange: list[str]
+    elsewhere: dict[str, int]
+    marked: bool
+
+    def score(self) -> tuple[int, int, bool]:
+        """How well it explains the file."""
+        fitting = sum(len(group) for layer, group in self.groups.items() if layer in self.names)
+        return fitting, -len(self.strange), self.marked
+
+    def used(self) -> list[str]:
+        return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
 
 
-def _dialect(tensors: Mapping[str, Tensor], name: str | None, prefix: str | None) -> Dialect:
+def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | None) -> list[Dialect]:
     if prefix is not None:
-        return Dialect(name=prefix, prefixes={prefix: ""}, default=prefix)
+        return [Dialect(name=prefix, style="flat", prefixes={f"{prefix}_": ""})]
     if name is not None:
         if name not in DIALECTS:
             raise FileError(unknown("dialect", name, DIALECTS))
-        return DIALECTS[name]
-    for dialect in DIALECTS.values():
-        if any(dialect.split(key) for key in tensors):
-            return dialect
-    known = "; ".join(f"{d.name}: {', '.join(p + '_...' for p in d.prefixes)}" for d in DIALECTS.values())
-    raise FileError(f"its {len(tensors)} keys are of no known format: {_some(tensors)}. Known are {known}")
+        return [DIALECTS[name]]
+    fitting = [dialect for dialect in DIALECTS.values() if any(dialect.split(key) for key in tensors)]
+    if fitting:
+        return fitting
+    known = "; ".join(f"{d.name}: {next(iter(d.prefixes)) or 'no prefix'}..." for d in DIALECTS.values())
+    raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")
 
 
-def _split(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Key]:
+def _matched(
+    tensors: Mapping[str, Tensor], dialect: Dialect, layout: Layout, component: str, header: Mapping[str, str]
+) -> _Match:
     keys = {name: dialect.split(name) for name in tensors}
+    parted = {name: key for name, key in keys.items() if key is not None}
+    by_component: dict[str, dict[str, Key]] = {}
+    whose = component_of(family_in(header) or family_of({component: layout.architecture}))
+    for name, key in parted.items():
+        by_component.setdefault(whose(key), {})[name] = key
+    mine = by_component.pop(component, {})
+    groups: dict[str, dict[str, str]] = {}
+    for name, key in mine.items():
+        first = groups.setdefault(key.layer, {}).setdefault(key.suffix, name)
+        if first != name:
+            raise FileError(f"{first} and {name} are the same tensor under two names; take one of them out")
+    tables = {naming: layout.written(naming, dialect.style) for naming in layout.namings}
+    naming = max(tables, key=lambda each: sum(layer in tables[each] for layer in groups))
     strange = [name for name, key in keys.items() if key is None]
-    if strange:
-        raise FileError(
-            f"{len(strange)} of its {len(tensors)} keys are not of the format {dialect.name}: {_some(strange)}"
+    elsewhere = {name: len(those) for name, those in by_component.items()}
+    marked = any(mark in header for mark in dialect.marks)
+    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, marked)
+
+
+@dataclass
+class _Found:
+    stacks: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
+    """By dotted name, in the naming of the file."""
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def _entries(
+    tensors: Mapping[str, Tensor], match: _Match, layout: Layout, header: Mapping[str, str]
+) -> tuple[_Found, dict[str, str]]:
+    """The stacks of a file by layer, and why others are none."""
+    found, mismatched = _Found(), {}
+    spans = layout.spans(match.naming) if match.naming != layout.naming else {}
+    for layer, group in match.groups.items():
+        if layer not in match.names:
+            continue
+        name = match.names[layer]
+        geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
+        try:
+            stack = _stack({suffix: tensors[key] for suffix, key in group.items()}, geometry, name)
+            stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
+        except FileError as error:
+            mismatched[name] = str(error)
+            continue
+        found.stacks[name] = stack
+        if note:
+            found.notes[name] = note
+    return found, mismatched
+
+
+def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
+    for suffix, tensor in group.items():
+        if not torch.isfinite(tensor).all():
+            raise FileError(f"{where}.{suffix} holds NaN or infinity")
+    stack = []
+    for part in forms.modern(group, geometry, where):
+        algorithm, own = read_tensors(part, geometry, where)
+        stack.append(Entry(algorithm, geometry, own))
+    return tuple(stack)
+
+
+def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:
+    others = sorted(name or "the denoiser" for name in match.elsewhere)
+    if not others:
+        return f"its {len(tensors)} keys are not of the format {match.dialect.name}: {some(tensors)}"
+    return f"it has nothing for this component, only tensors for {', '.join(others)}; pass it as component="
+
+
+def _problem(report: Report, match: _Match, layout: Layout) -> str:
+    """What was left over, grouped."""
+    lines = []
+    if report.mismatched:
+        listed = [f"  {why}" for why in list(report.mismatched.values())[:SHOWN]]
+        more = [f"  and {len(report.mismatched) - SHOWN} more"] if len(report.mismatched) > SHOWN else []
+        head = f"{len(report.mismatched)} of {len(match.groups)} layers do not fit {layout.owner}:"
+        lines.append("\n".join([head, *listed, *more]))
+    lost = sorted(layer for layer in match.groups if layer not in match.names)
+    if lost:
+        hint = next((f"; {one} is like {near[0]}" for one in lost if (near := nearest(one, match.names, 1))), "")
+        none = len(lost) == len(match.groups)
+        what = "none of its" if none else f"{len(lost)} of its"
+        lines.append(
+            f"{what} {len(match.groups)} layers {'is' if none else 'are not'} a layer of {layout.owner}: "
+            f"{some(lost)}{hint}. {layout.owner} has {len(match.names)} such layers: {some(sorted(match.names))}. "
+            "Is this the model the file was made for?"
         )
-    return {name: key for name, key in keys.items() if key is not None}
-
-
-def _paths(model: nn.Module) -> dict[str, tuple[str, Geometry]]:
-    """Flat name → path and geometry of each layer that adapters can serve."""
-    found: dict[str, tuple[str, Geometry]] = {}
-    for path, _, _, geometry in sites(model):
-        flat = flatten(path)
-        if flat in found:
-            raise FileError(
-                f"{found[flat][0]} and {path} of {type(model).__name__} have the same name with underscores; "
-                "this format cannot tell which of them is meant"
-            )
-        found[flat] = (path, geometry)
-    return found
-
-
-def _lost(
-    lost: list[str],
-    groups: Mapping[str, object],
-    paths: Mapping[str, object],
-    model: nn.Module,
-    others: list[str],
-) -> str:
-    name = type(model).__name__
-    if not groups:
-        return f"it has nothing for this component, only tensors for {', '.join(others)}; pass it as component="
-    hint = next((f"; {flat} is like {near[0]}" for flat in lost if (near := nearest(flat, paths, limit=1))), "")
-    matched = len(groups) - len(lost)
-    what = "none of its" if not matched else f"{len(lost)} of its"
-    return (
-        f"{what} {len(groups)} layers {'is' if not matched else 'are not'} a layer of {name}: {_some(lost)}{hint}. "
-        f"{name} has {len(paths)} such layers: {_some(sorted(paths))}. Is this the model the file was made for?"
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)})" if len(names) > SHOWN else "")
+    if match.strange:
+        count = sum(map(len, match.groups.values())) + len(match.strange) + sum(match.elsewhere.values())
+        lines.append(
+            f"{len(match.strange)} of its {count} keys are not of the format {match.dialect.name}: "
+            f"{some(match.strange)}"
+        )
+    return "\n".join(lines)

@@ -2,49 +2,84 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lycoris.algorithms import write_tensors
+from lycoris.algorithm import Entry
+from lycoris.algorithms import ALPHA, Full, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
+from lycoris.files import history, placing
+from lycoris.files.components import family_of, prefix_of
+from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.families import FAMILIES
+from lycoris.files.family import Family
+from lycoris.files.layout import Layout
 from lycoris.files.storage import save_tensors
+from lycoris.report import some
 
 
-def encode(
-    bundle: Bundle, dialect: str = "lycoris", *, component: str = "", prefix: str | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a bundle as a dialect names them. Raises `FileError` when two layers get one name or a
-    layer has several algorithms.
+class Encoded(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    notes: dict[str, str]
+    """Layer → what its algorithm had to become."""
+
+
+def compose(
+    bundle: Bundle | Mapping[str, Bundle],
+    dialect: str = "lycoris",
+    *,
+    component: str = "",
+    prefix: str | None = None,
+    model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
+    family: str | None = None,
+) -> Encoded:
+    """The tensors of a bundle, or of one for each component of a pipeline, as a dialect names them.
+
+    `prefix` stands in for the dialect's own, and then layers are called as in the bundle. Else they are called as the
+    dialect does for the family of models: `model` is what the bundle is for, None: recognised by its layers; `family`
+    matters where components are counted differently ("flux.1": its second text encoder is the third of kohya's).
+
+    Raises `FileError` when two tensors get one name, when a layer has algorithms that a file cannot hold together, or
+    when the dialect or a fused layer cannot hold an algorithm.
     """
     if dialect not in DIALECTS:
         raise FileError(unknown("dialect", dialect, DIALECTS))
-    tensors: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    for path, stack in bundle.entries.items():
-        if len(stack) > 1:
-            names = " and ".join(entry.algorithm.name for entry in stack)
-            raise FileError(
-                f"{path} has {names}, and {dialect} files hold one algorithm per layer; put each on a set of its own, "
-                "and write those one by one"
-            )
-        for entry in stack:
-            for suffix, tensor in write_tensors(entry.algorithm, entry.tensors, entry.geometry).items():
-                key = DIALECTS[dialect].join(path, suffix, component, prefix)
-                if key in tensors:
-                    raise FileError(
-                        f"{owner[key]} and {path} would both be written as {key}; this format cannot hold both"
-                    )
-                tensors[key], owner[key] = tensor, path
-    return tensors
+    if family is not None and family not in FAMILIES:
+        raise FileError(unknown("family", family, FAMILIES))
+    kind, bundles = DIALECTS[dialect], bundle if isinstance(bundle, Mapping) else {component: bundle}
+    models = model if isinstance(model, Mapping) else {component: model}
+    found, owner = Encoded({}, {}, {}), dict[str, str]()
+    layouts = {name: _layout(each, models.get(name)) for name, each in bundles.items()}
+    whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
+    scales: dict[str, float] = {}
+    for name, each in bundles.items():
+        stacks = _named(each, kind, layouts[name], found.notes) if prefix is None else each.entries
+        begin = f"{prefix}_" if prefix is not None else _prefix(kind, name, whose, layouts[name])
+        for layer, stack in stacks.items():
+            for suffix, tensor in _layer(stack, layer, kind).items():
+                key = kind.join(layer, suffix, begin)
+                first = owner.setdefault(key, layer)
+                if key in found.tensors:
+                    raise FileError(f"{first} and {layer} would both be written as {key}; this format cannot hold both")
+                found.tensors[key] = tensor
+            scales[kind.join(layer, "", begin).rstrip(".")] = stack[0].algorithm.scale(stack[0].geometry)
+    found.header[history.SCALES] = _told(scales)
+    return found
 
 
 def write(
-    bundle: Bundle,
+    bundle: Bundle | Mapping[str, Bundle],
     path: str | os.PathLike[str],
     dialect: str = "lycoris",
     *,
@@ -52,17 +87,108 @@ def write(
     metadata: Mapping[str, str] | None = None,
     component: str = "",
     prefix: str | None = None,
-) -> None:
-    """Write an adapter file, whole or not at all.
+    model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
+    family: str | None = None,
+) -> Encoded:
+    """Write an adapter file, whole or not at all; returns what it holds. See `compose`.
 
     `dtype` is that of the stored tensors (None: as they are); `alpha` stays float32, since half precision would round
     or overflow it. `metadata` goes into the header beside the bundle's own.
     """
-    tensors = encode(bundle, dialect, component=component, prefix=prefix)
+    encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
+    tensors = encoded.tensors
     if dtype is not None:
         whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
         tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
     bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
-    save_tensors(tensors, path, {**bundle.metadata, **(metadata or {})})
+    own = {} if isinstance(bundle, Mapping) else bundle.metadata
+    header = {**own, **encoded.header, **(metadata or {})}
+    save_tensors(tensors, path, header)
+    return Encoded(tensors, header, encoded.notes)
+
+
+def encode(
+    bundle: Bundle, dialect: str = "lycoris", *, component: str = "", prefix: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of `compose`."""
+    return compose(bundle, dialect, component=component, prefix=prefix).tensors
+
+
+def _layout(bundle: Bundle, model: nn.Module | Layout | None) -> Layout:
+    if isinstance(model, Layout):
+        return model
+    if model is not None:
+        return Layout.of(model)
+    return Layout.around({path: stack[0].geometry for path, stack in bundle.entries.items()})
+
+
+def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, str]) -> Mapping[str, placing.Stack]:
+    """The stacks under the names that a dialect uses for them."""
+    if layout.architecture is None:
+        return bundle.entries
+    naming = dialect.naming_for(layout.architecture.name)
+    to = layout.renamed(naming if naming in layout.namings else "diffusers")
+    places = placing.place(bundle.entries, to, layout.naming)
+    if places.refused:
+        raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
+    notes |= places.notes
+    return places.entries
+
+
+def _prefix(dialect: Dialect, component: str, family: Family | None, layout: Layout) -> str:
+    if component == "" and layout.unet and "unet." in dialect.prefixes:
+        return "unet."
+    begin = prefix_of(dialect, family, component)
+    if begin is None:
+        known = ", ".join(sorted({name or "the denoiser" for name in dialect.prefixes.values()}))
+        raise FileError(f"{dialect.name} files have no {component!r}, only {known}")
+    return begin
+
+
+def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, Tensor]:
+    """A layer's tensors by suffix."""
+    first, *others = stack
+    beside = all(isinstance(entry.algorithm, Full) and not entry.algorithm.weight for entry in others)
+    if len(others) > 1 or not beside:
+        names = " and ".join(entry.algorithm.name for entry in stack)
+        raise FileError(
+            f"{layer} has {names}, and {dialect.name} files hold one algorithm per layer; put each on a set of its "
+            "own, and write those one by one"
+        )
+    if dialect.algorithms is not None and first.algorithm.name not in dialect.algorithms:
+        raise FileError(
+            f"{layer} has {first.algorithm.name}, and {dialect.name} files hold only "
+            f"{', '.join(sorted(dialect.algorithms))}; `lycoris convert --portable` turns it into one of them"
+        )
+    tensors: dict[str, Tensor] = {}
+    for entry in stack:
+        own = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
+        both = tensors.keys() & own.keys()
+        if both:
+            raise FileError(f"{layer}: two of its algorithms would be written as {', '.join(sorted(both))}")
+        tensors |= own
+    return _scaled(tensors, first, dialect)
+
+
+def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
+    """Tensors with the scale where a dialect has it."""
+    up, down = "lora_up.weight", "lora_down.weight"
+    if up not in tensors or dialect.scale in ("alpha", "header"):
+        return tensors
+    scale = entry.algorithm.scale(entry.geometry)
+    rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
+    if dialect.scale == "in up":
+        return rest | {up: rest[up] * scale}
+    even = math.sqrt(abs(scale))
+    return rest | {up: rest[up] * math.copysign(even, scale), down: rest[down] * even}
+
+
+def _told(scales: Mapping[str, float]) -> str:
+    """The scale of every layer as JSON: one for all that have it most often, the others by name."""
+    counts: dict[float, int] = {}
+    for scale in scales.values():
+        counts[scale] = counts.get(scale, 0) + 1
+    usual = max(counts, key=lambda each: counts[each], default=1.0)
+    return json.dumps({"*": usual} | {layer: scale for layer, scale in scales.items() if scale != usual})

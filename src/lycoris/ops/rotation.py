@@ -29,11 +29,17 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     R - I = 2Q(I - Q)⁻¹: exactly zero for Q = 0, and a small rotation keeps its digits. Shapes: (..., s, s) → the same.
     Half precision is computed in float32.
     """
-    q = blocks - blocks.mT
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
-    if bound > 0:
-        q = q * (bound / (torch.linalg.vector_norm(q) + 1e-8)).clamp_max(1.0)
+    q = limited(blocks.to(torch.promote_types(blocks.dtype, torch.float32)), bound)
+    q = q - q.mT
     return _turn(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
+
+
+def limited(blocks: Tensor, bound: float) -> Tensor:
+    """B scaled down so that Q = B - Bᵀ of all blocks together is within a Frobenius norm; 0: as it is."""
+    if bound <= 0:
+        return blocks
+    norm = torch.linalg.vector_norm(blocks - blocks.mT)
+    return blocks * (bound / (norm + 1e-8)).clamp_max(1.0)
 
 
 def _turn(q: Tensor) -> Tensor:

@@ -1,15 +1,35 @@
-"""kohya's format, read by WebUI and ComfyUI: `lora_unet_` for any denoiser, `lora_te*_` for text encoders."""
+"""kohya's format, read by WebUI, Forge and ComfyUI: `lora_unet_` for any denoiser, `lora_te*_` for text encoders.
+
+Layers are called as in the code that a model was published with: sgm's for SDXL, but diffusers' for SD 1 and 2.
+"""
 
 from lycoris.files.dialect import Dialect
 
+TEXT_ENCODERS = {
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_te_": "text_encoder",
+}
+
+UNETS = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
+
 KOHYA = Dialect(
     name="kohya",
+    style="flat",
+    # VideoX-Fun writes two underscores.
     prefixes={
-        "lora_unet": "",
-        "lora_te1": "text_encoder",
-        "lora_te2": "text_encoder_2",
-        "lora_te3": "text_encoder_3",
-        "lora_te": "text_encoder",
+        "lora_unet_": "",
+        "lora_unet__": "",
+        "oft_unet_": "",
+        **TEXT_ENCODERS,
+        "oft_te1_": "text_encoder",
+        "oft_te2_": "text_encoder_2",
+        "oft_te_": "text_encoder",
     },
-    default="lora_unet",
+    naming="original",
+    namings={**UNETS, "clip": "text_model"},
 )
+
+KOHYA_DIFFUSERS = Dialect(name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings={"clip": "text_model"})
+"""The same with diffusers' names, as programs that train diffusers' classes write it."""

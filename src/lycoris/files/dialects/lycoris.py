@@ -2,4 +2,4 @@
 
 from lycoris.files.dialect import Dialect
 
-LYCORIS = Dialect(name="lycoris", prefixes={"lycoris": ""}, default="lycoris")
+LYCORIS = Dialect(name="lycoris", style="flat", prefixes={"lycoris_": ""})

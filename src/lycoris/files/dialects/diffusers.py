@@ -1,0 +1,24 @@
+"""diffusers' format for LoRA: its own dotted names behind the component; the scale is in the header."""
+
+from lycoris.files.dialect import Dialect
+
+FACTORS = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
+"""PEFT calls the first factor that the input meets A."""
+
+COMPONENTS = {
+    "transformer.": "",
+    "unet.": "",
+    "transformer_2.": "transformer_2",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+}
+
+DIFFUSERS = Dialect(
+    name="diffusers",
+    style="dotted",
+    prefixes=COMPONENTS,
+    spelling=FACTORS | {"dora_scale": "lora_magnitude_vector"},
+    scale="header",
+    algorithms=frozenset({"lora", "dylora", "dora"}),
+)

@@ -1,0 +1,23 @@
+"""Musubi Tuner's two formats: kohya's, and the one that its converter calls "other"."""
+
+from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.diffusers import FACTORS
+
+MUSUBI = Dialect(
+    name="musubi",
+    style="flat",
+    prefixes={"lora_unet_": ""},
+    naming="original",
+    algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
+    marks=("ss_fp8_base", "ss_weighting_scheme"),
+)
+
+MUSUBI_OTHER = Dialect(
+    name="musubi-other",
+    style="dotted",
+    prefixes={"diffusion_model.": ""},
+    naming="original",
+    spelling=FACTORS,
+    scale="in both",
+    algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
+)

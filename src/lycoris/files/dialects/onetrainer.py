@@ -1,0 +1,50 @@
+"""OneTrainer's five formats."""
+
+from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.comfyui import COMFYUI
+from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS
+from lycoris.files.dialects.kohya import TEXT_ENCODERS, UNETS
+
+MARKS = ("ot_branch", "ot_revision", "ot_config")
+
+ONETRAINER_DIFFUSERS = Dialect(
+    name="onetrainer-diffusers",
+    style="dotted",
+    prefixes=COMPONENTS,
+    spelling=FACTORS,
+    scale="in up",
+    marks=MARKS,
+)
+ONETRAINER_KOHYA = Dialect(
+    name="onetrainer-kohya",
+    style="flat",
+    prefixes={"lora_unet_": "", **TEXT_ENCODERS},
+    naming="original",
+    namings={**UNETS, "clip": "text_model"},
+    marks=MARKS,
+)
+ONETRAINER_COMFY = Dialect(
+    name="onetrainer-comfy",
+    style="dotted",
+    prefixes=COMFYUI.prefixes,
+    naming=COMFYUI.naming,
+    namings=COMFYUI.namings,
+    spelling=FACTORS,
+    marks=MARKS,
+)
+ONETRAINER_LEGACY = Dialect(
+    name="onetrainer-legacy",
+    style="flat",
+    prefixes={"lora_transformer_": "", "lora_unet_": "", **TEXT_ENCODERS},
+    namings={"clip": "text_model"},
+    marks=MARKS,
+)
+ONETRAINER_ORIGINAL = Dialect(
+    name="onetrainer-original",
+    style="dotted",
+    prefixes={"": ""},
+    naming="original",
+    namings={"sd1.5-unet": "sgm", "sd2-unet": "sgm", "sdxl-unet": "sgm"},
+    spelling=FACTORS,
+    marks=MARKS,
+)

@@ -1,0 +1,130 @@
+"""Old and foreign forms of a layer's tensors, put into the words of the algorithms.
+
+A layer's tensors may stand for a stack: a LoRA and a change of the bias, or of single places of the weight, beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithms import ALPHA, Full, LoRA
+from lycoris.errors import FileError
+from lycoris.geometry import Geometry
+
+Group = dict[str, Tensor]
+"""Tensors of a layer by suffix, in LyCORIS' spelling."""
+
+REFUSED: Mapping[str, str] = {
+    "set_weight": "replaces a weight instead of changing it",
+    "reshape_weight": "changes the shape of a layer, which no adapter can",
+    "lokr_t1": "is a Tucker core of LoKr's first factor, which nothing is known to write or read",
+    "bm.weight": "is an experimental part of GLoRA that 4.1.3 never trains",
+    "oft_R.weight": "turns the inputs of a layer, as PEFT and OneTrainer do; load it as a PEFT folder, with its config",
+}
+"""Tensors that are known, and for which there is no place; each with the reason."""
+
+UP, DOWN = LoRA.keys["up"], LoRA.keys["down"]
+DIFF, DIFF_B = Full.keys["diff"], Full.keys["diff_b"]
+
+
+def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
+    """A layer's tensors as a stack of what algorithms know, lowest first.
+
+    Raises `FileError` for tensors that have no place.
+    """
+    for suffix, why in REFUSED.items():
+        if suffix in group:
+            raise FileError(f"{where}.{suffix} {why}")
+    own, beside = dict(group), []
+    for reads in (_magnitude, _scale, _rotation, _old_glora, _unfolded):
+        reads(own, g, where)
+    for takes in (_bias_of_up, _bias, _sparse):
+        found = takes(own, g, where)
+        if found:
+            beside.append(found)
+    return [group for group in (own, *beside) if group.keys() - {ALPHA}] or [own]
+
+
+def _magnitude(own: Group, g: Geometry, where: str) -> None:
+    """PEFT's name of DoRA's lengths: one per output, for convolutions in a shape that broadcasts over them."""
+    if "lora_magnitude_vector" in own:
+        lengths = own.pop("lora_magnitude_vector")
+        own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))
+
+
+def _scale(own: Group, g: Geometry, where: str) -> None:
+    """A number that stands for alpha / rank."""
+    if "scale" in own:
+        scale = own.pop("scale")
+        rank = next((own[key].shape[0] for key in (DOWN, "hada_w1_b", "lokr_w2_b") if key in own), 1)
+        own[ALPHA] = scale * rank
+
+
+def _rotation(own: Group, g: Geometry, where: str) -> None:
+    """Rotations themselves, where later files have what generates them: Q = (R - I)(R + I)⁻¹, B = Q/2."""
+    if "oft_diag" in own:
+        turn = own.pop("oft_diag")
+        wide = turn.to(torch.promote_types(turn.dtype, torch.float32))
+        if wide.dim() != 3 or wide.shape[1] != wide.shape[2]:
+            raise FileError(f"{where}.oft_diag has shape {tuple(turn.shape)}; square blocks (n, s, s) are expected")
+        eye = torch.eye(wide.shape[-1], dtype=wide.dtype)
+        own["oft_blocks"] = torch.linalg.solve(wide.mT + eye, (wide - eye).mT).mT / 2
+        own.setdefault(ALPHA, torch.tensor(0.0))
+
+
+def _old_glora(own: Group, g: Geometry, where: str) -> None:
+    """The first layout: every pair the other way round and transposed in its roles, W·a2·a1 + b2·b1."""
+    names = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+    if not all(name in own for name in names) or len(g.shape) < 2:
+        return
+    (a1, a2, b1, b2), (o, i) = (own[name] for name in names), g.shape[:2]
+    new = a1.shape[0] == i and a2.shape[1] == i and b1.shape[0] == o
+    old = a1.shape[1] == i and a2.shape[0] == i and b2.shape[0] == o
+    # On a square layer with as many ranks both fit: then it is the later one, which every writer of today uses.
+    if old and not new:
+        own.update(zip(names, (a2, a1, b2, b1), strict=True))
+
+
+def _unfolded(own: Group, g: Geometry, where: str) -> None:
+    """Factors that keep the kernel's dimensions where others flatten them."""
+    for key in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"):
+        if key in own and own[key].dim() > 2:
+            own[key] = own[key].flatten(1)
+
+
+def _bias_of_up(own: Group, g: Geometry, where: str) -> Group | None:
+    """PEFT's `lora_bias`: a bias behind the second factor, under the same scale."""
+    if "lora_up.bias" not in own:
+        return None
+    bias, rank = own.pop("lora_up.bias"), own[DOWN].shape[0] if DOWN in own else 1
+    return {DIFF_B: bias * (own[ALPHA].to(bias) / rank if ALPHA in own else 1.0)}
+
+
+def _bias(own: Group, g: Geometry, where: str) -> Group | None:
+    """A change of the bias beside another algorithm, as ComfyUI and OneTrainer allow."""
+    if DIFF_B not in own or own.keys() <= {DIFF, DIFF_B}:
+        return None
+    return {DIFF_B: own.pop(DIFF_B)}
+
+
+def _sparse(own: Group, g: Geometry, where: str) -> Group | None:
+    """Single places of the weight, as early LyCORIS extracted them: indices (dimensions, n), values (n), and a size."""
+    names = ("bias_indices", "bias_values", "bias_size")
+    if not any(name in own for name in names):
+        return None
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise FileError(f"{where} has {' and '.join(n for n in names if n in own)}, and no {' and '.join(missing)}")
+    at, values, size = (own.pop(name) for name in names)
+    shape = tuple(int(n) for n in size.flatten().tolist())
+    if at.dim() != 2 or at.shape[0] != len(shape) or at.shape[1] != values.numel() or math.prod(shape) != g.size:
+        raise FileError(f"{where}: sparse entries of shape {shape} do not fit a {g}")
+    if at.numel() and (bool((at < 0).any()) or bool((at >= torch.tensor(shape)[:, None]).any())):
+        raise FileError(f"{where}.bias_indices points outside of {shape}")
+    dense = torch.zeros(shape, dtype=values.dtype)
+    dense[tuple(at.long())] = values
+    return {DIFF: g.turned(dense.reshape(g.shape))}

@@ -1,0 +1,78 @@
+"""What programs have written that does not mean what was trained, put right where the file says who wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from lycoris.algorithm import Entry
+from lycoris.algorithms import LoRA
+from lycoris.files.dialect import Dialect
+
+SCALES = "lycoris_scale"
+"""Header key under which this library writes the scale of every adapter: such a file means what it says."""
+
+DYLORA_BLOCK = 4
+"""The block size of lycoris-lora where its settings name none."""
+
+
+def as_trained(
+    stack: tuple[Entry, ...], layer: str, parts: int, dialect: Dialect, header: Mapping[str, str]
+) -> tuple[tuple[Entry, ...], str]:
+    """A layer's stack at the scale that was trained, and what was changed for it.
+
+    `parts` is how many layers of diffusers the one in the file holds.
+    """
+    entry = stack[0]
+    if SCALES in header or not isinstance(entry.algorithm, LoRA):
+        return stack, ""
+    alpha, rank = entry.algorithm.stored_alpha(entry.geometry), entry.algorithm.rank
+    assert alpha is not None
+    settings = _settings(header)
+    if _text(settings.get("algo")) == "dylora":
+        block = int(settings.get("block_size") or DYLORA_BLOCK)
+        told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
+        return _scaled(stack, alpha * block), told
+    apart = parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts)
+    if apart and _text(settings.get("split_qkv")) == "true":
+        told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
+        return _scaled(stack, alpha * parts), told
+    return stack, ""
+
+
+def _scaled(stack: tuple[Entry, ...], alpha: float) -> tuple[Entry, ...]:
+    first = stack[0]
+    assert isinstance(first.algorithm, LoRA)
+    return (first._replace(algorithm=replace(first.algorithm, alpha=alpha, rs_lora=False)), *stack[1:])
+
+
+def _block_diagonal(up: Tensor, parts: int) -> bool:
+    """Whether each part of the rows has ranks of its own, all with something in them."""
+    rank = up.shape[1] // parts
+    used = up.flatten(1).ne(0)
+    columns = [used[:, at * rank : (at + 1) * rank].any(dim=1).nonzero().flatten() for at in range(parts)]
+    if any(not len(rows) for rows in columns):
+        return False
+    return all(int(a.max()) < int(b.min()) for a, b in pairwise(columns))
+
+
+def _settings(header: Mapping[str, str]) -> dict[str, Any]:
+    """What the header says that the adapter was trained with."""
+    found: dict[str, Any] = {}
+    for key in ("ss_network_args", "lycoris_config"):
+        try:
+            given = json.loads(header.get(key, "{}"))
+        except ValueError:
+            continue
+        if isinstance(given, dict):
+            found |= given
+    return found
+
+
+def _text(value: Any) -> str:
+    return str(value).strip().lower()

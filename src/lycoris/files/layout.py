@@ -1,0 +1,129 @@
+"""The layers of a model as a file may call them, in any of the namings of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from lycoris.errors import FileError
+from lycoris.files.dialect import Style, flatten
+from lycoris.files.family import Architecture
+from lycoris.files.naming import Span
+from lycoris.files.skeleton import DIFFUSERS as MIDDLE
+from lycoris.files.skeleton import guess, named, skeleton, translate
+from lycoris.geometry import Geometry, sites
+
+LEAST = 0.45
+"""Score below which a model is of no known family: all names are a half."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layers by name, in one naming, and what those names stand for in all others."""
+
+    owner: str
+    """What to call it in messages."""
+    layers: Mapping[str, Geometry]
+    """By dotted path."""
+    architecture: Architecture | None = None
+    """None: no known one, whose layers have one name each."""
+    naming: str = MIDDLE
+    """Of the paths in `layers`."""
+    middle: Mapping[str, Geometry] = field(default_factory=dict)
+    """The layers under diffusers' names."""
+    _spans: dict[str, Mapping[str, Span]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout:
+        """Of a model; one on the meta device serves."""
+        layers = {path: geometry for path, _, _, geometry in sites(model)}
+        owner = type(model).__name__
+        known = _recognised(layers, owner)
+        if known is None:
+            return cls(owner, layers, middle=layers)
+        architecture, naming = known
+        middle = layers if naming == MIDDLE else translate(layers, architecture.namings[naming])
+        return cls(owner, layers, architecture, naming, middle)
+
+    @classmethod
+    def around(cls, layers: Mapping[str, Geometry]) -> Layout:
+        """Of some layers of a model, such as those that have adapters; the rest is taken from a known model."""
+        found = guess(layers)
+        if not found or found[0].score < LEAST:
+            return cls("the model", layers, middle=layers)
+        best = found[0]
+        if best.outline is not None:
+            return cls.known(best.architecture, best.outline).renamed(best.naming)
+        middle = layers if best.naming == MIDDLE else translate(layers, best.architecture.namings[best.naming])
+        return cls("the model", layers, best.architecture, best.naming, middle)
+
+    @classmethod
+    def known(cls, architecture: Architecture, outline: str) -> Layout:
+        """Of a model whose outline comes with this package, in diffusers' names."""
+        layers = skeleton(outline)
+        return cls(outline, layers, architecture, MIDDLE, layers)
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """Those that a file may use for this model, its own first."""
+        others = () if self.architecture is None else (MIDDLE, *self.architecture.namings)
+        return (self.naming, *(name for name in others if name != self.naming))
+
+    def spans(self, naming: str) -> Mapping[str, Span]:
+        """Every name of a naming that this model has layers for."""
+        if naming not in self._spans:
+            if naming == MIDDLE or self.architecture is None:
+                self._spans[naming] = {path: Span((path,)) for path in self.middle}
+            else:
+                self._spans[naming] = named(self.middle, self.architecture.namings[naming])
+        return self._spans[naming]
+
+    def written(self, naming: str, style: Style) -> dict[str, str]:
+        """Names of a naming, as a file writes them → dotted. Raises `FileError` when two are written alike."""
+        names = self.layers if naming == self.naming else self.spans(naming)
+        if style == "dotted":
+            return {name: name for name in names}
+        found: dict[str, str] = {}
+        for name in names:
+            first = found.setdefault(flatten(name), name)
+            if first != name:
+                raise FileError(
+                    f"{first} and {name} of {self.owner} have the same name with underscores; this format cannot tell "
+                    "which of them is meant"
+                )
+        return found
+
+    @property
+    def unet(self) -> bool:
+        """Whether pipelines of diffusers call this component unet."""
+        return self.architecture is not None and "UNet2DConditionModel" in self.architecture.classes
+
+    def parts(self, naming: str, name: str) -> int:
+        """How many layers of diffusers a name of a naming holds."""
+        span = self.spans(naming).get(name)
+        return 1 if span is None else len(span.parts)
+
+    def renamed(self, naming: str) -> Layout:
+        """The same model in another naming; layers that a name there holds together become one."""
+        if naming == self.naming or self.architecture is None:
+            return self
+        layers = {name: self.whole(span) for name, span in self.spans(naming).items()}
+        return replace(self, layers=layers, naming=naming)
+
+    def whole(self, span: Span) -> Geometry:
+        """The layer that holds the rows of all parts of a span."""
+        parts = [self.middle[part] for part in span.parts]
+        if len(parts) == 1:
+            return parts[0]
+        rows = sum(part.out_features for part in parts)
+        return replace(parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts))
+
+
+def _recognised(layers: Mapping[str, Geometry], owner: str) -> tuple[Architecture, str] | None:
+    """The architecture and the naming of a model's layers; None for a model of no known family."""
+    found = guess(layers)
+    named = [each for each in found if owner in each.architecture.classes]
+    best = next(iter(named or found), None)
+    return None if best is None or best.score < LEAST else (best.architecture, best.naming)

@@ -1,0 +1,60 @@
+"""How the tensors of adapters are spelled, whatever their layer is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lycoris.algorithms import ALGORITHMS, ALPHA
+
+VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lora_up.weight": (
+            "lora_B.weight",
+            "lora_B.default.weight",
+            "lora_B",
+            "lora.up.weight",
+            "lora_linear_layer.up.weight",
+        ),
+        "lora_down.weight": (
+            "lora_A.weight",
+            "lora_A.default.weight",
+            "lora_A",
+            "lora.down.weight",
+            "lora_linear_layer.down.weight",
+        ),
+        "lora_up.bias": ("lora_B.bias", "lora_B.default.bias"),
+        "lora_magnitude_vector": ("lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"),
+    }
+)
+"""LyCORIS' spelling → others that mean the same."""
+
+ODD = (
+    "lora_up.bias",
+    "lora_magnitude_vector",
+    "scale",
+    "oft_diag",
+    "bias_indices",
+    "bias_values",
+    "bias_size",
+    "set_weight",
+    "reshape_weight",
+    "lokr_t1",
+    "oft_R.weight",
+    "bm.weight",
+)
+"""Tensors that `lycoris.files.forms` puts into other words, or refuses, before an algorithm sees them."""
+
+OWN = frozenset({ALPHA, *ODD, *(name for algorithm in ALGORITHMS.values() for name in algorithm.keys.values())})
+
+_CANONICAL: Mapping[str, str] = MappingProxyType(
+    {name: name for name in OWN} | {other: name for name, others in VARIANTS.items() for other in others}
+)
+
+SUFFIXES = tuple(sorted(_CANONICAL.items(), key=lambda item: -len(item[0])))
+"""Spelling and LyCORIS' own, longest first: a shorter one may end a longer one."""
+
+
+def canonical(spelled: str) -> str | None:
+    """A tensor name in LyCORIS' spelling; None when nothing is called so."""
+    return _CANONICAL.get(spelled)

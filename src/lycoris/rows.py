@@ -1,0 +1,96 @@
+"""Adapters of some of a layer's rows: what a fused projection's adapter is for queries alone, and back.
+
+Every step says whether the algorithm stayed what it was. One that cannot say it in its own tensors becomes a LoRA of
+its factors or a dense difference, both exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from lycoris import recast
+from lycoris.additive import Ranked
+from lycoris.algorithm import Entry, Part
+from lycoris.algorithms import DoRA
+from lycoris.errors import FileError
+from lycoris.geometry import Geometry
+
+
+class Step(NamedTuple):
+    """An adapter in its new form."""
+
+    entry: Entry
+    note: str = ""
+    """What it had to become for that; "" when its algorithm could say it."""
+
+
+def take(entry: Entry, rows: slice, where: str) -> Step:
+    """What an adapter does to a range of its layer's rows. Raises `FileError` where only the base weight tells."""
+    return _at(entry, torch.arange(rows.start, rows.stop), where)
+
+
+def swapped(entry: Entry, where: str) -> Step:
+    """An adapter with the two halves of its layer's rows exchanged."""
+    half = entry.geometry.out_features // 2
+    return _at(entry, torch.arange(2 * half).roll(half), where)
+
+
+def join(parts: Sequence[Part], g: Geometry, where: str) -> Step:
+    """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells."""
+    parts = [part._replace(entry=_folded(part.entry)) for part in parts]
+    kinds = {type(part.entry.algorithm) for part in parts}
+    if len(kinds) == 1:
+        own = kinds.pop().join(parts, g)
+        if own is not None:
+            return Step(Entry(own[0], g, own[1]))
+    plain = [part._replace(entry=_plain(part.entry, "joined with others", where)) for part in parts]
+    dense = any(part.entry.algorithm.name == "full" for part in plain)
+    if dense:
+        plain = [part._replace(entry=recast.dense(part.entry)) for part in plain]
+    algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
+    assert algorithm is not None, "LoRA and Full join whatever there is"
+    joined = Entry(algorithm, g, tensors)
+    return Step(joined, _told([part.entry for part in parts], joined))
+
+
+def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
+    algorithm, g, tensors = entry
+    part = replace(g, shape=(len(rows), *g.shape[1:]))
+    own = algorithm.take(tensors, g, rows)
+    if own is not None:
+        return Step(Entry(own[0], part, own[1]))
+    plain = _plain(entry, f"cut to {len(rows)} of its {g.out_features} rows", where)
+    cut = plain.algorithm.take(plain.tensors, g, rows)
+    assert cut is not None, "LoRA and Full can be cut anywhere"
+    found = Entry(cut[0], part, cut[1])
+    return Step(found, _told([entry], found))
+
+
+def _folded(entry: Entry) -> Entry:
+    """Without a gate of its own, which parts of a layer could not share."""
+    algorithm, g, tensors = entry
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    if not isinstance(inner, Ranked) or not inner.gate:
+        return entry
+    free = replace(inner, gate=False)
+    return Entry(
+        replace(algorithm, over=free) if isinstance(algorithm, DoRA) else free, g, algorithm.stored(tensors, g)
+    )
+
+
+def _plain(entry: Entry, what: str, where: str) -> Entry:
+    """The same as LoRA or Full."""
+    if recast.needs_base(entry):
+        raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base model's weights")
+    return recast.low_rank(entry) or recast.dense(entry)
+
+
+def _told(before: Sequence[Entry], after: Entry) -> str:
+    names = " and ".join(sorted({entry.algorithm.name for entry in before}))
+    rank = after.tensors["down"].shape[0] if after.algorithm.name == "lora" else None
+    masks = "; timestep masks are lost" if any(entry.algorithm.rank_masked for entry in before) else ""
+    return f"{names} became {'a dense difference' if rank is None else f'a LoRA of rank {rank}'}, exact{masks}"
