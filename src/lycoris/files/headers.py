@@ -56,8 +56,12 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 DIMENSIONS = 64
 """More than that many of torch's operations refuse."""
 LARGEST = 2**63 - 1
+MEMBERS = 500_000
+"""More keys than any model has tensors; without a limit a header of the largest size would take half a minute."""
 FIELDS = ("dtype", "shape", "data_offsets")
 ENTRY = re.compile(r"\{[^{}]{0,4000}\}")
+STRINGS = json.JSONDecoder()
+OBJECTS = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=str)
 SPACE = re.compile(r"[ \t\n\r]*")
 LONE = re.compile("[\ud800-\udfff]")
 SHOWN = 60
@@ -174,6 +178,8 @@ def _members(
         key, at = _string(text, at)
         if key in found:
             raise FileError(f"its header has the key {_show(key)}{where} twice: which is meant cannot be told")
+        if len(found) == MEMBERS:
+            raise FileError(f"its header{where} has more than {MEMBERS} keys: it is no adapter's")
         found[key], at = value(key, _expect(text, at, ":", where))
         at = _skip(text, at)
         if text.startswith("}", at):
@@ -202,7 +208,7 @@ def _string(text: str, at: int) -> tuple[str, int]:
         found = _show(text[at : at + SHOWN]) if at < len(text) else "its end"
         raise FileError(f"its header has {found} at character {at} where a string is expected")
     try:
-        found, end = json.JSONDecoder().raw_decode(text, at)
+        found, end = STRINGS.raw_decode(text, at)
     except ValueError as error:
         raise FileError(f"its header has a broken string at character {at}: {str(error)[:SHOWN]}") from None
     if LONE.search(found):
@@ -220,7 +226,7 @@ def _entry(text: str, key: str, at: int) -> tuple[_Placed, int]:
             '"data_offsets": ...} is expected'
         )
     try:
-        entry = json.loads(found[0], object_pairs_hook=tuple, parse_constant=lambda name: name)
+        entry = OBJECTS.decode(found[0])
     except (ValueError, RecursionError) as error:
         raise FileError(f"{_show(key)} is no JSON in its header: {str(error)[:SHOWN]}") from None
     fields = [name for name, _ in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
         # Mapped storages cannot grow, so a tensor that claims more than the file has is refused before it takes memory.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever the damage happens to be
-        raise FileError(f"{path} cannot be read safely: {error}. {ADVICE}") from error
+        raise FileError(f"{path} cannot be read safely: {_reason(error)}. {ADVICE}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
@@ -44,6 +45,17 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
     if sum(memory.values()) > size:
         raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {ADVICE}")
     return {key: tensor.detach() for key, tensor in found.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Why, without torch's advice to switch the safety off."""
+    text = str(error)
+    if code := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {code[1]}, which is code and not tensors"
+    if text.startswith("Weights only load failed"):
+        told = re.search(r"\n\n+(.+)", text)
+        text = "it is damaged or holds more than tensors" + (f" ({told[1]})" if told else "")
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _check_zip(path: Path, size: int) -> None:
