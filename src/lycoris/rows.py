@@ -28,28 +28,30 @@ class Step(NamedTuple):
     """What it had to become for that; "" when its algorithm could say it."""
 
 
-def take(entry: Entry, rows: slice, where: str) -> Step:
-    """What an adapter does to a range of its layer's rows. Raises `FileError` where only the base weight tells."""
-    return _at(entry, torch.arange(rows.start, rows.stop), where)
+def take(entry: Entry, rows: slice, where: str, *, dense: bool = True) -> Step:
+    """What an adapter does to a range of its layer's rows. Raises `FileError` where only the base weight tells.
+
+    Here and below, `dense` allows a dense difference where that holds fewer numbers than a LoRA.
+    """
+    return _at(entry, torch.arange(rows.start, rows.stop), where, dense)
 
 
-def swapped(entry: Entry, where: str) -> Step:
+def swapped(entry: Entry, where: str, *, dense: bool = True) -> Step:
     """An adapter with the two halves of its layer's rows exchanged."""
     half = entry.geometry.out_features // 2
-    return _at(entry, torch.arange(2 * half).roll(half), where)
+    return _at(entry, torch.arange(2 * half).roll(half), where, dense)
 
 
-def join(parts: Sequence[Part], g: Geometry, where: str) -> Step:
+def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) -> Step:
     """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells."""
-    parts = [part._replace(entry=_folded(part.entry)) for part in parts]
+    parts = [part._replace(entry=_folded(part.entry)) for part in sorted(parts, key=lambda part: part.start)]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
         own = kinds.pop().join(parts, g)
         if own is not None:
             return Step(Entry(own[0], g, own[1]))
-    plain = [part._replace(entry=_plain(part.entry, "joined with others", where)) for part in parts]
-    dense = any(part.entry.algorithm.name == "full" for part in plain)
-    if dense:
+    plain = [part._replace(entry=_plain(part.entry, "joined with others", where, dense)) for part in parts]
+    if any(part.entry.algorithm.name == "full" for part in plain):
         plain = [part._replace(entry=recast.dense(part.entry)) for part in plain]
     algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
     assert algorithm is not None, "LoRA and Full join whatever there is"
@@ -57,13 +59,13 @@ def join(parts: Sequence[Part], g: Geometry, where: str) -> Step:
     return Step(joined, _told([part.entry for part in parts], joined))
 
 
-def _at(entry: Entry, rows: torch.Tensor, where: str) -> Step:
+def _at(entry: Entry, rows: torch.Tensor, where: str, dense: bool) -> Step:
     algorithm, g, tensors = entry
     part = replace(g, shape=(len(rows), *g.shape[1:]))
     own = algorithm.take(tensors, g, rows)
     if own is not None:
         return Step(Entry(own[0], part, own[1]))
-    plain = _plain(entry, f"cut to {len(rows)} of its {g.out_features} rows", where)
+    plain = _plain(entry, f"cut to {len(rows)} of its {g.out_features} rows", where, dense)
     cut = plain.algorithm.take(plain.tensors, g, rows)
     assert cut is not None, "LoRA and Full can be cut anywhere"
     found = Entry(cut[0], part, cut[1])
@@ -82,11 +84,11 @@ def _folded(entry: Entry) -> Entry:
     return Entry(replace(algorithm, gate=False), g, algorithm.stored(tensors, g))
 
 
-def _plain(entry: Entry, what: str, where: str) -> Entry:
+def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
     """The same as LoRA or Full."""
     if recast.needs_base(entry):
         raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base model's weights")
-    return recast.low_rank(entry) or recast.dense(entry)
+    return recast.low_rank(entry, always=not dense) or recast.dense(entry)
 
 
 def _told(before: Sequence[Entry], after: Entry) -> str:

@@ -46,6 +46,10 @@ class Dialect:
     file's header."""
     algorithms: frozenset[str] | None = None
     """The algorithms that such files can hold; None: all."""
+    kinds: frozenset[str] | None = None
+    """The kinds of layers that they can hold adapters of; None: all."""
+    folder: bool = False
+    """Whether such adapters are a folder with a config, without which the tensors do not tell their scale."""
     marks: tuple[str, ...] = ()
     """Header keys that files of this kind have and files that look like it do not."""
 

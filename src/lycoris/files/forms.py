@@ -92,7 +92,7 @@ def _old_glora(own: Group, g: Geometry, where: str) -> None:
 def _unfolded(own: Group, g: Geometry, where: str) -> None:
     """Factors that keep the kernel's dimensions where others flatten them."""
     for key in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"):
-        if key in own and own[key].dim() > 2:
+        if g.kernel and key in own and own[key].dim() > 2:
             own[key] = own[key].flatten(1)
 
 

@@ -18,6 +18,9 @@ Stack = tuple[Entry, ...]
 class Places:
     """Stacks by the model's own names."""
 
+    dense: bool
+    """Whether a dense difference may stand for what cannot be said otherwise."""
+
     entries: dict[str, Stack] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     """Layer → what its algorithm had to become."""
@@ -25,11 +28,12 @@ class Places:
     """Layer → why that is impossible."""
 
 
-def place(stacks: Mapping[str, Stack], layout: Layout, naming: str) -> Places:
-    """Stacks by the names of a naming, put onto the layers of a model."""
+def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bool = True) -> Places:
+    """Stacks by the names of a naming, put onto the layers of a model; `dense` as in `lycoris.rows`."""
+    found = Places(dense=dense)
     if naming == layout.naming:
-        return Places(dict(stacks))
-    found = Places()
+        found.entries = dict(stacks)
+        return found
     theirs, own = layout.spans(naming), layout.spans(layout.naming)
     whole = {span.parts: name for name, span in own.items()}
     waiting: dict[str, dict[str, Stack]] = {}
@@ -56,7 +60,7 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str) -> Places:
 def _turned(stack: Stack, turn: bool, span: Span, found: Places, name: str) -> Stack:
     if not turn or not span._replace(swapped=True).swaps(stack[0].geometry):
         return stack
-    return tuple(_noted(rows.swapped(entry, name), found, name) for entry in stack)
+    return tuple(_noted(rows.swapped(entry, name, dense=found.dense), found, name) for entry in stack)
 
 
 def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str, Stack]:
@@ -67,7 +71,7 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
     for part in span.parts:
         geometry = layout.middle[part]
         at = slice(start, start + geometry.out_features)
-        own = [_noted(rows.take(entry, at, part), found, part) for entry in stack]
+        own = [_noted(rows.take(entry, at, part, dense=found.dense), found, part) for entry in stack]
         # A bias that only other parts have.
         parts[part] = tuple(entry._replace(geometry=geometry) for entry in own)
         start = at.stop
@@ -92,7 +96,7 @@ def _joined(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Place
     stack = []
     for level in range(levels):
         some = [Part(starts[part], own[level]) for part, own in parts.items() if level < len(own)]
-        stack.append(_noted(rows.join(some, geometry, name), found, name))
+        stack.append(_noted(rows.join(some, geometry, name, dense=found.dense), found, name))
     return tuple(stack)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.algorithm import Entry
-from lycoris.algorithms import ALPHA, Full, write_tensors
+from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
 from lycoris.files import history, placing
@@ -57,6 +57,8 @@ def compose(
         raise FileError(unknown("dialect", dialect, DIALECTS))
     if family is not None and family not in FAMILIES:
         raise FileError(unknown("family", family, FAMILIES))
+    if DIALECTS[dialect].folder:
+        raise FileError(f"{dialect} adapters are folders, not files: use lycoris.files.write_peft")
     kind, bundles = DIALECTS[dialect], bundle if isinstance(bundle, Mapping) else {component: bundle}
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = Encoded({}, {}, {}), dict[str, str]()
@@ -130,7 +132,8 @@ def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, st
         return bundle.entries
     naming = dialect.naming_for(layout.architecture.name)
     to = layout.renamed(naming if naming in layout.namings else "diffusers")
-    places = placing.place(bundle.entries, to, layout.naming)
+    whole = dialect.algorithms is None or Full.name in dialect.algorithms
+    places = placing.place(bundle.entries, to, layout.naming, dense=whole)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
     notes |= places.notes
@@ -157,11 +160,7 @@ def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, 
             f"{layer} has {names}, and {dialect.name} files hold one algorithm per layer; put each on a set of its "
             "own, and write those one by one"
         )
-    if dialect.algorithms is not None and first.algorithm.name not in dialect.algorithms:
-        raise FileError(
-            f"{layer} has {first.algorithm.name}, and {dialect.name} files hold only "
-            f"{', '.join(sorted(dialect.algorithms))}; `lycoris convert --portable` turns it into one of them"
-        )
+    _check_held(first, layer, dialect)
     tensors: dict[str, Tensor] = {}
     for entry in stack:
         own = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
@@ -169,7 +168,38 @@ def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, 
         if both:
             raise FileError(f"{layer}: two of its algorithms would be written as {', '.join(sorted(both))}")
         tensors |= own
-    return _scaled(tensors, first, dialect)
+    return _scaled(_magnitude(tensors, first, dialect), first, dialect)
+
+
+def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
+    """Raise `FileError` for an algorithm, or a kind of layer, that a dialect cannot hold."""
+    algorithm, kind = entry.algorithm, entry.geometry.kind
+    if dialect.kinds is not None and kind not in dialect.kinds:
+        raise FileError(
+            f"{layer} is a {kind}; {dialect.name} files hold adapters of {' and '.join(dialect.kinds)} only"
+        )
+    kinds, told, lost = {algorithm.name}, algorithm.name, False
+    if isinstance(algorithm, DoRA):
+        kinds |= {algorithm.over.name}
+        told = f"dora over {algorithm.over.name}, lengths on the {algorithm.axis}put"
+        # PEFT's name for DoRA's lengths says that there is one for each output.
+        lost = algorithm.axis == "in" and MAGNITUDE in dialect.spelling
+    if lost or (dialect.algorithms is not None and not kinds <= dialect.algorithms):
+        held = ", ".join(sorted(dialect.algorithms or ()))
+        lengths = ", with lengths on the output" if MAGNITUDE in dialect.spelling else ""
+        raise FileError(
+            f"{layer} has {told}; {dialect.name} files hold only {held}{lengths}; `lycoris convert --portable` turns "
+            "others into one of them"
+        )
+
+
+def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
+    """DoRA's lengths in the shape that a dialect has them in: PEFT's broadcast over outputs, ours over weights."""
+    if MAGNITUDE not in tensors or MAGNITUDE not in dialect.spelling:
+        return tensors
+    lengths = tensors[MAGNITUDE]
+    conv = entry.geometry.kind == "conv"
+    return tensors | {MAGNITUDE: lengths.transpose(0, 1) if conv else lengths.flatten()}
 
 
 def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ PEFT = Dialect(
     name="peft",
     style="dotted",
     prefixes={"base_model.model.": ""},
-    spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
-    algorithms=frozenset({"lora", "loha", "lokr", "ia3", "dylora", "dora"}),
+    spelling=FACTORS,
+    folder=True,
 )
 
 BARE = Dialect(name="bare", style="dotted", prefixes={"": ""}, naming="original")

@@ -23,4 +23,5 @@ DIFFUSERS = Dialect(
     spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
     scale="header",
     algorithms=frozenset({"lora", "dylora", "dora"}),
+    kinds=frozenset({"linear", "conv"}),
 )

@@ -9,6 +9,7 @@ MUSUBI = Dialect(
     prefixes={"lora_unet_": ""},
     naming="original",
     algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
+    kinds=frozenset({"linear"}),
     marks=("ss_fp8_base", "ss_weighting_scheme"),
 )
 
@@ -20,4 +21,5 @@ MUSUBI_OTHER = Dialect(
     spelling=FACTORS,
     scale="in both",
     algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
+    kinds=frozenset({"linear"}),
 )
