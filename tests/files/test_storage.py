@@ -97,7 +97,8 @@ def test_only_a_header_is_read(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
-    "list": (b"[]      ", "{ is expected"),
+    "list": (b"[]      ", "begins with b'[' where { is expected"),
+    "space before": (b" {}     ", "begins with b' '"),
     "number": (b"{5: 6}", "a string is expected"),
     "open": (b'{"a": ', "'a' is '' in its header"),
     "open string": (b'{"aaaa', "broken string"),
