@@ -302,6 +302,7 @@ def test_names_that_say_something_else(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "b.safetensors", _use_new_zipfile_serialization=False)
     refused(tmp_path / "a.safetensors", "is a pickle")
     refused(tmp_path / "b.safetensors", "is a pickle")
+    poor(tmp_path / "b.safetensors", r"rename it to b\.pt")
     save_file(TENSORS, tmp_path / "a.PT")
     with pytest.raises(FileError, match=r"a\.PT is a safetensors file .* rename it to a\.safetensors"):
         load_tensors(tmp_path / "a.PT")
@@ -370,12 +371,12 @@ def test_archives_that_torch_would_not_write(tmp_path: Path) -> None:
 
 
 class Grown:
-    """A tensor of eight bytes that says it has eighty billion."""
+    """A tensor of eight bytes that says it has eight hundred million."""
 
     def __reduce__(self) -> Any:
         storage = torch.zeros(2).untyped_storage()
         typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-        return torch._utils._rebuild_tensor_v2, (typed, 0, (2 * 10**10,), (1,), False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (typed, 0, (2 * 10**8,), (1,), False, collections.OrderedDict())
 
 
 def test_a_pickle_cannot_ask_for_memory_that_the_file_does_not_have(tmp_path: Path) -> None:
