@@ -21,6 +21,22 @@ NUMBERS = (0, 1, 2, -1, -8, 3.5, 1e400, float("nan"), 2**31, 2**32, 2**53, 2**62
 ODD = (None, True, False, "", "x", "3", "F32", [], {}, [[]], [1], {"a": 1}, "\ud800", "\0", "ünï", "x" * 5000)
 NAMES = ("__metadata__", "", ".", "a\ud800", "a\0b", "\n", "ключ", "../x", "x" * 3000, "lycoris_", "lora_unet_a.alpha")
 TYPES = (*DTYPES, "F4", "F6_E2M3", "f32", "float32", "F128", "I4", "Q8_0", "", "BF16 ", "F32\0")
+SUFFIXES = (
+    *("alpha", "lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_A.weight", "lora_B.weight", "dora_scale"),
+    *("lokr_w1", "lokr_w2_b", "lokr_t2", "hada_w1_a", "hada_w2_b", "hada_t1", "a1.weight", "b2.weight", "scalar"),
+    *(
+        "oft_blocks",
+        "oft_diag",
+        "rescale",
+        "diff",
+        "diff_b",
+        "w_norm",
+        "b_norm",
+        "on_input",
+        "weight",
+        "reshape_weight",
+    ),
+)
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -256,9 +272,7 @@ def tensors(r: random.Random, content: bytes) -> bytes:
 def renamed(r: random.Random, key: str, found: Mapping[str, Tensor]) -> str:
     layer, _, suffix = key.partition(".")
     other, _, spelling = r.choice(list(found)).partition(".")
-    strange = r.choice(
-        ["", ".", "x", "lora_up.weight", "alpha", "lokr_w1", "hada_w1_a", "oft_blocks", "diff", "ünï", "a.b.c"]
-    )
+    strange = r.choice([r.choice(SUFFIXES), r.choice(["", ".", "x", "ünï", "a.b.c"])])
     return r.choice([f"{other}.{suffix}", f"{layer}.{spelling}", f"{layer}.{strange}", f"{layer}_{suffix}", strange])
 
 

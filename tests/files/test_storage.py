@@ -97,7 +97,8 @@ def test_only_a_header_is_read(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
-    "list": (b"[]      ", "{ is expected"),
+    "list": (b"[]      ", "begins with b'[' where { is expected"),
+    "space before": (b" {}     ", "begins with b' '"),
     "number": (b"{5: 6}", "a string is expected"),
     "open": (b'{"a": ', "'a' is '' in its header"),
     "open string": (b'{"aaaa', "broken string"),
@@ -120,7 +121,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "entry number": ({"a": 1}, "'a' is"),
     "entry list": ({"a": ["F32", [2], [0, 8]]}, "'a' is"),
     "entry nested": ({"a": entry(shape={})}, "'a' is"),
-    "entry long": ({"a": entry("F" * 5000)}, "'a' is"),
+    "entry long": ({"a": entry("F" * 5000)}, "'a' is '{"),
     "entry deep": (b'{"a": {"shape": ' + b"[" * 3000 + b"]" * 900 + b"}}", "'a' is no JSON"),
     "field missing": ({"a": {"dtype": "F32", "shape": [2]}}, "'a' has 'dtype, shape' in its header"),
     "field more": ({"a": entry(kind=1)}, "'dtype, shape, data_offsets, kind'"),
@@ -152,7 +153,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "dtype and bytes": ({"a": entry("F16")}, "in F16 needs 4"),
     "offsets one": ({"a": entry(at=[8])}, "[begin, end] is expected"),
     "offsets three": ({"a": entry(at=[0, 8, 8])}, "[begin, end] is expected"),
-    "offsets swapped": ({"a": entry(at=[8, 0])}, "data_offsets [8, 0]"),
+    "offsets swapped": ({"a": entry(at=[8, 0])}, "data_offsets [8, 0] where [begin, end]"),
     "offsets negative": ({"a": entry(at=[-8, 0])}, "data_offsets [-8, 0]"),
     "offsets float": ({"a": entry(at=[0, 8.0])}, "data_offsets [0, 8.0]"),
     "offsets beyond": ({"a": entry(at=[10**19, 10**19 + 8])}, "[begin, end] is expected"),
@@ -188,9 +189,9 @@ def test_lengths_of_headers_that_cannot_be(length: int, tmp_path: Path) -> None:
 
 BOMBS = {
     "nesting": b'{"a":' + b'{"a":' * 400_000,
-    "lists": b'{"a":{"shape":[' + b"[]," * 600_000,
+    "lists": b'{"a":{"shape":[' + b"[]," * 600_000 + b"0]}}",
     "objects": b'{"a":[' + b"{}," * 600_000,
-    "numbers": b'{"a":{"shape":[' + b"999," * 500_000,
+    "numbers": b'{"a":{"shape":[' + b"999," * 500_000 + b"0]}}",
     "digits": b'{"a":{"dtype":"F32","shape":[' + b"9" * 2_000_000 + b'],"data_offsets":[0,0]}}',
     "metadata": b'{"__metadata__":{' + b",".join(b'"%d":"%d"' % (n, n) for n in range(15_000)) + b"}",
     "one string": '{"__metadata__":{"k":"𝄞'.encode() + b"x" * 2_000_000 + b'"}',
@@ -198,15 +199,17 @@ BOMBS = {
     "entries": b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(8_000)),
     "spaces": b"{" + b" " * 2_000_000,
 }
+SHORT = ("metadata", "entries")
+"""Of many short strings, each of which is an object."""
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_hostile_header_takes_a_few_times_its_own_bytes(bomb: str, tmp_path: Path) -> None:
+def test_a_hostile_header_takes_no_more_than_a_good_one(bomb: str, tmp_path: Path) -> None:
     path = put(tmp_path, raw(BOMBS[bomb]))
     tracemalloc.start()
     try:
         refused(path, "cannot be read as safetensors")
-        assert tracemalloc.get_traced_memory()[1] < 12 * len(BOMBS[bomb])
+        assert tracemalloc.get_traced_memory()[1] < (20 if bomb in SHORT else 12) * len(BOMBS[bomb])
     finally:
         tracemalloc.stop()
 
@@ -299,6 +302,7 @@ def test_names_that_say_something_else(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "b.safetensors", _use_new_zipfile_serialization=False)
     refused(tmp_path / "a.safetensors", "is a pickle")
     refused(tmp_path / "b.safetensors", "is a pickle")
+    poor(tmp_path / "b.safetensors", r"rename it to b\.pt")
     save_file(TENSORS, tmp_path / "a.PT")
     with pytest.raises(FileError, match=r"a\.PT is a safetensors file .* rename it to a\.safetensors"):
         load_tensors(tmp_path / "a.PT")
@@ -367,12 +371,12 @@ def test_archives_that_torch_would_not_write(tmp_path: Path) -> None:
 
 
 class Grown:
-    """A tensor of eight bytes that says it has eighty billion."""
+    """A tensor of eight bytes that says it has eight hundred million."""
 
     def __reduce__(self) -> Any:
         storage = torch.zeros(2).untyped_storage()
         typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-        return torch._utils._rebuild_tensor_v2, (typed, 0, (2 * 10**10,), (1,), False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (typed, 0, (2 * 10**8,), (1,), False, collections.OrderedDict())
 
 
 def test_a_pickle_cannot_ask_for_memory_that_the_file_does_not_have(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
     p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
     try:
         algorithm: Algorithm = kind.infer(p, g, scale)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(rest.items()))
         raise FileError(f"{where}: these tensors make no {kind.name} for a {g}: {shapes} ({error})") from error
     if magnitude is not None:

@@ -190,7 +190,7 @@ class DoRA(Algorithm):
     def read(cls, over: Additive, p: Params, g: Geometry) -> Self:
         """DoRA over what the other tensors of a file are; the shape of `magnitude` tells the axis."""
         sizes = p["magnitude"].shape
-        return cls(over=over, axis="out" if sizes[0] == sizes.numel() == g.out_features else "in")
+        return cls(over=over, axis="out" if sizes[:1] == (sizes.numel(),) == (g.out_features,) else "in")
 
     def scale(self, g: Geometry) -> float:
         return self.over.scale(g)

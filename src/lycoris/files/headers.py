@@ -2,8 +2,8 @@
 
 The format: eight bytes, the length of the header; the header, a JSON object; the tensors' bytes, without gaps.
 
-A JSON value can take some twenty times its text in memory, so only flat and short ones are handed to the parser: a
-hostile header costs a few times its own bytes, as a good one does.
+A JSON value can take many times its text in memory, so only flat and short ones are handed to the parser, and there may
+be `MEMBERS` of them: a hostile header costs no more than a good one of its size.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _known(head: bytes, *, pickles: bool) -> str:
 
 def _missing(path: Path, error: Exception) -> str:
     if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-        return f"{path} cannot be opened: {error}"
+        return f"{path} cannot be opened: {getattr(error, 'strerror', error)}"
     try:
         there = _inside(path.parent)
     except (OSError, ValueError):
