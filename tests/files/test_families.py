@@ -164,6 +164,7 @@ SPELLINGS = [
     ("hunyuanvideo-1.5", "original", "byt5_in.fc3", ["context_embedder_2.linear_3"]),
     ("hunyuanvideo-1.5", "original", "vision_in.proj.3", ["image_embedder.linear_2"]),
     ("hunyuanvideo-1.5", "original", "time_in.mlp.2", ["time_embed.timestep_embedder.linear_2"]),
+    ("hunyuanvideo-1.5", "original", "time_r_in.mlp.0", ["time_embed.timestep_embedder_r.linear_1"]),
     (
         "hunyuanvideo-1.5",
         "comfyui",

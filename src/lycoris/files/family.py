@@ -21,7 +21,8 @@ class Architecture:
     outlines: tuple[str, ...]
     """Known models of it, by the names of `lycoris.outline`."""
     namings: Mapping[str, Naming] = field(default_factory=dict)
-    """Beside diffusers' own: "original" for the published code, "comfyui" where that differs, "sgm" for UNets, ..."""
+    """Beside diffusers' own: "original" for the published code, "comfyui" where ComfyUI has others than that, "sgm" for
+    the original of UNets, ... A missing one is the same as diffusers'."""
     targets: tuple[str, ...] = ()
     """Classes whose layers are usually trained, in diffusers and in the original code."""
     excludes: tuple[str, ...] = ()
@@ -42,4 +43,5 @@ class Family:
     comfyui: Mapping[str, str] = field(default_factory=dict)
     """ComfyUI's name of a text encoder, such as clip_l → component."""
     versions: tuple[str, ...] = ()
-    """What headers call it (`ss_base_model_version`, `modelspec.architecture`), in small letters, as beginnings."""
+    """Beginnings, in small letters, of what headers call it (`ss_base_model_version`, `modelspec.architecture`). Of
+    those that fit, over all families, the longest counts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -115,19 +115,14 @@ def _guesses(layers: Skeleton, architecture: Architecture, name: str, naming: Na
     best = 0.0
     for model in architecture.outlines:
         there = skeleton(model)
-        held = {each: [there[part].out_features for part in parts[each]] for each in layers if _all(parts[each], there)}
-        same = sum(
-            sum(rows) == layers[each].out_features and there[parts[each][0]].fan_in == layers[each].fan_in
-            for each, rows in held.items()
-        )
+        held = [each for each in layers if parts[each] and all(part in there for part in parts[each])]
+        same = sum(_alike(layers[each], [there[part] for part in parts[each]]) for each in held)
         if same:
             score = (len(held) + same) / len(layers) / 2
             best = max(best, score)
-            taken = [part for each in held for part in parts[each]]
-            numbers = _numbers(model)
-            yield Guess(
-                architecture, name, model, score, len(taken) / sum(numbers[kind] for kind in set(map(_kind, taken)))
-            )
+            taken = Counter(_kind(part) for each in held for part in parts[each])
+            share = taken.total() / sum(_numbers(model)[kind] for kind in taken)
+            yield Guess(architecture, name, model, score, share)
     if best < fit:
         yield Guess(architecture, name, None, fit, 0.0)
 
@@ -140,8 +135,8 @@ def _parts(name: str, naming: Naming) -> tuple[str, ...]:
     return (name,) if naming.home(name) is None else ()
 
 
-def _all(parts: tuple[str, ...], there: Skeleton) -> bool:
-    return bool(parts) and all(part in there for part in parts)
+def _alike(whole: Geometry, parts: Sequence[Geometry]) -> bool:
+    return whole.out_features == sum(part.out_features for part in parts) and whole.fan_in == parts[0].fan_in
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

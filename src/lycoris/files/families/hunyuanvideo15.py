@@ -42,6 +42,7 @@ TRANSFORMER = Architecture(
                 *CONTEXT,
                 *_INPUTS,
                 *timestep("time_in", "time_embed.timestep_embedder"),
+                *timestep("time_r_in", "time_embed.timestep_embedder_r"),
                 *FINAL,
             )
         ),
@@ -51,6 +52,7 @@ TRANSFORMER = Architecture(
                 *COMFYUI_CONTEXT,
                 *_INPUTS,
                 *embedders("time_in", "time_embed.timestep_embedder"),
+                *embedders("time_r_in", "time_embed.timestep_embedder_r"),
                 *FINAL,
             )
         ),
