@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt
 from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 from lycoris.algorithm import Affine
-from lycoris.algorithms import write_tensors
+from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.bundle import Entry
+from lycoris.errors import FileError, PlanError
 from lycoris.files.consumers import CONSUMERS
-from lycoris.geometry import sites
-from lycoris.recast import adapted
+from lycoris.files.portable import portable
+from lycoris.geometry import Geometry, sites
+from lycoris.recast import adapted, needs_base
 
 SAME = 1e-5
 READERS = {
@@ -125,3 +127,61 @@ def peft_output(entry: Entry, case: Made) -> Tensor:
         raise Refused(f"no {entry.geometry.kind}")
     tensors = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
     return tuners.output(tensors, copy.deepcopy(case.layer), case.x)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+def test_an_export_is_read_as_trained(pair: tuple[str, str]) -> None:
+    case = made(*pair)
+    expected = change(adapted(case.entry, case.base), case.base)
+    for consumer in READERS:
+        if CONSUMERS[consumer].verdict(case.entry, case.base).remedy is None:
+            continue
+        exported, what = portable(case.entry, consumer, case.base)
+        assert what != "nothing"
+        found = read_by(consumer, exported, case.base)
+        assert found is not None, consumer
+        assert error(change(found, case.base)[: len(expected)], expected) <= SAME, consumer
+        is_read_again(exported, case.entry.geometry)
+
+
+@pytest.mark.parametrize("pair", THROUGH_PEFT, ids="-on-".join)
+def test_an_export_is_run_by_peft_as_trained(pair: tuple[str, str]) -> None:
+    case = made(*pair)
+    for consumer in ("peft", "diffusers"):
+        if CONSUMERS[consumer].verdict(case.entry, case.base).remedy is None:
+            continue
+        exported, _ = portable(case.entry, consumer, case.base)
+        assert error(peft_output(exported, case) - case.plain, case.adapted - case.plain) <= SAME, consumer
+        is_read_again(exported, case.entry.geometry)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+def test_only_what_depends_on_the_weight_needs_it(pair: tuple[str, str]) -> None:
+    case = made(*pair)
+    for consumer in CONSUMERS:
+        if CONSUMERS[consumer].verdict(case.entry).remedy is None:
+            continue
+        try:
+            portable(case.entry, consumer)
+        except PlanError:
+            assert needs_base(case.entry)
+
+
+def is_read_again(entry: Entry, geometry: Geometry) -> None:
+    """By the library, for the layer as it is."""
+    read_tensors(write_tensors(entry.algorithm, entry.tensors, entry.geometry), geometry, "layer")
+
+
+def test_what_is_read_as_trained_stays_as_it_is() -> None:
+    entry = made("lora", "linear").entry
+    assert portable(entry, "comfyui") == (entry, "nothing")
+
+
+def test_an_unknown_program() -> None:
+    with pytest.raises(FileError, match=r"unknown consumer 'comfy'; did you mean 'comfyui'\?"):
+        portable(made("lora", "linear").entry, "comfy")
+
+
+def test_what_no_export_makes_right() -> None:
+    with pytest.raises(FileError, match=r"musubi-tuner has no adapters for a layer of kind norm; no export of norm"):
+        portable(made("norm", "layer-norm").entry, "musubi")

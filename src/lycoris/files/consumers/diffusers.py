@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers.consumer import Consumer, Row
-from lycoris.files.consumers.peft import LORA
+from lycoris.files.consumers.peft import LORA, instead
 from lycoris.files.consumers.traits import dora, is_a, no_other_than
 
 DIFFUSERS = Consumer(
@@ -11,8 +11,8 @@ DIFFUSERS = Consumer(
     "diffusers",
     (
         *LORA,
-        Row(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only", "lora"),
-        Row(no_other_than("lora"), "not at all", "reads LoRA only", "lora"),
+        *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only"),
+        *instead(no_other_than("lora"), "not at all", "reads LoRA only"),
         Row(
             dora,
             "as trained",

@@ -91,6 +91,11 @@ def padded_otherwise(case: Case) -> bool:
     return g.kind == "conv" and g.padding_mode != "zeros" and any(g.pad)
 
 
+def lora_goes_wrong(case: Case) -> bool:
+    """A convolution on which PEFT's LoRA is another one."""
+    return grouped(case) or dilated(case) or padded_otherwise(case)
+
+
 def core_without_contiguous(case: Case) -> bool:
     """A LoKr core whose contraction is no plain block of memory, as PyTorch 2.13's `kron` wants it."""
     t = case.entry.tensors
