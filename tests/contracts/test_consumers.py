@@ -67,7 +67,7 @@ def change(after: Affine, before: Affine) -> Tensor:
     weight = (after.weight - before.weight).flatten()
     if after.bias is None:
         return weight
-    return torch.cat([weight, after.bias if before.bias is None else after.bias - before.bias])
+    return torch.cat([weight, (after.bias if before.bias is None else after.bias - before.bias).flatten()])
 
 
 def read_by(consumer: str, entry: Entry, base: Affine) -> Affine | None:
@@ -140,7 +140,9 @@ def test_an_export_is_read_as_trained(pair: tuple[str, str]) -> None:
         assert what != "nothing"
         found = read_by(consumer, exported, case.base)
         assert found is not None, consumer
-        assert error(change(found, case.base)[: len(expected)], expected) <= SAME, consumer
+        got = change(found, case.base)
+        assert error(got[: len(expected)], expected) <= SAME, consumer
+        assert not got[len(expected) :].any(), "what was added for the program's sake says nothing"
         is_read_again(exported, case.entry.geometry)
 
 

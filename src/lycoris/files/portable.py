@@ -23,7 +23,6 @@ from lycoris.algorithms.lokr import Layout
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Remedy
-from lycoris.geometry import Geometry
 from lycoris.ops.tucker import tucker
 from lycoris.recast import dense, low_rank
 
@@ -82,11 +81,10 @@ def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
 
 def without_core(entry: Entry, base: Affine | None = None) -> Entry:
     """LoRA with its Tucker core multiplied into `down`; under DoRA too."""
-    lora, g, p = _opened(entry, LoRA)
+    lora, p = _opened(entry, LoRA)
     if "mid" not in p:
         return entry
-    into = p.pop("mid"), p["down"].flatten(1)
-    p["down"] = tucker(into[0], None, into[1])
+    p["down"] = tucker(_wide(p.pop("mid")), None, _wide(p["down"]).flatten(1))
     return _closed(entry, replace(lora, tucker=False), p)
 
 
@@ -95,16 +93,17 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
 
     A core is multiplied into its second factor, at the same rank; a whole w2 is an identity and itself.
     """
-    lokr, g, p = _opened(entry, LoKr)
+    lokr, p = _opened(entry, LoKr)
+    g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "t2" in p:
-        p["w2_b"] = tucker(p.pop("t2"), None, p["w2_b"]).flatten(1)
+        p["w2_b"] = tucker(_wide(p.pop("t2")), None, _wide(p["w2_b"])).flatten(1)
         p["w2_a"] = p["w2_a"].mT.contiguous()
         return _closed(entry, replace(lokr, tucker=False), p)
     if "w2" not in p:
         return entry
     if "w1_a" in p:
-        p["w1"] = p.pop("w1_a") @ p.pop("w1_b")
+        p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
     w2 = p.pop("w2").flatten(2 if g.stack else 1)
     rows, columns = w2.shape[-2:]
     rank = min(rows, columns)
@@ -116,11 +115,12 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
 
 def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
     """LoKr with w1 multiplied out, and with it the scale where w2 is whole too; under DoRA too."""
-    lokr, g, p = _opened(entry, LoKr)
+    lokr, p = _opened(entry, LoKr)
+    g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "w1_a" not in p:
         return entry
-    p["w1"] = p.pop("w1_a") @ p.pop("w1_b")
+    p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
     if not layout.w2_split:
         p["w1"] = p["w1"] * scale
     return _closed(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
@@ -132,7 +132,7 @@ def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
     if not isinstance(oft, OFT):
         raise FileError(f"{oft.name} has no limit; only rotations have one")
     if oft.constraint:
-        blocks = p["blocks"]
+        blocks = _wide(p["blocks"])
         norms = (blocks - blocks.mT).flatten(1 if entry.geometry.stack else 0).norm(dim=-1)
         cut = (oft.constraint * entry.geometry.out_features / (norms + 1e-8)).clamp_max(1.0)
         p["blocks"] = blocks * cut.reshape(*cut.shape, *(1,) * (blocks.dim() - cut.dim()))
@@ -175,13 +175,20 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 )
 
 
-def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, Geometry, dict[str, Tensor]]:
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least float32: what is multiplied out in half precision is rounded."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     """The algorithm itself, or what DoRA is over, with its gate folded in."""
     algorithm = entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm
     if not isinstance(algorithm, kind):
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
-    p = algorithm.stored(dict(entry.tensors), entry.geometry)
-    return replace(algorithm, gate=False), entry.geometry, p
+    p = dict(entry.tensors)
+    if "gate" in p:
+        p = algorithm.stored({name: _wide(tensor) for name, tensor in p.items()}, entry.geometry)
+    return replace(algorithm, gate=False), p
 
 
 def _closed(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
