@@ -23,18 +23,13 @@ def read(
 ) -> Read | None:
     if kind in ("embedding", "parameter"):
         return None
+    known = {"lora_up.weight": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr, "lokr_w1_a": _lokr, "a1.weight": _glora}
+    if rotations:
+        known["oft_blocks"] = _boft if "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 4 else _oft
     try:
-        if "lora_up.weight" in tensors:
-            return _lora(tensors, weight, strength), bias
-        if "hada_w1_a" in tensors:
-            return _loha(tensors, weight, strength), bias
-        if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
-            return _lokr(tensors, weight, strength), bias
-        if "a1.weight" in tensors:
-            return _glora(tensors, weight, strength), bias
-        if "oft_blocks" in tensors and rotations:
-            turn = {3: _oft, 4: _boft}[tensors["oft_blocks"].dim()]
-            return turn(tensors, weight, strength), bias
+        for name, evaluate in known.items():
+            if name in tensors:
+                return evaluate(tensors, weight, strength), bias
     except (RuntimeError, TypeError) as error:
         if quiet:
             return None

@@ -1,5 +1,5 @@
-"""The WebUI of AUTOMATIC1111, 1.10: LoRA, LoHa, IA³, LoKr, whole differences, norms, GLoRA, rotations; the first of these
-that finds all of its keys. A layer that nothing fits rejects the whole file.
+"""The WebUI of AUTOMATIC1111, 1.10: LoRA, LoHa, IA³, LoKr, whole differences, norms, GLoRA, rotations; the first of
+these that finds all of its keys. A layer that nothing fits rejects the whole file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from consumers import Kind, Read, Refused, Tensors, moved, number
 def read(tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0) -> Read | None:
     if kind in ("embedding", "parameter"):
         return None
-    for keys, change in _TYPES:
-        if all(key in tensors for key in keys):
-            break
-    else:
+    change = next((change for keys, change in _TYPES if all(key in tensors for key in keys)), None)
+    if change is None:
         raise Refused("could not find a module type")
     try:
         updown, own = change(tensors, weight, kind)

@@ -35,6 +35,9 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
 
 MAGNITUDE = DoRA.keys["magnitude"]
 ALPHA = "alpha"
+EMPTY = ("b", "diff_b")
+"""Slots whose zeros say nothing."""
+
 __all__ = [
     "ALGORITHMS",
     "BOFT",
@@ -146,7 +149,9 @@ def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str)
         if [size for size in given if size != 1] != [size for size in slot.shape if size != 1]:
             raise FileError(f"{where}.{names[name]} has shape {given}; a {g} needs {slot.shape}")
         fitted[name] = p[name].reshape(slot.shape)
-    extra = sorted(names[name] for name in p.keys() - slots.keys())
+    # Some programs want a change of the bias in the file even where the layer has none.
+    said = {name for name, tensor in p.items() if name not in EMPTY or tensor.any()}
+    extra = sorted(names[name] for name in said - slots.keys())
     if extra:
         raise FileError(f"{where}: {inner.name} on a {g} has no place for {', '.join(extra)}")
     return fitted

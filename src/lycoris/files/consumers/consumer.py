@@ -1,0 +1,95 @@
+"""What a consumer is: a program that reads adapter files, as a table of what it does with which adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lycoris.algorithm import Affine
+from lycoris.algorithms import DoRA
+from lycoris.bundle import Entry
+from lycoris.geometry import Kind
+
+Reads = Literal["as trained", "differently", "not at all"]
+Remedy = Literal["plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs"]
+"""Names of exports, which `lycoris.files.portable` makes."""
+
+
+class Verdict(NamedTuple):
+    """What a program makes of one layer's adapter, at strength 1."""
+
+    reads: Reads
+    why: str
+    """In one sentence."""
+    error: float | None = None
+    """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
+    remedy: Remedy | None = None
+    """The export that makes it right; None where none is needed, or none is known."""
+
+
+class Case(NamedTuple):
+    """A layer's adapter, and what lies below it where that is known."""
+
+    entry: Entry
+    base: Affine | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the algorithm, under DoRA's lengths if it has them; a file of DyLoRA is one of LoRA."""
+        algorithm = self.entry.algorithm
+        name = algorithm.over.name if isinstance(algorithm, DoRA) else algorithm.name
+        return "lora" if name == "dylora" else name
+
+    @property
+    def dora(self) -> str:
+        """The axis of DoRA's lengths; "" without them."""
+        algorithm = self.entry.algorithm
+        return algorithm.axis if isinstance(algorithm, DoRA) else ""
+
+    @property
+    def dimensions(self) -> int:
+        """Of the kernel; 0 for everything but convolutions."""
+        return len(self.entry.geometry.kernel) if self.entry.geometry.kind == "conv" else 0
+
+
+Test = Callable[[Case], bool]
+
+
+class Row(NamedTuple):
+    """One line of a consumer's table: for which adapters it holds, and what comes of them."""
+
+    when: Test
+    reads: Reads
+    why: str
+    remedy: Remedy | None = None
+    error: Callable[[Case], float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program that reads adapter files."""
+
+    name: str
+    title: str
+    """As it calls itself, with the version that was looked at where that matters."""
+    rows: tuple[Row, ...]
+    """The first that holds counts; where none does, it reads as trained."""
+    kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
+    """Kinds of layers that it has adapters for."""
+    transposes: bool = False
+    """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
+
+    def verdict(self, entry: Entry, base: Affine | None = None) -> Verdict:
+        """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it."""
+        g = entry.geometry
+        if g.kind not in self.kinds:
+            return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
+        if g.transposed and not self.transposes:
+            return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
+        case = Case(entry, base)
+        for row in self.rows:
+            if row.when(case):
+                error = None if row.error is None else row.error(case)
+                return Verdict(row.reads, f"{self.title} {row.why}", error, row.remedy)
+        return Verdict("as trained", f"{self.title} computes what was trained")

@@ -1,0 +1,41 @@
+"""SimpleTuner (2026), which trains and loads through LyCORIS 4.1.3."""
+
+from __future__ import annotations
+
+from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers.traits import (
+    all_of,
+    dora,
+    dora_in,
+    is_a,
+    kernel,
+    lengths,
+    lone_bias,
+    starts_elsewhere,
+    unbalanced,
+)
+
+SIMPLETUNER = Consumer(
+    "simpletuner",
+    "SimpleTuner",
+    (
+        Row(is_a("ia3"), "not at all", "stops when it loads an IA3 file", "plain"),
+        Row(lone_bias, "not at all", "recognises no diff_b without diff, and passes it over", "both diffs"),
+        Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
+        Row(unbalanced, "not at all", "makes a LoKr of other shapes than an unbalanced one has, and stops", "plain"),
+        Row(dora_in, "not at all", "cannot load DoRA's lengths of inputs", "plain"),
+        Row(all_of(is_a("tlora"), kernel), "not at all", "cannot run T-LoRA on a convolution with a kernel", "plain"),
+        Row(
+            starts_elsewhere,
+            "differently",
+            "takes what T-LoRA started from to be the base weight's largest singular triplets, exactly; how far off "
+            "that is depends on the base weight",
+            "plain",
+        ),
+        Row(
+            all_of(is_a("diag-oft", "boft"), lengths),
+            "as trained",
+            "turns the rows as trained; at another strength than 1 their lengths count fully",
+        ),
+    ),
+)

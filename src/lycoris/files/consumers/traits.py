@@ -1,0 +1,235 @@
+"""What the rows of the tables ask of an adapter."""
+
+from __future__ import annotations
+
+import torch
+
+from lycoris.adapter import Matrix
+from lycoris.algorithms import IA3, DoRA, LoKr
+from lycoris.bundle import Entry
+from lycoris.files.consumers.consumer import Case, Test
+from lycoris.ops.factorization import factorize
+from lycoris.recast import adapted
+
+SAME = 1e-5
+"""A relative error up to this is rounding."""
+
+
+def all_of(*tests: Test) -> Test:
+    return lambda case: all(test(case) for test in tests)
+
+
+def is_a(*names: str) -> Test:
+    return lambda case: case.name in names
+
+
+def no_other_than(*names: str) -> Test:
+    return lambda case: case.name not in names
+
+
+def dora(case: Case) -> bool:
+    return bool(case.dora)
+
+
+def dora_out(case: Case) -> bool:
+    """Lengths per output row."""
+    return case.dora == "out"
+
+
+def dora_in(case: Case) -> bool:
+    """Lengths per input column."""
+    return case.dora == "in"
+
+
+def square(case: Case) -> bool:
+    """A linear layer with as many inputs as outputs."""
+    g = case.entry.geometry
+    return g.kind == "linear" and g.out_features == g.in_features
+
+
+def cored(case: Case) -> bool:
+    """With a Tucker core."""
+    return any(name in case.entry.tensors for name in ("mid", "t1", "t2"))
+
+
+def off_pictures(case: Case) -> bool:
+    """A convolution over one or three dimensions."""
+    return case.dimensions in (1, 3)
+
+
+def line(case: Case) -> bool:
+    """A convolution over one dimension."""
+    return case.dimensions == 1
+
+
+def volume(case: Case) -> bool:
+    """A convolution over three."""
+    return case.dimensions == 3
+
+
+def transposed(case: Case) -> bool:
+    return case.entry.geometry.transposed
+
+
+def grouped(case: Case) -> bool:
+    return case.entry.geometry.kind == "conv" and case.entry.geometry.groups > 1
+
+
+def dilated(case: Case) -> bool:
+    g = case.entry.geometry
+    return g.kind == "conv" and any(d > 1 and k > 1 for d, k in zip(g.dilation, g.kernel, strict=True))
+
+
+def resized(case: Case) -> bool:
+    """Whether leaving the dilation out changes the size of the output."""
+    return dilated(case) and case.entry.geometry.padding != "same"
+
+
+def padded_otherwise(case: Case) -> bool:
+    """With padding that is not of zeros."""
+    g = case.entry.geometry
+    return g.kind == "conv" and g.padding_mode != "zeros" and any(g.pad)
+
+
+def lora_goes_wrong(case: Case) -> bool:
+    """A convolution on which PEFT's LoRA is another one."""
+    return grouped(case) or dilated(case) or padded_otherwise(case)
+
+
+def core_without_contiguous(case: Case) -> bool:
+    """A LoKr core whose contraction is no plain block of memory, as PyTorch 2.13's `kron` wants it."""
+    t = case.entry.tensors
+    return case.name == "lokr" and "t2" in t and min(t["w2_a"].shape[1], t["w2_b"].shape[1]) > 1
+
+
+def w1_split(case: Case) -> bool:
+    return case.name == "lokr" and "w1_a" in case.entry.tensors
+
+
+def w2_on_wrong_axes(case: Case) -> bool:
+    """A whole w2 of one or three kernel dimensions, which ends up elsewhere."""
+    if case.name != "lokr" or "w2" not in case.entry.tensors or not off_pictures(case):
+        return False
+    return misplaced(case) > SAME
+
+
+def misplaced(case: Case) -> float:
+    """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
+    p, g = case.entry.tensors, case.entry.geometry
+    w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+    right = torch.einsum("ab,cdk->acbdk", w1, p["w2"].flatten(2)).flatten()
+    return float((torch.kron(w1, p["w2"]).flatten() - right).norm() / right.norm().clamp_min(1e-30)) if g.size else 0.0
+
+
+def misplaced_alone(case: Case) -> float | None:
+    """The same where nothing but ΔW counts."""
+    return None if case.dora else misplaced(case)
+
+
+def unbalanced(case: Case) -> bool:
+    """A LoKr whose w1 has more rows than its w2."""
+    algorithm, g = _plain(case.entry), case.entry.geometry
+    return isinstance(algorithm, LoKr) and algorithm.layout_for(g).ol ** 2 > g.out_features
+
+
+def lengths(case: Case) -> bool:
+    """Rotations with lengths that are not all 1."""
+    scale = case.entry.tensors.get("rescale")
+    return scale is not None and not torch.allclose(scale, torch.ones_like(scale), rtol=0, atol=SAME)
+
+
+def limited_without_outputs(case: Case) -> bool:
+    """Rotations that are cut by a limit which was meant to be multiplied by the number of outputs."""
+    if case.name not in ("diag-oft", "boft"):
+        return False
+    limit, blocks = case.entry.algorithm.stored_alpha(case.entry.geometry), case.entry.tensors["blocks"]
+    norm = float((blocks - blocks.mT).double().norm())
+    return limit is not None and 0 < limit < norm and limit * case.entry.geometry.out_features != limit
+
+
+def lone_bias(case: Case) -> bool:
+    """A change of the bias without one of the weight."""
+    return "diff_b" in case.entry.tensors and "diff" not in case.entry.tensors
+
+
+def moves_bias(case: Case) -> bool:
+    return bool(case.entry.tensors.keys() & {"diff_b", "b"})
+
+
+def without_shift(case: Case) -> bool:
+    """A norm's scale without its shift."""
+    return case.name == "norm" and "b" not in case.entry.tensors
+
+
+def ia3_out(case: Case) -> bool:
+    algorithm = case.entry.algorithm
+    return isinstance(algorithm, IA3) and not algorithm.on_input
+
+
+def ia3_out_on_conv(case: Case) -> bool:
+    return ia3_out(case) and case.entry.geometry.kind == "conv"
+
+
+def ia3_out_on_square_line(case: Case) -> bool:
+    """A convolution over one dimension with as many inputs as outputs: the factors of the outputs fit the inputs."""
+    g = case.entry.geometry
+    return ia3_out_on_conv(case) and case.dimensions == 1 and g.out_features == g.in_features > 1
+
+
+def ia3_out_with_bias(case: Case) -> bool:
+    """On a layer with a bias that is not, or may not be, zero."""
+    if not ia3_out(case) or not case.entry.geometry.has_bias:
+        return False
+    bias = None if case.base is None else case.base.bias
+    return bias is None or bool(bias.any())
+
+
+def ia3_in_on_groups(case: Case) -> bool:
+    return case.name == "ia3" and not ia3_out(case) and grouped(case)
+
+
+def kernel(case: Case) -> bool:
+    """A convolution with a kernel of more than one place."""
+    return case.dimensions > 0 and not case.entry.geometry.pointwise
+
+
+def starts_elsewhere(case: Case) -> bool:
+    """A T-LoRA that did not start from the weight's largest singular triplets, or that may not have."""
+    if case.name != "tlora" or case.base is None:
+        return case.name == "tlora"
+    short = {name: tensor for name, tensor in case.entry.tensors.items() if not name.endswith("0")}
+    principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
+    again = principal.complete(short, Matrix(case.entry.geometry, case.base.weight))
+    own, other = (
+        adapted(case.entry._replace(tensors=tensors), case.base).weight - case.base.weight
+        for tensors in (case.entry.tensors, again)
+    )
+    return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
+
+
+def without_peft_factor(case: Case) -> bool:
+    """A LoKr whose shapes PEFT cannot make again, from one number for both dimensions and one rank for both factors."""
+    algorithm, g, p = _plain(case.entry), case.entry.geometry, case.entry.tensors
+    if not isinstance(algorithm, LoKr):
+        return False
+    ol, im, w1_split, w2_split = algorithm.layout_for(g)
+    ok, inner = g.out_features // ol, g.in_features // im
+    if w1_split or w2_split:
+        rank = p["w2_b" if w2_split else "w1_b"].shape[0]
+        fits = (rank < max(ok, inner) / 2) == w2_split and (not w1_split or rank < max(ol, im) / 2)
+    else:
+        fits = True
+    wanted = ((ol, ok), (im, inner))
+    factors = (-1, *range(1, max(g.out_features, g.in_features) + 1))
+    return not fits or all((_unswapped(g.out_features, f), _unswapped(g.in_features, f)) != wanted for f in factors)
+
+
+def _unswapped(n: int, factor: int) -> tuple[int, int]:
+    """How PEFT splits a dimension: a factor that divides it comes first, whichever part is smaller."""
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    return factorize(n, factor)
+
+
+def _plain(entry: Entry) -> object:
+    return entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm

@@ -1,0 +1,197 @@
+"""Exports: a layer's adapter in a form that a program evaluates as trained.
+
+All are exact. Which one a program needs says its table in `lycoris.files.consumers`. Those that depend on the weight
+below are tied to it, and need it as `base`.
+
+Legend: O out features, I in features per group, K kernel dimensions; LoKr's w1 is (ol, im), its w2 (ok, in, *K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Algorithm
+from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA
+from lycoris.algorithms.lokr import Layout
+from lycoris.bundle import Entry
+from lycoris.errors import FileError, unknown
+from lycoris.files.consumers import CONSUMERS, Remedy
+from lycoris.ops.tucker import tucker
+from lycoris.recast import dense, low_rank
+
+Form = TypeVar("Form", LoRA, LoKr)
+
+
+def portable(entry: Entry, consumer: str, base: Affine | None = None) -> tuple[Entry, str]:
+    """The adapter as a program evaluates it as trained, and what was done to it ("nothing" where it is so already).
+
+    Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
+    """
+    if consumer not in CONSUMERS:
+        raise FileError(unknown("consumer", consumer, CONSUMERS))
+    done: dict[Remedy, str] = {}
+    while True:
+        verdict = CONSUMERS[consumer].verdict(entry, base)
+        if verdict.reads == "as trained":
+            return entry, ", then ".join(done.values()) or "nothing"
+        if verdict.remedy is None or verdict.remedy in done:
+            name, g = entry.algorithm.name, entry.geometry
+            raise FileError(f"{verdict.why}; no export of {name} on a {g} is known that it reads as trained")
+        export = EXPORTS[verdict.remedy]
+        done[verdict.remedy] = export.does
+        entry = export.make(entry, base)
+
+
+def plain(entry: Entry, base: Affine | None = None) -> Entry:
+    """LoRA where that holds fewer numbers, else the difference stored whole."""
+    return low_rank(entry, base) or dense(entry, base)
+
+
+def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
+    """LoRA, if need be of the weight's full rank: ΔW times an identity.
+
+    Raises `FileError` when the adapter changes the bias.
+    """
+    g = entry.geometry
+    full = min(g.out_features, g.fan_in)
+    thin = low_rank(entry, base, always=True)
+    if thin is not None and isinstance(thin.algorithm, LoRA) and thin.algorithm.rank <= full:
+        return thin
+    whole = dense(entry, base)
+    if whole.tensors.keys() != {"diff"}:
+        raise FileError(f"{entry.algorithm.name} on a {g} changes more than the weight, and LoRA cannot")
+    diff = g.turned(whole.tensors["diff"])
+    ones = (1,) * len(g.kernel)
+    eye = torch.eye(full, dtype=diff.dtype, device=diff.device)
+    eye = eye.expand(g.stacked((full, full)))
+    if g.out_features <= g.fan_in:
+        up, down = eye.reshape(*g.stacked((full, full)), *ones), diff
+    else:
+        up = diff.reshape(*g.stacked((g.out_features, full)), *ones)
+        down = eye.reshape(g.stacked((full, *g.shape[1:])))
+    return Entry(LoRA(rank=full), g, {"up": up, "down": down})
+
+
+def without_core(entry: Entry, base: Affine | None = None) -> Entry:
+    """LoRA with its Tucker core multiplied into `down`; under DoRA too."""
+    lora, p = _opened(entry, LoRA)
+    if "mid" not in p:
+        return entry
+    p["down"] = tucker(_wide(p.pop("mid")), None, _wide(p["down"]).flatten(1))
+    return _closed(entry, replace(lora, tucker=False), p)
+
+
+def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
+    """LoKr with w2 as a product of two matrices (ok, r)·(r, in·ΠK), which every program lays out alike; under DoRA too.
+
+    A core is multiplied into its second factor, at the same rank; a whole w2 is an identity and itself.
+    """
+    lokr, p = _opened(entry, LoKr)
+    g = entry.geometry
+    layout, scale = lokr.layout_for(g), lokr.scale(g)
+    if "t2" in p:
+        p["w2_b"] = tucker(_wide(p.pop("t2")), None, _wide(p["w2_b"])).flatten(1)
+        p["w2_a"] = p["w2_a"].mT.contiguous()
+        return _closed(entry, replace(lokr, tucker=False), p)
+    if "w2" not in p:
+        return entry
+    if "w1_a" in p:
+        p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
+    w2 = p.pop("w2").flatten(2 if g.stack else 1)
+    rows, columns = w2.shape[-2:]
+    rank = min(rows, columns)
+    eye = torch.eye(rank, dtype=w2.dtype, device=w2.device).expand(g.stacked((rank, rank))).contiguous()
+    p["w2_a"], p["w2_b"] = (eye, w2) if rows <= columns else (w2, eye)
+    flat = replace(lokr, rank=rank, alpha=scale * rank, rs_lora=False, layout=Layout(layout.ol, layout.im, False, True))
+    return _closed(entry, flat, p)
+
+
+def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
+    """LoKr with w1 multiplied out, and with it the scale where w2 is whole too; under DoRA too."""
+    lokr, p = _opened(entry, LoKr)
+    g = entry.geometry
+    layout, scale = lokr.layout_for(g), lokr.scale(g)
+    if "w1_a" not in p:
+        return entry
+    p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
+    if not layout.w2_split:
+        p["w1"] = p["w1"] * scale
+    return _closed(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
+
+
+def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
+    """Rotations with their limit applied to the blocks, all of them together."""
+    oft, p = entry.algorithm, dict(entry.tensors)
+    if not isinstance(oft, OFT):
+        raise FileError(f"{oft.name} has no limit; only rotations have one")
+    if oft.constraint:
+        blocks = _wide(p["blocks"])
+        norms = (blocks - blocks.mT).flatten(1 if entry.geometry.stack else 0).norm(dim=-1)
+        cut = (oft.constraint * entry.geometry.out_features / (norms + 1e-8)).clamp_max(1.0)
+        p["blocks"] = blocks * cut.reshape(*cut.shape, *(1,) * (blocks.dim() - cut.dim()))
+    return entry._replace(algorithm=replace(oft, constraint=0.0), tensors=p)
+
+
+def both_norms(entry: Entry, base: Affine | None = None) -> Entry:
+    """A norm's scale with a shift of zeros beside it. Reading it again needs no shift in the layer."""
+    p = dict(entry.tensors)
+    p.setdefault("b", torch.zeros_like(p["w"]))
+    return entry._replace(geometry=replace(entry.geometry, has_bias=True), tensors=p)
+
+
+def both_diffs(entry: Entry, base: Affine | None = None) -> Entry:
+    """A change of the bias with a change of the weight by zeros beside it."""
+    g, p = entry.geometry, dict(entry.tensors)
+    p.setdefault("diff", p["diff_b"].new_zeros(g.stacked(g.stored_shape)))
+    return entry._replace(algorithm=Full(), tensors=p)
+
+
+class Export(NamedTuple):
+    """A way to write an adapter otherwise."""
+
+    does: str
+    make: Callable[[Entry, Affine | None], Entry]
+
+
+EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
+    {
+        "plain": Export("written as a LoRA where that is smaller, else as the difference stored whole", plain),
+        "dense": Export("written as the difference stored whole", dense),
+        "lora": Export("written as a LoRA", as_lora),
+        "no core": Export("its core multiplied into lora_down", without_core),
+        "flat w2": Export("its w2 written as a product of two matrices", flat_w2),
+        "whole w1": Export("its w1 multiplied out", whole_w1),
+        "unlimited": Export("its constraint applied to the rotations", without_limit),
+        "both norms": Export("a b_norm of zeros put beside w_norm", both_norms),
+        "both diffs": Export("a diff of zeros put beside diff_b", both_diffs),
+    }
+)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least float32: what is multiplied out in half precision is rounded."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
+    """The algorithm itself, or what DoRA is over, with its gate folded in."""
+    algorithm = entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm
+    if not isinstance(algorithm, kind):
+        raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
+    p = dict(entry.tensors)
+    if "gate" in p:
+        p = algorithm.stored({name: _wide(tensor) for name, tensor in p.items()}, entry.geometry)
+    return replace(algorithm, gate=False), p
+
+
+def _closed(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
+    """The same entry with other tensors, under its lengths again if it had them."""
+    whole: Algorithm = replace(entry.algorithm, over=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
+    return Entry(whole, entry.geometry, p)
