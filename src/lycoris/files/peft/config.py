@@ -106,7 +106,8 @@ class Config:
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
             raise FileError(
                 f"init_lora_weights = {init!r}: these tensors belong to a base weight from which PEFT takes their "
-                "start away. Save them with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of them"
+                "start away. Save them with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of "
+                "them"
             )
         if self.flag("use_dora") and self.flag("lora_bias"):
             raise FileError("use_dora with lora_bias is no combination of PEFT's")

@@ -82,8 +82,8 @@ def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str
             off.append(path)
     if off:
         raise FileError(
-            "PEFT decides by rank and by switches for all layers (decompose_both, use_effective_conv2d) which factors of "
-            f"a LoKr are split, and would not split these as they are: {_some(off)}. Write those into a folder of "
+            "PEFT decides by rank and by switches for all layers (decompose_both, use_effective_conv2d) which "
+            f"factors of a LoKr are split, and would not split these as they are: {_some(off)}. Write those into a folder of "
             "their own, or convert to LoRA"
         )
     factor = decompose_factor(layers)

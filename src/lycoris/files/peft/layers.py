@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,11 +71,6 @@ def unlike(type_: str, g: Geometry) -> str:
 
 def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    if g.groups > 1:
-        raise FileError(
-            f"{path}: PEFT's LoRA mixes all channels of a convolution of {g.groups} groups, which its weight cannot; "
-            "merge the adapter into the model with PEFT instead"
-        )
     a, b = ("lora_embedding_A", "lora_embedding_B") if g.kind == "embedding" else ("lora_A", "lora_B")
     names = {a: "lora_down.weight", b: "lora_up.weight", "lora_magnitude_vector": "dora_scale", f"{b}.bias": ""}
     named = _named(names, tensors, path)
@@ -84,13 +80,40 @@ def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
         raise FileError(f"{path}: use_dora is {config.flag('use_dora')}, and lora_magnitude_vector says otherwise")
     if "dora_scale" in named:
         named["dora_scale"] = _same(named["dora_scale"], (g.out_features,), path).reshape(-1, *[1] * (len(g.shape) - 1))
-    named["alpha"] = torch.tensor(config.scale(path) * config.rank(path), dtype=torch.float64)
+    if g.groups > 1:
+        named |= _grouped(named["lora_down.weight"], named["lora_up.weight"], g, path)
+    alpha = config.scale(path) * named["lora_down.weight"].shape[0]
+    named["alpha"] = torch.tensor(alpha, dtype=torch.float64)
     entry = _read(named, g, path)
     if shift is None:
         return (entry,)
     if not g.has_bias:
         raise FileError(f"{path}: lora_bias adds a bias to a layer that has none, which adapters here cannot")
     return entry, _bias(g, shift * config.scale(path))
+
+
+def _grouped(down: Tensor, up: Tensor, g: Geometry, path: str) -> dict[str, Tensor]:
+    """PEFT's `lora_A` of a grouped convolution sees all channels, and each group has ranks of its own.
+
+    That is a change of the layer's weight only where each group's ranks see no more than its channels.
+    """
+    each = len(down) // g.groups
+    shape = (g.groups, each, g.groups, g.in_features, *g.kernel)
+    if down.numel() != math.prod(shape) or up.shape[:2] != (g.out_features, each):
+        raise FileError(f"{path}: {tuple(down.shape)} and {tuple(up.shape)} are no factors of a {g}")
+    blocks = down.reshape(shape)
+    own = torch.stack([block[:, at] for at, block in enumerate(blocks)])
+    if torch.count_nonzero(blocks) > torch.count_nonzero(own):
+        raise FileError(
+            f"{path}: PEFT's LoRA mixes all channels of a convolution of {g.groups} groups, which its weight cannot; "
+            "merge the adapter into the model with PEFT instead"
+        )
+    if all(torch.equal(block, own[0]) for block in own):
+        return {"lora_down.weight": own[0], "lora_up.weight": up}
+    wide = up.new_zeros(g.groups, g.out_features // g.groups, g.groups, each)
+    for at, rows in enumerate(up.reshape(g.groups, -1, each)):
+        wide[at, :, at] = rows
+    return {"lora_down.weight": own.flatten(0, 1), "lora_up.weight": wide.reshape(g.out_features, -1)}
 
 
 def _loha(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:

@@ -80,8 +80,8 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
     entries: dict[str, tuple[Entry, ...]] = {}
     problems = []
     for path in sorted(found.layers.keys() | found.biases.keys()):
+        tensors = found.layers.get(path, {})
         try:
-            tensors = found.layers.get(path, {})
             entries[path] = entries_of(config, places[path], tensors, found.biases.get(path))
         except FileError as error:
             problems.append(str(error))

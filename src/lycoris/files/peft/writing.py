@@ -115,6 +115,8 @@ def _type(path: str, stack: tuple[Entry, ...]) -> tuple[str, str]:
         why = "PEFT's IA3 scales a layer's output and with it the bias, which stays as it is here"
     if name == "LOKR" and g.kind == "conv" and len(g.kernel) == 1 and "w2" in first.tensors:
         why = "PEFT multiplies a whole w2 of a Conv1d along other axes"
+    if name == "LOKR" and len(g.kernel) == 1 and "t2" in first.tensors and first.tensors["t2"].shape[0] == 1:
+        why = "PEFT fails to run a Tucker core of rank 1 on a Conv1d"
     return ("", f"{algorithm.name}: {why}") if why else (name, "")
 
 
@@ -134,7 +136,7 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         told = "\n  ".join(f"{why}: {_some(paths)}" for why, paths in refused.items())
         raise FileError(
             f"PEFT has no counterpart for what {sum(map(len, refused.values()))} of {len(types)} layers have:\n  {told}"
-            "\nWrite a file of this library with lycoris.files.write, or merge the adapters into the model and save that"
+            "\nWrite a file of this library with lycoris.files.write, or merge them into the model and save that"
         )
     kinds: dict[str, list[str]] = {}
     for path, (name, _) in types.items():
