@@ -445,8 +445,8 @@ def test_tensors_that_fit_nothing_are_named(tmp_path: Path) -> None:
         read_peft(other, net(), config)
     with pytest.raises(FileError, match=r"no tensors of LORA and none of Net: extra"):
         read_peft(tensors | {"extra": torch.zeros(1)}, net(), config)
+    dump = {f"inner.linear.{name}.{who}.weight": t for name, t in ends.items() for who in ("one", "two")}
     with pytest.raises(FileError, match="several adapters, one, two"):
-        dump = {f"inner.linear.{name}.{who}.weight": t for name, t in ends.items() for who in ("one", "two")}
         read_peft(dump, net(), config)
     with pytest.raises(FileError, match=r"needs lora_B\.weight|needs lora_B"):
         read_peft({key: t for key, t in tensors.items() if "lora_A" in key}, net(), config)

@@ -83,8 +83,8 @@ def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str
     if off:
         raise FileError(
             "PEFT decides by rank and by switches for all layers (decompose_both, use_effective_conv2d) which "
-            f"factors of a LoKr are split, and would not split these as they are: {_some(off)}. Write those into a folder of "
-            "their own, or convert to LoRA"
+            f"factors of a LoKr are split, and would not split these as they are: {_some(off)}. Write those into a "
+            "folder of their own, or convert to LoRA"
         )
     factor = decompose_factor(layers)
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": effective}, ranks

@@ -182,7 +182,14 @@ def _boft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     return (_dense(g, (turned - wide).to(weight.dtype)),)
 
 
-_READERS = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "IA3": _ia3, "OFT": _oft, "BOFT": _boft}
+_READERS: Mapping[str, Callable[[Config, Site, Named], tuple[Entry, ...]]] = {
+    "LORA": _lora,
+    "LOHA": _loha,
+    "LOKR": _lokr,
+    "IA3": _ia3,
+    "OFT": _oft,
+    "BOFT": _boft,
+}
 
 
 def _named(names: Mapping[str, str], tensors: Named, path: str) -> dict[str, Tensor]:
