@@ -306,6 +306,34 @@ def test_peft_loads_a_model_with_many_kinds(name: str, dtype: torch.dtype, tmp_p
     assert worst(outputs(again), outputs(model)) < (1e-6 if dtype == torch.float32 else 1e-10)
 
 
+def test_a_path_of_one_step_is_not_taken_for_the_end_of_others(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"proj": nn.Linear(4, 4), "in_proj": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+
+    model = nested()
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), path="proj")))
+    write_peft(adapters.bundle(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(nested(), tmp_path)
+    assert {key.split(".lora_")[0] for key in loaded.state_dict() if "lora_" in key} == {"base_model.model.proj"}
+
+
+def test_ia3_tells_paths_apart_by_whole_steps(tmp_path: Path) -> None:
+    def both() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "ba": nn.Linear(4, 4, bias=False)}).double()
+
+    model: Any = both()
+    adapters = built([Rule(IA3(on_input=True), path="a"), Rule(IA3(), path="ba")], model).attach()
+    write_peft(adapters.bundle(), tmp_path)
+    loaded, x = peft.PeftModel.from_pretrained(both(), tmp_path).double(), torch.randn(2, 4).double()
+    for name in ("a", "ba"):
+        assert relative(loaded.base_model.model[name](x), model[name](x)) < 1e-10
+    again: Any = both()
+    AdapterSet.load(again, read_peft(tmp_path, again)).attach()
+    assert relative(again["ba"](x), model["ba"](x)) < 1e-10
+
+
 def test_a_rotation_is_not_written(tmp_path: Path) -> None:
     adapters = built([Rule(ALGORITHMS["oft"], path="inner.[lb]*")])
     with pytest.raises(FileError, match=r"diag-oft: inner\.bare, inner\.linear\n.*lycoris\.files\.write"):

@@ -293,6 +293,13 @@ def test_tlora_follows_the_timesteps(made: dict[str, Any]) -> None:
     loaded.unload()
     assert state(pipe) == before
     assert torch.equal(draw(pipe), plain)
+    own = {name: found[name] for name in ("transformer", "transformer_2")}
+    with load(pipe, own, schedule=RankSchedule(max_rank=4)) as given:
+        assert torch.equal(draw(pipe), masked)
+        assert not given.report.remarks
+    pipe._tlora_config = {"min_rank": 1}
+    with load(pipe, own):
+        assert torch.equal(draw(pipe), masked)
 
 
 def test_offloading(made: dict[str, Any]) -> None:

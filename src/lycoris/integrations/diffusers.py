@@ -13,12 +13,13 @@ from torch import nn
 
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
+from lycoris.dropin.tlora import pipeline_schedule
 from lycoris.errors import ConfigError, FileError, LycorisError, unknown
 from lycoris.files import DIALECTS, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.filling import blocks_of
 from lycoris.merging import MergeReport
-from lycoris.schedule import WITHOUT_SCHEDULE
+from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule
 
 Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
 DENOISERS = ("unet", "transformer")
@@ -174,13 +175,15 @@ def load(
     name: str | None = None,
     to: str | Sequence[str] | None = None,
     dialect: str | None = None,
+    schedule: RankSchedule | None = None,
 ) -> Loaded:
     """Put the adapters of a file, or of bundles, on the models of a pipeline. All of them or none.
 
     `source` is an adapter file, a folder of PEFT's for the denoiser, a `Bundle` for the denoiser, or bundles by the
     pipeline's names (`unet`, `transformer_2`, `text_encoder`, ...). `to` names the components that take what is for
     the denoiser, where a pipeline has two: `to="transformer_2"`, `to=("transformer", "transformer_2")`. `name` tells
-    sets apart; None takes a free one. T-LoRA follows the timesteps of the pipeline by itself.
+    sets apart; None takes a free one. T-LoRA follows the timesteps of the pipeline by itself, by the schedule of the
+    file, else by `schedule`, else by the pipeline's `_tlora_config`.
 
     Raises `FileError` or `AttachError`, with the pipeline as it was.
     """
@@ -193,6 +196,7 @@ def load(
             made = AdapterSet.load(parts[component], bundle, name)
             made.attach()
             sets[component] = made
+            made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
             made.follow_timesteps()
         loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
@@ -201,6 +205,11 @@ def load(
             made.detach()
         raise
     return loaded
+
+
+def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
+    wanted = adapters.rank_masked and getattr(pipe, "_tlora_config", None)
+    return pipeline_schedule(pipe, adapters) if wanted else None
 
 
 def models(pipe: Any) -> dict[str, nn.Module]:

@@ -18,7 +18,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 LARGEST = 4 * 2**20
 """Bytes that a config may have: thousands of paths fit."""
 LONGEST = 1000
-"""Characters that a pattern may have."""
+"""Characters that a pattern for one layer's rank or alpha may have."""
 
 _NO_EFFECT = (
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
@@ -205,12 +205,12 @@ def inside(folder: Path, name: str) -> Path:
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
+    if len(pattern) > LONGEST:
+        raise FileError(f"a pattern has {len(pattern)} characters; {LONGEST} are read: {pattern[:60]!r}...")
     return _regex("a pattern", rf"(.*\.)?({pattern})$")
 
 
 def _regex(what: str, pattern: str) -> re.Pattern[str]:
-    if len(pattern) > LONGEST:
-        raise FileError(f"{what} has {len(pattern)} characters; {LONGEST} are read: {pattern[:60]!r}...")
     # Repeated repetitions can take longer than anyone waits, and no name needs them.
     if re.search(r"[+*}]\)*[+*{]", pattern.replace(r"(.*\.)?", "")):
         raise FileError(f"{what} repeats a repetition, which is not read: {pattern!r:.80}")

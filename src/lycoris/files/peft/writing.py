@@ -54,9 +54,15 @@ def encode_peft(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
     layers = {path: encoder(path, stack) for path, stack in bundle.entries.items()}
-    config = {"peft_type": type_, "target_modules": sorted(layers), **_SETTINGS[type_](layers)}
+    config = {"peft_type": type_, "target_modules": _targets(layers), **_SETTINGS[type_](layers)}
     tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     return tensors, config
+
+
+def _targets(layers: Mapping[str, _Layer]) -> list[str] | str:
+    """The paths. A path of one step would in a list stand for every layer with that last step: then a pattern."""
+    paths = sorted(layers)
+    return paths if all("." in path for path in paths) else "|".join(map(re.escape, paths))
 
 
 def write_peft(
