@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class AdapterSet:
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._strength, self._merged_at = 1.0, 0.0
-        self._blocks: Mapping[str, float] = MappingProxyType({})
+        self._blocks: Mapping[str, float] = {}
         self._attached_by_merge = False
         self._keep: Tensor | None = None
         self._attached = False
@@ -199,7 +198,7 @@ class AdapterSet:
             if block not in known:
                 raise ConfigError(unknown("block of layers with adapters", block, known))
         factors = {block: _finite(factor) for block, factor in (blocks or {}).items()}
-        self._strength, self._blocks = _finite(strength), MappingProxyType(factors)
+        self._strength, self._blocks = _finite(strength), factors
         self._refresh()
 
     def _factor(self, path: str) -> float:

@@ -319,9 +319,16 @@ def test_offloading(made: dict[str, Any]) -> None:
         cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
         assert torch.equal(draw(pipe), wanted)
         remove_hook_from_module(pipe.unet, recurse=True)
-    cpu_offload(pipe.unet, torch.device("cpu"))
-    with pytest.raises(AttachError, match="sequential CPU offload, merge"):
-        load(pipe, found)
+    for merged_first in (True, False):
+        pipe = pipeline("sd", made)
+        if merged_first:
+            AdapterSet.load(pipe.unet, found).merge()
+        cpu_offload(pipe.unet, torch.device("cpu"))
+        if merged_first:
+            assert relative(draw(pipe), wanted) < 1e-4
+        else:
+            with pytest.raises(AttachError, match="sequential CPU offload, merge"):
+                load(pipe, found)
 
 
 def test_adapters_move_with_the_pipeline_and_are_found_through_a_compiled_model(made: dict[str, Any]) -> None:
@@ -360,6 +367,28 @@ def test_diffusers_own_loader_agrees(family: str, kind: str, made: dict[str, Any
     assert relative(wanted, plain) > 1e-3
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert relative(draw(pipe), wanted) < 1e-4
+
+
+def test_diffusers_own_adapters_go_over_these(made: dict[str, Any], tmp_path: Path) -> None:
+    pipe = pipeline("sd", made)
+    plain = draw(pipe)
+    own, theirs = adapters(pipe.unet, LoKr(rank=2), 1), adapters(pipe.unet, LoRA(rank=2), 2)
+    diffusers_file(tmp_path, {"unet": theirs})
+    with load(pipe, own):
+        alone = draw(pipe)
+        with load(pipe, theirs):
+            both = draw(pipe)
+    loaded = load(pipe, own)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert relative(draw(pipe), both) < 1e-4
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), alone)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    loaded.unload()
+    with pytest.raises(FileError, match=r"48 of 48 layers are no layers of unet.*unload_lora_weights\(\) first"):
+        load(pipe, own)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)
 
 
 def mixed(pipe: Any, denoiser: str) -> Bundle:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -14,10 +14,11 @@ from torch import nn
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin.tlora import pipeline_schedule
-from lycoris.errors import ConfigError, FileError, LycorisError, unknown
+from lycoris.errors import ConfigError, FileError, LycorisError, nearest, unknown
 from lycoris.files import DIALECTS, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.filling import blocks_of
+from lycoris.geometry import sites
 from lycoris.merging import MergeReport
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule
 
@@ -52,7 +53,7 @@ class Loaded:
     """Adapters on a pipeline: on at once, until `unload()` or the end of a `with` block."""
 
     def __init__(self, sets: Mapping[str, AdapterSet], report: Report, strength: float) -> None:
-        self.sets: Mapping[str, AdapterSet] = MappingProxyType(dict(sets))
+        self.sets: Mapping[str, AdapterSet] = dict(sets)
         """Component → its adapters."""
         self.report = report
         self._strength, self._enabled = strength, True
@@ -190,6 +191,8 @@ def load(
     parts = models(pipe)
     into = _denoisers(parts, to)
     bundles, unused = _read(source, parts, into, dialect)
+    for component, bundle in bundles.items():
+        _check_paths(component, parts[component], bundle)
     sets: dict[str, AdapterSet] = {}
     try:
         for component, bundle in bundles.items():
@@ -205,6 +208,20 @@ def load(
             made.detach()
         raise
     return loaded
+
+
+def _check_paths(component: str, model: nn.Module, bundle: Bundle) -> None:
+    known = {place.path for place in sites(model)}
+    lost = [path for path in bundle.entries if path not in known]
+    if not lost:
+        return
+    wrapped = any(f"{path}.base_layer" in known for path in lost)
+    told = "PEFT's layers are in their place: pipe.unload_lora_weights() first" if wrapped else ""
+    near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
+    raise FileError(
+        f"{len(lost)} of {len(bundle.entries)} layers are no layers of {component}, a {type(model).__name__}: "
+        f"{', '.join(lost[:5])}; {told or near or 'is this the model they were made for?'}"
+    )
 
 
 def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
