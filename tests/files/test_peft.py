@@ -375,6 +375,29 @@ def test_a_folder_that_is_there_keeps_both_files_or_neither(tmp_path: Path, monk
     assert not [path for path in tmp_path.parent.iterdir() if path.suffix == ".part"]
 
 
+def test_ia3_of_pefts_goes_back_to_it(tmp_path: Path) -> None:
+    """With the model: its biases tell that theirs are scaled too."""
+    wrapped = trained(peft.IA3Config(target_modules=at("linear", "conv2d", "bare"), feedforward_modules=at("bare")))
+    wrapped.save_pretrained(tmp_path / "a")
+    bundle = read_peft(tmp_path / "a", net())
+    with pytest.raises(FileError, match=r"a stack of ia3 and full: inner\.conv2d, inner\.linear"):
+        write_peft(bundle, tmp_path / "b")
+    write_peft(bundle, tmp_path / "b", model=net())
+    loaded = peft.PeftModel.from_pretrained(net(), tmp_path / "b").double().eval()
+    assert worst(outputs(loaded), outputs(wrapped)) < 1e-10
+    bundle.entries["inner.linear"][1].tensors["diff_b"] += 1
+    with pytest.raises(FileError, match=r"a stack of ia3 and full: inner\.linear"):
+        write_peft(bundle, tmp_path / "b", model=net())
+
+
+def test_a_whole_tensor_that_differs_is_told() -> None:
+    wrapped = trained(peft.LoraConfig(r=3, target_modules=at("linear")))
+    state = wrapped.state_dict()
+    state["base_model.model.inner.bare.weight"] = state["base_model.model.inner.bare.weight"] + 1
+    remarks = read_peft(state, net(), wrapped.peft_config["default"].to_dict()).remarks
+    assert any("1 tensors are whole ones" in remark and "inner.bare.weight" in remark for remark in remarks)
+
+
 def test_a_dump_of_a_state_dict_is_read() -> None:
     wrapped = trained(peft.LoraConfig(r=3, target_modules=ALL_LORA))
     model = net()

@@ -266,6 +266,8 @@ def test_nothing_is_attached_when_anything_fails(made: dict[str, Any], tmp_path:
         load(pipe, found, strength=float("nan"))
     with pytest.raises(ConfigError, match="unknown component of the pipeline 'transformer'"):
         load(pipe, {"transformer": found["unet"]})
+    with pytest.raises(ConfigError, match="one too many"):
+        load(pipe, found, to="unet")
     save_tensors({"what.ever": torch.zeros(1)}, tmp_path / "strange.safetensors", {})
     with pytest.raises(FileError, match=r"strange\.safetensors: its 1 keys are of no known format"):
         load(pipe, tmp_path / "strange.safetensors")
@@ -276,6 +278,21 @@ def test_nothing_is_attached_when_anything_fails(made: dict[str, Any], tmp_path:
     with pytest.raises(FileError, match="text_encoder_3"):
         load(pipe, only)
     assert not any(isinstance(module, nn.Module) and "lycoris" in path for path, module in pipe.unet.named_modules())
+
+
+def test_all_stay_when_one_cannot_come_off(made: dict[str, Any]) -> None:
+    pipe = pipeline("sd", made)
+    loaded = load(pipe, bundles(pipe))
+    act = draw(pipe)
+    layer = next(iter(loaded.sets["text_encoder"]._layers.values()))
+    own = type(layer)
+    layer.__class__ = type("Other", (own,), {})
+    with pytest.raises(AttachError, match="became a Other"):
+        loaded.unload()
+    assert torch.equal(draw(pipe), act)
+    layer.__class__ = own
+    loaded.unload()
+    assert not loaded.loaded
 
 
 def test_tlora_follows_the_timesteps(made: dict[str, Any]) -> None:

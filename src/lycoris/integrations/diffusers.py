@@ -189,8 +189,7 @@ def load(
     Raises `FileError` or `AttachError`, with the pipeline as it was.
     """
     parts = models(pipe)
-    into = _denoisers(parts, to)
-    bundles, unused = _read(source, parts, into, dialect)
+    bundles, unused = _read(source, parts, to, dialect)
     for component, bundle in bundles.items():
         _check_paths(component, parts[component], bundle)
     sets: dict[str, AdapterSet] = {}
@@ -249,12 +248,15 @@ def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -
 
 
 def _read(
-    source: Source, parts: Mapping[str, nn.Module], into: tuple[str, ...], dialect: str | None
+    source: Source, parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """Bundles by the pipeline's names, and the components that it has no model for."""
+    into = _denoisers(parts, to)
     if isinstance(source, Bundle):
         return dict.fromkeys(_some(into, parts), source), ()
     if isinstance(source, Mapping):
+        if to is not None:
+            raise ConfigError(f"these bundles say where they go, so that to={to!r} is one too many")
         for name in source:
             if name not in parts:
                 raise ConfigError(unknown("component of the pipeline", name, parts))

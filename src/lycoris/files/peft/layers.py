@@ -35,7 +35,7 @@ def entries_of(config: Config, place: Site, tensors: Named, bias: Tensor | None)
         entries = _READERS[config.type](config, place, tensors)
     if bias is None:
         return entries
-    own = _base(place).bias
+    own = base_of(place).bias
     assert own is not None, "only biases that the model has are taken for biases"
     change = _same(bias, (own.numel(),), f"{path}.bias") - own.flatten()
     if g.kind == "norm":
@@ -153,7 +153,7 @@ def _ia3(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     if on_input or not g.has_bias:
         return (entry,)
     # PEFT scales the output, and its bias with it.
-    bias = _base(place).bias
+    bias = base_of(place).bias
     assert bias is not None
     return entry, _bias(g, bias * w)
 
@@ -162,7 +162,7 @@ def _oft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g = place.geometry
     embedded = g.kind == "embedding"
     named = _named({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
-    weight = _base(place).weight
+    weight = base_of(place).weight
     turn = _turn(oft_rotation, place, named["R"].double(), g.out_features if embedded else g.fan_in, config)
     wide = weight.double()
     turned = turn.T @ wide if embedded else (wide.flatten(1) @ turn.T).reshape(g.shape)
@@ -172,7 +172,7 @@ def _oft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
 def _boft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
     named = _named({"boft_R": "R", "boft_s": "s"}, tensors, path)
-    weight = _base(place).weight
+    weight = base_of(place).weight
     turn = _turn(boft_rotation, place, named["R"].double())
     if len(turn) != g.fan_in:
         raise FileError(f"{path}: boft_R of shape {tuple(named['R'].shape)} does not turn {g.fan_in} features")
@@ -218,7 +218,7 @@ def _same(tensor: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
     return _wide(tensor).reshape(shape)
 
 
-def _base(place: Site) -> Affine:
+def base_of(place: Site) -> Affine:
     """The layer's own weight and bias, in float32 or better."""
     if any(tensor.is_meta for tensor in place.module.parameters(recurse=False)):
         raise FileError(f"{place.path}: its base weight is needed to read this, and the model is on the meta device")

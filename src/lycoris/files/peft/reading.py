@@ -38,6 +38,8 @@ class _Sorted:
     """Modules of `modules_to_save`."""
     copies: set[str] = field(default_factory=set)
     """The model's own tensors."""
+    changed: set[str] = field(default_factory=set)
+    """Those of them that are not what the model has."""
     strange: list[str] = field(default_factory=list)
 
 
@@ -94,7 +96,7 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
 
 def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _Sorted:
     found, kind, modules = _Sorted(), KINDS[config.type], config.saved_modules()
-    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    own: dict[str, Tensor] = dict([*model.named_parameters(), *model.named_buffers()])
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _TENSOR.fullmatch(name)
@@ -113,10 +115,15 @@ def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _S
         elif last == "bias" and config.text("bias", "none") != "none" and plain in own:
             found.biases[plain.removesuffix(".bias")] = tensor
         elif plain in own:
-            found.copies.add(plain)
+            (found.copies if _equal(tensor, own[plain]) else found.changed).add(plain)
         else:
             found.strange.append(key)
     return found
+
+
+def _equal(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is what the model has. One on the meta device has nothing that could differ but its shape."""
+    return tensor.shape == own.shape and (own.is_meta or torch.equal(tensor.cpu(), own.detach().cpu().to(tensor.dtype)))
 
 
 def _tail(name: str, rest: str | None) -> tuple[str, str]:
@@ -156,6 +163,11 @@ def _remarks(found: _Sorted, places: Mapping[str, Site], config: Config) -> tupl
     if found.copies:
         remarks.append(
             f"{len(found.copies)} tensors are the model's own, not adapters; left out: {_some(found.copies)}"
+        )
+    if found.changed:
+        remarks.append(
+            f"{len(found.changed)} tensors are whole ones in place of the model's own, not adapters, and differ from "
+            f"them; left out: {_some(found.changed)}"
         )
     windows = [
         path for path in found.layers if len(places[path].geometry.kernel) and not places[path].geometry.pointwise

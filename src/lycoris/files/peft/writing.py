@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
@@ -22,10 +22,10 @@ from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.factors import Factors, settings
-from lycoris.files.peft.layers import unlike
+from lycoris.files.peft.layers import base_of, unlike
 from lycoris.files.peft.reading import PREFIX, SHOWN
 from lycoris.files.storage import save_tensors
-from lycoris.geometry import Geometry
+from lycoris.geometry import Geometry, Site, site
 
 LORA_METADATA = "lora_adapter_metadata"
 """Where diffusers looks for it in the header of a file."""
@@ -42,14 +42,15 @@ class _Layer:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def encode_peft(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a bundle as PEFT names them, by `<path>.<tensor>`, and the settings of `adapter_config.json`.
 
+    `model`, where given, is asked for biases; see `write_peft`.
     Raises `FileError` when layers have something that PEFT has no counterpart for, or not all of one kind.
     """
     if not bundle.entries:
         raise FileError("there are no adapters to write")
-    types = {path: _type(path, stack) for path, stack in bundle.entries.items()}
+    types = {path: _type(path, stack, model) for path, stack in bundle.entries.items()}
     _check_types(types, bundle)
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
@@ -71,13 +72,17 @@ def write_peft(
     *,
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Write a folder that PEFT loads, whole or not at all. `base_model` is the name that PEFT keeps of the model.
 
     LoRA, LoCon (a Tucker core is multiplied in), DyLoRA, DoRA over them with lengths of outputs, LoHa, LoKr and IA3
-    have counterparts, all layers of one kind. Raises `FileError` for everything else, naming layers and what to do.
+    have counterparts, all layers of one kind. PEFT's IA3 scales the bias of a layer with its output: a stack that does
+    so, as `read_peft` makes it, is written when `model` is there to tell.
+
+    Raises `FileError` for everything else, naming layers and what to do.
     """
-    tensors, config = encode_peft(bundle)
+    tensors, config = encode_peft(bundle, model)
     if dtype is not None:
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
@@ -103,12 +108,13 @@ def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
     return json.dumps(told, sort_keys=True)
 
 
-def _type(path: str, stack: tuple[Entry, ...]) -> tuple[str, str]:
+def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
     """The peft_type of a layer, or "" and why there is none."""
     first, *rest = stack
     algorithm, g = first.algorithm, first.geometry
     shifted = len(rest) == 1 and isinstance(rest[0].algorithm, Full) and set(rest[0].tensors) == {"diff_b"}
-    if rest and not (shifted and type(algorithm) in (LoRA, DyLoRA) and g.kind != "embedding"):
+    scaled = shifted and model is not None and _scales_bias(stack, site(model, path))
+    if rest and not scaled and not (shifted and type(algorithm) in (LoRA, DyLoRA) and g.kind != "embedding"):
         return "", f"a stack of {' and '.join(entry.algorithm.name for entry in stack)}"
     name = _type_of(algorithm)
     if not name:
@@ -117,13 +123,23 @@ def _type(path: str, stack: tuple[Entry, ...]) -> tuple[str, str]:
     why = unlike(name, g)
     if isinstance(algorithm, DoRA) and g.groups > 1:
         why = "PEFT has no DoRA for convolutions of several groups"
-    if name == "IA3" and g.has_bias and not (isinstance(algorithm, IA3) and algorithm.on_input):
+    if name == "IA3" and g.has_bias and not scaled and not (isinstance(algorithm, IA3) and algorithm.on_input):
         why = "PEFT's IA3 scales a layer's output and with it the bias, which stays as it is here"
     if name == "LOKR" and g.kind == "conv" and len(g.kernel) == 1 and "w2" in first.tensors:
         why = "PEFT multiplies a whole w2 of a Conv1d along other axes"
     if name == "LOKR" and len(g.kernel) == 1 and "t2" in first.tensors and first.tensors["t2"].shape[0] == 1:
         why = "PEFT fails to run a Tucker core of rank 1 on a Conv1d"
     return ("", f"{algorithm.name}: {why}") if why else (name, "")
+
+
+def _scales_bias(stack: tuple[Entry, ...], place: Site) -> bool:
+    """Whether IA3 on a layer's output has the change of the bias above it that goes with it."""
+    algorithm, _, p = stack[0]
+    if not isinstance(algorithm, IA3) or algorithm.on_input:
+        return False
+    bias = base_of(place).bias
+    change = stack[1].tensors["diff_b"]
+    return bias is not None and torch.allclose(bias.to(change) * p["w"].flatten(), change, rtol=1e-4, atol=1e-7)
 
 
 def _type_of(algorithm: Algorithm) -> str:
