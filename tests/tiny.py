@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -24,6 +29,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 PROMPT = "a pokemon that looks like a pizza"
@@ -143,3 +150,61 @@ def sdxl_parts() -> dict[str, Any]:
 
 PARTS = {"flux": (FluxPipeline, flux_parts, "transformer"), "sdxl": (StableDiffusionXLPipeline, sdxl_parts, "unet")}
 """Family → pipeline class, what makes its parts, and which part is the denoiser."""
+
+
+def sd_pipeline() -> StableDiffusionPipeline:
+    """Of the layout of Stable Diffusion 1.5."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def flux_pipeline() -> FluxPipeline:
+    return FluxPipeline(**flux_parts())
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+def wan_pipeline() -> WanPipeline:
+    """Of the layout of Wan 2.2, with an expert for noisy steps and one for the others."""
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0)
+    return WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(config),
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=wan_transformer(),
+        transformer_2=wan_transformer(),
+        boundary_ratio=0.8,
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lycoris import attach, bases, filling, merging, sharding
 from lycoris.adapter import Adapter
 from lycoris.bundle import Bundle, Entry
-from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.errors import AttachError, ConfigError, unknown
 from lycoris.geometry import site
 from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
@@ -44,6 +44,7 @@ class AdapterSet:
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._strength, self._merged_at = 1.0, 0.0
+        self._blocks: Mapping[str, float] = {}
         self._attached_by_merge = False
         self._keep: Tensor | None = None
         self._attached = False
@@ -179,12 +180,31 @@ class AdapterSet:
         """In force; of a merged set, the one it was merged at."""
         return self._merged_at if self.merged else self._strength
 
-    def set_strength(self, strength: float) -> None:
-        """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`."""
+    @property
+    def blocks(self) -> Mapping[str, float]:
+        """Factors by path of a block; see `set_strength`."""
+        return self._blocks
+
+    def set_strength(self, strength: float, blocks: Mapping[str, float] | None = None) -> None:
+        """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`.
+
+        `blocks` multiplies it in parts of the model: path of a block → factor; of several that hold a layer the
+        longest counts. None: the same everywhere. Raises `ConfigError` for a block without adapters.
+        """
         if self.merged:
             raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
-        self._strength = _finite(strength)
+        known = set(filling.blocks_of(self.stacks))
+        for block in blocks or {}:
+            if block not in known:
+                raise ConfigError(unknown("block of layers with adapters", block, known))
+        factors = {block: _finite(factor) for block, factor in (blocks or {}).items()}
+        self._strength, self._blocks = _finite(strength), factors
         self._refresh()
+
+    def _factor(self, path: str) -> float:
+        """What the strength is multiplied by at a layer."""
+        around = [block for block in filling.blocks_of([path]) if block in self._blocks] if self._blocks else []
+        return self._blocks[max(around, key=len)] if around else 1.0
 
     def set_keep(self, keep: Tensor | None) -> None:
         """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
@@ -206,7 +226,7 @@ class AdapterSet:
         before = self._strength, self._keep
         try:
             if strength is not None:
-                self.set_strength(strength)
+                self.set_strength(strength, self._blocks)
             if timestep is not None:
                 self.set_timesteps(torch.as_tensor(timestep))
             yield self
@@ -242,12 +262,12 @@ class AdapterSet:
     def _refresh(self) -> None:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
         strength = -self._merged_at if self.merged else self._strength
-        for _, _, adapter in self._each():
+        for path, _, adapter in self._each():
             keep = None
             if self._keep is not None and adapter.algorithm.rank_masked:
                 keep = adapter.algorithm.fit_keep(self._keep)
                 keep = 1 - keep if self.merged else keep
-            adapter.set_call(strength, keep)
+            adapter.set_call(strength * self._factor(path), keep)
             adapter.silent = self.merged and keep is None
 
     # -- merging -----------------------------------------------------------------------------------------------------
@@ -274,7 +294,7 @@ class AdapterSet:
             sharding.check_own(path, self._layers[path])
         strength = self._strength if strength is None else _finite(strength)
         merges = {
-            path: merging.fold(path, holder, self.stacks[path], strength, stochastic_seed)
+            path: merging.fold(path, holder, self.stacks[path], strength * self._factor(path), stochastic_seed)
             for path, holder in holders.items()
         }
         report = merging.report(holders, merges, strength)
@@ -331,43 +351,21 @@ class AdapterSet:
 
         On a sharded model collective: every process calls it, and gets the same.
         """
-        return {
-            f"{path}/{at}/{slot}": tensor
-            for path, at, adapter in self._each()
-            for slot, tensor in adapter.whole().items()
-        }
+        return filling.state(self.stacks)
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same.
 
         On a sharded model collective, and the first process's values go to all.
         """
-        own = {f"{path}/{at}/{slot}": t for path, at, adapter in self._each() for slot, t in adapter.kept().items()}
-        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-        off = sorted(own.keys() ^ state.keys()) + sorted(wrong)
-        if off:
-            raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
-        for key, tensor in own.items():
-            sharding.assign(tensor, state[key])
+        filling.load_state(self.stacks, state)
 
-    @torch.no_grad()
     def fill(self, bundle: Bundle) -> None:
         """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit.
 
         On a sharded model collective, and the first process's values go to all.
         """
-        values = {path: self._values(path, entries) for path, entries in bundle.entries.items()}
-        for path, stack in values.items():
-            for adapter, tensors in zip(self.stacks[path], stack, strict=True):
-                adapter.fill(tensors)
-
-    def _values(self, path: str, entries: tuple[Entry, ...]) -> list[dict[str, Tensor]]:
-        stack = self.stacks.get(path)
-        if stack is None or len(stack) != len(entries):
-            raise FileError(f"{path} has no adapters to take these tensors")
-        place = site(self.model, path)
-        return [filling.fitted(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
+        filling.fill(self.model, self.stacks, bundle)
 
     def bundle(self) -> Bundle:
         """The adapters as a value, to be written to a file.

@@ -110,23 +110,32 @@ def _follow_pipeline(adapters: AdapterSet, own: RankSchedule | None) -> None:
     if pipeline is None:
         adapters.schedule = own
         return
+    wanted = pipeline_schedule(pipeline, adapters)
+    if wanted != adapters.schedule:
+        ranks = _ranks(adapters)
+        if max(ranks) != wanted.max_rank:
+            logger.warning("_tlora_config has max_rank %d; the adapters have rank %s", wanted.max_rank, sorted(ranks))
+        adapters.schedule = wanted
+
+
+def pipeline_schedule(pipeline: Any, adapters: AdapterSet) -> RankSchedule:
+    """What a pipeline's `_tlora_config` says, completed by the adapters' rank and the scheduler's steps."""
     config: Mapping[str, Any] = pipeline._tlora_config
     strange = next((key for key in config if key not in CONFIG_KEYS), None)
     if strange is not None:
         raise ConfigError(unknown("key of _tlora_config", str(strange), CONFIG_KEYS))
-    masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.rank_masked]
-    ranks = {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]
     steps = int(getattr(getattr(pipeline, "scheduler", None), "config", {}).get("num_train_timesteps", 1000))
-    wanted = RankSchedule(
-        max_rank=int(config.get("max_rank", max(ranks))),
+    return RankSchedule(
+        max_rank=int(config.get("max_rank", max(_ranks(adapters)))),
         min_rank=int(config.get("min_rank", 1)),
         alpha=float(config.get("alpha", 1.0)),
         steps=steps,
     )
-    if wanted != adapters.schedule:
-        if max(ranks) != wanted.max_rank:
-            logger.warning("_tlora_config has max_rank %d; the adapters have rank %s", wanted.max_rank, sorted(ranks))
-        adapters.schedule = wanted
+
+
+def _ranks(adapters: AdapterSet) -> set[int]:
+    masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.rank_masked]
+    return {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]
 
 
 def _calling_pipeline() -> Any:

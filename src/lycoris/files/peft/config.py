@@ -1,0 +1,234 @@
+"""`adapter_config.json`: which settings there are, which say something about the weights, and which are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lycoris.errors import FileError, unknown
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST = 4 * 2**20
+"""Bytes that a config may have: thousands of paths fit."""
+LONGEST = 1000
+"""Characters that a pattern for one layer's rank or alpha may have."""
+
+_NO_EFFECT = (
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+    "exclude_modules layers_to_transform layers_pattern modules_to_save"
+)
+_LYCORIS = "r alpha rank_pattern alpha_pattern rank_dropout module_dropout init_weights use_effective_conv2d"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One `peft_type`."""
+
+    tensors: tuple[str, ...]
+    """Names of its tensors."""
+    known: frozenset[str]
+    """Settings that are used, or that say nothing about the weights."""
+    refused: frozenset[str] = frozenset()
+    """Settings that make another method of it, unless they are off."""
+
+
+def _kind(tensors: str, known: str, refused: str = "") -> Kind:
+    return Kind(tuple(tensors.split()), frozenset(f"{_NO_EFFECT} {known}".split()), frozenset(refused.split()))
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "LORA": _kind(
+            "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector",
+            "r lora_alpha rank_pattern alpha_pattern lora_dropout fan_in_fan_out bias use_rslora use_dora lora_bias "
+            "init_lora_weights megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config "
+            "velora_config qalora_group_size runtime_config",
+            "use_qalora alora_invocation_tokens arrow_config kasa_config use_bdlora monteclora_config "
+            "layer_replication target_parameters trainable_token_indices ensure_weight_tying",
+        ),
+        "LOHA": _kind("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2", _LYCORIS),
+        "LOKR": _kind(
+            "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2",
+            f"{_LYCORIS} decompose_both decompose_factor rank_dropout_scale",
+        ),
+        "IA3": _kind("ia3_l", "feedforward_modules fan_in_fan_out init_ia3_weights"),
+        "OFT": _kind(
+            "oft_R oft_embedding_R",
+            "r oft_block_size module_dropout fan_in_fan_out bias init_weights coft eps block_share use_cayley_neumann "
+            "num_cayley_neumann_terms",
+        ),
+        "BOFT": _kind(
+            "boft_R boft_s",
+            "boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout fan_in_fan_out bias init_weights",
+        ),
+    }
+)
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` for which PEFT takes something away from the base weight when it loads."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked `adapter_config.json`."""
+
+    type: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Config:
+        """Raises `FileError` for a type or a setting that is not known, or that would mean something else here."""
+        given = values.get("peft_type")
+        name = str(getattr(given, "value", given))
+        if name not in KINDS:
+            raise FileError(unknown("peft_type", name, KINDS) + ". In PEFT, merge it into the model instead")
+        kind = KINDS[name]
+        for key, value in values.items():
+            if key in kind.refused and value:
+                raise FileError(
+                    f"{key} = {value!r:.80} makes another method of {name}, which is not read here; {_MERGE}"
+                )
+            if key not in kind.known | kind.refused:
+                raise FileError(unknown(f"setting of {name}", str(key), kind.known | kind.refused))
+        config = cls(name, values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        init = self.values.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise FileError(
+                f"init_lora_weights = {init!r}: these tensors belong to a base weight from which PEFT takes their "
+                "start away. Save them with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of "
+                "them"
+            )
+        if self.flag("use_dora") and self.flag("lora_bias"):
+            raise FileError("use_dora with lora_bias is no combination of PEFT's")
+        for name in ("rank_pattern", "alpha_pattern"):
+            self._check_pattern(name)
+        self.saved_modules()
+        if self.text("bias", "none") not in ("none", "all", "lora_only", "oft_only", "boft_only"):
+            raise FileError(f"bias must be none, all or <type>_only, not {self.values['bias']!r:.80}")
+
+    def _check_pattern(self, name: str) -> None:
+        pattern = self.values.get(name) or {}
+        if not isinstance(pattern, Mapping):
+            raise FileError(f"{name} must map names to numbers, not be {pattern!r:.80}")
+        for key, value in pattern.items():
+            _number(f"{name}[{key!r:.80}]", value)
+            _compiled(str(key))
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.values.get(name, default)
+        if value is not None and not isinstance(value, bool):
+            raise FileError(f"{name} must be true or false, not {value!r:.80}")
+        return bool(value)
+
+    def number(self, name: str, default: float) -> float:
+        return _number(name, self.values.get(name, default))
+
+    def text(self, name: str, default: str) -> str:
+        value = self.values.get(name)
+        return default if value is None else str(value)
+
+    def saved_modules(self) -> tuple[str, ...]:
+        """`modules_to_save`."""
+        return _names("modules_to_save", self.values.get("modules_to_save"))
+
+    def rank(self, path: str) -> int:
+        value = self._by_path("rank_pattern", path, "r", 8)
+        if value < 1 or value != int(value):
+            raise FileError(f"the rank of {path} must be a whole number of at least 1, not {value!r}")
+        return int(value)
+
+    def alpha(self, path: str) -> float:
+        return self._by_path("alpha_pattern", path, "lora_alpha" if self.type == "LORA" else "alpha", 8)
+
+    def scale(self, path: str) -> float:
+        rank = self.rank(path)
+        return self.alpha(path) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
+
+    def _by_path(self, patterns: str, path: str, name: str, default: float) -> float:
+        """PEFT's rule: the first pattern listed that matches the whole path, or its end behind a dot."""
+        for key, value in (self.values.get(patterns) or {}).items():
+            if _compiled(key).match(path):
+                return float(value)
+        return self.number(name, default)
+
+    def on_input(self, path: str) -> bool:
+        """Whether IA3 scales what this layer takes in."""
+        given = self.values.get("feedforward_modules")
+        if isinstance(given, str):
+            return bool(_regex("feedforward_modules", given).fullmatch(path))
+        return any(path.endswith(name) for name in _names("feedforward_modules", given))
+
+
+_MERGE = "merge it into the model with PEFT's merge_and_unload instead"
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder. Raises `FileError` if it is missing, too large, or no JSON object."""
+    path = inside(folder, CONFIG)
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else ""
+        raise FileError(f"{folder} is no folder with an {CONFIG}" + (f"; it has {there}" if there else ""))
+    if path.stat().st_size > LARGEST:
+        raise FileError(f"{path} has {path.stat().st_size} bytes; a config has at most {LARGEST}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FileError(f"{path} holds {type(values).__name__}, not settings by name")
+    return values
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises `FileError` for a link that leads out of it.
+
+    A folder of the Hugging Face cache links to the blobs of its repository, and to nothing else.
+    """
+    path = folder / name
+    home = folder.resolve()
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    if path.exists() and not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise FileError(f"{path} leads out of its folder, to {path.resolve()}; copy the file itself there")
+    return path
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if len(pattern) > LONGEST:
+        raise FileError(f"a pattern has {len(pattern)} characters; {LONGEST} are read: {pattern[:60]!r}...")
+    return _regex("a pattern", rf"(.*\.)?({pattern})$")
+
+
+def _regex(what: str, pattern: str) -> re.Pattern[str]:
+    # Repeated repetitions can take longer than anyone waits, and no name needs them.
+    if re.search(r"[+*}]\)*[+*{]", pattern.replace(r"(.*\.)?", "")):
+        raise FileError(f"{what} repeats a repetition, which is not read: {pattern!r:.80}")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FileError(f"{what} is no regular expression: {pattern!r:.80} ({error})") from error
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FileError(f"{what} must be a finite number, not {value!r:.80}")
+    return float(value)
+
+
+def _names(what: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in value):
+        raise FileError(f"{what} must be a list of names, not {value!r:.80}")
+    return tuple(sorted(value))

@@ -1,0 +1,99 @@
+"""The rotations of PEFT's OFT and BOFT: they turn what a layer takes in, and so are no `OFT` or `BOFT` of this library.
+
+Legend: n features turned, b features of a block, R the rotation (n, n); the weight becomes W·Rᵀ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lycoris.errors import FileError
+from lycoris.files.peft.config import Config
+
+
+def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
+    """From upper triangles (blocks, b·(b-1)/2), or one that all blocks share."""
+    size = (1 + math.isqrt(1 + 8 * packed.shape[-1])) // 2
+    shared = config.flag("block_share")
+    blocks = n // size if shared else len(packed)
+    if packed.dim() != 2 or size * (size - 1) // 2 != packed.shape[-1] or blocks * size != n:
+        raise FileError(f"oft_R of shape {tuple(packed.shape)} makes no blocks for {n} features")
+    skew = packed.new_zeros(len(packed), size, size)
+    rows, columns = torch.triu_indices(size, size, 1)
+    skew[:, rows, columns] = packed
+    skew = skew - skew.mT
+    if config.flag("coft"):
+        skew = _limited(skew, config.number("eps", 6e-5))
+    if config.flag("use_cayley_neumann", True):
+        turns = _neumann(skew, int(config.number("num_cayley_neumann_terms", 5)))
+    else:
+        turns = _cayley(skew)
+    return _joined(turns.expand(blocks, -1, -1))
+
+
+def boft_rotation(stages: Tensor) -> Tensor:
+    """From (stages, blocks, b, b): each stage's blocks act on features that a butterfly brings together."""
+    if stages.dim() != 4 or stages.shape[2] != stages.shape[3]:
+        raise FileError(f"boft_R of shape {tuple(stages.shape)} makes no stages of square blocks")
+    count, blocks, size, _ = stages.shape
+    turns = _cayley(0.5 * (stages - stages.mT))
+    whole = torch.eye(blocks * size, dtype=stages.dtype)
+    for at, stage in enumerate(turns):
+        turned = _joined(stage)
+        if count > 1:
+            order = _butterfly(blocks * size, size, at)
+            turned = turned[order][:, order]
+        whole = turned @ whole
+    return whole
+
+
+def _butterfly(n: int, size: int, stage: int) -> Tensor:
+    """Which feature each place of a stage takes: in each stretch of `size`·2^stage, even half blocks, then odd ones."""
+    half = size // 2
+    stretch = size << stage
+    if n % stretch or size % 2:
+        raise FileError(f"{n} features are no butterfly of blocks of {size} with {stage + 1} stages")
+    pieces = torch.arange(stretch).reshape(-1, half)
+    order = torch.cat([pieces[0::2], pieces[1::2]]).flatten()
+    return (torch.arange(0, n, stretch).unsqueeze(1) + order).flatten()
+
+
+def _joined(blocks: Tensor) -> Tensor:
+    """Along the diagonal of one matrix."""
+    count, size, _ = blocks.shape
+    whole = blocks.new_zeros(count, size, count, size)
+    at = torch.arange(count)
+    whole[at, :, at] = blocks
+    return whole.reshape(count * size, count * size)
+
+
+def _cayley(skew: Tensor) -> Tensor:
+    """(I - Q)·(I + Q)⁻¹."""
+    one = torch.eye(skew.shape[-1], dtype=skew.dtype)
+    return torch.linalg.solve(one + skew, one - skew, left=False)
+
+
+def _neumann(skew: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + ..., the last of the powers once, as PEFT cuts the series of (I + Q)·(I - Q)⁻¹ short."""
+    total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew).clone()
+    if terms < 2:
+        return total
+    total += 2 * skew
+    if terms > 2:
+        power = skew @ skew
+        total += 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ skew
+            total += 2 * power
+        total += power @ skew
+    return total
+
+
+def _limited(skew: Tensor, eps: float) -> Tensor:
+    """Each block within a Frobenius norm of eps / √blocks."""
+    bound = eps / math.sqrt(len(skew))
+    norm = torch.linalg.matrix_norm(skew, keepdim=True)
+    return torch.where(norm <= bound, skew, skew * (bound / norm))

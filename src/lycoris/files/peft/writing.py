@@ -1,0 +1,346 @@
+"""From a bundle to a PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
+from lycoris.bundle import Bundle, Entry
+from lycoris.errors import FileError
+from lycoris.files.peft.config import CONFIG, WEIGHTS
+from lycoris.files.peft.factors import Factors, settings
+from lycoris.files.peft.layers import base_of, unlike
+from lycoris.files.peft.reading import PREFIX, SHOWN
+from lycoris.files.storage import save_tensors
+from lycoris.geometry import Geometry, Site, site
+
+LORA_METADATA = "lora_adapter_metadata"
+"""Where diffusers looks for it in the header of a file."""
+
+
+@dataclass
+class _Layer:
+    """What one layer becomes."""
+
+    geometry: Geometry
+    tensors: dict[str, Tensor]
+    rank: int = 0
+    alpha: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a bundle as PEFT names them, by `<path>.<tensor>`, and the settings of `adapter_config.json`.
+
+    `model`, where given, is asked for biases; see `write_peft`.
+    Raises `FileError` when layers have something that PEFT has no counterpart for, or not all of one kind.
+    """
+    if not bundle.entries:
+        raise FileError("there are no adapters to write")
+    types = {path: _type(path, stack, model) for path, stack in bundle.entries.items()}
+    _check_types(types, bundle)
+    (type_,) = {name for name, _ in types.values()}
+    encoder = _ENCODERS[type_]
+    layers = {path: encoder(path, stack) for path, stack in bundle.entries.items()}
+    config = {"peft_type": type_, "target_modules": _targets(layers), **_SETTINGS[type_](layers)}
+    tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
+    return tensors, config
+
+
+def _targets(layers: Mapping[str, _Layer]) -> list[str] | str:
+    """The paths. A path of one step would in a list stand for every layer with that last step: then a pattern."""
+    paths = sorted(layers)
+    return paths if all("." in path for path in paths) else "|".join(map(re.escape, paths))
+
+
+def write_peft(
+    bundle: Bundle,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+) -> None:
+    """Write a folder that PEFT loads, whole or not at all. `base_model` is the name that PEFT keeps of the model.
+
+    LoRA, LoCon (a Tucker core is multiplied in), DyLoRA, DoRA over them with lengths of outputs, LoHa, LoKr and IA3
+    have counterparts, all layers of one kind. PEFT's IA3 scales the bias of a layer with its output: a stack that does
+    so, as `read_peft` makes it, is written when `model` is there to tell.
+
+    Raises `FileError` for everything else, naming layers and what to do.
+    """
+    tensors, config = encode_peft(bundle, model)
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
+    head = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": None}
+    text = json.dumps(head | config, indent=2, sort_keys=True) + "\n"
+    _write(Path(folder), {PREFIX + key: tensor for key, tensor in tensors.items()}, text)
+
+
+def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
+    """What diffusers reads from the header key `lora_adapter_metadata`: the settings of every component's LoRA.
+
+    By component as the pipeline calls it: `unet`, `transformer`, `transformer_2`, `text_encoder`, ... Raises
+    `FileError` for bundles of anything but LoRA and DoRA.
+    """
+    told: dict[str, Any] = {}
+    for component, bundle in bundles.items():
+        config = encode_peft(bundle)[1]
+        if config.pop("peft_type") != "LORA":
+            raise FileError(f"{component}: diffusers' pipelines read LoRA alone, and this is {bundle}")
+        told |= {f"{component}.{name}": value for name, value in config.items()}
+    return json.dumps(told, sort_keys=True)
+
+
+def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
+    """The peft_type of a layer, or "" and why there is none."""
+    first, *rest = stack
+    algorithm, g = first.algorithm, first.geometry
+    shifted = len(rest) == 1 and isinstance(rest[0].algorithm, Full) and set(rest[0].tensors) == {"diff_b"}
+    scaled = shifted and model is not None and _scales_bias(stack, site(model, path))
+    if rest and not scaled and not (shifted and type(algorithm) in (LoRA, DyLoRA) and g.kind != "embedding"):
+        return "", f"a stack of {' and '.join(entry.algorithm.name for entry in stack)}"
+    name = _type_of(algorithm)
+    if not name:
+        inner = f" over {algorithm.over.name}, axis {algorithm.axis!r}" if isinstance(algorithm, DoRA) else ""
+        return "", f"{algorithm.name}{inner}"
+    why = unlike(name, g)
+    if isinstance(algorithm, DoRA) and g.groups > 1:
+        why = "PEFT has no DoRA for convolutions of several groups"
+    if name == "IA3" and g.has_bias and not scaled and not (isinstance(algorithm, IA3) and algorithm.on_input):
+        why = "PEFT's IA3 scales a layer's output and with it the bias, which stays as it is here"
+    if name == "LOKR" and g.kind == "conv" and len(g.kernel) == 1 and "w2" in first.tensors:
+        why = "PEFT multiplies a whole w2 of a Conv1d along other axes"
+    if name == "LOKR" and len(g.kernel) == 1 and "t2" in first.tensors and first.tensors["t2"].shape[0] == 1:
+        why = "PEFT fails to run a Tucker core of rank 1 on a Conv1d"
+    return ("", f"{algorithm.name}: {why}") if why else (name, "")
+
+
+def _scales_bias(stack: tuple[Entry, ...], place: Site) -> bool:
+    """Whether IA3 on a layer's output has the change of the bias above it that goes with it."""
+    algorithm, _, p = stack[0]
+    if not isinstance(algorithm, IA3) or algorithm.on_input:
+        return False
+    bias = base_of(place).bias
+    change = stack[1].tensors["diff_b"]
+    return bias is not None and torch.allclose(bias.to(change) * p["w"].flatten(), change, rtol=1e-4, atol=1e-7)
+
+
+def _type_of(algorithm: Algorithm) -> str:
+    kinds = ((LoRA, "LORA"), (DyLoRA, "LORA"), (LoHa, "LOHA"), (LoKr, "LOKR"), (IA3, "IA3"))
+    if isinstance(algorithm, DoRA) and algorithm.axis == "out" and type(algorithm.over) in (LoRA, DyLoRA):
+        return "LORA"
+    return next((name for kind, name in kinds if type(algorithm) is kind), "")
+
+
+def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
+    refused: dict[str, list[str]] = {}
+    for path, (name, why) in types.items():
+        if not name:
+            refused.setdefault(why, []).append(path)
+    if refused:
+        told = "\n  ".join(f"{why}: {_some(paths)}" for why, paths in refused.items())
+        raise FileError(
+            f"PEFT has no counterpart for what {sum(map(len, refused.values()))} of {len(types)} layers have:\n  {told}"
+            "\nWrite a file of this library with lycoris.files.write, or merge them into the model and save that"
+        )
+    kinds: dict[str, list[str]] = {}
+    for path, (name, _) in types.items():
+        dora = " with DoRA" if isinstance(bundle.entries[path][0].algorithm, DoRA) else ""
+        kinds.setdefault(name + dora, []).append(path)
+    if len(kinds) > 1:
+        told = "; ".join(f"{name}: {_some(paths)}" for name, paths in kinds.items())
+        raise FileError(f"a PEFT adapter is all of one kind, and this has {told}. Write one folder for each")
+
+
+def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
+    algorithm, g, p = stack[0]
+    inner: Any = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    # The Tucker core goes into `down`; a gate into `up`.
+    up, down = inner.pair(inner.stored({name: t for name, t in p.items() if name != "magnitude"}, g), g)
+    scale, rank = inner.scale(g), inner.rank
+    if g.groups > 1:
+        up, down, rank = up, _by_group(down, g), rank * g.groups
+    ones = (1,) * len(g.kernel)
+    a, b = ("lora_embedding_A", "lora_embedding_B") if g.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    tensors = {a: down, b: up.reshape(*up.shape, *ones)}
+    if isinstance(algorithm, DoRA):
+        tensors["lora_magnitude_vector"] = p["magnitude"].reshape((1, -1, *ones) if ones else (-1,))
+    if len(stack) > 1:
+        # PEFT multiplies it by the scale, as all that comes out of lora_B.
+        tensors["lora_B.bias"] = stack[1].tensors["diff_b"] / scale
+    return _Layer(g, tensors, rank, scale * rank, {"dora": isinstance(algorithm, DoRA), "bias": len(stack) > 1})
+
+
+def _by_group(down: Tensor, g: Geometry) -> Tensor:
+    """PEFT's `lora_A` of a grouped convolution sees all channels: ranks of their own for each group, zero elsewhere."""
+    r = down.shape[0]
+    whole = down.new_zeros(g.groups * r, g.groups * g.in_features, *g.kernel)
+    for at in range(g.groups):
+        whole[at * r : (at + 1) * r, at * g.in_features : (at + 1) * g.in_features] = down
+    return whole
+
+
+def _lora_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+    config = _patterns(layers, "lora_alpha")
+    if all(layer.extra["dora"] for layer in layers.values()):
+        config["use_dora"] = True
+    if any(layer.extra["bias"] for layer in layers.values()):
+        # One switch for all layers, so that those without a bias get one of zero.
+        config["lora_bias"] = True
+        off = [path for path, layer in layers.items() if layer.geometry.kind == "embedding"]
+        if off:
+            raise FileError(f"PEFT has no lora_bias beside adapters on embeddings: {_some(off)}")
+        for layer in layers.values():
+            layer.tensors.setdefault(
+                "lora_B.bias", layer.tensors["lora_B.weight"].new_zeros(layer.geometry.out_features)
+            )
+    linear = [layer.geometry.transposed for layer in layers.values() if layer.geometry.kind == "linear"]
+    return config | ({"fan_in_fan_out": True} if linear and all(linear) else {})
+
+
+def _hada(path: str, stack: tuple[Entry, ...]) -> _Layer:
+    algorithm, g, p = stack[0]
+    assert isinstance(algorithm, LoHa)
+    tensors = {f"hada_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    return _Layer(g, _flat_cores(tensors, g), algorithm.rank, algorithm.scale(g) * algorithm.rank)
+
+
+def _hada_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+    kernels = {path: layer for path, layer in layers.items() if layer.geometry.kernel and not layer.geometry.pointwise}
+    tucker = [path for path, layer in kernels.items() if "hada_t1" in layer.tensors]
+    if tucker and len(tucker) < len(kernels):
+        plain = _some([path for path in kernels if path not in tucker])
+        raise FileError(
+            f"PEFT has one switch (use_effective_conv2d) for all convolutions: {_some(tucker)} have Tucker cores, "
+            f"{plain} have none. Write one folder for each"
+        )
+    return _patterns(layers, "alpha") | {"use_effective_conv2d": bool(tucker)}
+
+
+def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
+    algorithm, g, p = stack[0]
+    assert isinstance(algorithm, LoKr)
+    tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    ol, im, w1_split, w2_split = algorithm.layout_for(g)
+    factors = Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
+    return _Layer(g, _flat_cores(tensors, g), extra={"factors": factors, "scale": algorithm.scale(g)})
+
+
+def _lokr_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+    config, ranks = settings({path: layer.extra["factors"] for path, layer in layers.items()})
+    for path, layer in layers.items():
+        layer.rank, layer.alpha = ranks[path], layer.extra["scale"] * ranks[path]
+    return _patterns(layers, "alpha") | config
+
+
+def _flat_cores(tensors: dict[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+    """PEFT's cores have two kernel dimensions, of a Conv1d too."""
+    cores = ("hada_t1", "hada_t2", "lokr_t2")
+    return {name: t.unsqueeze(-1) if name in cores and len(g.kernel) == 1 else t for name, t in tensors.items()}
+
+
+def _ia3(path: str, stack: tuple[Entry, ...]) -> _Layer:
+    algorithm, g, p = stack[0]
+    assert isinstance(algorithm, IA3)
+    length = 1 + p["w"].flatten()
+    shape = (1, -1, *(1,) * len(g.kernel)) if g.kernel or algorithm.on_input else (-1, 1)
+    return _Layer(g, {"ia3_l": length.reshape(shape)}, extra={"on_input": algorithm.on_input})
+
+
+def _ia3_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+    into = sorted(path for path, layer in layers.items() if layer.extra["on_input"])
+    # PEFT takes any path that ends with one of these letters; a pattern takes whole paths.
+    mixed = any(path.endswith(name) for path in layers.keys() - set(into) for name in into)
+    pattern = "|".join(map(re.escape, into))
+    return {"feedforward_modules": pattern if mixed else into}
+
+
+def _patterns(layers: dict[str, _Layer], alpha: str) -> dict[str, Any]:
+    """The most common rank and alpha, and the layers that have others."""
+    (r, _), *_ = Counter(layer.rank for layer in layers.values()).most_common()
+    (usual, _), *_ = Counter(layer.alpha for layer in layers.values()).most_common()
+    # From the start of the path: a pattern alone would take every path that ends with it.
+    return {
+        "r": r,
+        alpha: _round(usual),
+        "rank_pattern": {f"^{re.escape(path)}": each.rank for path, each in layers.items() if each.rank != r},
+        "alpha_pattern": {
+            f"^{re.escape(path)}": _round(each.alpha) for path, each in layers.items() if each.alpha != usual
+        },
+    }
+
+
+def _round(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+_ENCODERS: Mapping[str, Callable[[str, tuple[Entry, ...]], _Layer]] = {
+    "LORA": _lora,
+    "LOHA": _hada,
+    "LOKR": _lokr,
+    "IA3": _ia3,
+}
+_SETTINGS: Mapping[str, Callable[[dict[str, _Layer]], dict[str, Any]]] = {
+    "LORA": _lora_settings,
+    "LOHA": _hada_settings,
+    "LOKR": _lokr_settings,
+    "IA3": _ia3_settings,
+}
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
+    """Both files into a new folder beside it, then in place; of a folder that is there, both or neither."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file; give a folder")
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        save_tensors(tensors, made / WEIGHTS, {})
+        (made / CONFIG).write_text(config, encoding="utf-8")
+        if folder.exists():
+            _swap(made, folder)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            made.chmod(0o777 & ~mask)
+            made.replace(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _swap(made: Path, folder: Path) -> None:
+    before = {name: made / f"{name}.before" for name in (WEIGHTS, CONFIG) if (folder / name).exists()}
+    for name, kept in before.items():
+        shutil.copy2(folder / name, kept)
+    try:
+        for name in (WEIGHTS, CONFIG):
+            (made / name).replace(folder / name)
+    except OSError:
+        for name in (WEIGHTS, CONFIG):
+            if name in before:
+                before[name].replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _some(names: list[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)})" if len(names) > SHOWN else "")

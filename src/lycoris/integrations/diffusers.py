@@ -1,0 +1,316 @@
+"""Adapters of any algorithm on the models of a diffusers pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from lycoris.adapters import AdapterSet
+from lycoris.bundle import Bundle
+from lycoris.dropin.tlora import pipeline_schedule
+from lycoris.errors import ConfigError, FileError, LycorisError, nearest, unknown
+from lycoris.files import DIALECTS, load_tensors, resolve
+from lycoris.files.peft import read_peft
+from lycoris.filling import blocks_of
+from lycoris.geometry import sites
+from lycoris.merging import MergeReport
+from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule
+
+Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
+DENOISERS = ("unet", "transformer")
+"""What pipelines call the model that files call none."""
+TEXT_ENCODER = "text_encoder"
+"""How the names of text encoders begin."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a file. Prints as a few lines."""
+
+    applied: Mapping[str, str]
+    """Component → what it got."""
+    unused: tuple[str, ...] = ()
+    """Components that the file has tensors for and the pipeline has no model for."""
+    missing: tuple[str, ...] = ()
+    """Components of the pipeline that the file has nothing for."""
+    remarks: tuple[str, ...] = ()
+    """What reading the file brought up besides."""
+
+    def __str__(self) -> str:
+        lines = [f"{component}: {what}" for component, what in self.applied.items()]
+        lines += [f"{component}: not in this pipeline, left out" for component in self.unused]
+        lines += [f"{component}: nothing in the file" for component in self.missing]
+        return "\n".join([*lines, *self.remarks])
+
+
+class Loaded:
+    """Adapters on a pipeline: on at once, until `unload()` or the end of a `with` block."""
+
+    def __init__(self, sets: Mapping[str, AdapterSet], report: Report, strength: float) -> None:
+        self.sets: Mapping[str, AdapterSet] = dict(sets)
+        """Component → its adapters."""
+        self.report = report
+        self._strength, self._enabled = strength, True
+        self._components: Mapping[str, float] = {}
+        self._blocks: Mapping[str, float] = {}
+
+    def set(
+        self,
+        strength: float | None = None,
+        *,
+        components: Mapping[str, float] | None = None,
+        blocks: Mapping[str, float] | None = None,
+    ) -> None:
+        """How much counts: `strength`, times a factor by component, times a factor by block.
+
+        A block is the path of a module, such as `transformer_blocks.0`, in every component that has it, or
+        `transformer.transformer_blocks.0` in one; of several that hold a layer the longest counts. What is not given
+        stays as it is; `{}` takes factors away. Raises `ConfigError`, and changes nothing, for a name without adapters.
+        """
+        wanted = (
+            self._strength if strength is None else strength,
+            self._components if components is None else dict(components),
+            self._blocks if blocks is None else dict(blocks),
+        )
+        self._apply(*wanted, self._enabled)
+        self._strength, self._components, self._blocks = wanted
+
+    def disable(self) -> None:
+        """Let the pipeline give what it gives without these adapters, which stay where they are."""
+        self._apply(self._strength, self._components, self._blocks, False)
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Let them act again, at the strengths they had."""
+        self._apply(self._strength, self._components, self._blocks, True)
+        self._enabled = True
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @property
+    def loaded(self) -> bool:
+        """Whether they are on the pipeline, acting or not."""
+        return any(adapters.attached for adapters in self.sets.values())
+
+    def merge(self) -> dict[str, MergeReport]:
+        """Fold them into the weights at the strengths in force, for speed; `unmerge` and `unload` undo it exactly."""
+        reports: dict[str, MergeReport] = {}
+        try:
+            for component, adapters in self.sets.items():
+                reports[component] = adapters.merge()
+        except LycorisError:
+            for component in reports:
+                self.sets[component].unmerge()
+            raise
+        return reports
+
+    def unmerge(self) -> None:
+        for adapters in self.sets.values():
+            adapters.unmerge()
+
+    def unload(self) -> None:
+        """Take them off: the pipeline is what it was, to the object. A second call does nothing."""
+        done: list[AdapterSet] = []
+        try:
+            for adapters in self.sets.values():
+                adapters.detach()
+                done.append(adapters)
+        except LycorisError:
+            for adapters in done:
+                adapters.attach().follow_timesteps()
+            raise
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unload()
+
+    def _apply(
+        self, strength: float, components: Mapping[str, float], blocks: Mapping[str, float], enabled: bool
+    ) -> None:
+        for component in components:
+            if component not in self.sets:
+                raise ConfigError(unknown("component with adapters", component, self.sets))
+        own = {component: self._own(component, blocks) for component in self.sets}
+        found = {block for of in own.values() for block in of.values()}
+        for block in blocks:
+            if block not in found:
+                known = {name for adapters in self.sets.values() for name in blocks_of(adapters.stacks)}
+                raise ConfigError(unknown("block of layers with adapters", block, known))
+        before = {component: (adapters.strength, adapters.blocks) for component, adapters in self.sets.items()}
+        try:
+            for component, adapters in self.sets.items():
+                factor = components.get(component, 1.0) if enabled else 0.0
+                adapters.set_strength(strength * factor, {path: blocks[name] for path, name in own[component].items()})
+        except LycorisError:
+            for component, earlier in before.items():
+                if not self.sets[component].merged:
+                    self.sets[component].set_strength(*earlier)
+            raise
+
+    def _own(self, component: str, blocks: Mapping[str, float]) -> dict[str, str]:
+        """Paths of blocks in a component → the names they were given by; a name with the component wins."""
+        known = set(blocks_of(self.sets[component].stacks))
+        found = {block: block for block in blocks if block in known}
+        return found | {
+            path: block for block in blocks if (path := block.removeprefix(f"{component}.")) != block and path in known
+        }
+
+
+def load(
+    pipe: Any,
+    source: Source,
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+    to: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    schedule: RankSchedule | None = None,
+) -> Loaded:
+    """Put the adapters of a file, or of bundles, on the models of a pipeline. All of them or none.
+
+    `source` is an adapter file, a folder of PEFT's for the denoiser, a `Bundle` for the denoiser, or bundles by the
+    pipeline's names (`unet`, `transformer_2`, `text_encoder`, ...). `to` names the components that take what is for
+    the denoiser, where a pipeline has two: `to="transformer_2"`, `to=("transformer", "transformer_2")`. `name` tells
+    sets apart; None takes a free one. T-LoRA follows the timesteps of the pipeline by itself, by the schedule of the
+    file, else by `schedule`, else by the pipeline's `_tlora_config`.
+
+    Raises `FileError` or `AttachError`, with the pipeline as it was.
+    """
+    parts = models(pipe)
+    bundles, unused = _read(source, parts, to, dialect)
+    for component, bundle in bundles.items():
+        _check_paths(component, parts[component], bundle)
+    sets: dict[str, AdapterSet] = {}
+    try:
+        for component, bundle in bundles.items():
+            made = AdapterSet.load(parts[component], bundle, name)
+            made.attach()
+            sets[component] = made
+            made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
+            made.follow_timesteps()
+        loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
+        loaded.set(strength)
+    except BaseException:
+        for made in sets.values():
+            made.detach()
+        raise
+    return loaded
+
+
+def _check_paths(component: str, model: nn.Module, bundle: Bundle) -> None:
+    known = {place.path for place in sites(model)}
+    lost = [path for path in bundle.entries if path not in known]
+    if not lost:
+        return
+    wrapped = any(f"{path}.base_layer" in known for path in lost)
+    told = "PEFT's layers are in their place: pipe.unload_lora_weights() first" if wrapped else ""
+    near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
+    raise FileError(
+        f"{len(lost)} of {len(bundle.entries)} layers are no layers of {component}, a {type(model).__name__}: "
+        f"{', '.join(lost[:5])}; {told or near or 'is this the model they were made for?'}"
+    )
+
+
+def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
+    wanted = adapters.rank_masked and getattr(pipe, "_tlora_config", None)
+    return pipeline_schedule(pipe, adapters) if wanted else None
+
+
+def models(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline that adapters go on, by its names for them: denoisers, then text encoders."""
+    named = [name for name in pipe.components if name.startswith((*DENOISERS, TEXT_ENCODER))]
+    found = {name: getattr(pipe, name, None) for name in sorted(named, key=lambda name: TEXT_ENCODER in name)}
+    # torch.compile(model) gives a wrapper, whose paths are not the model's own.
+    whole = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}
+    return {name: model for name, model in whole.items() if isinstance(model, nn.Module)}
+
+
+def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
+    if to is None:
+        return tuple(name for name in DENOISERS if name in parts)[:1]
+    names = (to,) if isinstance(to, str) else tuple(to)
+    for name in names:
+        if name not in parts:
+            raise ConfigError(unknown("component of the pipeline", name, parts))
+    return names
+
+
+def _read(
+    source: Source, parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
+) -> tuple[dict[str, Bundle], tuple[str, ...]]:
+    """Bundles by the pipeline's names, and the components that it has no model for."""
+    into = _denoisers(parts, to)
+    if isinstance(source, Bundle):
+        return dict.fromkeys(_some(into, parts), source), ()
+    if isinstance(source, Mapping):
+        if to is not None:
+            raise ConfigError(f"these bundles say where they go, so that to={to!r} is one too many")
+        for name in source:
+            if name not in parts:
+                raise ConfigError(unknown("component of the pipeline", name, parts))
+        return dict(source), ()
+    if Path(source).is_dir():
+        return {name: read_peft(source, parts[name]) for name in _some(into, parts)}, ()
+    return _read_file(source, parts, into, dialect)
+
+
+def _read_file(
+    path: str | os.PathLike[str], parts: Mapping[str, nn.Module], into: tuple[str, ...], dialect: str | None
+) -> tuple[dict[str, Bundle], tuple[str, ...]]:
+    """The one place that knows how files name components: "" for the denoiser, the others as pipelines do."""
+    tensors, metadata = load_tensors(path)
+    kinds = [kind for kind in DIALECTS.values() if dialect in (None, kind.name)]
+    keys = next((found for kind in kinds if (found := [key for key in map(kind.split, tensors) if key])), [])
+    held = {component: into if not component else (component,) for component in sorted({key.component for key in keys})}
+    unused = tuple(component or "the denoiser" for component, names in held.items() if not set(names) & parts.keys())
+    bundles = {}
+    try:
+        for component, names in held.items():
+            for name in names:
+                if name in parts:
+                    bundle = resolve(tensors, parts[name], dialect, metadata=metadata, component=component)
+                    # Those for other components are in the report, by component.
+                    remarks = tuple(remark for remark in bundle.remarks if "tensors are for" not in remark)
+                    bundles[name] = replace(bundle, remarks=remarks)
+        if not held:
+            # Says which keys there are, and what they would have to be like.
+            resolve(tensors, next(iter(parts.values()), nn.Module()), dialect, metadata=metadata)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+    if not bundles:
+        raise FileError(f"{path}: it is for {', '.join(unused)}, and this pipeline has {', '.join(parts)}")
+    return bundles, unused
+
+
+def _some(into: tuple[str, ...], parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    if not into:
+        raise FileError(f"this pipeline has no {' and no '.join(DENOISERS)}; it has {', '.join(parts) or 'no models'}")
+    return into
+
+
+def _report(
+    parts: Mapping[str, nn.Module],
+    bundles: Mapping[str, Bundle],
+    unused: tuple[str, ...],
+    sets: Mapping[str, AdapterSet],
+) -> Report:
+    remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
+    untimed = [name for name, made in sets.items() if made.rank_masked and made.schedule is None]
+    return Report(
+        applied={name: str(bundle) for name, bundle in bundles.items()},
+        unused=unused,
+        missing=tuple(name for name in parts if name not in bundles),
+        remarks=(*remarks, *(f"{name}: {WITHOUT_SCHEDULE}" for name in untimed)),
+    )
