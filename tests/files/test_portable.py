@@ -9,6 +9,7 @@ from torch import nn
 from cases import ALGORITHMS, LAYERS, LayerCase, relative
 from lycoris import BOFT, OFT, DoRA, Full, LoHa, LoKr, LoRA
 from lycoris.algorithm import Algorithm
+from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, PlanError
 from lycoris.files.consumers import CONSUMERS
@@ -140,3 +141,12 @@ def test_two_exports_after_each_other() -> None:
     with pytest.raises(PlanError, match="pass the layer's weight and bias as base"):
         portable(entry, "comfyui")
     assert entry.tensors["magnitude"].dtype == torch.float64
+
+
+def test_a_shift_of_zeros_says_nothing_where_a_layer_has_none() -> None:
+    entry, _ = entry_of(LAYERS["rms-norm"], ALGORITHMS["norm"])
+    exported, _ = portable(entry, "webui")
+    tensors = write_tensors(exported.algorithm, exported.tensors, exported.geometry)
+    assert read_tensors(tensors, entry.geometry, "norm")[1].keys() == {"w"}
+    with pytest.raises(FileError, match="no place for b_norm"):
+        read_tensors(tensors | {"b_norm": torch.ones(8)}, entry.geometry, "norm")
