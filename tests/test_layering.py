@@ -13,7 +13,7 @@ ORDER = (
     {"algorithm", "additive"},
     {"algorithms"},
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},
-    {"report", "bundle", "recast", "rows", "planning", "schedule"},
+    {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "filling", "adapters"},
     {"explain", "memory", "outline"},
     {"files"},

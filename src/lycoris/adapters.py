@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, merging, sharding
+from lycoris import attach, bases, filling, fingerprint, merging, sharding
 from lycoris.adapter import Adapter
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, unknown
@@ -375,7 +375,7 @@ class AdapterSet:
         entries = {
             path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
         }
-        return Bundle(entries, dict(self.metadata))
+        return Bundle(entries, {**self.metadata, fingerprint.KEY: str(fingerprint.of_model(self.model))})
 
     def _each(self) -> Iterator[tuple[str, int, Adapter]]:
         return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 SHOWN = 5
+WIDEST = 120
+"""Characters of a name that are shown: a file may have names of any length."""
 
 
 @dataclass(frozen=True)
@@ -62,4 +64,5 @@ def _counted(kinds: Mapping[str, int]) -> str:
 def some(names: Iterable[str]) -> str:
     """A few of many names, and how many there are."""
     names = list(names)
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)})" if len(names) > SHOWN else "")
+    shown = (name if len(name) <= WIDEST else f"{name[:WIDEST]}..." for name in names[:SHOWN])
+    return ", ".join(shown) + (f", ... ({len(names)})" if len(names) > SHOWN else "")

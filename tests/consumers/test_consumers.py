@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +388,9 @@ def test_what_simpletuner_does_not_load_again() -> None:
     for tensors in (unbalanced, lora() | alpha(2.0) | {"dora_scale": normal(1, I)}, lora()):
         with pytest.raises(Refused):
             read(simpletuner, tensors, weight)
+
+
+def test_they_share_nothing_with_the_library() -> None:
+    readers = [path for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")]
+    assert readers
+    assert not [path.name for path in readers if re.search(r"^\s*(from|import) lycoris", path.read_text(), re.M)]

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 
 import peft
 import torch
+from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from consumers import Refused, Tensors, number
 
 LORA = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
+
+
+PREFIXES = {"LORA": "lora_", "LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_"}
 
 
 class Model(nn.Module):
@@ -35,19 +39,14 @@ def output(tensors: Tensors, layer: nn.Module, x: Tensor) -> Tensor:
             model = peft.get_peft_model(Model(layer), config).to(x.dtype if x.is_floating_point() else None)
             state = {f"base_model.model.layer.{name}": tensor for name, tensor in state.items()}
             found = peft.set_peft_model_state_dict(model, state)
-        # What stays as the layer has it is missing by design.
-        lost = [key for key in found.missing_keys if "base_layer" not in key and not key.startswith("base_layer")]
-        own = [key for key in lost if peft_prefix(config) in key]
-        if own or found.unexpected_keys:
-            raise Refused(f"missing {own}, unexpected {found.unexpected_keys}")
+        # The layer's own tensors are missing by design.
+        missing = [key for key in found.missing_keys if PREFIXES[config.peft_type.value] in key]
+        if missing or found.unexpected_keys:
+            raise Refused(f"missing {missing}, unexpected {found.unexpected_keys}")
         with torch.no_grad():
             return model.eval()(x)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise Refused(f"{type(error).__name__}: {error}") from error
-
-
-def peft_prefix(config: peft.PeftConfig) -> str:
-    return {"LORA": "lora_", "LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_"}[config.peft_type.value]
 
 
 def translated(tensors: Tensors, layer: nn.Module) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
@@ -105,7 +104,7 @@ def _lokr(tensors: Tensors, alpha: float | None, layer: nn.Module) -> peft.LoKrC
     given = max(ok, inner) if rank is None else rank
     said = float(given) if rank is None or alpha is None else alpha
     for factor in (-1, *range(1, max(ol * ok, im * inner) + 1)):
-        if (_factors(ol * ok, factor), _factors(im * inner, factor)) == ((ol, ok), (im, inner)):
+        if (factorization(ol * ok, factor), factorization(im * inner, factor)) == ((ol, ok), (im, inner)):
             return peft.LoKrConfig(
                 r=given,
                 alpha=said,
@@ -125,11 +124,3 @@ def _shape(tensors: Tensors, n: int, layer: nn.Module | None = None) -> tuple[in
         return a.shape[1], b.shape[1]
     places = 1 if layer is None else layer.weight[0, 0].numel()
     return a.shape[0], b.shape[1] // places
-
-
-def _factors(size: int, factor: int) -> tuple[int, int]:
-    """How PEFT splits a dimension: it does not put the smaller part first where the factor divides."""
-    from peft.tuners.lokr.layer import factorization
-    from peft.tuners.lycoris_utils import LycorisTuner  # noqa: F401
-
-    return factorization(size, factor)

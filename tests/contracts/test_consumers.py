@@ -70,13 +70,13 @@ def change(after: Affine, before: Affine) -> Tensor:
     return torch.cat([weight, (after.bias if before.bias is None else after.bias - before.bias).flatten()])
 
 
-def read_by(consumer: str, entry: Entry, base: Affine) -> Affine | None:
+def read_by(consumer: str, entry: Entry, base: Affine, strength: float = 1.0) -> Affine | None:
     """What a program makes of a layer; None when it refuses or passes over."""
     tensors = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
     if entry.geometry.transposed:
         return None
     try:
-        found = READERS[consumer].read(tensors, base.weight, base.bias, entry.geometry.kind)
+        found = READERS[consumer].read(tensors, base.weight, base.bias, entry.geometry.kind, strength)
     except Refused:
         return None
     return None if found is None else Affine(*found)
@@ -187,3 +187,16 @@ def test_an_unknown_program() -> None:
 def test_what_no_export_makes_right() -> None:
     with pytest.raises(FileError, match=r"musubi-tuner has no adapters for a layer of kind norm; no export of norm"):
         portable(made("norm", "layer-norm").entry, "musubi")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
+    case = made(*pair)
+    half = 0.5 * change(adapted(case.entry, case.base), case.base)
+    for consumer in READERS:
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base)
+        if verdict.reads == "as trained":
+            found = read_by(consumer, case.entry, case.base, 0.5)
+            assert found is not None
+            told = "at another strength than 1" in verdict.why
+            assert told == (error(change(found, case.base), half) > SAME), consumer

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from lycoris.files.detect import Detection, detect
+from lycoris.files.convert import convert
+from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.headers import Header, TensorInfo, header
 from lycoris.files.kinds import PICKLES
+from lycoris.files.peft import read_peft, write_peft
 from lycoris.files.reading import read, resolve
 from lycoris.files.storage import load_tensors, save_tensors
 from lycoris.files.writing import compose, encode, write
@@ -17,12 +19,16 @@ __all__ = [
     "Header",
     "TensorInfo",
     "compose",
+    "convert",
     "detect",
     "encode",
     "header",
+    "judge",
     "load_tensors",
     "read",
+    "read_peft",
     "resolve",
     "save_tensors",
     "write",
+    "write_peft",
 ]

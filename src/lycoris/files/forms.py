@@ -72,14 +72,19 @@ def _rotation(own: Group, g: Geometry, where: str) -> None:
         if wide.dim() != 3 or wide.shape[1] != wide.shape[2]:
             raise FileError(f"{where}.oft_diag has shape {tuple(turn.shape)}; square blocks (n, s, s) are expected")
         eye = torch.eye(wide.shape[-1], dtype=wide.dtype)
-        own["oft_blocks"] = torch.linalg.solve(wide.mT + eye, (wide - eye).mT).mT / 2
+        try:
+            own["oft_blocks"] = torch.linalg.solve(wide.mT + eye, (wide - eye).mT).mT / 2
+        except RuntimeError as error:
+            raise FileError(
+                f"{where}.oft_diag turns something by half a circle, which no oft_blocks generate"
+            ) from error
         own.setdefault(ALPHA, torch.tensor(0.0))
 
 
 def _old_glora(own: Group, g: Geometry, where: str) -> None:
     """The first layout: every pair the other way round and transposed in its roles, W·a2·a1 + b2·b1."""
     names = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-    if not all(name in own for name in names) or len(g.shape) < 2:
+    if any(name not in own or own[name].dim() < 2 for name in names) or len(g.shape) < 2:
         return
     (a1, a2, b1, b2), (o, i) = (own[name] for name in names), g.shape[:2]
     new = a1.shape[0] == i and a2.shape[1] == i and b1.shape[0] == o

@@ -48,12 +48,22 @@ class Layout:
         return cls(owner, layers, architecture, naming, middle)
 
     @classmethod
-    def around(cls, layers: Mapping[str, Geometry]) -> Layout:
-        """Of some layers of a model, such as those that have adapters; the rest is taken from a known model."""
+    def around(cls, layers: Mapping[str, Geometry], owner: str = "") -> Layout:
+        """Of some layers of a model, such as those that have adapters; the rest is taken from a known model.
+
+        `owner` is the name of its class, where that is known. Raises `FileError` when the layers may be of several
+        architectures.
+        """
         found = guess(layers)
-        if not found or found[0].score < LEAST:
+        named = [each for each in found if owner in each.architecture.classes] or found
+        if not named or named[0].score < LEAST:
             return cls("the model", layers, middle=layers)
-        best = found[0]
+        best = named[0]
+        tied = {each.architecture.name for each in named if each.score == best.score}
+        if len(tied) > 1:
+            raise FileError(
+                f"these layers may be of {' or '.join(sorted(tied))}; say which model they are for (model=)"
+            )
         if best.outline is not None:
             return cls.known(best.architecture, best.outline).renamed(best.naming)
         middle = layers if best.naming == MIDDLE else translate(layers, best.architecture.namings[best.naming])
@@ -114,6 +124,12 @@ class Layout:
 
     def whole(self, span: Span) -> Geometry:
         """The layer that holds the rows of all parts of a span."""
+        lacking = [part for part in span.parts if part not in self.middle]
+        if lacking:
+            raise FileError(
+                f"{span.parts[0]} and {', '.join(lacking)} are one module in that naming, and the size of the latter "
+                "is not known from the layers that have adapters: give the model that they are for"
+            )
         parts = [self.middle[part] for part in span.parts]
         if len(parts) == 1:
             return parts[0]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lycoris import fingerprint
 from lycoris.algorithm import Entry
-from lycoris.algorithms import read_tensors
+from lycoris.algorithms import ALPHA, LoRA, read_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
@@ -21,9 +24,13 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
 from lycoris.files.layout import Layout
+from lycoris.files.peft.config import CONFIG, LORA_METADATA, WEIGHTS, Config
+from lycoris.files.peft.reading import read_peft
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
 from lycoris.report import SHOWN, Report, some
+
+DOWN = LoRA.keys["down"]
 
 
 def read(
@@ -35,12 +42,22 @@ def read(
     prefix: str | None = None,
     strict: bool = True,
 ) -> Bundle:
-    """Read an adapter file for a model. See `resolve`; the file's name is put before every error."""
+    """Read an adapter file, or a folder of PEFT's, for a model. See `resolve`; the name is put before every error."""
+    folder = peft_folder(path)
+    if folder is not None and dialect in (None, "peft"):
+        return read_peft(folder, model)
     tensors, metadata = load_tensors(path)
     try:
         return resolve(tensors, model, dialect, metadata=metadata, component=component, prefix=prefix, strict=strict)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
+
+
+def peft_folder(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of an adapter of PEFT's, from itself or from the file in it; None for everything else."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    own = Path(path).is_dir() or Path(path).stem == Path(WEIGHTS).stem
+    return folder if own and (folder / CONFIG).is_file() else None
 
 
 def resolve(
@@ -80,6 +97,8 @@ def resolve(
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused
+    made_for, own = fingerprint.told_by(header), fingerprint.of_layers(layout.owner, layout.layers)
+    other = component == "" and made_for is not None and made_for != own
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
@@ -87,6 +106,7 @@ def resolve(
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
+        remarks=(f"it was made for another base, {made_for.model}, than {own.model}",) if other and made_for else (),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
@@ -107,6 +127,8 @@ class _Match:
     strange: list[str]
     elsewhere: dict[str, int]
     marked: bool
+    prefix: str
+    """What the names begin with."""
 
     def score(self) -> tuple[int, int, bool]:
         """How well it explains the file."""
@@ -156,7 +178,8 @@ def _matched(
     strange = [name for name, key in keys.items() if key is None]
     elsewhere = {name: len(those) for name, those in by_component.items()}
     marked = any(mark in header for mark in dialect.marks)
-    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, marked)
+    prefix = next((key.prefix for key in mine.values()), "")
+    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, marked, prefix)
 
 
 @dataclass
@@ -171,6 +194,7 @@ def _entries(
 ) -> tuple[_Found, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
     found, mismatched = _Found(), {}
+    alpha = _alpha_in(header, match.prefix.rstrip("."))
     spans = layout.spans(match.naming) if match.naming != layout.naming else {}
     for layer, group in match.groups.items():
         if layer not in match.names:
@@ -178,7 +202,11 @@ def _entries(
         name = match.names[layer]
         geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
         try:
-            stack = _stack({suffix: tensors[key] for suffix, key in group.items()}, geometry, name)
+            own = {suffix: tensors[key] for suffix, key in group.items()}
+            if DOWN in own and own[DOWN].dim() and ALPHA not in own:
+                told = alpha(layer, len(own[DOWN]))
+                own |= {} if told is None else {ALPHA: torch.tensor(told, dtype=torch.float64)}
+            stack = _stack(own, geometry, name)
             stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
         except FileError as error:
             mismatched[name] = str(error)
@@ -191,13 +219,38 @@ def _entries(
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
     for suffix, tensor in group.items():
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise FileError(f"{where}.{suffix} holds NaN or infinity")
     stack = []
     for part in forms.modern(group, geometry, where):
         algorithm, own = read_tensors(part, geometry, where)
         stack.append(Entry(algorithm, geometry, own))
     return tuple(stack)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity."""
+    # Of one byte: torch has no such test for them.
+    narrow = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool(torch.isfinite(tensor.half() if narrow else tensor).all())
+
+
+def _alpha_in(header: Mapping[str, str], component: str) -> Callable[[str, int], float | None]:
+    """Path and rank → alpha, as the settings in the header of one of diffusers' files say; they know no alpha tensors.
+
+    Raises `FileError` for settings that cannot be read.
+    """
+    if LORA_METADATA not in header:
+        return lambda path, rank: None
+    try:
+        told = json.loads(header[LORA_METADATA])
+        own = {name.partition(".")[2]: value for name, value in told.items() if name.partition(".")[0] == component}
+    except (ValueError, AttributeError) as error:
+        raise FileError(f"its header's {LORA_METADATA} is no JSON object: {error}") from error
+    if not own:
+        return lambda path, rank: None
+    config = Config.parse({**own, "peft_type": "LORA"})
+    return lambda path, rank: config.scale(path) * rank
 
 
 def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:

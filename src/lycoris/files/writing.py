@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lycoris import fingerprint
 from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, write_tensors
 from lycoris.bundle import Bundle
@@ -22,6 +23,9 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
 from lycoris.files.layout import Layout
+from lycoris.files.peft.config import LORA_METADATA
+from lycoris.files.peft.writing import lora_adapter_metadata
+from lycoris.files.reading import finite
 from lycoris.files.storage import save_tensors
 from lycoris.report import some
 
@@ -62,11 +66,13 @@ def compose(
     kind, bundles = DIALECTS[dialect], bundle if isinstance(bundle, Mapping) else {component: bundle}
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = Encoded({}, {}, {}), dict[str, str]()
-    layouts = {name: _layout(each, models.get(name)) for name, each in bundles.items()}
+    # A prefix of one's own is for layers as they are called here.
+    layouts = {} if prefix is not None else {name: _layout(each, models.get(name)) for name, each in bundles.items()}
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     scales: dict[str, float] = {}
+    by_prefix: dict[str, Bundle] = {}
     for name, each in bundles.items():
-        stacks = _named(each, kind, layouts[name], found.notes) if prefix is None else each.entries
+        stacks = each.entries if prefix is not None else _named(each, kind, layouts[name], found.notes)
         begin = f"{prefix}_" if prefix is not None else _prefix(kind, name, whose, layouts[name])
         for layer, stack in stacks.items():
             for suffix, tensor in _layer(stack, layer, kind).items():
@@ -76,7 +82,10 @@ def compose(
                     raise FileError(f"{first} and {layer} would both be written as {key}; this format cannot hold both")
                 found.tensors[key] = tensor
             scales[kind.join(layer, "", begin).rstrip(".")] = stack[0].algorithm.scale(stack[0].geometry)
+        by_prefix[begin.rstrip(".")] = Bundle(dict(stacks))
     found.header[history.SCALES] = _told(scales)
+    if kind.scale == "header" and prefix is None:
+        found.header[LORA_METADATA] = lora_adapter_metadata(by_prefix)
     return found
 
 
@@ -102,7 +111,7 @@ def write(
     if dtype is not None:
         whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
         tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
-    bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    bad = next((key for key, tensor in tensors.items() if not finite(tensor)), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
     own = {} if isinstance(bundle, Mapping) else bundle.metadata
@@ -123,7 +132,9 @@ def _layout(bundle: Bundle, model: nn.Module | Layout | None) -> Layout:
         return model
     if model is not None:
         return Layout.of(model)
-    return Layout.around({path: stack[0].geometry for path, stack in bundle.entries.items()})
+    made_for = fingerprint.told_by(bundle.metadata)
+    layers = {path: stack[0].geometry for path, stack in bundle.entries.items()}
+    return Layout.around(layers, made_for.model if made_for is not None else "")
 
 
 def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, str]) -> Mapping[str, placing.Stack]:

@@ -15,7 +15,7 @@ from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin.tlora import pipeline_schedule
 from lycoris.errors import ConfigError, FileError, LycorisError, nearest, unknown
-from lycoris.files import DIALECTS, load_tensors, resolve
+from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.filling import blocks_of
 from lycoris.geometry import sites
@@ -271,27 +271,22 @@ def _read_file(
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """The one place that knows how files name components: "" for the denoiser, the others as pipelines do."""
     tensors, metadata = load_tensors(path)
-    kinds = [kind for kind in DIALECTS.values() if dialect in (None, kind.name)]
-    keys = next((found for kind in kinds if (found := [key for key in map(kind.split, tensors) if key])), [])
-    held = {component: into if not component else (component,) for component in sorted({key.component for key in keys})}
-    unused = tuple(component or "the denoiser" for component, names in held.items() if not set(names) & parts.keys())
-    bundles = {}
     try:
-        for component, names in held.items():
-            for name in names:
-                if name in parts:
-                    bundle = resolve(tensors, parts[name], dialect, metadata=metadata, component=component)
-                    # Those for other components are in the report, by component.
-                    remarks = tuple(remark for remark in bundle.remarks if "tensors are for" not in remark)
-                    bundles[name] = replace(bundle, remarks=remarks)
-        if not held:
-            # Says which keys there are, and what they would have to be like.
-            resolve(tensors, next(iter(parts.values()), nn.Module()), dialect, metadata=metadata)
+        detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
+        held = {component: into if not component else (component,) for component in detected.components}
+        unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
+        bundles = {
+            name: resolve(tensors, parts[name], dialect, metadata=metadata, component=component, family=detected.family)
+            for component, names in held.items()
+            for name in names
+            if name in parts
+        }
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     if not bundles:
         raise FileError(f"{path}: it is for {', '.join(unused)}, and this pipeline has {', '.join(parts)}")
-    return bundles, unused
+    # Those for other components are in the report, by component.
+    return {name: replace(b, report=replace(b.report, elsewhere={})) for name, b in bundles.items()}, unused
 
 
 def _some(into: tuple[str, ...], parts: Mapping[str, nn.Module]) -> tuple[str, ...]:

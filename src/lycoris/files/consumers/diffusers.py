@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers.consumer import Consumer, Row
-from lycoris.files.consumers.peft import LORA, instead
+from lycoris.files.consumers.peft import LORA, STRENGTH, instead
 from lycoris.files.consumers.traits import dora, is_a, no_other_than
 
 DIFFUSERS = Consumer(
@@ -13,11 +13,7 @@ DIFFUSERS = Consumer(
         *LORA,
         *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only"),
         *instead(no_other_than("lora"), "not at all", "reads LoRA only"),
-        Row(
-            dora,
-            "as trained",
-            "computes what was trained from lora_magnitude_vector; a dora_scale of other formats it leaves out",
-        ),
+        Row(dora, "as trained", f"{STRENGTH}; of dora_scale in files of other formats it leaves the lengths out"),
     ),
     kinds=("linear", "conv"),
 )

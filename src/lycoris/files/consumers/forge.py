@@ -1,10 +1,13 @@
-"""Forge (2025). More than 12 keys in a file that nothing takes, and it rejects the file."""
+"""Forge (2025), whose rules are ComfyUI's without rotations."""
 
 from __future__ import annotations
 
 from lycoris.files.consumers.comfyui import KRON, SHARED
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import core_without_contiguous, is_a
+
+UNMATCHED = 12
+"""More keys than these in a file that nothing takes, and it rejects the file."""
 
 FORGE = Consumer(
     "forge",
@@ -13,7 +16,7 @@ FORGE = Consumer(
         Row(
             is_a("diag-oft", "boft"),
             "not at all",
-            "knows no rotations: it passes their keys over, and above 12 such keys rejects the file",
+            f"knows no rotations: it passes their keys over, and above {UNMATCHED} such keys rejects the file",
             "plain",
         ),
         Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2"),

@@ -25,14 +25,14 @@ from lycoris.files.consumers.traits import (
     without_peft_factor,
 )
 
+STRENGTH = "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
 PADDING = "pads with zeros beside a layer that does not; how far off that is depends on the input"
 
 
 def instead(when: Test, reads: Reads, why: str) -> tuple[Row, Row]:
     """What LoRA makes right, on layers where PEFT's LoRA itself is right."""
-    return Row(all_of(when, lora_goes_wrong), reads, f"{why}; nor does its LoRA fit here"), Row(
-        when, reads, why, "lora"
-    )
+    beside = Row(all_of(when, lora_goes_wrong), reads, f"{why}; nor does its LoRA fit here")
+    return beside, Row(when, reads, why, "lora")
 
 
 LORA = (
@@ -87,6 +87,7 @@ PEFT = Consumer(
             "pairs the wrong axes of a whole w2 on a convolution over one dimension",
         ),
         Row(all_of(is_a("loha", "lokr"), padded_otherwise), "differently", PADDING),
+        Row(dora, "as trained", STRENGTH),
         Row(
             is_a("lokr"),
             "as trained",

@@ -33,9 +33,19 @@ SIMPLETUNER = Consumer(
             "plain",
         ),
         Row(
-            all_of(is_a("diag-oft", "boft"), lengths),
+            all_of(is_a("diag-oft"), lengths),
             "as trained",
-            "turns the rows as trained; at another strength than 1 their lengths count fully",
+            "turns the rows as trained; at another strength than 1 their lengths still count fully",
+        ),
+        Row(
+            is_a("boft"),
+            "as trained",
+            "turns the rows as trained; at another strength than 1 it weakens every rotation instead of their effect",
+        ),
+        Row(
+            dora,
+            "as trained",
+            "computes what was trained; at another strength than 1 it weakens the lengths, not the change below them",
         ),
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lycoris.adapter import Matrix
@@ -115,10 +117,10 @@ def w2_on_wrong_axes(case: Case) -> bool:
 
 def misplaced(case: Case) -> float:
     """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
-    p, g = case.entry.tensors, case.entry.geometry
+    p = {name: tensor.double() for name, tensor in case.entry.tensors.items()}
     w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
     right = torch.einsum("ab,cdk->acbdk", w1, p["w2"].flatten(2)).flatten()
-    return float((torch.kron(w1, p["w2"]).flatten() - right).norm() / right.norm().clamp_min(1e-30)) if g.size else 0.0
+    return float((torch.kron(w1, p["w2"]).flatten() - right).norm() / right.norm().clamp_min(1e-30))
 
 
 def misplaced_alone(case: Case) -> float | None:
@@ -144,7 +146,7 @@ def limited_without_outputs(case: Case) -> bool:
         return False
     limit, blocks = case.entry.algorithm.stored_alpha(case.entry.geometry), case.entry.tensors["blocks"]
     norm = float((blocks - blocks.mT).double().norm())
-    return limit is not None and 0 < limit < norm and limit * case.entry.geometry.out_features != limit
+    return limit is not None and 0 < limit < norm
 
 
 def lone_bias(case: Case) -> bool:
@@ -220,7 +222,8 @@ def without_peft_factor(case: Case) -> bool:
     else:
         fits = True
     wanted = ((ol, ok), (im, inner))
-    factors = (-1, *range(1, max(g.out_features, g.in_features) + 1))
+    # Above both roots a factor that divides neither dimension means what -1 does.
+    factors = (-1, ol, im, *range(max(ol, im), math.isqrt(max(g.out_features, g.in_features)) + 1))
     return not fits or all((_unswapped(g.out_features, f), _unswapped(g.in_features, f)) != wanted for f in factors)
 
 

@@ -55,10 +55,5 @@ WEBUI = Consumer(
             "on the base weight",
             "plain",
         ),
-        Row(
-            is_a("boft"),
-            "as trained",
-            "turns the rows as trained; at another strength than 1 it mixes the weights instead of the rotations",
-        ),
     ),
 )

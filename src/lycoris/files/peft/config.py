@@ -71,6 +71,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     }
 )
 
+LORA_METADATA = "lora_adapter_metadata"
+"""Where diffusers has the settings of a LoRA, in the header of its file."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` for which PEFT takes something away from the base weight when it loads."""
 

@@ -19,6 +19,7 @@ from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, lo
 from lycoris.files.peft.layers import entries_of
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Site, sites
+from lycoris.report import Report
 
 PREFIX = "base_model.model."
 SHOWN = 5
@@ -91,7 +92,8 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         listed = "\n  ".join(problems[:SHOWN])
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
-    return Bundle(entries, {}, _remarks(found, places, config))
+    applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
+    return Bundle(entries, {}, Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config)))
 
 
 def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _Sorted:

@@ -27,9 +27,6 @@ from lycoris.files.peft.reading import PREFIX, SHOWN
 from lycoris.files.storage import save_tensors
 from lycoris.geometry import Geometry, Site, site
 
-LORA_METADATA = "lora_adapter_metadata"
-"""Where diffusers looks for it in the header of a file."""
-
 
 @dataclass
 class _Layer:

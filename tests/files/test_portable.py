@@ -1,0 +1,152 @@
+"""Each export by itself: the same change of the layer, in full precision, from half precision, and on stacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cases import ALGORITHMS, LAYERS, LayerCase, relative
+from lycoris import BOFT, OFT, DoRA, Full, LoHa, LoKr, LoRA
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms import read_tensors, write_tensors
+from lycoris.bundle import Entry
+from lycoris.errors import FileError, PlanError
+from lycoris.files.consumers import CONSUMERS
+from lycoris.files.portable import (
+    EXPORTS,
+    as_lora,
+    both_diffs,
+    flat_w2,
+    portable,
+    whole_w1,
+    without_core,
+    without_limit,
+)
+from lycoris.recast import adapted
+from test_recast import ROOMY, change, entry_of, is_read_again
+
+TOLERANCE = 1e-10
+CORE = LoKr(rank=2, alpha=3.0, tucker=True, factor=2)
+EXPORTED = {
+    "core of lora": (without_core, "conv2d", LoRA(rank=3, alpha=1.5, tucker=True, gate=True)),
+    "core of lora under dora": (without_core, "conv3d", DoRA(over=LoRA(rank=2, tucker=True), axis="in")),
+    "core of lokr": (flat_w2, "conv2d", CORE),
+    "core of lokr under dora": (flat_w2, "conv1d", DoRA(over=CORE)),
+    "whole w2": (flat_w2, "conv3d", LoKr(full_matrix=True, factor=4)),
+    "tall w2": (flat_w2, "linear", LoKr(full_matrix=True, factor=2)),
+    "whole w2, split w1": (flat_w2, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
+    "split w2": (flat_w2, "linear", LoKr(rank=1)),
+    "split w1": (whole_w1, "linear", LoKr(rank=1, alpha=2.0, decompose_both=True, gate=True)),
+    "split w1, whole w2": (whole_w1, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
+    "limit of oft": (without_limit, "linear", OFT(block_size=4, constraint=0.004)),
+    "limit of boft": (without_limit, "conv1d", BOFT(block_size=18, constraint=0.01)),
+    "no limit": (without_limit, "linear", OFT(block_size=4, constraint=1e6)),
+    "all ranks": (as_lora, "linear", LoHa(rank=8)),
+    "all ranks of a core": (as_lora, "conv2d", LoHa(rank=2, tucker=True)),
+    "difference": (as_lora, "conv3d", Full(bias=False)),
+    "bias": (both_diffs, "linear", Full(weight=False)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_does_the_same(name: str) -> None:
+    export, layer, algorithm = EXPORTED[name]
+    entry, base = entry_of(ROOMY[layer], algorithm)
+    made = export(entry)
+    assert relative(change(made, base), change(entry, base)) < TOLERANCE
+    assert "gate" not in made.tensors
+    is_read_again(made)
+
+
+@pytest.mark.parametrize("name", ["core of lora", "whole w2", "split w1", "limit of oft", "all ranks"])
+def test_half_precision_is_not_rounded_again(name: str) -> None:
+    export, layer, algorithm = EXPORTED[name]
+    entry, base = entry_of(ROOMY[layer], algorithm)
+    half = entry._replace(tensors={name: t.bfloat16() for name, t in entry.tensors.items()})
+    assert relative(change(export(half), base), change(half, base)) < 1e-6
+
+
+STACKED = {
+    "whole w2": (flat_w2, LoKr(full_matrix=True, factor=2)),
+    "split w1": (whole_w1, LoKr(rank=1, alpha=2.0, decompose_both=True)),
+    "limit": (without_limit, OFT(block_size=2, constraint=0.01)),
+    "lora": (as_lora, LoHa(rank=1)),
+    "all ranks": (as_lora, LoHa(rank=5)),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacks(name: str) -> None:
+    export, algorithm = STACKED[name]
+    entry, base = entry_of(LAYERS["experts"], algorithm)
+    assert relative(change(export(entry), base), change(entry, base)) < TOLERANCE
+
+
+def test_a_lora_of_all_ranks_is_no_larger_than_it_must_be() -> None:
+    tall = entry_of(LayerCase(nn.Linear, (8, 40), {}, (2, 8)), LoHa(rank=7))[0]
+    wide = entry_of(LayerCase(nn.Linear, (40, 8), {}, (2, 40)), LoHa(rank=7))[0]
+    assert as_lora(tall).algorithm == as_lora(wide).algorithm == LoRA(rank=8)
+
+
+def test_a_core_is_flattened_at_its_own_rank() -> None:
+    entry, _ = entry_of(ROOMY["conv2d"], CORE)
+    flat = flat_w2(entry)
+    assert isinstance(flat.algorithm, LoKr)
+    assert (flat.algorithm.rank, flat.algorithm.tucker) == (2, False)
+
+
+@pytest.mark.parametrize(("export", "name"), [(flat_w2, "lora"), (without_core, "lokr"), (without_limit, "lora")])
+def test_an_export_of_something_else(export: object, name: str) -> None:
+    entry, _ = entry_of(ROOMY["linear"], ALGORITHMS[name])
+    with pytest.raises(FileError, match=name):
+        export(entry)
+
+
+def test_lora_cannot_change_a_bias() -> None:
+    entry, _ = entry_of(ROOMY["linear"], Full())
+    with pytest.raises(FileError, match="changes more than the weight"):
+        as_lora(entry)
+
+
+def test_every_remedy_is_an_export() -> None:
+    named = {row.remedy for consumer in CONSUMERS.values() for row in consumer.rows} - {None}
+    assert named == EXPORTS.keys()
+
+
+def chained(entry: Entry, consumer: str) -> str:
+    return portable(entry, consumer)[1]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "layer", "consumer", "told"),
+    [
+        (CORE, "conv1d", "webui", "its w2 written as a product of two matrices"),
+        (LoRA(rank=2, tucker=True), "conv3d", "comfyui", "its core multiplied into lora_down"),
+        (LoRA(rank=2), "conv1d", "webui", "written as the difference stored whole"),
+        (Full(bias=False), "linear", "diffusers", "written as a LoRA"),
+        (LoKr(rank=1, decompose_both=True), "linear", "musubi", "its w1 multiplied out"),
+        (LoRA(rank=2), "linear", "peft", "nothing"),
+    ],
+)
+def test_it_tells_what_was_done(algorithm: Algorithm, layer: str, consumer: str, told: str) -> None:
+    assert chained(entry_of(ROOMY[layer], algorithm)[0], consumer) == told
+
+
+def test_two_exports_after_each_other() -> None:
+    entry, base = entry_of(ROOMY["conv1d"], DoRA(over=CORE))
+    exported, told = portable(entry, "comfyui", base)
+    assert told.startswith("its w2 written as a product of two matrices, then written as a LoRA where")
+    assert relative(adapted(exported, base).weight, adapted(entry, base).weight) < TOLERANCE
+    with pytest.raises(PlanError, match="pass the layer's weight and bias as base"):
+        portable(entry, "comfyui")
+    assert entry.tensors["magnitude"].dtype == torch.float64
+
+
+def test_a_shift_of_zeros_says_nothing_where_a_layer_has_none() -> None:
+    entry, _ = entry_of(LAYERS["rms-norm"], ALGORITHMS["norm"])
+    exported, _ = portable(entry, "webui")
+    tensors = write_tensors(exported.algorithm, exported.tensors, exported.geometry)
+    assert read_tensors(tensors, entry.geometry, "norm")[1].keys() == {"w"}
+    with pytest.raises(FileError, match="no place for b_norm"):
+        read_tensors(tensors | {"b_norm": torch.ones(8)}, entry.geometry, "norm")
