@@ -137,6 +137,71 @@ class TestNamings:
             assert not any(span.swapped for span in named(skeleton(model), naming).values())
 
 
+UNCHANGED = {
+    ("sd3", "original"): {"context_embedder"},
+    ("wan", "original"): {"patch_embedding"},
+    ("lumina2", "original"): {"x_embedder", "*.*.ffn_norm1", "*.*.ffn_norm2"},
+    ("z-image", "comfyui"): {
+        "*.*.adaLN_modulation.0",
+        "*.*.attention_norm1",
+        "*.*.attention_norm2",
+        "*.*.feed_forward.w1",
+        "*.*.feed_forward.w2",
+        "*.*.feed_forward.w3",
+        "*.*.ffn_norm1",
+        "*.*.ffn_norm2",
+        "cap_embedder.0",
+        "cap_embedder.1",
+        "cap_pad_token",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "x_pad_token",
+    },
+    ("framepack", "comfyui"): {
+        "clean_x_embedder.proj",
+        "clean_x_embedder.proj_2x",
+        "clean_x_embedder.proj_4x",
+        "image_projection.up",
+        "image_projection.down",
+    },
+    ("language-model", "headless"): {"lm_head"},
+    ("clip-with-projection", "openclip"): {"text_projection"},
+}
+"""Names that are the same in both; stars for a stack and a number. Namings that are not here change every name."""
+
+
+@pytest.mark.parametrize("architecture", [name for name, each in ARCHITECTURES.items() if each.namings])
+def test_all_other_names_change(architecture: str) -> None:
+    for naming, names in ARCHITECTURES[architecture].namings.items():
+        for model in ARCHITECTURES[architecture].outlines:
+            layers = skeleton(model)
+            same = {name for name, span in named(layers, names).items() if name in span.parts}
+            same = {re.sub(r"^(layers|\w+_refiner)\.\d+\.", "*.*.", name) for name in same}
+            assert same == UNCHANGED.get((architecture, naming), set())
+
+
+@pytest.mark.parametrize("architecture", ["hunyuanvideo", "hunyuanvideo-1.5"])
+def test_comfyui_writes_hunyuan_video_like_flux(architecture: str) -> None:
+    namings_of = ARCHITECTURES[architecture].namings
+    layers = skeleton(ARCHITECTURES[architecture].outlines[0])
+    found = set()
+    for name in named(layers, namings_of["original"]):
+        comfyui = re.sub(r"attn_[qkv]$", "attn_qkv", name)
+        comfyui = re.sub(r"attn_(qkv|proj)$", r"attn.\1", comfyui)
+        comfyui = re.sub(r"mlp\.fc([12])$", lambda fc: f"mlp.{2 * int(fc[1]) - 2}", comfyui)
+        comfyui = re.sub(r"[_.]([qk])_norm$", r".norm.\1_norm", comfyui)
+        comfyui = comfyui.replace("norm.q_norm", "norm.query_norm").replace("norm.k_norm", "norm.key_norm")
+        comfyui = re.sub(r"(_mod|modulation)\.linear$", r"\1.lin", comfyui)
+        comfyui = re.sub(r"(_in|t_embedder)\.mlp\.0$", r"\1.in_layer", comfyui)
+        comfyui = re.sub(r"(_in|t_embedder)\.mlp\.2$", r"\1.out_layer", comfyui)
+        comfyui = comfyui.replace("c_embedder.linear_1", "c_embedder.in_layer")
+        comfyui = comfyui.replace("c_embedder.linear_2", "c_embedder.out_layer")
+        found.add(comfyui)
+        if comfyui == name:
+            assert namings_of["comfyui"].span(name) == namings_of["original"].span(name)
+    assert found == set(named(layers, namings_of["comfyui"]))
+
+
 SPELLINGS = [
     ("hunyuanvideo", "comfyui", "double_blocks.3.img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
     ("hunyuanvideo", "comfyui", "double_blocks.3.txt_mlp.2", ["ff_context.net.2"]),
@@ -157,7 +222,7 @@ SPELLINGS = [
         "txt_in.c_embedder.in_layer",
         ["context_embedder.time_text_embed.text_embedder.linear_1"],
     ),
-    ("framepack", "comfyui", "single_blocks.3.linear2", ["proj_out"]),
+    ("framepack", "comfyui", "double_blocks.3.img_attn.proj", ["attn.to_out.0"]),
     ("hunyuanvideo-1.5", "original", "double_blocks.53.img_attn_k", ["attn.to_k"]),
     ("hunyuanvideo-1.5", "original", "double_blocks.53.txt_attn_v", ["attn.add_v_proj"]),
     ("hunyuanvideo-1.5", "original", "double_blocks.53.img_attn_q_norm", ["attn.norm_q"]),

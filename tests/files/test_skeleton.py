@@ -99,9 +99,10 @@ class TestGuesses:
             0.5,
         )
 
-    def test_a_layer_of_another_shape_costs_half_of_itself(self) -> None:
+    @pytest.mark.parametrize(("path", "shape"), [("conv_in", (320, 9, 3, 3)), ("conv_out", (8, 320, 3, 3))])
+    def test_a_layer_of_another_shape_costs_half_of_itself(self, path: str, shape: tuple[int, ...]) -> None:
         layers = dict(skeleton("sdxl"))
-        layers["conv_in"] = replace(layers["conv_in"], shape=(320, 9, 3, 3))
+        layers[path] = replace(layers[path], shape=shape)
         best = guess(layers)[0]
         assert (best.outline, best.score) == ("sdxl", 1 - 1 / 2 / len(layers))
 
