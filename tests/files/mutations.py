@@ -45,7 +45,10 @@ def split(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def join(head: Any, data: bytes) -> bytes:
-    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    try:
+        text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    except ValueError:
+        text = repr(head).encode()  # an object that was put into itself
     return len(text).to_bytes(8, "little") + text + data
 
 

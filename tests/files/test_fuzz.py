@@ -21,8 +21,7 @@ LONG = {"structure": 12000, "bytes": 8000, "zips": 3000, "legacy": 3000, "adapte
 GROWN = 64 * 2**20
 """Bytes that a batch of files of a few thousand bytes each may add to the process."""
 
-UNMENDED = ("NotImplementedError at reading.py", "IndexError at forms.py", "LinAlgError at forms.py")
-"""Found by these tests in what stands on storage, and not mended there yet: float8, shapes of old forms."""
+LONGEST = 4000
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited and measured as Linux does it")
 
@@ -48,14 +47,13 @@ def quick() -> dict[str, Any]:
 
 
 def check(kind: str, count: int, told: dict[str, Any]) -> None:
-    wrong = [each for each in told["wrong"] if kind != "adapters" or not any(known in each for known in UNMENDED)]
-    assert not wrong, "\n".join(wrong[:20])
-    assert told["read"] + told["refused"] + len(told["wrong"]) >= count
+    assert not told["wrong"], "\n".join(told["wrong"][:20])
+    assert told["read"] + told["refused"] >= count
     assert told["refused"] > count // 2
     assert told["read"] > 0
     assert told["grown"] < GROWN
-    # Names of keys may be long, and what stands on storage shows them whole.
-    assert kind == "adapters" or told["longest"] < 1000
+    # Of characters in an error: names of keys may have any length.
+    assert told["longest"] < LONGEST
 
 
 @pytest.mark.parametrize("kind", QUICK)

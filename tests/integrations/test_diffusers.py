@@ -204,7 +204,8 @@ def test_several_at_once_come_off_in_any_order(made: dict[str, Any]) -> None:
 def kohya(path: Path, found: dict[str, Bundle]) -> Path:
     tensors: dict[str, Tensor] = {}
     for component, bundle in found.items():
-        tensors |= encode(bundle, "kohya", component="" if component in ("unet", "transformer") else component)
+        name = "" if component in ("unet", "transformer") else component
+        tensors |= encode(bundle, "kohya-diffusers", component=name)
     save_tensors(tensors, path, {})
     return path
 

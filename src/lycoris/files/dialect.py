@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 from lycoris.files.spelling import SUFFIXES, canonical
 
+LONGEST = 500
+"""Characters of a tensor name; no model has longer ones, and files from strangers may."""
 Style = Literal["flat", "dotted"]
 Scale = Literal["alpha", "in up", "in both", "header"]
 
@@ -55,6 +57,8 @@ class Dialect:
 
     def split(self, name: str) -> Key | None:
         """The parts of a tensor name, or None if it is not of this dialect."""
+        if len(name) > LONGEST:
+            return None
         for prefix, component in self.prefixes.items():
             if name.startswith(prefix):
                 parts = _split_flat(name[len(prefix) :]) if self.style == "flat" else split_dotted(name[len(prefix) :])

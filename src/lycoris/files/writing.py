@@ -121,10 +121,15 @@ def write(
 
 
 def encode(
-    bundle: Bundle, dialect: str = "lycoris", *, component: str = "", prefix: str | None = None
+    bundle: Bundle,
+    dialect: str = "lycoris",
+    *,
+    component: str = "",
+    prefix: str | None = None,
+    model: nn.Module | Layout | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of `compose`."""
-    return compose(bundle, dialect, component=component, prefix=prefix).tensors
+    return compose(bundle, dialect, component=component, prefix=prefix, model=model).tensors
 
 
 def _layout(bundle: Bundle, model: nn.Module | Layout | None) -> Layout:
