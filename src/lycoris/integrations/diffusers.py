@@ -277,9 +277,9 @@ def _read_file(
         unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
         bundles = {
             name: resolve(tensors, parts[name], dialect, metadata=metadata, component=component, family=detected.family)
+            for name in parts
             for component, names in held.items()
-            for name in names
-            if name in parts
+            if name in names
         }
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
