@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Candidate:
     """Layers whose names it has."""
     shaped: int
     """Of those, the ones whose adapters also have its layers' sizes."""
+    share: float
+    """How much of what this model has of such layers there is: adapters are mostly on all blocks or on none."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Detection:
             f"judged by   {some(self.judged_by)}",
         ]
         if len(self.candidates) > 1:
-            lines.insert(3, f"            fits as well: {', '.join(self.candidates[1:])}")
+            lines.insert(3, f"            fits too, and less completely or as well: {', '.join(self.candidates[1:])}")
         if self.strange:
             lines.append(f"unknown     {some(self.strange)}")
         return "\n".join(lines)
@@ -194,7 +197,8 @@ def size(tensors: Mapping[str, Shape]) -> tuple[int, int]:
 
 
 def candidates_for(layers: Mapping[str, Shape], flat: bool, among: Iterable[str] | None = None) -> list[Candidate]:
-    """The known models whose layers have these names, best first; only those that fit as well as the best.
+    """The known models whose layers have these names, best first; only those that fit as well as the best, the
+    more complete ones first.
 
     `among` limits them to some architectures.
     """
@@ -207,7 +211,8 @@ def candidates_for(layers: Mapping[str, Shape], flat: bool, among: Iterable[str]
             own = [_fit(layout, naming, layers, flat, outline) for naming in layout.namings]
             found.append(max(own, key=lambda each: (each.named, each.shaped)))
     best = max(((each.named, each.shaped) for each in found), default=(0, 0))
-    return [each for each in found if (each.named, each.shaped) == best and best[0] > 0]
+    tied = [each for each in found if (each.named, each.shaped) == best and best[0] > 0]
+    return sorted(tied, key=lambda each: -each.share)
 
 
 def _fit(layout: Layout, naming: str, layers: Mapping[str, Shape], flat: bool, outline: str) -> Candidate:
@@ -221,11 +226,19 @@ def _fit(layout: Layout, naming: str, layers: Mapping[str, Shape], flat: bool, o
         o, i = layers[layer]
         fits = len(geometry.shape) < 2 or (o in (0, geometry.out_features) and i in (0, geometry.fan_in))
         shaped += fits
-    return Candidate(layout.architecture, naming, outline, len(named), shaped)
+    kinds = {_kind(layer) for layer in named}
+    there = sum(_kind(name) in kinds for name in names)
+    return Candidate(layout.architecture, naming, outline, len(named), shaped, len(named) / max(there, 1))
+
+
+def _kind(layer: str) -> str:
+    """A name with a star for each number."""
+    return re.sub(r"\d+", "*", layer)
 
 
 def _of(candidates: list[Candidate]) -> Family | None:
-    families = {family.name: family for each in candidates if (family := family_of({"": each.architecture}))}
+    best = [each for each in candidates if each.share == candidates[0].share]
+    families = {family.name: family for each in best if (family := family_of({"": each.architecture}))}
     return next(iter(families.values())) if len(families) == 1 else None
 
 

@@ -59,7 +59,7 @@ class Layout:
         if not named or named[0].score < LEAST:
             return cls("the model", layers, middle=layers)
         best = named[0]
-        tied = {each.architecture.name for each in named if each.score == best.score}
+        tied = {each.architecture.name for each in named if (each.score, each.share) == (best.score, best.share)}
         if len(tied) > 1:
             raise FileError(
                 f"these layers may be of {' or '.join(sorted(tied))}; say which model they are for (model=)"
