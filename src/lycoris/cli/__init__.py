@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lycoris.cli.convert import check, convert
 from lycoris.cli.demo import demo
 from lycoris.cli.plan import plan
 from lycoris.cli.train import train
@@ -21,6 +22,8 @@ app = typer.Typer(
 app.command()(train)
 app.command()(demo)
 app.command()(plan)
+app.command()(convert)
+app.command()(check)
 
 
 def main() -> None:

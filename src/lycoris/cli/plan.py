@@ -56,9 +56,9 @@ def plan(
 
         given = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "factor": factor}
         recipe = Recipe.parse(_config(config) | {k: v for k, v in given.items() if v is not None} | _set(settings))
-        precision, file_precision = _precision("dtype", dtype), _precision("file-dtype", file_dtype)
+        own, of_file = precision("dtype", dtype), precision("file-dtype", file_dtype)
         base = empty(model)
-        explained = explain(recipe.plan(base), tokens=tokens, dtype=precision, file_dtype=file_precision)
+        explained = explain(recipe.plan(base), tokens=tokens, dtype=own, file_dtype=of_file)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         needed = memory(explained, parameters, optimizer=optimizer, batch=batch)
         if report is not None:
@@ -93,7 +93,8 @@ def _set(settings: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def _precision(option: str, name: str) -> Any:
+def precision(option: str, name: str) -> Any:
+    """A precision by its short name. Raises `ConfigError` for another."""
     import torch
 
     known: Mapping[str, Any] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

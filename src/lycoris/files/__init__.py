@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.check import check
 from lycoris.files.convert import convert
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS
@@ -18,6 +19,7 @@ __all__ = [
     "Detection",
     "Header",
     "TensorInfo",
+    "check",
     "compose",
     "convert",
     "detect",

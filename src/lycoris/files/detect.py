@@ -19,7 +19,7 @@ from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.family import Architecture, Family
 from lycoris.files.headers import header
 from lycoris.files.layout import Layout
-from lycoris.files.skeleton import DIFFUSERS as MIDDLE
+from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.report import some
 
 Confidence = Literal["certain", "likely", "unsure"]
@@ -136,7 +136,7 @@ class _Reading:
     def score(self) -> tuple[int, int, bool, bool, int]:
         best = self.candidates[0] if self.candidates else None
         named = best.named if best else 0
-        usual = best is not None and best.naming == self.dialect.naming_for(best.architecture.name)
+        usual = best is not None and best.naming == self.dialect.naming_for(best.architecture)
         return -len(self.strange), named, self.marked, usual, self.spelled
 
 
@@ -256,8 +256,10 @@ def _confidence(reading: _Reading) -> Confidence:
         return "unsure"
     best, layers = reading.candidates[0], reading.layers.get("", {})
     whole = best.named == best.shaped == len(layers)
-    one = len({each.architecture.name for each in reading.candidates}) == 1
-    return "certain" if whole and one else "likely" if one else "unsure"
+    # Of as complete a model: others have such layers too, and more of them.
+    tied = {each.architecture.name for each in reading.candidates if each.share == best.share}
+    only = len({each.architecture.name for each in reading.candidates}) == 1
+    return "certain" if whole and only else "likely" if len(tied) == 1 else "unsure"
 
 
 __all__ = ["FAMILIES", "Candidate", "Detection", "candidates_for", "detect", "judge", "size"]

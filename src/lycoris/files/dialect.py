@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lycoris.files.family import Architecture
+from lycoris.files.naming import DIFFUSERS
 from lycoris.files.spelling import SUFFIXES, canonical
 
 LONGEST = 500
@@ -37,7 +39,7 @@ class Dialect:
     """Whether paths are dotted, or have underscores in place of dots."""
     prefixes: Mapping[str, str]
     """Beginning of a name, with what separates it from the path → component. The first one that fits counts."""
-    naming: str = "diffusers"
+    naming: str = DIFFUSERS
     """Whose names of layers are written, where a family has several; see `lycoris.files.family.Architecture`."""
     namings: Mapping[str, str] = field(default_factory=dict)
     """The same for single architectures."""
@@ -74,9 +76,14 @@ class Dialect:
         """What the names of a component's tensors begin with; None when such files do not hold it."""
         return next((prefix for prefix, of in self.prefixes.items() if of == component), None)
 
-    def naming_for(self, architecture: str) -> str:
-        """Whose names of layers are written for an architecture."""
-        return self.namings.get(architecture, self.naming)
+    def naming_for(self, architecture: Architecture) -> str:
+        """Whose names of layers are written for an architecture: those of the dialect, if it has them, else those of
+        the original code, if they are others than diffusers'.
+        """
+        wanted = self.namings.get(architecture.name, self.naming)
+        if wanted == DIFFUSERS or wanted in architecture.namings:
+            return wanted
+        return "original" if "original" in architecture.namings else DIFFUSERS
 
 
 def flatten(path: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 
 from lycoris.errors import FileError
 from lycoris.files.dialect import Style, flatten
+from lycoris.files.families import ARCHITECTURES
 from lycoris.files.family import Architecture
+from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.naming import Span
-from lycoris.files.skeleton import DIFFUSERS as MIDDLE
 from lycoris.files.skeleton import guess, named, skeleton, translate
 from lycoris.geometry import Geometry, sites
 
@@ -72,8 +74,7 @@ class Layout:
     @classmethod
     def known(cls, architecture: Architecture, outline: str) -> Layout:
         """Of a model whose outline comes with this package, in diffusers' names."""
-        layers = skeleton(outline)
-        return cls(outline, layers, architecture, MIDDLE, layers)
+        return _known(architecture.name, outline)
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -143,3 +144,9 @@ def _recognised(layers: Mapping[str, Geometry], owner: str) -> tuple[Architectur
     named = [each for each in found if owner in each.architecture.classes]
     best = next(iter(named or found), None)
     return None if best is None or best.score < LEAST else (best.architecture, best.naming)
+
+
+@lru_cache(maxsize=64)
+def _known(architecture: str, outline: str) -> Layout:
+    layers = skeleton(outline)
+    return Layout(outline, layers, ARCHITECTURES[architecture], MIDDLE, layers)

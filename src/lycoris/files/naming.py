@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 from lycoris.geometry import Geometry
 
+DIFFUSERS = "diffusers"
+"""What the naming in the middle goes by."""
 Sizes = Callable[[int, int, int], tuple[int, ...]]
 """(rows of the whole, columns, number of parts) → rows of each part."""
 

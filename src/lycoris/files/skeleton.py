@@ -14,14 +14,12 @@ from lycoris import outline
 from lycoris.errors import PlanError
 from lycoris.files.families import ARCHITECTURES
 from lycoris.files.family import Architecture
-from lycoris.files.naming import Naming, Span, Table
+from lycoris.files.naming import DIFFUSERS, Naming, Span, Table
 from lycoris.geometry import Geometry
 
 Skeleton = Mapping[str, Geometry]
 """Path → geometry of the layer, or of the bare parameter, at that path."""
 
-DIFFUSERS = "diffusers"
-"""What the middle naming goes by."""
 MIDDLE = Table(())
 """It as a naming: every name is the same."""
 

@@ -146,8 +146,7 @@ def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, st
     """The stacks under the names that a dialect uses for them."""
     if layout.architecture is None:
         return bundle.entries
-    naming = dialect.naming_for(layout.architecture.name)
-    to = layout.renamed(naming if naming in layout.namings else "diffusers")
+    to = layout.renamed(dialect.naming_for(layout.architecture))
     whole = dialect.algorithms is None or Full.name in dialect.algorithms
     places = placing.place(bundle.entries, to, layout.naming, dense=whole)
     if places.refused:
@@ -221,10 +220,12 @@ def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> di
 def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
     """Tensors with the scale where a dialect has it."""
     up, down = "lora_up.weight", "lora_down.weight"
-    if up not in tensors or dialect.scale in ("alpha", "header"):
+    if up not in tensors or dialect.scale == "alpha":
         return tensors
     scale = entry.algorithm.scale(entry.geometry)
     rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
+    if dialect.scale == "header":
+        return rest
     if dialect.scale == "in up":
         return rest | {up: rest[up] * scale}
     even = math.sqrt(abs(scale))

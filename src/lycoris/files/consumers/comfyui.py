@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import (
     all_of,
@@ -55,6 +56,7 @@ SHARED = (
 COMFYUI = Consumer(
     "comfyui",
     "ComfyUI",
+    keys.COMFYUI,
     (
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA
 from lycoris.bundle import Entry
+from lycoris.files.consumers.keys import Keys
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all"]
@@ -73,12 +74,19 @@ class Consumer:
     name: str
     title: str
     """As it calls itself, with the version that was looked at where that matters."""
+    keys: Keys
+    """Dialects whose keys it knows, the one to write for it first → architectures; none: all."""
     rows: tuple[Row, ...]
     """The first that holds counts; where none does, it reads as trained."""
     kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
     """Kinds of layers that it has adapters for."""
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
+
+    def knows(self, dialect: str, architecture: str | None) -> bool:
+        """Whether it has the layers of an architecture under the names of a dialect."""
+        there = self.keys.get(dialect)
+        return there is not None and (not there or architecture in there)
 
     def verdict(self, entry: Entry, base: Affine | None = None) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it."""

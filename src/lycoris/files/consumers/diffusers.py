@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.peft import LORA, STRENGTH, instead
 from lycoris.files.consumers.traits import dora, is_a, no_other_than
@@ -9,6 +10,7 @@ from lycoris.files.consumers.traits import dora, is_a, no_other_than
 DIFFUSERS = Consumer(
     "diffusers",
     "diffusers",
+    keys.DIFFUSERS,
     (
         *LORA,
         *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only"),

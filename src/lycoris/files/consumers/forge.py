@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.comfyui import KRON, SHARED
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import core_without_contiguous, is_a
@@ -12,6 +13,7 @@ UNMATCHED = 12
 FORGE = Consumer(
     "forge",
     "Forge",
+    keys.FORGE,
     (
         Row(
             is_a("diag-oft", "boft"),

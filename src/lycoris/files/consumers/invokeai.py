@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import (
     all_of,
@@ -24,6 +25,7 @@ CORES = "takes cores on convolutions over two dimensions only"
 INVOKEAI = Consumer(
     "invokeai",
     "InvokeAI",
+    keys.INVOKEAI,
     (
         Row(is_a("tlora", "glora", "diag-oft", "boft"), "not at all", "knows no such algorithm, and stops", "plain"),
         Row(lone_bias, "not at all", "knows no diff_b without diff, and stops", "both diffs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Reads, Row, Test
 from lycoris.files.consumers.traits import (
     all_of,
@@ -60,6 +61,7 @@ LORA = (
 PEFT = Consumer(
     "peft",
     "PEFT",
+    keys.PEFT,
     (
         *LORA,
         *instead(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import (
     all_of,
@@ -18,6 +19,7 @@ from lycoris.files.consumers.traits import (
 SIMPLETUNER = Consumer(
     "simpletuner",
     "SimpleTuner",
+    keys.SIMPLETUNER,
     (
         Row(is_a("ia3"), "not at all", "stops when it loads an IA3 file", "plain"),
         Row(lone_bias, "not at all", "recognises no diff_b without diff, and passes it over", "both diffs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import (
     all_of,
@@ -21,6 +22,7 @@ CORES = "takes cores on convolutions over two dimensions only, and rejects the f
 WEBUI = Consumer(
     "webui",
     "WebUI",
+    keys.WEBUI,
     (
         Row(is_a("tlora"), "not at all", "knows no T-LoRA, and rejects the file", "plain"),
         Row(is_a("glora"), "not at all", "reads GLoRA's tensors in another layout, and rejects the file", "plain"),

@@ -1,0 +1,81 @@
+"""`lycoris convert` and `lycoris check`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lycoris.cli.outcome import plain_errors
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="The denoiser that the file is for: a known model such as flux.1-dev, a config.json, or a folder with one "
+        "(with weights in it, for exports that depend on them). Without it, it is recognised.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    to: Annotated[
+        str | None, typer.Option(help="Dialect: kohya, comfyui, diffusers, lycoris, ...", show_default=False)
+    ] = None,
+    portable: Annotated[
+        str | None,
+        typer.Option(help="Program that is to read it as trained: comfyui, webui, ...", show_default=False),
+    ] = None,
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter file anew, as another program names its keys, exactly or not at all."""
+    with plain_errors(debug):
+        from lycoris.cli.plan import precision
+        from lycoris.files import convert as run
+
+        model, weights = _base(base)
+        wanted = None if dtype is None else precision("dtype", dtype)
+        print(run(source, target, to, portable=portable, base=model, weights=weights, dtype=wanted))
+        print(target)
+
+
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
+    program: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="comfyui, webui, forge, invokeai, diffusers, peft, simpletuner or musubi.",
+            show_default=False,
+        ),
+    ],
+    base: Base = None,
+    debug: Debug = False,
+) -> None:
+    """Whether a program reads an adapter file as it was trained. Exits with 1 when it does not."""
+    with plain_errors(debug):
+        from lycoris.files import check as run
+
+        found = run(file, program, base=_base(base)[0])
+        print(found)
+        if not found.as_trained:
+            raise typer.Exit(1)
+
+
+def _base(name: str | None) -> tuple[Any, Any]:
+    """The model without weights, and its weights where a folder has them."""
+    if name is None:
+        return None, None
+    from lycoris.cli.model import empty
+    from lycoris.files.weights import BaseWeights
+
+    has = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
+    return empty(name), BaseWeights.open(name) if has else None

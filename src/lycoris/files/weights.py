@@ -1,0 +1,58 @@
+"""The weights of a base model on disk, a layer at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lycoris.algorithm import Affine
+from lycoris.errors import FileError
+from lycoris.files.headers import header
+from lycoris.files.layout import Layout
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Where the tensors of a model are, under diffusers' names; read when asked for, in float32 or wider."""
+
+    files: dict[str, Path]
+    """Name of a tensor → file."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> BaseWeights:
+        """A safetensors file, or all of them in a folder. Raises `FileError` when there are none."""
+        where = Path(path)
+        found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where]
+        if not found:
+            raise FileError(f"{where} has no .safetensors files, which the base model's weights are read from")
+        return cls({name: file for file in found for name in header(file).tensors})
+
+    def affine(self, name: str, layout: Layout) -> Affine:
+        """Weight and bias of a layer of a model, put together from the layers that it holds in diffusers.
+
+        Raises `FileError` when one is not there.
+        """
+        span = layout.spans(layout.naming)[name]
+        weights = [self._read(f"{part}.weight") for part in span.parts]
+        biases = [self._read(f"{part}.bias") for part in span.parts if f"{part}.bias" in self.files]
+        weight = torch.cat(weights)
+        bias = torch.cat(biases) if len(biases) == len(weights) else None
+        if span.swaps(layout.layers[name]):
+            half = len(weight) // 2
+            weight, bias = weight.roll(half, 0), None if bias is None else bias.roll(half, 0)
+        return Affine(weight, bias)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise FileError(f"the base model's weights have no {name}; are they of another model or naming?")
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{self.files[name]}: {name} cannot be read: {error}") from error
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

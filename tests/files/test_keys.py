@@ -1,0 +1,266 @@
+"""How each dialect calls the layers of each family: names that other programs are known to read, written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lycoris import LoKr, LoRA
+from lycoris.bundle import Bundle, Entry
+from lycoris.files import compose, resolve
+from lycoris.files.families import FAMILIES
+from lycoris.files.layout import Layout
+
+UP = ".lora_up.weight"
+EXPECTED = [
+    # family, component, known model, layer in diffusers, dialect, how the layer is called there
+    ("sd1.5", "", "sd-1.5", "mid_block.attentions.0.proj_in", "lycoris", "lycoris_mid_block_attentions_0_proj_in"),
+    ("sd1.5", "", "sd-1.5", "mid_block.attentions.0.proj_in", "kohya", "lora_unet_mid_block_attentions_0_proj_in"),
+    ("sd1.5", "", "sd-1.5", "mid_block.attentions.0.proj_in", "comfyui", "diffusion_model.middle_block.1.proj_in"),
+    ("sd1.5", "", "sd-1.5", "mid_block.attentions.0.proj_in", "diffusers", "unet.mid_block.attentions.0.proj_in"),
+    (
+        "sdxl",
+        "",
+        "sdxl",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "kohya",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    ),
+    ("sdxl", "", "sdxl", "down_blocks.1.resnets.0.conv1", "kohya", "lora_unet_input_blocks_4_0_in_layers_2"),
+    ("sdxl", "", "sdxl", "down_blocks.1.resnets.0.time_emb_proj", "kohya", "lora_unet_input_blocks_4_0_emb_layers_1"),
+    ("sdxl", "", "sdxl", "down_blocks.0.downsamplers.0.conv", "kohya", "lora_unet_input_blocks_3_0_op"),
+    ("sdxl", "", "sdxl", "up_blocks.0.upsamplers.0.conv", "kohya", "lora_unet_output_blocks_2_2_conv"),
+    (
+        "sdxl",
+        "",
+        "sdxl",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "kohya-diffusers",
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+    ),
+    (
+        "sd1.5",
+        "text_encoder",
+        "clip-l",
+        "encoder.layers.0.self_attn.q_proj",
+        "kohya",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    ),
+    (
+        "sdxl",
+        "text_encoder_2",
+        "clip-bigg",
+        "text_model.encoder.layers.31.mlp.fc1",
+        "kohya",
+        "lora_te2_text_model_encoder_layers_31_mlp_fc1",
+    ),
+    (
+        "sdxl",
+        "text_encoder",
+        "clip-l",
+        "encoder.layers.0.mlp.fc2",
+        "comfyui",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc2",
+    ),
+    (
+        "flux1",
+        "text_encoder_2",
+        "t5-xxl",
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "kohya",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    ),
+    (
+        "flux1",
+        "text_encoder_2",
+        "t5-xxl",
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "comfyui",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    ),
+    (
+        "sd3",
+        "text_encoder_3",
+        "t5-xxl",
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "kohya",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    ),
+    ("sd3", "", "sd3-medium", "transformer_blocks.3.attn.to_q", "kohya", "lora_unet_joint_blocks_3_x_block_attn_qkv"),
+    (
+        "sd3",
+        "",
+        "sd3-medium",
+        "transformer_blocks.3.ff_context.net.2",
+        "comfyui",
+        "diffusion_model.joint_blocks.3.context_block.mlp.fc2",
+    ),
+    ("flux1", "", "flux.1-dev", "transformer_blocks.7.attn.to_k", "kohya", "lora_unet_double_blocks_7_img_attn_qkv"),
+    ("flux1", "", "flux.1-dev", "transformer_blocks.7.ff.net.0.proj", "musubi", "lora_unet_double_blocks_7_img_mlp_0"),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "single_transformer_blocks.37.proj_mlp",
+        "comfyui",
+        "diffusion_model.single_blocks.37.linear1",
+    ),
+    ("flux1", "", "flux.1-dev", "norm_out.linear", "comfyui", "diffusion_model.final_layer.adaLN_modulation.1"),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "transformer_blocks.7.attn.to_k",
+        "diffusers",
+        "transformer.transformer_blocks.7.attn.to_k",
+    ),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "transformer_blocks.7.attn.to_k",
+        "ai-toolkit",
+        "transformer.transformer_blocks.7.attn.to_k",
+    ),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "transformer_blocks.7.attn.to_k",
+        "onetrainer-original",
+        "double_blocks.7.img_attn.qkv",
+    ),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "transformer_blocks.7.attn.to_k",
+        "onetrainer-legacy",
+        "lora_transformer_transformer_blocks_7_attn_to_k",
+    ),
+    (
+        "flux2",
+        "",
+        "flux.2-dev",
+        "transformer_blocks.0.ff.linear_in",
+        "kohya",
+        "lora_unet_double_blocks_0_img_mlp_0",
+    ),
+    (
+        "flux2",
+        "",
+        "flux.2-dev",
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+        "comfyui",
+        "diffusion_model.single_blocks.0.linear1",
+    ),
+    (
+        "qwen-image",
+        "",
+        "qwen-image",
+        "transformer_blocks.0.img_mod.1",
+        "kohya",
+        "lora_unet_transformer_blocks_0_img_mod_1",
+    ),
+    ("z-image", "", "z-image", "layers.0.attention.to_q", "kohya", "lora_unet_layers_0_attention_to_q"),
+    ("z-image", "", "z-image", "layers.0.attention.to_q", "comfyui", "diffusion_model.layers.0.attention.qkv"),
+    ("wan", "", "wan2.1-t2v-14b", "blocks.0.attn1.to_q", "kohya", "lora_unet_blocks_0_self_attn_q"),
+    ("wan", "", "wan2.1-t2v-14b", "blocks.0.attn2.to_out.0", "musubi-other", "diffusion_model.blocks.0.cross_attn.o"),
+    ("wan", "transformer_2", "wan2.1-t2v-14b", "blocks.0.ffn.net.2", "diffusers", "transformer_2.blocks.0.ffn.net.2"),
+    (
+        "hunyuanvideo",
+        "",
+        "hunyuanvideo",
+        "transformer_blocks.0.attn.to_q",
+        "musubi",
+        "lora_unet_double_blocks_0_img_attn_qkv",
+    ),
+    (
+        "hunyuanvideo",
+        "",
+        "hunyuanvideo",
+        "transformer_blocks.0.attn.to_q",
+        "comfyui",
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+    ),
+    (
+        "hunyuanvideo-1.5",
+        "",
+        "hunyuanvideo-1.5",
+        "transformer_blocks.0.attn.to_q",
+        "musubi",
+        "lora_unet_double_blocks_0_img_attn_q",
+    ),
+    (
+        "framepack",
+        "",
+        "framepack-i2v",
+        "transformer_blocks.0.attn.to_q",
+        "musubi",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+    ),
+    ("lumina2", "", "lumina2", "layers.0.attn.to_k", "comfyui", "diffusion_model.layers.0.attention.qkv"),
+    ("lumina2", "", "lumina2", "layers.0.feed_forward.linear_1", "kohya", "lora_unet_layers_0_feed_forward_w1"),
+]
+
+
+@pytest.mark.parametrize(("family", "component", "model", "layer", "dialect", "name"), EXPECTED)
+def test_names(family: str, component: str, model: str, layer: str, dialect: str, name: str) -> None:
+    from lycoris.files.families import ARCHITECTURES
+
+    where = Layout.known(ARCHITECTURES[FAMILIES[family].components[component]], model)
+    geometry = where.layers[layer]
+    algorithm = LoRA(rank=2)
+    tensors = {slot: torch.ones(what.shape) for slot, what in algorithm.slots(geometry).items()}
+    bundle = Bundle({layer: (Entry(algorithm, geometry, tensors),)})
+    written = compose(bundle, dialect, component=component, model=where, family=family)
+    layers = {key.rsplit(".", 1 + key.endswith("weight"))[0] for key in written.tensors}
+    assert layers == {name}
+    read = resolve(written.tensors, where, metadata=written.header, component=component, family=family)
+    assert read.entries.keys() >= {layer}
+
+
+def test_every_family_and_every_dialect_has_a_name_here() -> None:
+    from lycoris.files.dialects import DIALECTS
+
+    assert {row[0] for row in EXPECTED} | {"sd2", "language-model"} >= set(FAMILIES)
+    unnamed = {"peft", "onetrainer-diffusers", "onetrainer-kohya", "onetrainer-comfy", "t-lora", "bare"}
+    assert {row[4] for row in EXPECTED} | unnamed >= set(DIALECTS)
+
+
+SPELLED = {
+    "kohya": ("lora_unet_double_blocks_0_img_mlp_0", "lora_down.weight", "lora_up.weight", "alpha"),
+    "diffusers": ("transformer.transformer_blocks.0.ff.net.0.proj", "lora_A.weight", "lora_B.weight"),
+    "musubi-other": ("diffusion_model.double_blocks.0.img_mlp.0", "lora_A.weight", "lora_B.weight"),
+    "onetrainer-comfy": ("diffusion_model.double_blocks.0.img_mlp.0", "lora_A.weight", "lora_B.weight", "alpha"),
+    "onetrainer-diffusers": ("transformer.transformer_blocks.0.ff.net.0.proj", "lora_A.weight", "lora_B.weight"),
+    "ai-toolkit": ("transformer.transformer_blocks.0.ff.net.0.proj", "lora_A.weight", "lora_B.weight"),
+    "comfyui": ("diffusion_model.double_blocks.0.img_mlp.0", "lora_down.weight", "lora_up.weight", "alpha"),
+}
+
+
+@pytest.mark.parametrize("dialect", SPELLED)
+def test_tensors_and_scale(dialect: str) -> None:
+    """Without alpha in the file, its two factors multiply to what they are trained as."""
+    from lycoris.files.families import ARCHITECTURES
+
+    where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
+    algorithm, geometry = LoRA(rank=4, alpha=1.0), where.layers[layer]
+    p = {slot: torch.randn(what.shape, dtype=torch.float64) for slot, what in algorithm.slots(geometry).items()}
+    written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
+    name, down, up, *alpha = SPELLED[dialect]
+    assert set(written.tensors) == {f"{name}.{suffix}" for suffix in (down, up, *alpha)}
+    product = written.tensors[f"{name}.{up}"] @ written.tensors[f"{name}.{down}"]
+    inside = 1.0 if alpha or dialect == "diffusers" else 0.25
+    assert torch.allclose(product, p["up"] @ p["down"] * inside, rtol=1e-12)
+
+
+def test_a_foreign_reading_of_lokr_is_none_of_musubis() -> None:
+    """What musubi's converter leaves alone: alpha stays for everything but LoRA."""
+    from lycoris.files.families import ARCHITECTURES
+
+    where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
+    algorithm, geometry = LoKr(rank=2, alpha=1.0), where.layers[layer]
+    p = {slot: torch.randn(what.shape) for slot, what in algorithm.slots(geometry).items()}
+    written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), "musubi-other", model=where)
+    assert "diffusion_model.double_blocks.0.img_mlp.0.alpha" in written.tensors
