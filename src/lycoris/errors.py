@@ -18,7 +18,7 @@ class PlanError(LycorisError):
     """Rules and model do not fit: nothing matched, or an algorithm cannot serve a layer."""
 
 
-class NothingMeant(PlanError):
+class NothingMeantError(PlanError):
     """No layer of a model is meant. Interfaces over several models go on with the others."""
 
 

@@ -22,7 +22,7 @@ from lycoris.algorithm import Affine, Algorithm, Base, Call
 from lycoris.algorithms import DoRA, Full, read_tensors, write_tensors
 from lycoris.bundle import Entry
 from lycoris.dropin.norms import shrink
-from lycoris.dropin.quantised import Refused, check_mergeable, check_trainable, is_substitute
+from lycoris.dropin.quantised import RefusedError, check_mergeable, check_trainable, is_substitute
 from lycoris.errors import ConfigError, FileError
 from lycoris.filling import completed, fitted
 from lycoris.geometry import Geometry, Site, describe, site
@@ -135,7 +135,9 @@ class LycorisBaseModule(nn.Module):
 
     @property
     def is_quant(self) -> bool:
-        return bases.storage(self.org_module[0]).low_bit or (bool(self.bypass_mode) and is_substitute(self.org_module[0]))
+        return bases.storage(self.org_module[0]).low_bit or (
+            bool(self.bypass_mode) and is_substitute(self.org_module[0])
+        )
 
     @property
     def bypass_mode(self) -> bool:
@@ -259,7 +261,7 @@ class LycorisBaseModule(nn.Module):
         """
         weight = getattr(org_module, attr)
         if cls.algo == "full":
-            raise Refused("full stores a whole weight: train the parameter itself instead of parametrising it")
+            raise RefusedError("full stores a whole weight: train the parameter itself instead of parametrising it")
         if weight.dim() < 2:
             raise ConfigError(f"{attr} is a matrix or a stack of them, not a tensor of shape {tuple(weight.shape)}")
         kind: Any = "linear" if weight.dim() == 2 else "conv"
@@ -347,7 +349,7 @@ class LycorisBaseModule(nn.Module):
         """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
         if not self._parametrized:
             return fitted(self.adapter, entry, self._place)
-        gate = {"gate": torch.ones_like(self.adapter.gate)} if "gate" in self.adapter.tensors() else {}
+        gate = {"gate": torch.ones_like(self.adapter.tensors()["gate"])} if "gate" in self.adapter.tensors() else {}
         return entry.algorithm.complete(entry.tensors, self._below()) | gate
 
     @classmethod

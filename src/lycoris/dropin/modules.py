@@ -156,9 +156,17 @@ MODULE_LIST: tuple[type[LycorisBaseModule], ...] = (
 """In the order in which a file's tensors are compared with them."""
 
 CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
-    **{LoRA: LoConModule, LoHa: LohaModule, LoKr: LokrModule, Full: FullModule, OFT: DiagOFTModule},
-    **{BOFT: ButterflyOFTModule, GLoRA: GLoRAModule, DyLoRA: DyLoraModule, IA3: IA3Module},
-    **{TLoRA: TLoraModule, Norm: NormModule},
+    LoRA: LoConModule,
+    LoHa: LohaModule,
+    LoKr: LokrModule,
+    Full: FullModule,
+    OFT: DiagOFTModule,
+    BOFT: ButterflyOFTModule,
+    GLoRA: GLoRAModule,
+    DyLoRA: DyLoraModule,
+    IA3: IA3Module,
+    TLoRA: TLoraModule,
+    Norm: NormModule,
 }
 
 

@@ -213,9 +213,7 @@ class LycorisNetwork(nn.Module):
         """The parameters, for clipping."""
         return self.parameters()
 
-    def apply_max_norm_regularization(
-        self, max_norm_value: float, device: Any = None
-    ) -> tuple[int, float, float]:
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         """Shrink every ΔW to a norm: how many were above, and the mean and largest norm there are now."""
         found = [module.apply_max_norm(max_norm_value, device) for module in self.loras]
         norms = [norm for _, norm in found if norm is not None]
@@ -245,7 +243,7 @@ class LycorisNetwork(nn.Module):
 
         Raises `FileError` for a name that asks for a pickle.
         """
-        _check_suffix(file)
+        check_suffix(file)
         part = self.parts[0]
         files.write(part.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=part.prefix)
 
@@ -283,7 +281,7 @@ def _encoded(part: Part) -> dict[str, Tensor]:
     return files.encode(part.adapters.bundle(), prefix=part.prefix)
 
 
-def _check_suffix(file: str | os.PathLike[str]) -> None:
+def check_suffix(file: str | os.PathLike[str]) -> None:
     if Path(file).suffix in files.PICKLES:
         raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
 

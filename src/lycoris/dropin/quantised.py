@@ -14,7 +14,7 @@ from lycoris.errors import AttachError, ConfigError
 from lycoris.geometry import describe
 
 
-class Refused(AttachError, RuntimeError):
+class RefusedError(AttachError, RuntimeError):
     """What cannot be done; a `RuntimeError` because callers catch that."""
 
 
@@ -31,11 +31,11 @@ def is_mergeable(layers: Mapping[str, nn.Module]) -> bool:
 
 
 def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
-    """Raise `Refused`, and change nothing, unless `is_mergeable`."""
+    """Raise `RefusedError`, and change nothing, unless `is_mergeable`."""
     for path, layer in layers.items():
         if not is_mergeable({path: layer}):
             what = "a weight-only FP8" if base_class(layer).__name__ == "Fp8Linear" else "such a"
-            raise Refused(
+            raise RefusedError(
                 f"{path} stores its weight as {bases.kind(layer)}, and merging into {what} layer would lose the "
                 "update or is not possible. Leave the adapters applied, which is exact, or merge before quantising; "
                 "network.adapters.merge(into_low_bit=True) rounds and reports the loss"
