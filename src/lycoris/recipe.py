@@ -125,7 +125,7 @@ class Recipe:
         )
 
     def plan(self, model: nn.Module) -> Plan:
-        """What each layer of a model gets. Raises `NothingMeantError` when nothing matches, naming the model's classes."""
+        """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
 
         def choose(
             path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry

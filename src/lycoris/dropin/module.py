@@ -7,7 +7,6 @@ in and out of the weight by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +18,9 @@ from lycoris import attach, bases
 from lycoris.adapter import Adapter, Matrix
 from lycoris.adapters import AdapterSet
 from lycoris.algorithm import Affine, Algorithm, Base, Call
-from lycoris.algorithms import DoRA, Full, read_tensors, write_tensors
+from lycoris.algorithms import DoRA, read_tensors, write_tensors
 from lycoris.bundle import Entry
+from lycoris.dropin.names import by_old_name, file_names
 from lycoris.dropin.norms import shrink
 from lycoris.dropin.quantised import RefusedError, check_mergeable, check_trainable, is_substitute
 from lycoris.errors import ConfigError, FileError
@@ -171,7 +171,7 @@ class LycorisBaseModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             adapter = self.__dict__.get("_modules", {}).get("adapter")
-            found = None if adapter is None else _by_old_name(adapter, name)
+            found = None if adapter is None else by_old_name(adapter, name)
             if found is None:
                 raise
             return found
@@ -179,7 +179,7 @@ class LycorisBaseModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # A tensor that took the place of the adapter's would have no effect; it is copied into it instead.
         adapter = self.__dict__.get("_modules", {}).get("adapter")
-        own = _by_old_name(adapter, name) if adapter is not None and isinstance(value, Tensor) else None
+        own = by_old_name(adapter, name) if adapter is not None and isinstance(value, Tensor) else None
         if isinstance(own, nn.Parameter):
             own.data.copy_(value)
         else:
@@ -189,7 +189,7 @@ class LycorisBaseModule(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Under the names that they have in files; `scalar` for a trained gate."""
-        names = _names(self.algorithm)
+        names = file_names(self.algorithm)
         for slot, tensor in self.adapter.named_parameters():
             yield f"{prefix}{'.' if prefix else ''}{names[slot]}", tensor
 
@@ -375,29 +375,3 @@ class LycorisBaseModule(nn.Module):
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 SWITCHES = ("use_tucker", "use_scalar")
-
-
-def _names(algorithm: Algorithm) -> dict[str, str]:
-    """Slot → name as in files, for what a file has no name for too."""
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    return {**inner.keys, **DoRA.keys, "gate": "scalar"}
-
-
-def _by_old_name(adapter: Adapter, name: str) -> Any:
-    """A tensor by its name in files; None for other names. Of `lora_up.weight` the first part is asked for."""
-    inner = adapter.algorithm.over if isinstance(adapter.algorithm, DoRA) else adapter.algorithm
-    if name == "alpha":
-        alpha = inner.stored_alpha(adapter.geometry)
-        return None if alpha is None else torch.tensor(alpha)
-    tensors = adapter.tensors()
-    if name == "scalar":
-        return tensors.get("gate", torch.tensor(1.0))
-    for slot, key in _names(adapter.algorithm).items():
-        if slot in tensors and key == name:
-            return tensors[slot]
-        if slot in tensors and key == f"{name}.weight":
-            return SimpleNamespace(weight=tensors[slot])
-    if isinstance(inner, Full) and name in ("weight", "bias"):
-        return tensors.get("diff" if name == "weight" else "diff_b")
-    settings = {"dropout", "rank_dropout", "module_dropout", "rs_lora", "tucker", "block_size", "constraint"}
-    return getattr(inner, name, None) if name in settings else None

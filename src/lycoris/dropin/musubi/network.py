@@ -55,7 +55,7 @@ class MusubiNetwork(LycorisNetworkKohya):
             part.adapters.set_strength(self._multiplier if is_enabled else 0.0)
 
     def __iter__(self) -> Iterator[Any]:
-        # The trainer takes what create_arch_network_from_weights returns apart for --dim_from_weights, and for nothing else.
+        # With --dim_from_weights the trainer takes what create_arch_network_from_weights returns apart into two.
         return iter((self, None))
 
 
