@@ -229,7 +229,9 @@ def test_only_layers_of_the_very_class_are_taken() -> None:
     class Special(nn.Linear): ...
 
     dit = Transformer(block("WanAttentionBlock", ["q"], [Special(8, 8), nn.Conv2d(8, 8, 1)]))
-    assert [m.lora_name for m in loha.create_arch_network(1.0, 2, 1.0, None, None, dit).loras] == ["lora_unet_blocks_0_q"]
+    assert [m.lora_name for m in loha.create_arch_network(1.0, 2, 1.0, None, None, dit).loras] == [
+        "lora_unet_blocks_0_q"
+    ]
     network = loha.create_network(None, "lora_unet", 1.0, 2, 1.0, None, None, dit)
     assert {m.lora_name for m in network.loras} == {
         *("lora_unet_patch_embedding", "lora_unet_blocks_0_q", "lora_unet_head")

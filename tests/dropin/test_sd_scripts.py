@@ -206,7 +206,14 @@ def test_a_layer_that_is_meant_twice_is_adapted_once(preset: str) -> None:
     assert "lora_unet_time_embedding_linear_1" in names
 
 
-FAMILIES = {"sd-1.5": 0, "flux.1-dev": 6, "flux.2-klein-4b": 7, "wan2.1-t2v-1.3b": 5, "hunyuanvideo-1.5": 11, "lumina2": 4}
+FAMILIES = {
+    "sd-1.5": 0,
+    "flux.1-dev": 6,
+    "flux.2-klein-4b": 7,
+    "wan2.1-t2v-1.3b": 5,
+    "hunyuanvideo-1.5": 11,
+    "lumina2": 4,
+}
 """How many layers outside of blocks the preset full leaves alone in diffusers' own classes."""
 
 
@@ -248,7 +255,9 @@ def test_presets_from_files(host: Host, tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "a.toml").write_text('unet_target_module = ["Attention"]\nunet_target_name = ["other"]\n')
     network = create_network(1.0, 4, 1, None, host.encoders, host.unet, preset=str(tmp_path / "a.json"))
     assert [m.lora_name for m in network.loras] == ["lora_unet_down_blocks_1_ff_net_0"]
-    assert caplog.messages == ["'Nowhere' matches no layer of UNet that adapters can serve (convolutions with a real kernel are off)"]
+    assert caplog.messages == [
+        "'Nowhere' matches no layer of UNet that adapters can serve (convolutions with a real kernel are off)"
+    ]
     network = create_network(1.0, 4, 1, None, None, host.unet, preset=str(tmp_path / "a.toml"))
     assert {m.lora_name for m in network.loras} == {
         "lora_unet_other",

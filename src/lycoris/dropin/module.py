@@ -270,9 +270,9 @@ class LycorisBaseModule(nn.Module):
         multiplier, dim, alpha = (own.pop(n, d) for n, d in (("multiplier", 1.0), ("lora_dim", 4), ("alpha", 1)))
         algorithm = cls._algorithm(geometry, dim, alpha, own)
         algorithm.check(geometry)
-        adapter = Adapter(algorithm, geometry, device=weight.device)
+        adapter = Adapter(algorithm, geometry, **bases.home(bases.holder(org_module, attr)))
         adapter.initialise(Matrix(geometry, weight.detach()))
-        made = cls.of("", adapter.to(weight), Site("", org_module, "", geometry), False)
+        made = cls.of("", adapter, Site("", org_module, "", geometry), False)
         made.multiplier, made._parametrized = multiplier, attr
         parametrize.register_parametrization(org_module, attr, made)
         return made
