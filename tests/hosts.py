@@ -122,7 +122,7 @@ class TextEncoder(nn.Module):
         return self.mlp(self.self_attn(self.embed(ids)))
 
 
-TEXT = tuple(f"self_attn_{name}_proj" for name in ("k", "v", "q", "out")) + ("mlp_fc1", "mlp_fc2")
+TEXT = (*(f"self_attn_{name}_proj" for name in ("k", "v", "q", "out")), "mlp_fc1", "mlp_fc2")
 
 
 class T5Attention(nn.Module):

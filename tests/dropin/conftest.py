@@ -19,7 +19,7 @@ from networks import CONFIGS, MyModel
 def _as_in_a_fresh_process() -> Iterator[None]:
     yield
     LycorisNetwork._preset = None
-    LycorisNetworkKohya._preset, LycorisNetworkKohya._given = None, frozenset()
+    LycorisNetworkKohya._given = frozenset()
     logging.getLogger("LyCORIS").setLevel(logging.NOTSET)
     clear_timestep_mask()
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cases import perturb, relative
-from hosts import TEXT, UNET, T5EncoderModel, TextEncoder, UNet
+from hosts import TEXT, UNET, T5EncoderModel, TextEncoder, Transformer, UNet, block
 from lycoris import ConfigError, FileError, LycorisNetwork, PlanError, outline
 from lycoris.files import load_tensors
 from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_from_weights
-from tiny import sdxl_unet
+from tiny import clip_config, sdxl_unet
 
 ARGS: dict[str, dict[str, str]] = {
     "lora": {"algo": "lora"},
@@ -296,6 +297,33 @@ def test_flux_calls_its_t5_the_third_text_encoder(host: Host, tmp_path: Path, ca
     sd = {key.replace("lora_te3", "lora_te2"): tensor for key, tensor in network.state_dict().items()}
     other, _ = create_network_from_weights(1.0, None, None, encoders, host.unet, weights_sd=sd)
     assert {m.lora_name.split("_")[1] for m in other.text_encoder_loras} == {"te1", "te2"}
+
+
+def test_names_of_real_text_encoders(tmp_path: Path) -> None:
+    """Readers look for `text_model`, which transformers 5 took out of one of the two classes."""
+    encoders = [CLIPTextModel(clip_config()), CLIPTextModelWithProjection(clip_config())]
+    network = create_network(1.0, 4, 1, None, encoders, sdxl_unet())
+    names = {module.lora_name for module in network.text_encoder_loras}
+    for number in (1, 2):
+        assert f"lora_te{number}_text_model_encoder_layers_0_self_attn_k_proj" in names
+    assert all("_text_model_encoder_layers_" in name for name in names)
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    again, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, encoders, sdxl_unet())
+    assert len(again.loras) == len(network.loras)
+
+
+def test_the_language_adapter_is_trained_only_when_asked_for() -> None:
+    model = Transformer(block("Block", ["mlp"]), block("LLMAdapterTransformerBlock", ["q"]))
+    plain = create_network(1.0, 4, 1, None, None, model)
+    assert [m.lora_name for m in plain.loras] == ["lora_unet_blocks_0_mlp"]
+    whole = create_network(1.0, 4, 1, None, None, model, train_llm_adapter="True")
+    assert [m.lora_name for m in whole.loras] == ["lora_unet_blocks_0_mlp", "lora_unet_blocks_1_q"]
+
+
+def test_norms_of_the_targets_are_trained_when_asked_for(host: Host) -> None:
+    network = create_network(1.0, 4, 1, None, None, host.unet, train_norm="True")
+    assert set(network.state_dict()) >= {f"lora_unet_down_blocks_1_norm.{n}_norm" for n in ("w", "b")}
+    assert len(network.loras) == len(UNET) + 1
 
 
 def test_one_side_of_a_pipeline(host: Host, tmp_path: Path) -> None:

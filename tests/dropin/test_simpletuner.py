@@ -110,7 +110,7 @@ def test_train_save_resume_merge(algo: str, tmp_path: Path) -> None:
     network.set_multiplier(1.0)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     metadata = {"lycoris_config": json.dumps(given), "modelspec.implementation": "diffusers", "global_step": "2"}
-    network.save_weights(str(path), list(network.parameters())[0].dtype, metadata)
+    network.save_weights(str(path), next(iter(network.parameters())).dtype, metadata)
     assert load_tensors(path)[1].items() >= metadata.items()
     assert all(key.startswith("lycoris_blocks_") for key in network.state_dict())
 

@@ -107,7 +107,7 @@ def create_network(
         check_plan(component.model, plan)
         remarks += plan.remarks
         adapters = AdapterSet.build(component.model, plan, name=None)
-        adapters.schedule = None if component.text else own.schedule
+        adapters.schedule = own.schedule
         parts.append(Part(component.prefix, adapters, component.text))
         logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
     tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
@@ -183,7 +183,7 @@ def _loaded(
             continue
         bundle = files.resolve(own, model.model, prefix=model.prefix, metadata=metadata)
         adapters = AdapterSet.load(model.model, bundle, name=None)
-        adapters.schedule = None if model.text else adapters.schedule or schedule_in(options)
+        adapters.schedule = adapters.schedule or schedule_in(options)
         yield Part(model.prefix, adapters, model.text)
 
 

@@ -18,7 +18,6 @@ from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.network import LycorisNetwork, check_suffix
 from lycoris.errors import FileError
-from lycoris.preset import Preset
 
 logger = logging.getLogger("LyCORIS")
 
@@ -44,8 +43,6 @@ class LycorisNetworkKohya(LycorisNetwork):
     LORA_PREFIX_UNET: ClassVar[str] = "lora_unet"
     LORA_PREFIX_TEXT_ENCODER: ClassVar[str] = "lora_te"
 
-    # Of its own: what is set on `LycorisNetwork` is for that.
-    _preset: ClassVar[Preset | None] = None
     _given: ClassVar[frozenset[str]] = frozenset()
 
     train_t5xxl: bool = False
