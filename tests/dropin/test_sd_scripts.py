@@ -310,6 +310,9 @@ def test_names_of_real_text_encoders(tmp_path: Path) -> None:
     network.save_weights(tmp_path / "a.safetensors", None, {})
     again, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, encoders, sdxl_unet())
     assert len(again.loras) == len(network.loras)
+    sd = {key.replace("te1_text_model", "te1"): tensor for key, tensor in network.state_dict().items()}
+    without, _ = create_network_from_weights(1.0, None, None, encoders, sdxl_unet(), weights_sd=sd)
+    assert set(without.state_dict()) == set(sd)
 
 
 def test_the_language_adapter_is_trained_only_when_asked_for() -> None:

@@ -30,6 +30,9 @@ RATIOS = tuple(f.name for f in fields(Ratios))
 OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", *RATIOS)
 """Keywords of this interface alone."""
 
+BARE = "_text_model"
+"""What transformers 5 leaves out of the names of CLIP's layers."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -55,7 +58,7 @@ def components(text_encoder: Any, unet: nn.Module | None) -> list[Component]:
         prefix = f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{number}"
         # transformers 5 has no text_model any more, and every reader of files still looks for it.
         bare = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
-        found.append(Component(model, f"{prefix}_text_model" if bare else prefix, True, t5))
+        found.append(Component(model, f"{prefix}{BARE}" if bare else prefix, True, t5))
     if unet is not None:
         found.append(Component(unet, LycorisNetworkKohya.LORA_PREFIX_UNET, False))
     return found
@@ -150,7 +153,7 @@ def create_network_from_weights(
     else:
         raise FileError("neither a file nor weights_sd was given")
     try:
-        parts = list(_loaded(tensors, metadata, _renumbered(components(text_encoder, unet), tensors), options))
+        parts = list(_loaded(tensors, metadata, _renamed(components(text_encoder, unet), tensors), options))
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float))
@@ -187,8 +190,11 @@ def _loaded(
         yield Part(model.prefix, adapters, model.text)
 
 
-def _renumbered(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
-    """A T5 that a file counts as the second text encoder, as some programs do."""
+def _renamed(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
+    """The models as a file calls them that was written without `text_model`, or counts a T5 as the second encoder."""
+    for at, model in enumerate(models):
+        if model.prefix.endswith(BARE) and not any(key.startswith(f"{model.prefix}_") for key in tensors):
+            models[at] = replace(model, prefix=model.prefix.removesuffix(BARE))
     second, third = (f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{n}" for n in (2, 3))
     has = {name: any(key.startswith(f"{name}_") for key in tensors) for name in (second, third)}
     if not has[second] or has[third] or any(model.prefix == second for model in models):
