@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cases import perturb, relative
 from hosts import Transformer, block, wan
-from lycoris import ConfigError, FileError, PlanError
+from lycoris import AttachError, ConfigError, FileError, PlanError
 from lycoris.dropin.musubi import loha, lokr
 from lycoris.kohya import create_network, create_network_from_weights
 
@@ -61,7 +61,7 @@ def by_hand(name: str, sd: dict[str, Tensor], layer: str) -> Tensor:
 @EACH
 def test_a_training_run(name: str, dit: Transformer, x: Tensor, tmp_path: Path) -> None:
     """trainer_base.py from --network_module to the file, and --network_weights, --base_weights, --dim_from_weights."""
-    base = dit(x)
+    base, state = dit(x), {key: tensor.clone() for key, tensor in dit.state_dict().items()}
     module = importlib.import_module(f"lycoris.dropin.musubi.{name}")
     args = {"factor": "2"} if name == "lokr" else {}
     network = module.create_arch_network(1.0, 2, 1.0, None, None, dit, neuron_dropout=None, **args)
@@ -94,7 +94,11 @@ def test_a_training_run(name: str, dit: Transformer, x: Tensor, tmp_path: Path) 
     other = module.create_arch_network_from_weights(1.0, weights_sd, unet=dit, for_inference=True)
     other.merge_to(None, dit, weights_sd, torch.bfloat16, "cpu")
     assert relative(dit(x), live) < 2e-4
-    other.restore()
+    with pytest.raises(AttachError, match="for good"):
+        other.restore()
+    with pytest.raises(AttachError, match="merged already"):
+        other.merge_to(None, dit, weights_sd)
+    dit.load_state_dict(state)
     again, _ = module.create_arch_network_from_weights(1, weights_sd, unet=dit)
     again.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
     again.to(torch.float64)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cases import perturb, relative
 from hosts import TEXT, UNET, T5EncoderModel, TextEncoder, Transformer, UNet, block
-from lycoris import ConfigError, FileError, LycorisNetwork, PlanError, outline
+from lycoris import AttachError, ConfigError, FileError, LycorisNetwork, PlanError, outline
 from lycoris.files import load_tensors
 from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_from_weights
 from tiny import clip_config, sdxl_unet
@@ -411,6 +413,23 @@ def test_accelerate_saves_and_loads_a_network_as_a_model(host: Host) -> None:
     network.load_state_dict(state)
     assert relative(host(), live) < 1e-6
     assert isinstance(network, LycorisNetwork)
+
+
+def test_a_merge_for_inference_keeps_no_copy_of_the_weights(host: Host) -> None:
+    network = made(host)
+    network.apply_to(host.encoders, host.unet)
+    live, sd, weight = host().detach(), network.state_dict(), weakref.ref(host.unet.conv_in.weight)
+    network.restore()
+    network, sd = create_network_from_weights(
+        1.0, None, None, host.encoders, host.unet, weights_sd=sd, for_inference=True
+    )
+    network.merge_to(host.encoders, host.unet, sd, None, "cpu")
+    gc.collect()
+    assert weight() is None
+    assert relative(host(), live) < 1e-6
+    assert type(host.unet.conv_in) is nn.Conv2d
+    with pytest.raises(AttachError, match="for good"):
+        network.restore()
 
 
 def test_utils_merge_and_back(host: Host) -> None:

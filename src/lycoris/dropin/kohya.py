@@ -141,7 +141,8 @@ def create_network_from_weights(
     """Adapters from a file (or from its tensors), not yet applied, and the tensors.
 
     Tensors of text encoders that are not given are left out with a warning; any other that has no layer is a
-    `FileError`. Settings come from the tensors.
+    `FileError`. Settings come from the tensors. `for_inference`: a merge is for good, and takes no second copy of the
+    weights.
     """
     options = renamed(kwargs)
     tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
@@ -157,6 +158,7 @@ def create_network_from_weights(
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float))
+    network.for_inference = for_inference
     return network, tensors
 
 

@@ -11,13 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lycoris import files
+from lycoris import files, merging
+from lycoris.adapters import AdapterSet
 from lycoris.algorithms import LoRA
 from lycoris.dropin import tlora
 from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.network import LycorisNetwork, check_suffix
-from lycoris.errors import FileError
+from lycoris.dropin.quantised import check_mergeable
+from lycoris.errors import AttachError, FileError
+from lycoris.geometry import site
 
 logger = logging.getLogger("LyCORIS")
 
@@ -48,6 +51,9 @@ class LycorisNetworkKohya(LycorisNetwork):
     train_t5xxl: bool = False
     train_llm_adapter: bool = False
     ratios = Ratios()
+    for_inference: bool = False
+    """Whether `merge_to` is for good: the weights from before are let go layer by layer, and cost no memory."""
+    _merged_for_good: bool = False
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any]) -> Any:
@@ -97,7 +103,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         device: Any = None,
         non_blocking: bool = False,
     ) -> None:
-        """Fold the adapters in at the multiplier; `restore` undoes it exactly.
+        """Fold the adapters in at the multiplier; `restore` undoes it exactly, unless the network is `for_inference`.
 
         `weights_sd` says only which sides are meant, by its names: the tensors are those that the network has. Computed
         in float32 on the layers' own device and rounded once, whatever `dtype` and `device` say. Raises a
@@ -106,7 +112,28 @@ class LycorisNetworkKohya(LycorisNetwork):
         if weights_sd is not None:
             text = any(key.startswith(self.LORA_PREFIX_TEXT_ENCODER) for key in weights_sd)
             self._keep(text=text, unet=any(key.startswith(self.LORA_PREFIX_UNET) for key in weights_sd))
-        self._merge(1.0)
+        if self.for_inference and not any(part.adapters.rank_masked for part in self.parts):
+            self._merge_for_good()
+        else:
+            self._merge(1.0)
+
+    def _merge_for_good(self) -> None:
+        check_mergeable(self._layers())
+        if self._merged_for_good or any(part.adapters.attached or part.adapters.merged for part in self.parts):
+            raise AttachError("these adapters are applied or merged already")
+        layers = [(part, path, stack) for part in self.parts for path, stack in part.adapters.stacks.items()]
+        for part, path, stack in layers:
+            merging.check_order(path, site(part.adapters.model, path).module, stack)
+        self._merged_for_good = True
+        for part, path, stack in layers:
+            # The set keeps the weight from before, and goes with it.
+            AdapterSet(part.adapters.model, {path: stack}, name=None).merge(self._multiplier)
+
+    def restore(self) -> None:
+        """As `LycorisNetwork.restore`. Raises `AttachError` after a merge `for_inference`."""
+        if self._merged_for_good:
+            raise AttachError("a network made for inference merges for good; make it without for_inference to undo it")
+        super().restore()
 
     def _keep(self, *, text: bool, unet: bool) -> None:
         for part in [part for part in self.parts if not (text if part.text else unet)]:

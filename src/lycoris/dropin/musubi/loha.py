@@ -70,7 +70,7 @@ def create_arch_network_from_weights(
     **kwargs: Any,
 ) -> network.MusubiNetwork:
     """Adapters from a file's tensors."""
-    return network.read("loha", multiplier, weights_sd, unet, kwargs)
+    return network.read("loha", multiplier, weights_sd, unet, for_inference, kwargs)
 
 
 def create_network_from_weights(
@@ -83,7 +83,7 @@ def create_network_from_weights(
     **kwargs: Any,
 ) -> network.MusubiNetwork:
     """The same; the tensors say which layers are meant."""
-    return network.read("loha", multiplier, weights_sd, unet, kwargs)
+    return network.read("loha", multiplier, weights_sd, unet, for_inference, kwargs)
 
 
 def merge_weights_to_tensor(

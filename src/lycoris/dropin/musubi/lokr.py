@@ -76,7 +76,7 @@ def create_arch_network_from_weights(
     **kwargs: Any,
 ) -> network.MusubiNetwork:
     """Adapters from a file's tensors, which say the factor too."""
-    return network.read("lokr", multiplier, weights_sd, unet, kwargs)
+    return network.read("lokr", multiplier, weights_sd, unet, for_inference, kwargs)
 
 
 def create_network_from_weights(
@@ -89,7 +89,7 @@ def create_network_from_weights(
     **kwargs: Any,
 ) -> network.MusubiNetwork:
     """The same; the tensors say which layers are meant."""
-    return network.read("lokr", multiplier, weights_sd, unet, kwargs)
+    return network.read("lokr", multiplier, weights_sd, unet, for_inference, kwargs)
 
 
 def merge_weights_to_tensor(

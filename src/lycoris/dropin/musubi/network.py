@@ -106,7 +106,12 @@ def create(
 
 
 def read(
-    name: str, multiplier: float, weights_sd: Mapping[str, Tensor], unet: nn.Module, options: Mapping[str, Any]
+    name: str,
+    multiplier: float,
+    weights_sd: Mapping[str, Tensor],
+    unet: nn.Module,
+    for_inference: bool,
+    options: Mapping[str, Any],
 ) -> MusubiNetwork:
     """Adapters from a file's tensors, whose shapes say all; not yet applied.
 
@@ -119,7 +124,9 @@ def read(
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, bundle, name=None)
-    return MusubiNetwork([Part(PREFIX, adapters)], float(multiplier))
+    network = MusubiNetwork([Part(PREFIX, adapters)], float(multiplier))
+    network.for_inference = for_inference
+    return network
 
 
 @torch.no_grad()
