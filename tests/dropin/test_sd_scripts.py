@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -226,6 +227,41 @@ def test_presets_reach_the_blocks_of_diffusers(name: str) -> None:
     layers = sum(isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) for module in model.modules())
     assert len(create_network(1.0, 4, 1, None, None, model).loras) == layers - FAMILIES[name]
     assert len(create_network(1.0, 4, 1, None, None, model, preset="attn-only").loras) > layers / 3
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+@pytest.mark.parametrize("name", ["lora", "loha-scalar", "lokr", "boft"])
+def test_a_real_video_transformer(name: str, tmp_path: Path) -> None:
+    model = wan_transformer().eval().requires_grad_(False)
+    inputs = torch.randn(1, 4, 2, 4, 4), torch.tensor([500]), torch.randn(1, 3, 16)
+    base = model(*inputs)[0]
+    network = create_network(0.6, 12, 3, None, None, model, preset="attn-mlp", **ARGS[name])
+    blocks = [module for module in network.loras if "_blocks_" in module.lora_name]
+    assert len(blocks) == 2 * (8 + 2)
+    network.apply_to(None, model, False, True)
+    assert torch.equal(model(*inputs)[0], base)
+    perturb(network.adapters, 0.2)
+    live = model(*inputs)[0]
+    assert relative(live, base) > 1e-3
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    network.restore()
+    again, sd = create_network_from_weights(0.6, tmp_path / "a.safetensors", None, None, model, for_inference=True)
+    again.merge_to(None, model, sd, None, "cpu")
+    assert relative(model(*inputs)[0], live) < 2e-4
 
 
 def test_every_value_may_be_a_string_or_none(host: Host) -> None:
