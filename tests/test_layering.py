@@ -18,7 +18,12 @@ ORDER = (
     {"explain", "memory", "outline"},
     {"files"},
     {"generation", "training"},
-    {"integrations", "dropin"},
+    {
+        "integrations",
+        "dropin",
+        # What old clients import, one line each over dropin.
+        *("config", "config_sdk", "functional", "kohya", "logging", "modules", "utils"),
+    },
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -64,3 +64,12 @@ def test_importing_it_brings_nothing_heavy() -> None:
     code = f"import sys, lycoris; print([name for name in {HEAVY} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_importing_it_leaves_the_interfaces_of_old_clients_aside() -> None:
+    code = (
+        "import sys, lycoris; print([name for name in sys.modules if name.startswith('lycoris.') and 'kohya' in name])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # The file dialect of that name is one of the formats that are always there.
+    assert found.stdout.strip() == "['lycoris.files.dialects.kohya']"

@@ -3,7 +3,8 @@
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.bundle import Bundle
-from lycoris.dropin.network import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
+from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.tlora import (
     clear_timestep_mask,
     compute_timestep_mask,

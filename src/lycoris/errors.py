@@ -18,6 +18,10 @@ class PlanError(LycorisError):
     """Rules and model do not fit: nothing matched, or an algorithm cannot serve a layer."""
 
 
+class NothingMeantError(PlanError):
+    """No layer of a model is meant. Interfaces over several models go on with the others."""
+
+
 class AttachError(LycorisError):
     """A layer is not in a state in which an adapter can be put on, taken off, or merged."""
 

@@ -242,6 +242,10 @@ def describe(module: nn.Module) -> Geometry | None:
         return Geometry(
             kind="linear", shape=(module.out_features, module.in_features), has_bias=module.bias is not None
         )
+    if _is_float8_linear(module):
+        other: Any = module
+        shape = (other.out_features, other.in_features)
+        return Geometry(kind="linear", shape=shape, has_bias=getattr(module, "bias", None) is not None)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Geometry(
             kind="conv",
@@ -262,6 +266,12 @@ def describe(module: nn.Module) -> Geometry | None:
         layer: Any = module
         return Geometry(kind="linear", shape=(layer.nf, layer.weight.shape[0]), transposed=True)
     return _describe_norm(module)
+
+
+def _is_float8_linear(module: nn.Module) -> bool:
+    """Trainers' own linear layers with a weight in float8, which need not derive from torch's."""
+    have = all(hasattr(module, name) for name in ("in_features", "out_features", "weight", "weight_scale"))
+    return have and type(module).__name__ == "Fp8Linear"
 
 
 def _describe_norm(module: Any) -> Geometry | None:

@@ -26,6 +26,7 @@ PRESETS_WITH_CONV: Mapping[str, bool] = {
     "unet-only": True,
     "unet-transformer-only": False,
     "unet-convblock-only": True,
+    "ia3": False,
 }
 """Built-in presets by name. For one model they only say whether convolutions with a real kernel are meant."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from lycoris.additive import Additive, Ranked
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import OFT, DoRA, DyLoRA, Norm
-from lycoris.errors import ConfigError, PlanError, nearest
+from lycoris.errors import ConfigError, NothingMeantError, nearest
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.options import (
@@ -125,7 +125,7 @@ class Recipe:
         )
 
     def plan(self, model: nn.Module) -> Plan:
-        """What each layer of a model gets. Raises `PlanError` when nothing matches, naming the model's classes."""
+        """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
 
         def choose(
             path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
@@ -140,7 +140,7 @@ class Recipe:
 
         made = place(model, choose, [*self.remarks, *self._unmatched(model)])
         if not made.placements:
-            raise PlanError(self._nothing(model))
+            raise NothingMeantError(self._nothing(model))
         if self._trains_norms() and not any(each.geometry.kind == "norm" for each in made.placements):
             told = Remark("train_norm has no effect: no norm with a weight is meant", "unmatched")
             return replace(made, remarks=(*made.remarks, told))

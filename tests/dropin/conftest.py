@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lycoris import LycorisNetwork, clear_timestep_mask
+from lycoris.kohya import LycorisNetworkKohya
 from networks import CONFIGS, MyModel
 
 
@@ -17,6 +19,8 @@ from networks import CONFIGS, MyModel
 def _as_in_a_fresh_process() -> Iterator[None]:
     yield
     LycorisNetwork._preset = None
+    LycorisNetworkKohya._given = frozenset()
+    logging.getLogger("LyCORIS").setLevel(logging.NOTSET)
     clear_timestep_mask()
 
 

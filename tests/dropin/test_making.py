@@ -162,6 +162,18 @@ def expected_layers(model: nn.Module, classes: list[str]) -> int:
     return len({id(layer) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)})
 
 
+def test_a_preset_in_a_file_and_names_that_were_replaced(model: MyModel, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "mine.toml").write_text('enable_conv = false\ntarget_module = ["FeedForward"]\n')
+    network = create_lycoris(model, preset=str(tmp_path / "mine.toml"), algo="locon", use_cp=False)
+    assert names(network) == {"lycoris_blocks_1_net_0", "lycoris_blocks_1_net_2"}
+    assert caplog.messages == ["use_cp is called use_tucker now"]
+    with pytest.raises(ConfigError, match="neither a built-in preset nor a file"):
+        create_lycoris(model, preset="nowhere.toml")
+    (tmp_path / "broken.toml").write_text("target_module = [")
+    with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
+        create_lycoris(model, preset=str(tmp_path / "broken.toml"))
+
+
 def test_known_but_unused_options_are_reported_once(model: MyModel, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "LyCORIS")
     create_lycoris(model, 1.0, algo="lora", linear_dim=2, factor=8, constraint=False, block_size=4)

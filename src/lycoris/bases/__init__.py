@@ -103,7 +103,7 @@ def is_float8(*dtypes: torch.dtype) -> bool:
 
 def precision(layer: nn.Module) -> torch.dtype:
     """What a layer's parameters are kept in, by its weight or, where it has none, by the first."""
-    weight: Any = layer._parameters.get("weight")
+    weight: Any = layer._parameters.get("weight", layer._buffers.get("weight"))
     weight = next(layer.parameters(recurse=False), None) if weight is None else weight
     return torch.float32 if weight is None else weight.dtype
 

@@ -55,7 +55,8 @@ class Float8(Storage):
     plain = True
 
     def holds(self, layer: Any) -> bool:
-        return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point() and not _wide(layer.weight)
+        plain = type(layer.weight) in (nn.Parameter, Tensor)
+        return plain and layer.weight.is_floating_point() and not _wide(layer.weight)
 
     def label(self, layer: Any) -> str:
         return f"{_short(layer.weight.dtype)} storage"
@@ -71,7 +72,7 @@ class Float8(Storage):
         return f"its scale has shape {tuple(found.shape)}; known are a single one, and one per block and axis"
 
     def why_unwritable(self, layer: Any) -> str:
-        return self.why_unreadable(layer)
+        return "" if "weight" in layer._parameters else "it is a buffer of its module, and no parameter"
 
     def stochastic(self, layer: Any) -> bool:
         return True
@@ -89,8 +90,10 @@ class Float8(Storage):
 
 
 def _scale(layer: Any) -> Tensor | None:
-    found = (getattr(layer, name, None) for name in SCALES)
-    return next((scale for scale in found if scale is not None), None)
+    scales = (getattr(layer, name, None) for name in SCALES)
+    found = next((scale for scale in scales if scale is not None), None)
+    by_row = found is not None and 1 < found.numel() == len(found) == len(layer.weight)
+    return found.reshape(-1, 1) if found is not None and by_row else found
 
 
 class Unknown(Storage):

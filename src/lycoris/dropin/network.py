@@ -1,37 +1,32 @@
-"""`LycorisNetwork`, `create_lycoris` and `create_lycoris_from_weights`."""
+"""`LycorisNetwork`: the adapters of one model, or of several that are trained together."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lycoris import files
-from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
+from lycoris.bundle import Bundle
 from lycoris.dropin import tlora
+from lycoris.dropin.module import LycorisBaseModule
+from lycoris.dropin.modules import module_class
+from lycoris.dropin.quantised import check_mergeable, is_mergeable
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialect import flatten
-from lycoris.options import unknown_options
+from lycoris.geometry import site
 from lycoris.preset import Preset
-from lycoris.recipe import Recipe, schedule_in
 from lycoris.schedule import WITHOUT_SCHEDULE
 
 logger = logging.getLogger("LyCORIS")
-
-
-class _Int(int):
-    """A default that can be told from the same number given by the caller."""
-
-
-DIM, ALPHA = _Int(4), _Int(1)
 
 
 class PresetKeyError(ConfigError, KeyError):
@@ -40,18 +35,32 @@ class PresetKeyError(ConfigError, KeyError):
     __str__ = ConfigError.__str__
 
 
+class Part(NamedTuple):
+    """The adapters of one model."""
+
+    prefix: str
+    """What their names in the file start with."""
+    adapters: AdapterSet
+    text: bool = False
+    """Whether the model encodes text; such ones follow no timestep."""
+
+
 class LycorisNetwork(nn.Module):
-    """Adapters for one model, made but not applied. `apply_to` puts them on, `merge_to` folds them in."""
+    """Adapters, made but not applied. `apply_to` puts them on, `merge_to` folds them in."""
 
     _preset: ClassVar[Preset | None] = None
 
-    def __init__(self, adapters: AdapterSet, prefix: str = "lycoris", multiplier: float = 1.0) -> None:
+    def __init__(self, parts: Sequence[Part], multiplier: float = 1.0, bypass_mode: bool | None = None) -> None:
         super().__init__()
-        _check_names(list(adapters.stacks))
-        self.adapters, self.prefix = adapters, prefix
-        adapters.set_strength(multiplier)
-        for path, stack in adapters.stacks.items():
-            self.add_module(f"{prefix}_{flatten(path)}", stack[0])
+        self.parts = list(parts)
+        self._multiplier = multiplier
+        _check_names([(part.prefix, path) for part in self.parts for path in part.adapters.stacks])
+        for part in self.parts:
+            part.adapters.set_strength(multiplier)
+            for path, stack in part.adapters.stacks.items():
+                name = f"{part.prefix}_{flatten(path)}"
+                place = site(part.adapters.model, path)
+                self.add_module(name, module_class(stack[0].algorithm).of(name, stack[0], place, bypass_mode))
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
@@ -71,52 +80,153 @@ class LycorisNetwork(nn.Module):
         return cls
 
     @property
-    def multiplier(self) -> float:
-        return self.adapters.strength
+    def adapters(self) -> AdapterSet:
+        """The native set; of several models, that of the denoiser."""
+        return next((part.adapters for part in self.parts if not part.text), self.parts[0].adapters)
 
     @property
-    def loras(self) -> list[Adapter]:
-        """The adapters, in the model's order."""
-        return [stack[0] for stack in self.adapters.stacks.values()]
+    def prefix(self) -> str:
+        """What the names in the file start with; of several models, those of the denoiser."""
+        return next((part.prefix for part in self.parts if not part.text), self.parts[0].prefix)
 
-    def apply_to(self) -> None:
+    @property
+    def multiplier(self) -> float:
+        return self.parts[0].adapters.strength if self.parts else self._multiplier
+
+    @property
+    def loras(self) -> list[LycorisBaseModule]:
+        """The modules, in the models' order."""
+        return [child for child in self.children() if isinstance(child, LycorisBaseModule)]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the names that they have in a file."""
+        for name, module in self.named_children():
+            yield from module.named_parameters(f"{prefix}{'.' if prefix else ''}{name}")
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def apply_to(self, *_: Any, **__: Any) -> None:
         """Put the adapters on the model's layers. A second call does nothing."""
-        unguided = self.adapters.schedule is None and tlora.get_timestep_mask() is None
-        if self.adapters.rank_masked and unguided and not self.adapters.attached:
-            logger.warning(
-                "applying adapters that were trained with a timestep schedule, without one: %s", WITHOUT_SCHEDULE
-            )
-        self.adapters.attach()
-        tlora.track(self.adapters)
+        for module in self.loras:
+            if module._alone is not None:
+                module.restore()
+        done: list[Part] = []
+        try:
+            for part in self.parts:
+                self._warn_of_schedule(part)
+                part.adapters.attach()
+                done.append(part)
+        except Exception:
+            for part in done:
+                part.adapters.detach()
+            raise
+        self._track()
 
     def restore(self) -> None:
         """Take the adapters off and undo a merge; the model is as it was."""
-        self.adapters.detach()
-        tlora.untrack(self.adapters)
+        for part in self.parts:
+            part.adapters.detach()
+            tlora.untrack(part.adapters)
 
-    def merge_to(self, weight: float = 1.0) -> None:
+    def merge_to(self, weight: float = 1.0, *, precise: bool = False) -> None:
         """Fold the adapters into the model's weights at `weight` times the multiplier.
 
-        `restore` undoes it exactly. T-LoRA with a schedule goes on masking ranks after the merge.
+        Computed in float32 and rounded once, whether `precise` or not. `restore` undoes it exactly. T-LoRA with a
+        schedule goes on masking ranks after the merge. Raises a `RuntimeError`, and changes nothing, when a weight is
+        stored in few bits.
         """
-        self.adapters.merge(weight * self.multiplier)
-        tlora.track(self.adapters)
+        self._merge(weight)
+
+    def _merge(self, weight: float) -> None:
+        check_mergeable(self._layers())
+        done: list[Part] = []
+        try:
+            for part in self.parts:
+                part.adapters.merge(weight * self._multiplier)
+                done.append(part)
+        except Exception:
+            for part in done:
+                part.adapters.unmerge()
+            raise
+        self._track()
+
+    def onfly_merge(self, weight: float = 1.0) -> None:
+        """Fold in for a while, applied or not; `onfly_restore` undoes it exactly."""
+        self._merge(weight)
+
+    def onfly_restore(self) -> None:
+        """Undo `onfly_merge`; applied adapters act again."""
+        for part in self.parts:
+            part.adapters.unmerge()
+
+    def is_mergeable(self) -> bool:
+        """Whether `merge_to` can be done without rounding the update to few bits."""
+        return is_mergeable(self._layers())
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the adapters; 0 is exactly the base model."""
-        self.adapters.set_strength(multiplier)
+        for part in self.parts:
+            part.adapters.set_strength(multiplier)
+        self._multiplier = multiplier
 
-    def prepare_optimizer_params(self, lr: float | None = None) -> list[dict[str, Any]]:
+    def _layers(self) -> dict[str, nn.Module]:
+        return {module.lora_name: module.org_module[0] for module in self.loras if not module.adapter.attribute}
+
+    def _track(self) -> None:
+        for part in self.parts:
+            if not part.text:
+                tlora.track(part.adapters)
+
+    def _warn_of_schedule(self, part: Part) -> None:
+        adapters = part.adapters
+        unguided = adapters.schedule is None and tlora.get_timestep_mask() is None
+        if adapters.rank_masked and unguided and not adapters.attached and not part.text:
+            logger.warning(
+                "applying adapters that were trained with a timestep schedule, without one: %s", WITHOUT_SCHEDULE
+            )
+
+    # -- what trainers call around a run -----------------------------------------------------------------------------
+
+    def prepare_optimizer_params(self, lr: float | None = None) -> Any:
         """Parameter groups for an optimizer."""
         self.requires_grad_(True)
         group: dict[str, Any] = {"params": list(self.parameters())}
         return [group if lr is None else group | {"lr": lr}]
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the model's own checkpointing covers its adapters."""
+
+    def prepare_grad_etc(self, *_: Any) -> None:
+        """Let all parameters train."""
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, *_: Any) -> None:
+        """Draw dropout from here on."""
+        self.train()
+
+    def on_step_start(self, *_: Any) -> None:
+        """Nothing to do."""
+
+    def get_trainable_params(self, *_: Any) -> Iterator[nn.Parameter]:
+        """The parameters, for clipping."""
+        return self.parameters()
+
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
+        """Shrink every ΔW to a norm: how many were above, and the mean and largest norm there are now."""
+        found = [module.apply_max_norm(max_norm_value, device) for module in self.loras]
+        norms = [norm for _, norm in found if norm is not None]
+        if not norms:
+            return 0, 0.0, 0.0
+        return sum(bool(above) for above, _ in found), sum(norms) / len(norms), max(norms)
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The tensors as they would be in a file."""
-        named = files.encode(self.adapters.bundle(), prefix=self.prefix)
         found = {} if destination is None else destination
-        found.update({prefix + key: tensor for key, tensor in named.items()})
+        found.update({prefix + key: tensor for key, tensor in self._encoded().items()})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -133,9 +243,9 @@ class LycorisNetwork(nn.Module):
 
         Raises `FileError` for a name that asks for a pickle.
         """
-        if Path(file).suffix in files.PICKLES:
-            raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
-        files.write(self.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=self.prefix)
+        check_suffix(file)
+        part = self.parts[0]
+        files.write(part.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=part.prefix)
 
     def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
         """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys."""
@@ -147,114 +257,41 @@ class LycorisNetwork(nn.Module):
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 
+    def _encoded(self) -> dict[str, Tensor]:
+        return {key: tensor for part in self.parts for key, tensor in _encoded(part).items()}
+
     def _load(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Fill the adapters from tensors by file name; nothing changes unless every layer's tensors are usable."""
-        own = set(files.encode(self.adapters.bundle(), prefix=self.prefix))
-        missing, unexpected = sorted(own - tensors.keys()), sorted(tensors.keys() - own)
-        usable = {key: tensor for key, tensor in tensors.items() if key in own}
-        if usable:
-            bundle = files.resolve(usable, self.adapters.model, prefix=self.prefix)
-            self.adapters.fill(bundle)
-        return missing, unexpected
+        values: list[tuple[LycorisBaseModule, dict[str, Tensor]]] = []
+        own: set[str] = set()
+        for part in self.parts:
+            names = set(_encoded(part))
+            usable = {key: tensor for key, tensor in tensors.items() if key in names}
+            own |= names
+            bundle = files.resolve(usable, part.adapters.model, prefix=part.prefix) if usable else Bundle({})
+            for path, (entry,) in bundle.entries.items():
+                module: Any = self._modules[f"{part.prefix}_{flatten(path)}"]
+                values.append((module, module.fitted(entry)))
+        for module, fitting in values:
+            module.adapter.fill(fitting)
+        return sorted(own - tensors.keys()), sorted(tensors.keys() - own)
 
 
-def create_lycoris(
-    module: nn.Module,
-    multiplier: float = 1.0,
-    linear_dim: int | None = DIM,
-    linear_alpha: float | None = ALPHA,
-    warn_on_unmatched: bool = True,
-    *,
-    algorithm: str | None = None,
-    rank: int | None = None,
-    alpha: float | None = None,
-    **options: Any,
-) -> LycorisNetwork:
-    """Adapters for a model, not yet applied.
-
-    `create_lycoris(model, 1.0, linear_dim=16, linear_alpha=2, algo="lokr")`, as trainers call it, or
-    `create_lycoris(model, algorithm="loha", rank=16, alpha=32)`. Whole `lycoris_config.json` objects may be passed as
-    keywords: options that this algorithm does not have are reported on the logger "LyCORIS", and ones that nothing
-    knows are warned about with the nearest known name.
-
-    Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is meant.
-    """
-    if algorithm is not None and options.setdefault("algo", algorithm) != algorithm:
-        raise ConfigError(f"algo={options['algo']!r} and algorithm={algorithm!r} contradict each other; give one")
-    given = options | {
-        "multiplier": multiplier,
-        "linear_dim": _one_of("rank", rank, "linear_dim", linear_dim),
-        "linear_alpha": _one_of("alpha", alpha, "linear_alpha", linear_alpha),
-    }
-    preset = LycorisNetwork._preset
-    if preset is not None and given.get("apply_preset"):
-        if Preset.parse(given["apply_preset"]) != preset:
-            logger.warning("apply_preset was given to the class and, with other values, here; the class's is used")
-        given = {key: value for key, value in given.items() if key != "apply_preset"}
-    recipe = Recipe.parse(given, strict=False, preset=preset)
-    plan = recipe.plan(module)
-    for remark in plan.remarks:
-        warn = remark.kind == "unknown" or (remark.kind == "unmatched" and warn_on_unmatched)
-        logger.log(logging.WARNING if warn else logging.INFO, "%s", remark)
-    adapters = AdapterSet.build(module, plan, name=None)
-    adapters.schedule = recipe.schedule
-    logger.info("%s", dataclasses.replace(plan, remarks=()))
-    return LycorisNetwork(adapters, recipe.preset.lora_prefix, recipe.multiplier)
+def _encoded(part: Part) -> dict[str, Tensor]:
+    return files.encode(part.adapters.bundle(), prefix=part.prefix)
 
 
-def create_lycoris_from_weights(
-    multiplier: float,
-    file: str | os.PathLike[str] | None,
-    module: nn.Module,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    *,
-    component: str = "",
-    **options: Any,
-) -> tuple[LycorisNetwork, dict[str, Tensor]]:
-    """Adapters from a file (or from its tensors, `weights_sd`), not yet applied, and the tensors.
-
-    Settings come from the tensors; `options`, which trainers pass along, only fill in a T-LoRA schedule that the
-    file's header does not have; ones that nothing knows are warned about. `component` says which part of a pipeline
-    the model is, for files that hold several: "" the denoiser, "text_encoder", ...; the network is saved for this
-    model alone, in LyCORIS' own names. Raises `FileError` when the file is damaged or does not fit the model.
-    """
-    for strange in unknown_options(options):
-        logger.warning("%s", strange)
-    metadata: dict[str, str] = {}
-    if weights_sd is not None:
-        tensors = dict(weights_sd)
-    elif file is not None:
-        tensors, metadata = files.load_tensors(file)
-    else:
-        raise FileError("neither a file nor weights_sd was given")
-    own = LycorisNetwork._preset.lora_prefix if LycorisNetwork._preset else "lycoris"
-    prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
-    try:
-        known = None if prefix == "lycoris" else prefix
-        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known)
-    except FileError as error:
-        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
-    for remark in bundle.remarks:
-        logger.warning(remark)
-    adapters = AdapterSet.load(module, bundle, name=None)
-    adapters.schedule = adapters.schedule or schedule_in(options)
-    return LycorisNetwork(adapters, prefix, multiplier), tensors
+def check_suffix(file: str | os.PathLike[str]) -> None:
+    if Path(file).suffix in files.PICKLES:
+        raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
 
 
-def _one_of(name: str, value: float | None, other: str, documented: float | None) -> float | None:
-    """One setting that has two names; giving both is fine only if they agree."""
-    if value is None:
-        return documented
-    if not isinstance(documented, _Int) and documented != value:
-        raise ConfigError(f"{name}={value!r} and {other}={documented!r} contradict each other; give one")
-    return value
-
-
-def _check_names(paths: list[str]) -> None:
+def _check_names(paths: list[tuple[str, str]]) -> None:
     """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
     owner: dict[str, str] = {}
-    for path in paths:
-        first = owner.setdefault(flatten(path), path)
+    for prefix, path in paths:
+        name = f"{prefix}_{flatten(path)}"
+        first = owner.setdefault(name, path)
         if first != path:
             raise ConfigError(
                 f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave one "

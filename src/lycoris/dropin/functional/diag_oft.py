@@ -1,0 +1,47 @@
+"""Diag-OFT as functions of tensors: (oft_blocks, rescale), rescale None where rows keep their lengths."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lycoris.algorithm import Affine
+from lycoris.algorithms import OFT
+from lycoris.dropin.functional.layer import factorization, geometry, started, turned
+from lycoris.errors import ConfigError
+
+
+def weight_gen(org_weight: Tensor, max_block_size: int = -1, rescale: bool = False) -> tuple[Tensor, Tensor | None]:
+    """New tensors for a layer's weight."""
+    size = factorization(org_weight.shape[0], max_block_size)[0]
+    p = started(OFT(block_size=size, rescale=rescale), org_weight)
+    return p["blocks"], p.get("rescale")
+
+
+def diff_weight(
+    org_weight: Tensor, *weights: Tensor | None, constraint: float | None = None, backend: str | None = None
+) -> Tensor:
+    """V - W. `constraint` limits the norm of all blocks together; None or 0: no limit."""
+    algorithm, p = _read(weights, constraint)
+    wide = org_weight.to(p["blocks"].dtype)
+    return algorithm.transform(p, Affine(wide, None), geometry(wide.shape)).weight - wide
+
+
+def bypass_forward_diff(
+    x: Tensor,
+    org_out: Tensor,
+    *weights: Tensor | None,
+    constraint: float | None = None,
+    need_transpose: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The same on the layer's output. `need_transpose`: channels are on axis 1, as after a convolution."""
+    return turned(*_read(weights, constraint), org_out, need_transpose, 1.0)
+
+
+def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple[OFT, dict[str, Tensor]]:
+    blocks, rescale = (*weights, None)[:2]
+    if blocks is None:
+        raise ConfigError("the first tensor is oft_blocks and may not be None")
+    rows = blocks.shape[0] * blocks.shape[1]
+    algorithm = OFT(block_size=blocks.shape[-1], constraint=float(constraint or 0) / rows, rescale=rescale is not None)
+    return algorithm, {"blocks": blocks} | ({} if rescale is None else {"rescale": rescale})

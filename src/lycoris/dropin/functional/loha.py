@@ -1,0 +1,53 @@
+"""LoHa as functions of tensors: (w1d, w1u, w2d, w2u, t1, t2), the cores None without Tucker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lycoris.algorithms import LoHa
+from lycoris.dropin.functional.layer import added, geometry, started
+from lycoris.geometry import Geometry
+
+SLOTS = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
+
+
+def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tensor | None, ...]:
+    """New tensors for a layer's weight; those on the input side keep its kernel."""
+    p = started(LoHa(rank=rank, tucker=tucker), org_weight)
+    if "t1" not in p:
+        p |= {name: p[name].reshape(rank, *org_weight.shape[1:]) for name in ("w1_b", "w2_b")}
+    return tuple(p.get(name) for name in SLOTS)
+
+
+def diff_weight(*weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
+    """gamma·ΔW."""
+    algorithm, p, g = _read(weights, gamma, {})
+    return algorithm.delta(p, g).weight * algorithm.scale(g)
+
+
+def bypass_forward_diff(
+    x: Tensor,
+    org_out: Tensor | None,
+    *weights: Tensor | None,
+    gamma: float = 1.0,
+    extra_args: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """gamma·ΔW applied to x."""
+    return added(*_read(weights, gamma, extra_args), x, org_out)
+
+
+def _read(
+    weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
+) -> tuple[LoHa, dict[str, Tensor], Geometry]:
+    p = {name: tensor for name, tensor in zip(SLOTS, weights, strict=False) if tensor is not None}
+    rank, core = p["w1_b"].shape[0], "t1" in p
+    out = p["w1_a"].shape[1 if core else 0]
+    kernel = p["t1"].shape[2:] if core else p["w1_b"].shape[2:]
+    g = geometry((out, p["w1_b"].shape[1], *kernel), extra)
+    algorithm = LoHa(rank=rank, alpha=gamma * rank, tucker=core)
+    shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
+    return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g

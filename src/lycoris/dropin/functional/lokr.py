@@ -1,0 +1,77 @@
+"""LoKr as functions of tensors: (w1, w1a, w1b, w2, w2a, w2b, t2), None for those that the layout does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lycoris.algorithms import LoKr
+from lycoris.algorithms.lokr import Layout
+from lycoris.dropin.functional.layer import added, geometry, started
+from lycoris.geometry import Geometry
+
+SLOTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+
+
+def weight_gen(
+    org_weight: Tensor,
+    rank: int,
+    tucker: bool = True,
+    factor: int = -1,
+    decompose_both: bool = False,
+    full_matrix: bool = False,
+    unbalanced_factorization: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """New tensors for a layer's weight; w2b keeps its kernel."""
+    algorithm = LoKr(
+        rank=rank,
+        tucker=tucker,
+        factor=factor,
+        decompose_both=decompose_both,
+        full_matrix=full_matrix,
+        unbalanced=unbalanced_factorization,
+    )
+    p = started(algorithm, org_weight)
+    if "w2_b" in p and "t2" not in p:
+        p["w2_b"] = p["w2_b"].reshape(rank, -1, *org_weight.shape[2:])
+    return tuple(p.get(name) for name in SLOTS)
+
+
+def diff_weight(*weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
+    """ΔW, times gamma / rank unless both factors are whole: gamma is alpha here."""
+    algorithm, p, g = _read(weights, gamma, {})
+    return algorithm.delta(p, g).weight * algorithm.scale(g)
+
+
+def bypass_forward_diff(
+    h: Tensor,
+    org_out: Tensor | None,
+    *weights: Tensor | None,
+    gamma: float = 1.0,
+    extra_args: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The same applied to an input."""
+    return added(*_read(weights, gamma, extra_args), h, org_out)
+
+
+def _read(
+    weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
+) -> tuple[LoKr, dict[str, Tensor], Geometry]:
+    p = {name: tensor for name, tensor in zip(SLOTS, weights, strict=False) if tensor is not None}
+    ol, im = p["w1"].shape if "w1" in p else (p["w1_a"].shape[0], p["w1_b"].shape[1])
+    core = "t2" in p
+    if "w2" in p:
+        ok, inner, *kernel = p["w2"].shape
+    else:
+        ok, inner = p["w2_a"].shape[1 if core else 0], p["w2_b"].shape[1]
+        kernel = [*(p["t2"] if core else p["w2_b"]).shape[2:]]
+    split = p.get("w2_b", p.get("w1_b"))
+    rank = 1 if split is None else split.shape[0]
+    layout = Layout(ol, im, "w1" not in p, "w2" not in p)
+    algorithm = LoKr(rank=rank, alpha=gamma, tucker=core, layout=layout)
+    g = geometry((ol * ok, im * inner, *kernel), extra)
+    shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
+    return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g

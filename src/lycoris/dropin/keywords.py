@@ -1,0 +1,70 @@
+"""Keywords of old interfaces: names that were replaced, and values that come as strings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lycoris.errors import ConfigError
+from lycoris.options import parse_number
+from lycoris.planning import Remark
+from lycoris.preset import PRESETS_WITH_CONV
+
+logger = logging.getLogger("LyCORIS")
+
+RENAMED: Mapping[str, str] = {
+    "use_cp": "use_tucker",
+    "use_conv_cp": "use_tucker",
+    "disable_conv_cp": "use_tucker",
+    "constrain": "constraint",
+}
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their present names; the new name wins where both are given."""
+    found = {key: value for key, value in options.items() if key not in RENAMED}
+    for key in options.keys() & RENAMED.keys():
+        value = options[key]
+        if value is not None and key.startswith("disable_"):
+            value = not parse_number(value, key, bool)
+        logger.warning("%s is called %s now", key, RENAMED[key])
+        found.setdefault(RENAMED[key], value)
+    return found
+
+
+def read_preset(path: str) -> dict[str, Any]:
+    """The preset in a TOML or JSON file. Raises `ConfigError` when it cannot be read."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(
+            f"{path!r} is neither a built-in preset nor a file. Built in: {', '.join(sorted(PRESETS_WITH_CONV))}"
+        )
+    try:
+        found = json.loads(file.read_text()) if file.suffix == ".json" else _toml(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold an object with keys such as target_module, not {found!r:.80}")
+    return found
+
+
+def _toml(text: str) -> Any:
+    if sys.version_info < (3, 11):
+        try:
+            import tomli as reader
+        except ImportError:
+            raise ConfigError("this Python reads TOML with the package tomli; install it, or write JSON") from None
+    else:
+        import tomllib as reader
+    return reader.loads(text)
+
+
+def tell(remarks: Iterable[Remark], *, unmatched: bool = True) -> None:
+    """Put remarks on the logger: warnings for what nobody knows, and for targets without layers if asked for."""
+    for remark in dict.fromkeys(remarks):
+        warn = remark.kind == "unknown" or (remark.kind == "unmatched" and unmatched)
+        logger.log(logging.WARNING if warn else logging.INFO, "%s", remark)

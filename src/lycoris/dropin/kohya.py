@@ -1,0 +1,234 @@
+"""`create_network` and `create_network_from_weights`, as trainers of sd-scripts' kind call them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lycoris import files
+from lycoris.adapters import AdapterSet
+from lycoris.dropin import blocks
+from lycoris.dropin.keywords import read_preset, renamed, tell
+from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
+from lycoris.dropin.making import check_plan
+from lycoris.dropin.network import Part
+from lycoris.dropin.presets import list_builtin_presets
+from lycoris.errors import FileError, NothingMeantError
+from lycoris.options import parse_number, parse_optional, unknown_options
+from lycoris.planning import Remark
+from lycoris.preset import LAYER_CLASSES, Preset
+from lycoris.recipe import Recipe, schedule_in
+
+logger = logging.getLogger("LyCORIS")
+
+RATIOS = tuple(f.name for f in fields(Ratios))
+OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", *RATIOS)
+"""Keywords of this interface alone."""
+
+BARE = "_text_model"
+"""What transformers 5 leaves out of the names of CLIP's layers."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One of the models of a pipeline."""
+
+    model: nn.Module
+    prefix: str
+    text: bool
+    t5: bool = False
+
+
+def components(text_encoder: Any, unet: nn.Module | None) -> list[Component]:
+    """The models by their prefixes: `lora_te` for a text encoder by itself, `lora_te1` and so on for a list.
+
+    A T5 in a list is always the third, so that Flux has the names that its files have.
+    """
+    found = []
+    for at, model in enumerate(text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]):
+        if model is None:
+            continue
+        t5 = type(model).__name__.startswith(("T5", "UMT5"))
+        number = "" if not isinstance(text_encoder, list | tuple) else "3" if t5 and at else str(at + 1)
+        prefix = f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{number}"
+        # transformers 5 has no text_model any more, and every reader of files still looks for it.
+        bare = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
+        found.append(Component(model, f"{prefix}{BARE}" if bare else prefix, True, t5))
+    if unet is not None:
+        found.append(Component(unet, LycorisNetworkKohya.LORA_PREFIX_UNET, False))
+    return found
+
+
+def create_network(
+    multiplier: float | str,
+    network_dim: int | str | None,
+    network_alpha: float | str | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    warn_on_unmatched: bool = True,
+    **kwargs: Any,
+) -> LycorisNetworkKohya:
+    """Adapters for a denoiser and its text encoders (one, a list, or None), not yet applied.
+
+    All values may be strings. `preset` is a built-in name, "full" by default, or a TOML or JSON file; keywords that
+    nothing knows are warned about. `conv_dim=0` leaves convolutions with a real kernel out.
+
+    Raises `ConfigError` for wrong values and `PlanError` when no layer of any model is meant.
+    """
+    options = {key: value for key, value in renamed(kwargs).items() if value is not None}
+    given = {key: value for key, value in options.items() if key not in OWN}
+    given |= {"multiplier": multiplier, "linear_dim": network_dim, "linear_alpha": network_alpha}
+    preset, builtin = _preset(options.get("preset"))
+    if parse_optional(given.get("conv_dim"), "conv_dim", int) == 0:
+        given.pop("conv_dim")
+        preset = replace(preset, enable_conv=False)
+    train = {name: parse_number(options.get(f"train_{name}", False), f"train_{name}", bool) for name in TRAINED}
+    if preset.target_module != LAYER_CLASSES or preset.target_name:
+        logger.warning(
+            "target_module and target_name of the preset are for one model and have no effect here; give "
+            "unet_target_module, unet_target_name, text_encoder_target_module and text_encoder_target_name"
+        )
+    parts: list[Part] = []
+    remarks: list[Remark] = []
+    nothing: NothingMeantError | None = None
+    recipe = Recipe.parse(given, strict=False, preset=preset)
+    for component in components(text_encoder, unet):
+        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **train))
+        if not _has_targets(own.preset):
+            continue
+        try:
+            plan = own.plan(component.model)
+        except NothingMeantError as error:
+            nothing = nothing or error if component.text else error
+            continue
+        check_plan(component.model, plan)
+        remarks += plan.remarks
+        adapters = AdapterSet.build(component.model, plan, name=None)
+        adapters.schedule = own.schedule
+        parts.append(Part(component.prefix, adapters, component.text))
+        logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
+    tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
+    if not parts:
+        raise nothing or NothingMeantError(
+            f"the preset {options.get('preset', 'full')!r} has no targets for these models"
+        )
+    network = LycorisNetworkKohya(parts, recipe.multiplier, recipe.options.get("bypass_mode"))
+    network.train_t5xxl, network.train_llm_adapter = train["t5xxl"], train["llm_adapter"]
+    network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
+    return network
+
+
+TRAINED = ("t5xxl", "llm_adapter")
+"""What is trained only when asked for, by `train_t5xxl` and `train_llm_adapter`."""
+
+
+def create_network_from_weights(
+    multiplier: float | str,
+    file: str | os.PathLike[str] | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[LycorisNetworkKohya, dict[str, Tensor]]:
+    """Adapters from a file (or from its tensors), not yet applied, and the tensors.
+
+    Tensors of text encoders that are not given are left out with a warning; any other that has no layer is a
+    `FileError`. Settings come from the tensors. `for_inference`: a merge is for good, and takes no second copy of the
+    weights.
+    """
+    options = renamed(kwargs)
+    tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
+    metadata: dict[str, str] = {}
+    if weights_sd is not None:
+        tensors = dict(weights_sd)
+    elif file is not None:
+        tensors, metadata = files.load_tensors(file)
+    else:
+        raise FileError("neither a file nor weights_sd was given")
+    try:
+        parts = list(_loaded(tensors, metadata, _renamed(components(text_encoder, unet), tensors), options))
+    except FileError as error:
+        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+    network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float))
+    network.for_inference = for_inference
+    return network, tensors
+
+
+def _loaded(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    models: Sequence[Component],
+    options: Mapping[str, Any],
+) -> Iterator[Part]:
+    named = [key for key in tensors if "." in key]
+    owner = {key: next((m for m in models if key.startswith(f"{m.prefix}_")), None) for key in named}
+    lost = [key for key, model in owner.items() if model is None]
+    text = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER
+    have = ", ".join(f"{model.prefix}_..." for model in models) or "none"
+    if strange := [key for key in lost if not key.startswith(text)]:
+        raise FileError(
+            f"{len(strange)} of its {len(named)} tensors belong to no model given, such as {strange[0]}; the models "
+            f"given are called {have}. Files of one model that begin otherwise are for create_lycoris_from_weights"
+        )
+    if lost:
+        logger.warning("%d tensors such as %s are for text encoders; given are %s", len(lost), lost[0], have)
+    if len(lost) == len(named):
+        raise FileError(f"it has nothing for the models given, which are called {have}")
+    for model in models:
+        own = {key: tensors[key] for key in named if owner[key] is model}
+        if not own:
+            continue
+        bundle = files.resolve(own, model.model, prefix=model.prefix, metadata=metadata)
+        adapters = AdapterSet.load(model.model, bundle, name=None)
+        adapters.schedule = adapters.schedule or schedule_in(options)
+        yield Part(model.prefix, adapters, model.text)
+
+
+def _renamed(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
+    """The models as a file calls them that was written without `text_model`, or counts a T5 as the second encoder."""
+    for at, model in enumerate(models):
+        if model.prefix.endswith(BARE) and not any(key.startswith(f"{model.prefix}_") for key in tensors):
+            models[at] = replace(model, prefix=model.prefix.removesuffix(BARE))
+    second, third = (f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{n}" for n in (2, 3))
+    has = {name: any(key.startswith(f"{name}_") for key in tensors) for name in (second, third)}
+    if not has[second] or has[third] or any(model.prefix == second for model in models):
+        return models
+    return [replace(model, prefix=second) if model.t5 and model.prefix == third else model for model in models]
+
+
+def _preset(name: Any) -> tuple[Preset, bool]:
+    """The preset of that name or file, and whether it is a built-in one.
+
+    Without a name it is "full", with what `LycorisNetworkKohya.apply_preset` was given in its place.
+    """
+    known = list_builtin_presets()
+    whole = known["full" if name is None else str(name)].to_dict() if name is None or str(name) in known else None
+    if whole is None:
+        return Preset.parse({"enable_conv": True} | read_preset(str(name))), False
+    own = LycorisNetworkKohya.applied() if name is None else {}
+    return Preset.parse(whole | own), not own
+
+
+def _targets(preset: Preset, component: Component, t5xxl: bool, llm_adapter: bool) -> Preset:
+    """What of a preset for pipelines is meant for one of the models."""
+    modules = preset.text_encoder_target_module if component.text else preset.unet_target_module
+    names = preset.text_encoder_target_name if component.text else preset.unet_target_name
+    if component.t5 and modules:
+        modules = (*modules, *blocks.T5) if t5xxl else ()
+    if not llm_adapter:
+        modules = tuple(name for name in modules if name != blocks.LANGUAGE_ADAPTER)
+    clear: dict[str, Any] = {f.name: () for f in fields(Preset) if f.name.startswith(("unet_", "text_encoder_"))}
+    prefix = "lycoris"
+    return replace(preset, **clear, target_module=modules, target_name=names, lora_prefix=prefix)
+
+
+def _has_targets(preset: Preset) -> bool:
+    return bool(preset.target_module or preset.target_name or preset.overrides())

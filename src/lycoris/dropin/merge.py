@@ -1,0 +1,31 @@
+"""`merge`: a file's tensors folded into a denoiser and its text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lycoris.dropin.kohya import create_network_from_weights
+from lycoris.dropin.kohya_network import LycorisNetworkKohya
+
+
+def merge(
+    tes: Sequence[nn.Module] | None,
+    unet: nn.Module | None,
+    lyco_state_dict: Mapping[str, Tensor],
+    scale: float = 1.0,
+    device: Any = None,
+) -> LycorisNetworkKohya:
+    """Fold tensors named as in kohya's files into the models, at a strength; `restore()` of the result undoes it.
+
+    Raises `FileError`, and changes nothing, when a tensor has no place. Computed where the layers are, whatever
+    `device` says; the tensors given are not changed.
+    """
+    encoders: Any = list(tes or [])
+    if len(encoders) < 2:
+        encoders = next(iter(encoders), None)
+    network, _ = create_network_from_weights(scale, None, None, encoders, unet, weights_sd=lyco_state_dict)
+    network.merge_to()
+    return network

@@ -1,0 +1,196 @@
+"""The module classes by the names that scripts know, and what finds one for the tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
+from lycoris.dropin.module import LycorisBaseModule
+from lycoris.errors import ConfigError
+from lycoris.geometry import Geometry
+
+_LENGTHS = ("alpha", "dora_scale")
+
+
+class LoConModule(LycorisBaseModule):
+    """LoRA, and LoCon on convolutions."""
+
+    weight_list = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", *_LENGTHS)
+    weight_list_det = ("lora_up.weight",)
+
+
+class LohaModule(LycorisBaseModule):
+    """LoHa."""
+
+    algo = "loha"
+    weight_list = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *_LENGTHS)
+    weight_list_det = ("hada_w1_a",)
+
+
+class LokrModule(LycorisBaseModule):
+    """LoKr."""
+
+    algo = "lokr"
+    weight_list = (
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
+        *_LENGTHS,
+    )
+    weight_list_det = ("lokr_w1", "lokr_w1_a")
+
+    @property
+    def use_w1(self) -> bool:
+        """Whether the first factor is stored whole."""
+        return "w1" in self.adapter.tensors()
+
+    @property
+    def use_w2(self) -> bool:
+        """Whether the second factor is stored whole."""
+        return "w2" in self.adapter.tensors()
+
+    @property
+    def full_matrix(self) -> bool:
+        """Whether both factors are stored whole."""
+        return self.use_w1 and self.use_w2
+
+
+class FullModule(LycorisBaseModule):
+    """The whole change of weight and bias."""
+
+    algo = "full"
+    weight_list = ("diff", "diff_b")
+    weight_list_det = ("diff",)
+
+
+class DiagOFTModule(LycorisBaseModule):
+    """Diag-OFT."""
+
+    algo = "diag-oft"
+    weight_list = ("oft_blocks", "rescale", "alpha")
+    weight_list_det = ("oft_blocks",)
+    blocks_dim: ClassVar[int] = 3
+
+    @classmethod
+    def algo_check(cls, state_dict: Mapping[str, Tensor], lora_name: str) -> bool:
+        blocks = state_dict.get(f"{lora_name}.oft_blocks")
+        return blocks is not None and blocks.dim() == cls.blocks_dim
+
+    @property
+    def block_num(self) -> int:
+        """How many blocks there are, in each stage."""
+        return self.adapter.tensors()["blocks"].shape[-3]
+
+
+class ButterflyOFTModule(DiagOFTModule):
+    """BOFT."""
+
+    algo = "boft"
+    blocks_dim = 4
+
+
+class GLoRAModule(LycorisBaseModule):
+    """GLoRA."""
+
+    algo = "glora"
+    weight_list = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha")
+    weight_list_det = ("a1.weight",)
+
+
+class DyLoraModule(LycorisBaseModule):
+    """DyLoRA. Its files are LoRA files, and are found as such."""
+
+    algo = "dylora"
+
+
+class IA3Module(LycorisBaseModule):
+    """(IA)³."""
+
+    algo = "ia3"
+    weight_list = ("weight", "on_input")
+    weight_list_det = ("on_input",)
+
+
+class TLoraModule(LycorisBaseModule):
+    """T-LoRA."""
+
+    algo = "tlora"
+    weight_list = (
+        *("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"),
+        *("base_q.weight", "base_p.weight", "base_lambda"),
+    )
+    weight_list_det = ("lambda_layer",)
+
+
+class NormModule(LycorisBaseModule):
+    """Changes of the scale and shift of a norm."""
+
+    algo = "norm"
+    weight_list = ("w_norm", "b_norm")
+    weight_list_det = ("w_norm",)
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        rank_dropout_scale: bool = False,
+        **options: Any,
+    ) -> None:
+        """As the others, without sizes. Norms have no rank: `rank_dropout` does nothing."""
+        super().__init__(lora_name, org_module, multiplier, module_dropout=module_dropout, **options)
+
+    @classmethod
+    def _algorithm(cls, g: Geometry, dim: int, alpha: float | None, options: Mapping[str, Any]) -> Algorithm:
+        return Norm(module_dropout=options.get("module_dropout", 0.0))
+
+
+MODULE_LIST: tuple[type[LycorisBaseModule], ...] = (
+    *(LoConModule, LohaModule, IA3Module, LokrModule, FullModule, NormModule),
+    *(DiagOFTModule, ButterflyOFTModule, GLoRAModule, DyLoraModule, TLoraModule),
+)
+"""In the order in which a file's tensors are compared with them."""
+
+CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
+    LoRA: LoConModule,
+    LoHa: LohaModule,
+    LoKr: LokrModule,
+    Full: FullModule,
+    OFT: DiagOFTModule,
+    BOFT: ButterflyOFTModule,
+    GLoRA: GLoRAModule,
+    DyLoRA: DyLoraModule,
+    IA3: IA3Module,
+    TLoRA: TLoraModule,
+    Norm: NormModule,
+}
+
+
+def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
+    """The class of modules that have an algorithm."""
+    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    found = CLASSES.get(type(inner))
+    if found is None:
+        raise ConfigError(f"{inner.name} has no module class; use AdapterSet")
+    return found
+
+
+def get_module(
+    lyco_state_dict: Mapping[str, Tensor], lora_name: str
+) -> tuple[type[LycorisBaseModule] | None, tuple[Tensor | None, ...] | None]:
+    """The class for the tensors that a file has for a layer, and these in its order; (None, None) when it has none."""
+    for found in MODULE_LIST:
+        if found.algo_check(lyco_state_dict, lora_name):
+            return found, tuple(found.extract_state_dict(lyco_state_dict, lora_name))
+    return None, None
+
+
+def make_module(
+    lyco_type: type[LycorisBaseModule], params: tuple[Tensor | None, ...], lora_name: str, orig_module: nn.Module
+) -> LycorisBaseModule:
+    """A module for a layer from what `get_module` gave. Raises `FileError` when they do not fit."""
+    return lyco_type.make_module_from_state_dict(lora_name, orig_module, *params)

@@ -1,0 +1,54 @@
+"""The built-in presets of the kohya interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from lycoris.dropin import blocks
+from lycoris.dropin.sdk import AlgoOverride, PresetConfig
+
+IA3_IN = (r"(.*\.)?mlp\.fc2$", r"(.*\.)?ff\.net\.2$")
+"""Second layers of feed-forwards, whose inputs IA3 scales."""
+
+
+def _preset(
+    unet: Sequence[str] = (), unet_names: Sequence[str] = (), text: Sequence[str] = (), *, conv: bool = False
+) -> PresetConfig:
+    return PresetConfig(
+        enable_conv=conv,
+        unet_target_module=list(unet),
+        unet_target_name=list(unet_names),
+        text_encoder_target_module=list(text),
+        text_encoder_target_name=[],
+    )
+
+
+def list_builtin_presets() -> dict[str, PresetConfig]:
+    """By name; every call makes them anew, so that changing one changes nothing else."""
+    every = (*blocks.CONVOLVED, *blocks.TRANSFORMERS)
+    names = (*blocks.UNET_CONVOLUTIONS, *blocks.UNET_LINEARS)
+    return {
+        "full": _preset(every, names, blocks.TEXT, conv=True),
+        "full-lin": _preset((*blocks.TRANSFORMERS, "ResnetBlock2D"), blocks.UNET_LINEARS, blocks.TEXT),
+        "attn-mlp": _preset(blocks.TRANSFORMERS, text=blocks.TEXT),
+        "attn-only": _preset(blocks.ATTENTION, text=blocks.TEXT_ATTENTION_ONLY),
+        "unet-only": _preset(every, names, conv=True),
+        "unet-transformer-only": _preset(blocks.TRANSFORMERS),
+        "unet-convblock-only": _preset(blocks.CONVOLVED, blocks.UNET_CONVOLUTIONS, conv=True),
+        "ia3": _ia3(),
+    }
+
+
+def _ia3() -> PresetConfig:
+    made = _preset(unet_names=(r"(.*\.)?to_k$", r"(.*\.)?to_v$", IA3_IN[1]))
+    made.text_encoder_target_name = [r"(.*\.)?k_proj$", r"(.*\.)?v_proj$", IA3_IN[0]]
+    made.name_algo_map = {name: AlgoOverride(options={"train_on_input": True}) for name in IA3_IN}
+    return made
+
+
+PRESET: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {name: preset.to_dict() for name, preset in list_builtin_presets().items()}
+)
+"""The same as JSON objects."""

@@ -1,0 +1,5 @@
+"""BOFT as functions of tensors."""
+
+from lycoris.dropin.functional.boft import bypass_forward_diff, diff_weight, weight_gen
+
+__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]

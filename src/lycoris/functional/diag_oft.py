@@ -1,0 +1,5 @@
+"""Diag-OFT as functions of tensors."""
+
+from lycoris.dropin.functional.diag_oft import bypass_forward_diff, diff_weight, weight_gen
+
+__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]

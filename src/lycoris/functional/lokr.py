@@ -1,0 +1,5 @@
+"""LoKr as functions of tensors."""
+
+from lycoris.dropin.functional.lokr import bypass_forward_diff, diff_weight, weight_gen
+
+__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]

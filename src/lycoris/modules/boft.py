@@ -1,0 +1,5 @@
+"""BOFT."""
+
+from lycoris.dropin.modules import ButterflyOFTModule
+
+__all__ = ["ButterflyOFTModule"]

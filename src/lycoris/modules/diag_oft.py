@@ -1,0 +1,5 @@
+"""Diag-OFT."""
+
+from lycoris.dropin.modules import DiagOFTModule
+
+__all__ = ["DiagOFTModule"]

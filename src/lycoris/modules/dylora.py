@@ -1,0 +1,5 @@
+"""DyLoRA."""
+
+from lycoris.dropin.modules import DyLoraModule
+
+__all__ = ["DyLoraModule"]

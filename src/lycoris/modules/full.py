@@ -1,0 +1,5 @@
+"""Full."""
+
+from lycoris.dropin.modules import FullModule
+
+__all__ = ["FullModule"]

@@ -1,0 +1,5 @@
+"""GLoRA."""
+
+from lycoris.dropin.modules import GLoRAModule
+
+__all__ = ["GLoRAModule"]

@@ -1,0 +1,5 @@
+"""(IA)³."""
+
+from lycoris.dropin.modules import IA3Module
+
+__all__ = ["IA3Module"]

@@ -1,0 +1,5 @@
+"""LoRA and LoCon."""
+
+from lycoris.dropin.modules import LoConModule
+
+__all__ = ["LoConModule"]

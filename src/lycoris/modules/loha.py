@@ -1,0 +1,5 @@
+"""LoHa."""
+
+from lycoris.dropin.modules import LohaModule
+
+__all__ = ["LohaModule"]

@@ -1,0 +1,5 @@
+"""LoKr."""
+
+from lycoris.dropin.modules import LokrModule
+
+__all__ = ["LokrModule"]

@@ -1,0 +1,5 @@
+"""Norms."""
+
+from lycoris.dropin.modules import NormModule
+
+__all__ = ["NormModule"]
