@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, merging, sharding
+from lycoris import attach, bases, filling, merging, sharding
 from lycoris.adapter import Adapter
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Base, Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, unknown
-from lycoris.geometry import site
+from lycoris.geometry import site, sites
 from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
@@ -375,7 +375,8 @@ class AdapterSet:
         entries = {
             path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
         }
-        return Bundle(entries, {**self.metadata, fingerprint.KEY: str(fingerprint.of_model(self.model))})
+        layers = {place.path: place.geometry for place in sites(self.model)}
+        return Bundle(entries, dict(self.metadata), Base(type(self.model).__name__, layers))
 
     def _each(self) -> Iterator[tuple[str, int, Adapter]]:
         return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lycoris.algorithm import Entry
+from lycoris.geometry import Geometry
 from lycoris.report import Report
 
-__all__ = ["Bundle", "Entry"]
+__all__ = ["Base", "Bundle", "Entry"]
+
+
+class Base(NamedTuple):
+    """The model that adapters are for, as far as names and shapes go."""
+
+    model: str
+    """Name of its class."""
+    layers: Mapping[str, Geometry]
+    """Of all its layers, by dotted path."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class Bundle:
     entries: dict[str, tuple[Entry, ...]]
     """Dotted module path → stack of algorithms, lowest first."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    base: Base | None = field(default=None, compare=False, repr=False)
+    """The model, where it is known: names of fused layers depend on what else it has."""
     report: Report = field(default_factory=Report, compare=False)
     """What became of every tensor of the file that it was read from."""
 

@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
-
-from lycoris.geometry import Geometry, sites
+from lycoris.geometry import Geometry
 
 KEY = "lycoris_base"
 """Header key under which a file says it."""
@@ -27,13 +25,8 @@ class Fingerprint(NamedTuple):
         return json.dumps(self._asdict())
 
 
-def of_model(model: nn.Module) -> Fingerprint:
-    """Of a model; one on the meta device serves."""
-    return of_layers(type(model).__name__, {place.path: place.geometry for place in sites(model)})
-
-
 def of_layers(model: str, layers: Mapping[str, Geometry]) -> Fingerprint:
-    """The same from its layers."""
+    """Of a model, by its layers; `model` is the name of its class."""
     lines = sorted(f"{path} {geometry.kind} {geometry.stacked(geometry.shape)}" for path, geometry in layers.items())
     return Fingerprint(model, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
 

@@ -57,6 +57,11 @@ class Dialect:
     marks: tuple[str, ...] = ()
     """Header keys that files of this kind have and files that look like it do not."""
 
+    @property
+    def alike(self) -> bool:
+        """Whether names are the same for every family."""
+        return self.naming == DIFFUSERS and not self.namings and "unet." not in self.prefixes
+
     def split(self, name: str) -> Key | None:
         """The parts of a tensor name, or None if it is not of this dialect."""
         if len(name) > LONGEST:

@@ -40,8 +40,11 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """Of a model; one on the meta device serves."""
-        layers = {path: geometry for path, _, _, geometry in sites(model)}
-        owner = type(model).__name__
+        return cls.all_of(type(model).__name__, {path: geometry for path, _, _, geometry in sites(model)})
+
+    @classmethod
+    def all_of(cls, owner: str, layers: Mapping[str, Geometry]) -> Layout:
+        """Of all layers of a model of that class."""
         known = _recognised(layers, owner)
         if known is None:
             return cls(owner, layers, middle=layers)
@@ -50,18 +53,16 @@ class Layout:
         return cls(owner, layers, architecture, naming, middle)
 
     @classmethod
-    def around(cls, layers: Mapping[str, Geometry], owner: str = "") -> Layout:
+    def around(cls, layers: Mapping[str, Geometry]) -> Layout:
         """Of some layers of a model, such as those that have adapters; the rest is taken from a known model.
 
-        `owner` is the name of its class, where that is known. Raises `FileError` when the layers may be of several
-        architectures.
+        Raises `FileError` when the layers may be of several architectures.
         """
         found = guess(layers)
-        named = [each for each in found if owner in each.architecture.classes] or found
-        if not named or named[0].score < LEAST:
+        if not found or found[0].score < LEAST:
             return cls("the model", layers, middle=layers)
-        best = named[0]
-        tied = {each.architecture.name for each in named if (each.score, each.share) == (best.score, best.share)}
+        best = found[0]
+        tied = {each.architecture.name for each in found if (each.score, each.share) == (best.score, best.share)}
         if len(tied) > 1:
             raise FileError(
                 f"these layers may be of {' or '.join(sorted(tied))}; say which model they are for (model=)"

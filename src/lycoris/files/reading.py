@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lycoris import fingerprint
 from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, LoRA, read_tensors
-from lycoris.bundle import Bundle
+from lycoris.bundle import Base, Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
 from lycoris.files.components import component_of, family_in, family_of
@@ -111,7 +111,7 @@ def resolve(
     )
     if not places.entries or (strict and not report.clean):
         raise FileError(_problem(report, match, layout))
-    return Bundle(places.entries, dict(header), report)
+    return Bundle(places.entries, dict(header), Base(layout.owner, layout.layers), report)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def compose(
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = Encoded({}, {}, {}), dict[str, str]()
     # A prefix of one's own is for layers as they are called here.
-    layouts = {} if prefix is not None else {name: _layout(each, models.get(name)) for name, each in bundles.items()}
+    layouts = {name: _layout(each, kind, models.get(name)) for name, each in bundles.items() if prefix is None}
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     scales: dict[str, float] = {}
     by_prefix: dict[str, Bundle] = {}
@@ -84,6 +84,9 @@ def compose(
             scales[kind.join(layer, "", begin).rstrip(".")] = stack[0].algorithm.scale(stack[0].geometry)
         by_prefix[begin.rstrip(".")] = Bundle(dict(stacks))
     found.header[history.SCALES] = _told(scales)
+    main = bundles.get("")
+    if main is not None and main.base is not None:
+        found.header[fingerprint.KEY] = str(fingerprint.of_layers(*main.base))
     if kind.scale == "header" and prefix is None:
         found.header[LORA_METADATA] = lora_adapter_metadata(by_prefix)
     return found
@@ -132,14 +135,15 @@ def encode(
     return compose(bundle, dialect, component=component, prefix=prefix, model=model).tensors
 
 
-def _layout(bundle: Bundle, model: nn.Module | Layout | None) -> Layout:
+def _layout(bundle: Bundle, dialect: Dialect, model: nn.Module | Layout | None) -> Layout:
     if isinstance(model, Layout):
         return model
     if model is not None:
         return Layout.of(model)
-    made_for = fingerprint.told_by(bundle.metadata)
+    if bundle.base is not None:
+        return Layout.all_of(*bundle.base)
     layers = {path: stack[0].geometry for path, stack in bundle.entries.items()}
-    return Layout.around(layers, made_for.model if made_for is not None else "")
+    return Layout("the model", layers, middle=layers) if dialect.alike else Layout.around(layers)
 
 
 def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, str]) -> Mapping[str, placing.Stack]:

@@ -8,7 +8,7 @@ Keys = Mapping[str, tuple[str, ...]]
 
 UNETS = ("sd1.5-unet", "sd2-unet", "sdxl-unet")
 
-COMFYUI: Keys = {
+COMFYUI: Mapping[str, tuple[str, ...]] = {
     "comfyui": (),
     "kohya": (),
     "kohya-diffusers": UNETS,
@@ -22,21 +22,26 @@ COMFYUI: Keys = {
     "ai-toolkit": (),
 }
 """It keeps a table from every accepted name to its own; for DiTs `lora_unet_` means the original names."""
-FORGE: Keys = {"kohya": (), "kohya-diffusers": UNETS, "comfyui": (), "diffusers": (*UNETS, "flux1")}
-WEBUI: Keys = {
+FORGE: Mapping[str, tuple[str, ...]] = {
+    "kohya": (),
+    "kohya-diffusers": UNETS,
+    "comfyui": (),
+    "diffusers": (*UNETS, "flux1"),
+}
+WEBUI: Mapping[str, tuple[str, ...]] = {
     "kohya": (*UNETS, "sd3"),
     "kohya-diffusers": UNETS,
     "onetrainer-kohya": (*UNETS, "sd3"),
     "onetrainer-legacy": UNETS,
 }
-INVOKEAI: Keys = {
+INVOKEAI: Mapping[str, tuple[str, ...]] = {
     "kohya": (*UNETS, "flux1", "flux2", "qwen-image"),
     "kohya-diffusers": UNETS,
     "diffusers": ("flux1", "flux2", "z-image", "qwen-image"),
     "onetrainer-kohya": (*UNETS, "flux1"),
     "onetrainer-diffusers": ("flux1",),
 }
-DIFFUSERS: Keys = {
+DIFFUSERS: Mapping[str, tuple[str, ...]] = {
     "diffusers": (),
     "kohya": (*UNETS, "flux1", "wan", "qwen-image", "z-image"),
     "kohya-diffusers": UNETS,
@@ -44,6 +49,6 @@ DIFFUSERS: Keys = {
     "onetrainer-diffusers": (),
     "ai-toolkit": (),
 }
-PEFT: Keys = {"peft": ()}
-SIMPLETUNER: Keys = {"lycoris": ()}
-MUSUBI: Keys = {"musubi": (), "kohya": ()}
+PEFT: Mapping[str, tuple[str, ...]] = {"peft": ()}
+SIMPLETUNER: Mapping[str, tuple[str, ...]] = {"lycoris": ()}
+MUSUBI: Mapping[str, tuple[str, ...]] = {"musubi": (), "kohya": ()}

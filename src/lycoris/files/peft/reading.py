@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Base, Bundle, Entry
 from lycoris.errors import FileError, nearest
 from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, load_config
 from lycoris.files.peft.layers import entries_of
@@ -93,7 +93,9 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
         listed = "\n  ".join(problems[:SHOWN])
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
     applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
-    return Bundle(entries, {}, Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config)))
+    base = Base(type(model).__name__, {path: place.geometry for path, place in places.items()})
+    report = Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config))
+    return Bundle(entries, {}, base, report)
 
 
 def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _Sorted:
