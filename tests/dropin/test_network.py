@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cases import perturb, relative
@@ -215,3 +216,26 @@ def test_a_header_that_is_no_json_is_reported(model: MyModel, tmp_path: Path, ca
     network, _ = create_lycoris_from_weights(1.0, path, model)
     assert network.adapters.schedule is None
     assert [text for text in caplog.messages if "not JSON" in text and "{'algo'" in text]
+
+
+def test_a_bias_beside_an_adapter(tmp_path: Path) -> None:
+    """As ComfyUI and OneTrainer write it: both are applied, trained and saved again."""
+    model, x = nn.Sequential(nn.Linear(4, 6)), torch.randn(3, 4)
+    tensors = {
+        "lycoris_0.lora_up.weight": torch.randn(6, 2),
+        "lycoris_0.lora_down.weight": torch.randn(2, 4),
+        "lycoris_0.alpha": torch.tensor(1.0),
+        "lycoris_0.diff_b": torch.randn(6),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    network, _ = create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", model)
+    plain = model(x)
+    network.apply_to()
+    added = 0.5 * x @ tensors["lycoris_0.lora_down.weight"].T @ tensors["lycoris_0.lora_up.weight"].T
+    assert torch.allclose(model(x), plain + added + tensors["lycoris_0.diff_b"], atol=1e-5)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 6 * 2 + 2 * 4 + 6
+    network.save_weights(tmp_path / "b.safetensors", None, {})
+    again = load_tensors(tmp_path / "b.safetensors")[0]
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert network.load_weights(tmp_path / "b.safetensors") == {}

@@ -139,6 +139,14 @@ EXPECTED = [
         "lora_transformer_transformer_blocks_7_attn_to_k",
     ),
     (
+        "sdxl",
+        "",
+        "sdxl",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        "processors",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora",
+    ),
+    (
         "flux2",
         "",
         "flux.2-dev",
@@ -214,7 +222,7 @@ def test_names(family: str, component: str, model: str, layer: str, dialect: str
     tensors = {slot: torch.ones(what.shape) for slot, what in algorithm.slots(geometry).items()}
     bundle = Bundle({layer: (Entry(algorithm, geometry, tensors),)})
     written = compose(bundle, dialect, component=component, model=where, family=family)
-    layers = {key.rsplit(".", 1 + key.endswith("weight"))[0] for key in written.tensors}
+    layers = {key.removesuffix(".weight").rpartition(".")[0] for key in written.tensors}
     assert layers == {name}
     read = resolve(written.tensors, where, metadata=written.header, component=component, family=family)
     assert read.entries.keys() >= {layer}
@@ -224,7 +232,7 @@ def test_every_family_and_every_dialect_has_a_name_here() -> None:
     from lycoris.files.dialects import DIALECTS
 
     assert {row[0] for row in EXPECTED} | {"sd2", "language-model"} >= set(FAMILIES)
-    unnamed = {"peft", "onetrainer-diffusers", "onetrainer-kohya", "onetrainer-comfy", "t-lora", "bare"}
+    unnamed = {"peft", "onetrainer-diffusers", "onetrainer-kohya", "onetrainer-comfy", "bare"}
     assert {row[4] for row in EXPECTED} | unnamed >= set(DIALECTS)
 
 

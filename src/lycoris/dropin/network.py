@@ -58,9 +58,10 @@ class LycorisNetwork(nn.Module):
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
-                name = f"{part.prefix}_{flatten(path)}"
                 place = site(part.adapters.model, path)
-                self.add_module(name, module_class(stack[0].algorithm).of(name, stack[0], place, bypass_mode))
+                for at, adapter in enumerate(stack):
+                    name = _module_name(part.prefix, path, at)
+                    self.add_module(name, module_class(adapter.algorithm).of(name, adapter, place, bypass_mode))
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
@@ -269,12 +270,18 @@ class LycorisNetwork(nn.Module):
             usable = {key: tensor for key, tensor in tensors.items() if key in names}
             own |= names
             bundle = files.resolve(usable, part.adapters.model, prefix=part.prefix) if usable else Bundle({})
-            for path, (entry,) in bundle.entries.items():
-                module: Any = self._modules[f"{part.prefix}_{flatten(path)}"]
-                values.append((module, module.fitted(entry)))
+            for path, stack in bundle.entries.items():
+                for at, entry in enumerate(stack):
+                    module: Any = self._modules[_module_name(part.prefix, path, at)]
+                    values.append((module, module.fitted(entry)))
         for module, fitting in values:
             module.adapter.fill(fitting)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)
+
+
+def _module_name(prefix: str, path: str, at: int) -> str:
+    """Of an adapter's module. What a file has beside an algorithm, such as a bias, has no name of its own there."""
+    return f"{prefix}_{flatten(path)}{f'__{at}' if at else ''}"
 
 
 def _encoded(part: Part) -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lycoris import recast
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError, unknown
+from lycoris.files import placing
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.detect import Detection, judge
 from lycoris.files.dialects import DIALECTS
@@ -19,8 +21,9 @@ from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.peft import write_peft
 from lycoris.files.peft.config import WEIGHTS
+from lycoris.files.portable import plain
 from lycoris.files.portable import portable as portable_entry
-from lycoris.files.reading import resolve
+from lycoris.files.reading import resolve_as_written
 from lycoris.files.storage import load_tensors
 from lycoris.files.weights import BaseWeights
 from lycoris.files.writing import Encoded, write
@@ -77,7 +80,7 @@ def convert(
     tensors, metadata = load_tensors(source)
     try:
         detection = judge({name: tuple(t.shape) for name, t in tensors.items()}, metadata)
-        bundles, layouts = bundles_of(tensors, metadata, detection, to, base)
+        bundles, layouts = bundles_of(tensors, metadata, detection, base)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
     done: dict[str, str] = {}
@@ -86,6 +89,8 @@ def convert(
             name: _portable(bundle, portable, layouts[name], None if name else weights, done)
             for name, bundle in bundles.items()
         }
+    if weights is not None and not DIALECTS[to].folder:
+        bundles[""] = _free(bundles[""], to, layouts[""], weights, done)
     kept = {key: value for key, value in metadata.items() if key not in STALE}
     if DIALECTS[to].folder:
         written = _write_folder(bundles, target, dtype)
@@ -129,6 +134,23 @@ def _portable(
     return replace(bundle, entries=entries)
 
 
+def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
+    """Without what only the base weight determines, where layers are cut or joined for a dialect."""
+    if layout.architecture is None:
+        return bundle
+    refused = placing.place(
+        bundle.entries, layout.renamed(DIALECTS[to].naming_for(layout.architecture)), layout.naming
+    ).refused
+    if not refused:
+        return bundle
+    entries = dict(bundle.entries)
+    for layer, stack in entries.items():
+        if any(recast.needs_base(entry) for entry in stack):
+            entries[layer] = tuple(plain(entry, weights.affine(layer, layout)) for entry in stack)
+            done[layer] = f"{stack[0].algorithm.name} written as a LoRA or a difference, for its layer is cut or joined"
+    return replace(bundle, entries=entries)
+
+
 def _exported(entry: Entry, program: str, layer: str, layout: Layout, weights: BaseWeights | None) -> tuple[Entry, str]:
     try:
         return portable_entry(entry, program)
@@ -153,19 +175,13 @@ def bundles_of(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     detection: Detection,
-    to: str,
     base: nn.Module | None = None,
 ) -> tuple[dict[str, Bundle], dict[str, Layout]]:
-    """A bundle for each component, in the naming of a dialect so that nothing is taken apart without need."""
+    """A bundle for each component, under the names of layers that the file has."""
     bundles, layouts = {}, {}
     for component in detection.components:
-        layout = _layout(detection, component, base)
-        assert layout.architecture is not None or base is not None
-        if layout.architecture is not None:
-            layout = layout.renamed(DIALECTS[to].naming_for(layout.architecture))
-        layouts[component] = layout
-        bundles[component] = resolve(
-            tensors, layout, detection.dialect, metadata=metadata, component=component, family=detection.family
+        bundles[component], layouts[component] = resolve_as_written(
+            tensors, _layout(detection, component, base), detection.dialect, metadata, component, detection.family
         )
     return bundles, layouts
 

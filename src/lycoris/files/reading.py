@@ -19,6 +19,7 @@ from lycoris.bundle import Base, Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
 from lycoris.files.components import component_of, family_in, family_of
+from lycoris.files.detect import judge
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
@@ -81,13 +82,41 @@ def resolve(
     Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
     """
-    header = metadata or {}
     layout = model if isinstance(model, Layout) else Layout.of(model)
+    return _resolve(tensors, layout, dialect, metadata or {}, component, prefix, strict, family, as_written=False)[0]
+
+
+def resolve_as_written(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    dialect: str,
+    header: Mapping[str, str],
+    component: str,
+    family: str | None,
+) -> tuple[Bundle, Layout]:
+    """A bundle under the names of layers that the file has, so that nothing is cut or joined, and their layout."""
+    return _resolve(tensors, layout, dialect, header, component, None, True, family, as_written=True)
+
+
+def _resolve(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    dialect: str | None,
+    header: Mapping[str, str],
+    component: str,
+    prefix: str | None,
+    strict: bool,
+    family: str | None,
+    *,
+    as_written: bool,
+) -> tuple[Bundle, Layout]:
     choices = _dialects(tensors, dialect, prefix)
     whose = FAMILIES[family] if family else family_in(header) or family_of({component: layout.architecture})
     match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))
+    if as_written:
+        layout = layout.renamed(match.naming)
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
         if layer not in match.names:
@@ -97,8 +126,7 @@ def resolve(
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused
-    made_for, own = fingerprint.told_by(header), fingerprint.of_layers(layout.owner, layout.layers)
-    other = component == "" and made_for is not None and made_for != own
+    remark = _of_another_base(header, layout) if component == "" else ""
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
@@ -106,12 +134,21 @@ def resolve(
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
-        remarks=(f"it was made for another base, {made_for.model}, than {own.model}",) if other and made_for else (),
+        remarks=(remark,) if remark else (),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
-        raise FileError(_problem(report, match, layout))
-    return Bundle(places.entries, dict(header), Base(layout.owner, layout.layers), report)
+        raise FileError(_problem(report, match, layout, tensors, header))
+    return Bundle(places.entries, dict(header), Base(layout.owner, layout.layers), report), layout
+
+
+def _of_another_base(header: Mapping[str, str], layout: Layout) -> str:
+    """What is to be said where a file tells of another base than this; "" where it does not."""
+    made_for = fingerprint.told_by(header)
+    own = {fingerprint.of_layers("", layers).layers for layers in (layout.layers, layout.middle)}
+    if made_for is None or made_for.layers in own:
+        return ""
+    return f"it was made for another base, a {made_for.model} of other layers than this {layout.owner}"
 
 
 @dataclass
@@ -259,10 +296,27 @@ def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:
     others = sorted(name or "the denoiser" for name in match.elsewhere)
     if not others:
         return f"its {len(tensors)} keys are not of the format {match.dialect.name}: {some(tensors)}"
-    return f"it has nothing for this component, only tensors for {', '.join(others)}; pass it as component="
+    return (
+        f"it has nothing for this component, only tensors for {', '.join(others)}; pass the model that they are for, "
+        f"and its name as component="
+    )
 
 
-def _problem(report: Report, match: _Match, layout: Layout) -> str:
+def _looks(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """What a file's keys are like, when they are of a known family."""
+    try:
+        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
+    except FileError:
+        return ""
+    parts = [f"the {name or 'denoiser'} ({found.models[name]})" for name in found.components if name in found.models]
+    if not parts:
+        return ""
+    return f"These look like {found.dialect} keys for {' and '.join(parts)}. "
+
+
+def _problem(
+    report: Report, match: _Match, layout: Layout, tensors: Mapping[str, Tensor], header: Mapping[str, str]
+) -> str:
     """What was left over, grouped."""
     lines = []
     if report.mismatched:
@@ -278,7 +332,7 @@ def _problem(report: Report, match: _Match, layout: Layout) -> str:
         lines.append(
             f"{what} {len(match.groups)} layers {'is' if none else 'are not'} a layer of {layout.owner}: "
             f"{some(lost)}{hint}. {layout.owner} has {len(match.names)} such layers: {some(sorted(match.names))}. "
-            "Is this the model the file was made for?"
+            f"{_looks(tensors, header)}Is this the model the file was made for?"
         )
     if match.strange:
         count = sum(map(len, match.groups.values())) + len(match.strange) + sum(match.elsewhere.values())

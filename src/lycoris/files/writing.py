@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lycoris import fingerprint
 from lycoris.algorithm import Entry
-from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, write_tensors
+from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, TLoRA, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
 from lycoris.files import history, placing
@@ -223,11 +223,14 @@ def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> di
 
 def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
     """Tensors with the scale where a dialect has it."""
-    up, down = "lora_up.weight", "lora_down.weight"
-    if up not in tensors or dialect.scale == "alpha":
+    up, down = LoRA.keys["up"], LoRA.keys["down"]
+    values = [TLoRA.keys["lam"], TLoRA.keys["lam0"]]
+    if dialect.scale == "alpha" or not tensors.keys() & {up, *values}:
         return tensors
     scale = entry.algorithm.scale(entry.geometry)
     rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
+    if up not in rest:
+        return rest | {suffix: rest[suffix] * scale for suffix in values if suffix in rest}
     if dialect.scale == "header":
         return rest
     if dialect.scale == "in up":

@@ -20,13 +20,14 @@ from lycoris.files.dialects.onetrainer import (
     ONETRAINER_LEGACY,
     ONETRAINER_ORIGINAL,
 )
-from lycoris.files.dialects.tlora import TLORA
+from lycoris.files.dialects.processors import PROCESSORS
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType(
     {
         dialect.name: dialect
         for dialect in (
             PEFT,
+            PROCESSORS,
             LYCORIS,
             KOHYA,
             KOHYA_DIFFUSERS,
@@ -39,7 +40,6 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
             DIFFUSERS,
             ONETRAINER_DIFFUSERS,
             AI_TOOLKIT,
-            TLORA,
             BARE,
             ONETRAINER_ORIGINAL,
         )

@@ -1,0 +1,66 @@
+"""Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.consumers.matrix`.
+
+‖Δ' - Δ‖ / ‖Δ‖ of the change to weight and bias (for PEFT and diffusers: to the output), "-" where a program refuses or
+passes over; behind an arrow, the same of what `lycoris convert --portable` writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cases import ALGORITHMS, PAIRS
+from consumers import Refused
+from contracts.test_consumers import Made, change, error, made, peft_output, read_by
+from lycoris.bundle import Entry
+from lycoris.errors import FileError
+from lycoris.files.consumers import CONSUMERS
+from lycoris.files.portable import portable
+from lycoris.recast import adapted
+
+LAYERS = ("linear", "conv2d", "conv1d", "conv3d")
+LEFT_OUT = ("drops", "stable", "gate")
+"""In names of settings that make the same files as others."""
+
+
+def measured(consumer: str, entry: Entry, case: Made) -> float | None:
+    """None where a program does not read it."""
+    if consumer == "diffusers" and CONSUMERS[consumer].verdict(entry, case.base).reads == "not at all":
+        return None
+    if consumer in ("peft", "diffusers"):
+        try:
+            return error(peft_output(entry, case) - case.plain, case.adapted - case.plain)
+        except Refused:
+            return None
+    found = read_by(consumer, entry, case.base)
+    expected = change(adapted(case.entry, case.base), case.base)
+    return None if found is None else error(change(found, case.base)[: len(expected)], expected)
+
+
+def cell(consumer: str, case: Made) -> str:
+    before = measured(consumer, case.entry, case)
+    told = "-" if before is None else f"{before:.0e}" if before < 1e-3 else f"{before:.2f}"
+    if before is not None and before <= 1e-5:
+        return told
+    try:
+        after = measured(consumer, portable(case.entry, consumer, case.base)[0], case)
+    except FileError:
+        return told
+    return told if after is None else f"{told} → {after:.0e}"
+
+
+def main() -> None:
+    """The tables, in Markdown."""
+    for layer in LAYERS:
+        for name in ALGORITHMS:
+            if (name, layer) in PAIRS and not any(part in name for part in LEFT_OUT):
+                torch.manual_seed(0)
+                made(name, layer)
+
+
+if __name__ == "__main__":
+    main()
