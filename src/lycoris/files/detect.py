@@ -39,6 +39,8 @@ class Candidate:
     """Of those, the ones whose adapters also have its layers' sizes."""
     share: float
     """How much of what this model has of such layers there is: adapters are mostly on all blocks or on none."""
+    whole: float
+    """How much of all its layers there is."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,10 @@ def _reading(dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[st
     parted = {name: key for name, key in keys.items() if key is not None}
     flat = dialect.style == "flat"
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
-    candidates = candidates_for(denoiser, flat) if denoiser else []
-    family = family_in(metadata) or _of(candidates)
+    found = candidates_for(denoiser, flat) if denoiser else []
+    candidates = sorted(found, key=lambda each: _rank(each, dialect))
+    tied = [each for each in candidates if _rank(each, dialect) == _rank(candidates[0], dialect)]
+    family = family_in(metadata) or _of(tied)
     layers = _grouped(parted, shapes, component_of(family))
     suffixes: dict[tuple[str, str], set[str]] = {}
     for key in parted.values():
@@ -228,7 +232,8 @@ def _fit(layout: Layout, naming: str, layers: Mapping[str, Shape], flat: bool, o
         shaped += fits
     kinds = {_kind(layer) for layer in named}
     there = sum(_kind(name) in kinds for name in names)
-    return Candidate(layout.architecture, naming, outline, len(named), shaped, len(named) / max(there, 1))
+    share, whole = len(named) / max(there, 1), len(named) / len(names)
+    return Candidate(layout.architecture, naming, outline, len(named), shaped, share, whole)
 
 
 def _kind(layer: str) -> str:
@@ -236,9 +241,13 @@ def _kind(layer: str) -> str:
     return re.sub(r"\d+", "*", layer)
 
 
-def _of(candidates: list[Candidate]) -> Family | None:
-    best = [each for each in candidates if each.share == candidates[0].share]
-    families = {family.name: family for each in best if (family := family_of({"": each.architecture}))}
+def _rank(each: Candidate, dialect: Dialect) -> tuple[float, bool, float]:
+    """Smaller is likelier, of candidates that have all the layers."""
+    return -each.share, each.naming != dialect.naming_for(each.architecture), -each.whole
+
+
+def _of(tied: list[Candidate]) -> Family | None:
+    families = {family.name: family for each in tied if (family := family_of({"": each.architecture}))}
     return next(iter(families.values())) if len(families) == 1 else None
 
 
@@ -257,7 +266,8 @@ def _confidence(reading: _Reading) -> Confidence:
     best, layers = reading.candidates[0], reading.layers.get("", {})
     whole = best.named == best.shaped == len(layers)
     # Of as complete a model: others have such layers too, and more of them.
-    tied = {each.architecture.name for each in reading.candidates if each.share == best.share}
+    rank = _rank(best, reading.dialect)
+    tied = {each.architecture.name for each in reading.candidates if _rank(each, reading.dialect) == rank}
     only = len({each.architecture.name for each in reading.candidates}) == 1
     return "certain" if whole and only else "likely" if len(tied) == 1 else "unsure"
 

@@ -52,6 +52,8 @@ class Dialect:
     """The algorithms that such files can hold; None: all."""
     kinds: frozenset[str] | None = None
     """The kinds of layers that they can hold adapters of; None: all."""
+    layers: str = ""
+    """Regular expression for the layers that they can hold adapters of, by their names there; "": all."""
     folder: bool = False
     """Whether such adapters are a folder with a config, without which the tensors do not tell their scale."""
     marks: tuple[str, ...] = ()

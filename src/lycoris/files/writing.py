@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -197,6 +198,8 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
         raise FileError(
             f"{layer} is a {kind}; {dialect.name} files hold adapters of {' and '.join(dialect.kinds)} only"
         )
+    if not re.fullmatch(dialect.layers or ".*", layer):
+        raise FileError(f"{layer} has no place in {dialect.name} files, which hold attention's projections only")
     kinds, told, lost = {algorithm.name}, algorithm.name, False
     if isinstance(algorithm, DoRA):
         kinds |= {algorithm.over.name}

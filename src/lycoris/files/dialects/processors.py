@@ -14,7 +14,7 @@ _PROJECTION = re.compile(
     r"(.+)\.processor\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)_lora\.(.+)"
 )
 _XLABS = re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])\.(.+)")
-_PLACE = re.compile(r"(.+)\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)")
+_PLACE = r"(.+)\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Processors(Dialect):
         return None if moved is None else super().split(moved)
 
     def join(self, layer: str, suffix: str, prefix: str) -> str:
-        place = _PLACE.fullmatch(layer)
-        if place is None:
-            return super().join(layer, suffix, prefix)
+        place = re.fullmatch(_PLACE, layer)
+        assert place is not None, "other layers are refused before"
         own = suffix.removeprefix("lora_") if suffix.startswith("lora_") else suffix
         return f"{prefix}{place[1]}.processor.{place[2].removesuffix('.0')}_lora.{own}"
 
@@ -56,4 +55,5 @@ PROCESSORS = Processors(
     scale="in up",
     algorithms=frozenset({"tlora", "lora", "dylora"}),
     kinds=frozenset({"linear"}),
+    layers=_PLACE,
 )
