@@ -23,6 +23,7 @@ from lycoris.algorithms.lokr import Layout
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Remedy
+from lycoris.ops.rotation import limited
 from lycoris.ops.tucker import tucker
 from lycoris.recast import dense, low_rank
 
@@ -131,11 +132,10 @@ def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
     oft, p = entry.algorithm, dict(entry.tensors)
     if not isinstance(oft, OFT):
         raise FileError(f"{oft.name} has no limit; only rotations have one")
-    if oft.constraint:
-        blocks = _wide(p["blocks"])
-        norms = (blocks - blocks.mT).flatten(1 if entry.geometry.stack else 0).norm(dim=-1)
-        cut = (oft.constraint * entry.geometry.out_features / (norms + 1e-8)).clamp_max(1.0)
-        p["blocks"] = blocks * cut.reshape(*cut.shape, *(1,) * (blocks.dim() - cut.dim()))
+    bound = oft.constraint * entry.geometry.out_features
+    blocks = _wide(p["blocks"])
+    stacked = entry.geometry.stack > 0
+    p["blocks"] = torch.stack([limited(each, bound) for each in blocks]) if stacked else limited(blocks, bound)
     return entry._replace(algorithm=replace(oft, constraint=0.0), tensors=p)
 
 
