@@ -1,0 +1,109 @@
+"""The functions that Musubi Tuner calls on a network module, for one algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableSet, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lycoris.dropin.musubi import network
+from lycoris.dropin.musubi.architectures import detect
+from lycoris.dropin.musubi.network import Make, MusubiNetwork
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One algorithm's; a network module has these methods as its functions."""
+
+    name: str
+    """Of the algorithm."""
+    mark: str
+    """A tensor name that tells that a layer has it."""
+    make: Make
+    """Makes it from settings and, under `options`, `--network_args`."""
+
+    def create_arch_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: Any,
+        text_encoders: Any,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """New adapters for the blocks that the model's architecture means, without the layers that it leaves out.
+
+        `exclude_patterns` come on top of these. Raises `ConfigError` for an architecture that is not known.
+        """
+        found = detect(unet)
+        excludes = [p.pattern for p in network.patterns(kwargs.get("exclude_patterns"), "exclude_patterns")]
+        kwargs["exclude_patterns"] = [*excludes, *found.excludes]
+        # fmt: off
+        return self.create_network(
+            found.targets, network.PREFIX, multiplier, network_dim, network_alpha, vae, text_encoders, unet,
+            neuron_dropout, **kwargs,
+        )
+        # fmt: on
+
+    def create_network(
+        self,
+        target_replace_modules: Sequence[str] | None,
+        prefix: str,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: Any,
+        text_encoders: Any,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """New adapters for the linear layers in blocks of some classes; None: in all of the model."""
+
+        def make(**settings: Any) -> Any:
+            return self.make(options=kwargs, **settings)
+
+        return network.create(
+            make, target_replace_modules, prefix, multiplier, network_dim, network_alpha, unet, neuron_dropout, kwargs
+        )
+
+    def create_arch_network_from_weights(
+        self,
+        multiplier: float,
+        weights_sd: Mapping[str, Tensor],
+        text_encoders: Any = None,
+        unet: Any = None,
+        for_inference: bool = False,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """Adapters from a file's tensors, whose shapes say all."""
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+
+    def create_network_from_weights(
+        self,
+        target_replace_modules: Sequence[str] | None,
+        multiplier: float,
+        weights_sd: Mapping[str, Tensor],
+        text_encoders: Any = None,
+        unet: Any = None,
+        for_inference: bool = False,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """The same; the tensors say which layers are meant."""
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+
+    def merge_weights_to_tensor(
+        self,
+        model_weight: Tensor,
+        lora_name: str,
+        lora_sd: Mapping[str, Tensor],
+        lora_weight_keys: MutableSet[str],
+        multiplier: float,
+        calc_device: Any,
+    ) -> Tensor:
+        """A weight with a file's change to it; see `network.merged`."""
+        return network.merged(self.mark, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)
