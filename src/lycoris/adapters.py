@@ -16,7 +16,7 @@ from lycoris import attach, bases, filling, merging, sharding
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle, Entry
 from lycoris.errors import AttachError, ConfigError, unknown
-from lycoris.geometry import site, sites
+from lycoris.geometry import class_name, site, sites
 from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
@@ -376,7 +376,7 @@ class AdapterSet:
             path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
         }
         layers = {place.path: place.geometry for place in sites(self.model)}
-        return Bundle(entries, dict(self.metadata), Base(type(self.model).__name__, layers))
+        return Bundle(entries, dict(self.metadata), Base(class_name(self.model), layers))
 
     def _each(self) -> Iterator[tuple[str, int, Adapter]]:
         return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))

@@ -190,6 +190,11 @@ class Site(NamedTuple):
     geometry: Geometry
 
 
+def class_name(model: nn.Module) -> str:
+    """What a model's class is called: FSDP2 gives it one of its own, derived from it."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
+
+
 def sites(model: nn.Module) -> Iterator[Site]:
     """Every place in a model where adapters can go: layers, and bare parameters of modules that are no such layers.
 

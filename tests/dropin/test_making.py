@@ -86,7 +86,7 @@ def test_a_component_of_a_file_for_a_whole_pipeline(model: MyModel, x: Tensor, t
     live, bundle = model(x), network.adapters.bundle()
     network.restore()
     write(bundle, tmp_path / "te.safetensors", "kohya", component="text_encoder")
-    with pytest.raises(FileError, match=r"text_encoder; pass it as component="):
+    with pytest.raises(FileError, match=r"only tensors for text_encoder; pass the model .*component="):
         create_lycoris_from_weights(1.0, tmp_path / "te.safetensors", model)
     again, _ = create_lycoris_from_weights(1.0, tmp_path / "te.safetensors", model, component="text_encoder")
     again.double().apply_to()

@@ -288,7 +288,9 @@ class TestOldForms:
             "base_model.model.0.lora_B.weight": torch.randn(6, 2),
             "base_model.model.0.lora_B.bias": torch.ones(6),
         }
-        assert len(resolve(named, self.MODEL).entries["0"]) == 2
+        assert len(resolve(named, self.MODEL, strict=False).entries["0"]) == 2
+        with pytest.raises(FileError, match=r"their scale only beside its adapter_config\.json"):
+            resolve(named, self.MODEL)
 
     @pytest.mark.parametrize("suffix", ["set_weight", "reshape_weight", "lokr_t1", "oft_R.weight"])
     def test_known_and_refused(self, suffix: str) -> None:

@@ -8,7 +8,9 @@ from lycoris.files.dialect import Dialect, Key
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Architecture, Family
 
-VERSION_KEYS = ("ss_base_model_version", "modelspec.architecture", "lycoris_family")
+FAMILY = "lycoris_family"
+"""Header key under which this library names it."""
+VERSION_KEYS = (FAMILY, "ss_base_model_version", "modelspec.architecture")
 """Header keys that name the family of the base model."""
 
 COMFYUI = "text_encoders."

@@ -15,7 +15,7 @@ from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.naming import Span
 from lycoris.files.skeleton import guess, named, skeleton, translate
-from lycoris.geometry import Geometry, sites
+from lycoris.geometry import Geometry, class_name, sites
 
 LEAST = 0.45
 """Score below which a model is of no known family: all names are a half."""
@@ -40,7 +40,7 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """Of a model; one on the meta device serves."""
-        return cls.all_of(type(model).__name__, {path: geometry for path, _, _, geometry in sites(model)})
+        return cls.all_of(class_name(model), {path: geometry for path, _, _, geometry in sites(model)})
 
     @classmethod
     def all_of(cls, owner: str, layers: Mapping[str, Geometry]) -> Layout:

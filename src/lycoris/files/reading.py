@@ -117,12 +117,11 @@ def _resolve(
         raise FileError(_nothing(match, tensors))
     if as_written:
         layout = layout.renamed(match.naming)
-    unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
-    for layer, group in match.groups.items():
-        if layer not in match.names:
-            near = nearest(layer, match.names, limit=1)
-            hint = f"; {near[0]} is like it" if near else ""
-            unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}{hint}")
+    if strict and match.dialect.folder and not any(ALPHA in group for group in match.groups.values()):
+        raise FileError(
+            f"PEFT's tensors tell their scale only beside its {CONFIG}: read the folder with both, or take 1 for it "
+            "with strict=False"
+        )
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused
@@ -130,7 +129,7 @@ def _resolve(
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
-        unused=unused,
+        unused=_unused(match, layout),
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
@@ -140,6 +139,15 @@ def _resolve(
     if not places.entries or (strict and not report.clean):
         raise FileError(_problem(report, match, layout, tensors, header))
     return Bundle(places.entries, dict(header), Base(layout.owner, layout.layers), report), layout
+
+
+def _unused(match: _Match, layout: Layout) -> dict[str, str]:
+    """Tensor → why it has no place."""
+    unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
+    for layer, group in match.groups.items():
+        if layer not in match.names:
+            unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}")
+    return unused
 
 
 def _of_another_base(header: Mapping[str, str], layout: Layout) -> str:
@@ -326,7 +334,8 @@ def _problem(
         lines.append("\n".join([head, *listed, *more]))
     lost = sorted(layer for layer in match.groups if layer not in match.names)
     if lost:
-        hint = next((f"; {one} is like {near[0]}" for one in lost if (near := nearest(one, match.names, 1))), "")
+        close = ((one, nearest(one, match.names, 1)) for one in lost[:SHOWN])
+        hint = next((f"; {one} is like {near[0]}" for one, near in close if near), "")
         none = len(lost) == len(match.groups)
         what = "none of its" if none else f"{len(lost)} of its"
         lines.append(

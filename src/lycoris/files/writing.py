@@ -18,7 +18,7 @@ from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, TLoRA, write_
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
 from lycoris.files import history, placing
-from lycoris.files.components import family_of, prefix_of
+from lycoris.files.components import FAMILY, family_of, prefix_of
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
@@ -70,26 +70,15 @@ def compose(
     # A prefix of one's own is for layers as they are called here.
     layouts = {name: _layout(each, kind, models.get(name)) for name, each in bundles.items() if prefix is None}
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
-    scales: dict[str, float] = {}
     by_prefix: dict[str, Bundle] = {}
     for name, each in bundles.items():
         stacks = each.entries if prefix is not None else _named(each, kind, layouts[name], found.notes)
         begin = f"{prefix}_" if prefix is not None else _prefix(kind, name, whose, layouts[name])
-        for layer, stack in stacks.items():
-            for suffix, tensor in _layer(stack, layer, kind).items():
-                key = kind.join(layer, suffix, begin)
-                first = owner.setdefault(key, layer)
-                if key in found.tensors:
-                    raise FileError(f"{first} and {layer} would both be written as {key}; this format cannot hold both")
-                found.tensors[key] = tensor
-            scales[kind.join(layer, "", begin).rstrip(".")] = stack[0].algorithm.scale(stack[0].geometry)
-        by_prefix[begin.rstrip(".")] = Bundle(dict(stacks))
-    found.header[history.SCALES] = _told(scales)
-    main = bundles.get("")
-    if main is not None and main.base is not None:
-        found.header[fingerprint.KEY] = str(fingerprint.of_layers(*main.base))
+        _put(stacks, kind, begin, found.tensors, owner)
+        by_prefix[begin] = Bundle(dict(stacks))
+    found.header.update(_header(by_prefix, kind, whose, bundles.get("")))
     if kind.scale == "header" and prefix is None:
-        found.header[LORA_METADATA] = lora_adapter_metadata(by_prefix)
+        found.header[LORA_METADATA] = lora_adapter_metadata({name.rstrip("."): own for name, own in by_prefix.items()})
     return found
 
 
@@ -134,6 +123,40 @@ def encode(
 ) -> dict[str, Tensor]:
     """The tensors of `compose`."""
     return compose(bundle, dialect, component=component, prefix=prefix, model=model).tensors
+
+
+def _put(
+    stacks: Mapping[str, placing.Stack],
+    dialect: Dialect,
+    prefix: str,
+    tensors: dict[str, Tensor],
+    owner: dict[str, str],
+) -> None:
+    """Add the tensors of layers, by name; `owner` is the layer of each."""
+    for layer, stack in stacks.items():
+        for suffix, tensor in _layer(stack, layer, dialect).items():
+            key = dialect.join(layer, suffix, prefix)
+            first = owner.setdefault(key, layer)
+            if key in tensors:
+                raise FileError(f"{first} and {layer} would both be written as {key}; this format cannot hold both")
+            tensors[key] = tensor
+
+
+def _header(
+    by_prefix: Mapping[str, Bundle], dialect: Dialect, family: Family | None, main: Bundle | None
+) -> dict[str, str]:
+    """What a file says of itself: the scale of every layer, and which base it is for."""
+    scales = {
+        dialect.join(layer, "", prefix).rstrip("."): stack[0].algorithm.scale(stack[0].geometry)
+        for prefix, bundle in by_prefix.items()
+        for layer, stack in bundle.entries.items()
+    }
+    told = {history.SCALES: _told(scales)}
+    if family is not None:
+        told[FAMILY] = family.name
+    if main is not None and main.base is not None:
+        told[fingerprint.KEY] = str(fingerprint.of_layers(*main.base))
+    return told
 
 
 def _layout(bundle: Bundle, dialect: Dialect, model: nn.Module | Layout | None) -> Layout:

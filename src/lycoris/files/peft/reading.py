@@ -18,7 +18,7 @@ from lycoris.errors import FileError, nearest
 from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, load_config
 from lycoris.files.peft.layers import entries_of
 from lycoris.files.storage import load_tensors
-from lycoris.geometry import Site, sites
+from lycoris.geometry import Site, class_name, sites
 from lycoris.report import Report
 
 PREFIX = "base_model.model."
@@ -93,7 +93,7 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
         listed = "\n  ".join(problems[:SHOWN])
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
     applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
-    base = Base(type(model).__name__, {path: place.geometry for path, place in places.items()})
+    base = Base(class_name(model), {path: place.geometry for path, place in places.items()})
     report = Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config))
     return Bundle(entries, {}, base, report)
 

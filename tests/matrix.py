@@ -1,4 +1,4 @@
-"""Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.consumers.matrix`.
+"""Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.matrix`.
 
 ‖Δ' - Δ‖ / ‖Δ‖ of the change to weight and bias (for PEFT and diffusers: to the output), "-" where a program refuses or
 passes over; behind an arrow, the same of what `lycoris convert --portable` writes.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import ALGORITHMS, PAIRS
 from consumers import Refused
