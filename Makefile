@@ -8,11 +8,14 @@ STAMP := .venv/.installed-dev
 demo: $(RUN)
 	$(BIN)/lycoris demo
 
+# One worker for each core, and so one thread for each worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
