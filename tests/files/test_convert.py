@@ -193,7 +193,11 @@ def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Pa
     assert "sshs_model_hash" not in kept
     assert json.loads(kept["lora_adapter_metadata"])["transformer.r"] == 6
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux)
-    assert "lora_adapter_metadata" not in header(tmp_path / "c.safetensors").metadata
+    after = header(tmp_path / "c.safetensors").metadata
+    assert "lora_adapter_metadata" not in after
+    assert after["lycoris_base"] == header(tmp_path / "a.safetensors").metadata["lycoris_base"]
+    assert after["lycoris_scale"] == '{"*": 1.0}'
+    assert read(tmp_path / "c.safetensors", flux).report.remarks == ()
 
 
 class TestAsTrained:

@@ -26,11 +26,8 @@ from lycoris.files.portable import portable as portable_entry
 from lycoris.files.reading import resolve_as_written
 from lycoris.files.storage import load_tensors
 from lycoris.files.weights import BaseWeights
-from lycoris.files.writing import Encoded, write
+from lycoris.files.writing import Encoded, kept, write
 from lycoris.report import Report
-
-STALE = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Header keys that describe the tensors of the file that was read."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,12 @@ def convert(
         }
     if weights is not None and not DIALECTS[to].folder:
         bundles[""] = _free(bundles[""], to, layouts[""], weights, done)
-    kept = {key: value for key, value in metadata.items() if key not in STALE}
     if DIALECTS[to].folder:
         written = _write_folder(bundles, target, dtype)
     else:
-        written = write(bundles, target, to, dtype=dtype, metadata=kept, model=layouts, family=detection.family)
+        written = write(
+            bundles, target, to, dtype=dtype, metadata=kept(metadata), model=layouts, family=detection.family
+        )
     written = written._replace(notes={**done, **written.notes})
     return Conversion(detection, {name: bundle.report for name, bundle in bundles.items()}, written)
 

@@ -138,7 +138,9 @@ def _resolve(
     )
     if not places.entries or (strict and not report.clean):
         raise FileError(_problem(report, match, layout, tensors, header))
-    return Bundle(places.entries, dict(header), Base(layout.owner, layout.layers), report), layout
+    # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
+    base = Base(layout.owner, layout.middle if as_written else layout.layers)
+    return Bundle(places.entries, dict(header), base, report), layout
 
 
 def _unused(match: _Match, layout: Layout) -> dict[str, str]:

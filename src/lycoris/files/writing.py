@@ -30,6 +30,9 @@ from lycoris.files.reading import finite
 from lycoris.files.storage import save_tensors
 from lycoris.report import some
 
+STALE = (LORA_METADATA, history.SCALES, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Header keys that describe the tensors of the file that was read."""
+
 
 class Encoded(NamedTuple):
     """What a file holds."""
@@ -107,10 +110,15 @@ def write(
     bad = next((key for key, tensor in tensors.items() if not finite(tensor)), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
-    own = {} if isinstance(bundle, Mapping) else bundle.metadata
+    own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
     header = {**own, **encoded.header, **(metadata or {})}
     save_tensors(tensors, path, header)
     return Encoded(tensors, header, encoded.notes)
+
+
+def kept(header: Mapping[str, str]) -> dict[str, str]:
+    """What of a file's header is true of another file with the same adapters."""
+    return {key: value for key, value in header.items() if key not in STALE}
 
 
 def encode(
