@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ from lycoris.report import Report
 
 PREFIX = "base_model.model."
 SHOWN = 5
-_NAMES = "|".join(name for kind in KINDS.values() for name in kind.tensors)
-_TENSOR = re.compile(rf"(?P<path>.+?)\.(?P<name>{_NAMES})(?:\.(?P<rest>.+))?")
+
+
+@cache
+def _tensor() -> re.Pattern[str]:
+    """A tensor's name in its parts. Made when it is first needed: that takes longer than most of this package."""
+    names = "|".join(sorted({name for kind in KINDS.values() for name in kind.tensors}))
+    return re.compile(rf"(?P<path>.+?)\.(?P<name>{names})(?:\.(?P<rest>.+))?")
 
 
 @dataclass
@@ -103,7 +109,7 @@ def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _S
     own: dict[str, Tensor] = dict([*model.named_parameters(), *model.named_buffers()])
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = _TENSOR.fullmatch(name)
+        match = _tensor().fullmatch(name)
         if match is not None and match["name"] in kind.tensors:
             tail, adapter = _tail(match["name"], match["rest"])
             found.adapters |= {adapter} - {""}
