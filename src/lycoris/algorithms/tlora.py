@@ -13,6 +13,7 @@ from lycoris.additive import Additive, Ranked, low_rank_work
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Slot, one_mask
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.rounding import widened
 
 Vectors = Literal["principal", "middle", "last"]
 
@@ -163,5 +164,4 @@ class TLoRA(Ranked, Additive):
 
 def _matrix(below: Base) -> Tensor:
     """The weight below as (O, I·ΠK), in at least float32: singular values of half precision would be noise."""
-    weight = below.affine().weight.detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    return widened(below.affine().weight.detach()).flatten(1)

@@ -75,9 +75,9 @@ def _changed(
     """The tensors of one layer; none where nothing changed."""
     g, before, after = base.geometry, base.module._parameters, tuned.module._parameters
     differences = {
-        name: (after[name].to(device).float() - tensor.to(device).float())  # type: ignore[union-attr]
+        name: tuned_to.to(device).float() - tensor.to(device).float()
         for name, tensor in before.items()
-        if tensor is not None
+        if tensor is not None and (tuned_to := after[name]) is not None
     }
     changed = {name: change for name, change in differences.items() if change.any()}
     if g.kind == "norm":

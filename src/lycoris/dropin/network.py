@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -113,16 +114,14 @@ class LycorisNetwork(nn.Module):
         for module in self.loras:
             if module._alone is not None:
                 module.restore()
-        done: list[Part] = []
-        try:
+        with ExitStack() as undo:
             for part in self.parts:
                 self._warn_of_schedule(part)
+                fresh = not part.adapters.attached
                 part.adapters.attach()
-                done.append(part)
-        except Exception:
-            for part in done:
-                part.adapters.detach()
-            raise
+                if fresh:
+                    undo.callback(part.adapters.detach)
+            undo.pop_all()
         self._track()
 
     def restore(self) -> None:
@@ -142,15 +141,11 @@ class LycorisNetwork(nn.Module):
 
     def _merge(self, weight: float) -> None:
         check_mergeable(self._layers())
-        done: list[Part] = []
-        try:
+        with ExitStack() as undo:
             for part in self.parts:
                 part.adapters.merge(weight * self._multiplier)
-                done.append(part)
-        except Exception:
-            for part in done:
-                part.adapters.unmerge()
-            raise
+                undo.callback(part.adapters.unmerge)
+            undo.pop_all()
         self._track()
 
     def onfly_merge(self, weight: float = 1.0) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lycoris.algorithms import ALPHA, Full, LoRA
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
+from lycoris.ops.rounding import widened
 
 Group = dict[str, Tensor]
 """Tensors of a layer by suffix, in LyCORIS' spelling."""
@@ -68,7 +69,7 @@ def _rotation(own: Group, g: Geometry, where: str) -> None:
     """Rotations themselves, where later files have what generates them: Q = (R - I)(R + I)⁻¹, B = Q/2."""
     if "oft_diag" in own:
         turn = own.pop("oft_diag")
-        wide = turn.to(torch.promote_types(turn.dtype, torch.float32))
+        wide = widened(turn)
         if wide.dim() != 3 or wide.shape[1] != wide.shape[2]:
             raise FileError(f"{where}.oft_diag has shape {tuple(turn.shape)}; square blocks (n, s, s) are expected")
         eye = torch.eye(wide.shape[-1], dtype=wide.dtype)

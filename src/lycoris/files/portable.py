@@ -24,6 +24,7 @@ from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Remedy
 from lycoris.ops.rotation import limited
+from lycoris.ops.rounding import widened
 from lycoris.ops.tucker import tucker
 from lycoris.recast import dense, low_rank
 
@@ -85,7 +86,7 @@ def without_core(entry: Entry, base: Affine | None = None) -> Entry:
     lora, p = _opened(entry, LoRA)
     if "mid" not in p:
         return entry
-    p["down"] = tucker(_wide(p.pop("mid")), None, _wide(p["down"]).flatten(1))
+    p["down"] = tucker(widened(p.pop("mid")), None, widened(p["down"]).flatten(1))
     return _closed(entry, replace(lora, tucker=False), p)
 
 
@@ -98,13 +99,13 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
     g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "t2" in p:
-        p["w2_b"] = tucker(_wide(p.pop("t2")), None, _wide(p["w2_b"])).flatten(1)
+        p["w2_b"] = tucker(widened(p.pop("t2")), None, widened(p["w2_b"])).flatten(1)
         p["w2_a"] = p["w2_a"].mT.contiguous()
         return _closed(entry, replace(lokr, tucker=False), p)
     if "w2" not in p:
         return entry
     if "w1_a" in p:
-        p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
+        p["w1"] = widened(p.pop("w1_a")) @ widened(p.pop("w1_b"))
     w2 = p.pop("w2").flatten(2 if g.stack else 1)
     rows, columns = w2.shape[-2:]
     rank = min(rows, columns)
@@ -121,7 +122,7 @@ def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "w1_a" not in p:
         return entry
-    p["w1"] = _wide(p.pop("w1_a")) @ _wide(p.pop("w1_b"))
+    p["w1"] = widened(p.pop("w1_a")) @ widened(p.pop("w1_b"))
     if not layout.w2_split:
         p["w1"] = p["w1"] * scale
     return _closed(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
@@ -133,7 +134,7 @@ def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
     if not isinstance(oft, OFT):
         raise FileError(f"{oft.name} has no limit; only rotations have one")
     bound = oft.constraint * entry.geometry.out_features
-    blocks = _wide(p["blocks"])
+    blocks = widened(p["blocks"])
     stacked = entry.geometry.stack > 0
     p["blocks"] = torch.stack([limited(each, bound) for each in blocks]) if stacked else limited(blocks, bound)
     return entry._replace(algorithm=replace(oft, constraint=0.0), tensors=p)
@@ -175,11 +176,6 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 )
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In at least float32: what is multiplied out in half precision is rounded."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     """The algorithm itself, or what DoRA is over, with its gate folded in."""
     algorithm = entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm
@@ -187,7 +183,7 @@ def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
     p = dict(entry.tensors)
     if "gate" in p:
-        p = algorithm.stored({name: _wide(tensor) for name, tensor in p.items()}, entry.geometry)
+        p = algorithm.stored({name: widened(tensor) for name, tensor in p.items()}, entry.geometry)
     return replace(algorithm, gate=False), p
 
 

@@ -14,6 +14,7 @@ from lycoris.algorithm import Affine
 from lycoris.errors import FileError
 from lycoris.files.headers import header
 from lycoris.files.layout import Layout
+from lycoris.ops.rounding import widened
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,4 @@ class BaseWeights:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FileError(f"{self.files[name]}: {name} cannot be read: {error}") from error
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return widened(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -193,19 +194,16 @@ def load(
     for component, bundle in bundles.items():
         _check_paths(component, parts[component], bundle)
     sets: dict[str, AdapterSet] = {}
-    try:
+    with ExitStack() as undo:
         for component, bundle in bundles.items():
-            made = AdapterSet.load(parts[component], bundle, name)
+            made = sets[component] = AdapterSet.load(parts[component], bundle, name)
             made.attach()
-            sets[component] = made
+            undo.callback(made.detach)
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
             made.follow_timesteps()
         loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
-    except BaseException:
-        for made in sets.values():
-            made.detach()
-        raise
+        undo.pop_all()
     return loaded
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lycoris.ops.rounding import widened
 from lycoris.ops.shape import unflattened
 
 CHUNK = 256
@@ -29,7 +30,7 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     R - I = 2Q(I - Q)⁻¹: exactly zero for Q = 0, and a small rotation keeps its digits. Shapes: (..., s, s) → the same.
     Half precision is computed in float32.
     """
-    q = limited(blocks.to(torch.promote_types(blocks.dtype, torch.float32)), bound)
+    q = limited(widened(blocks), bound)
     q = q - q.mT
     return _turn(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
 

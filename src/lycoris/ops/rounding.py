@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in at least float32: products and sums in half precision are rounded at every step."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def to_integers(x: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:
     """x on the whole numbers low..high, still in x's dtype. A generator makes the rounding stochastic: E[y] = x."""
     whole = torch.round(x) if generator is None else _up_or_down(x, generator)

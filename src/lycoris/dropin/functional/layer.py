@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,36 @@ def added(algorithm: Additive, p: Mapping[str, Tensor], g: Geometry, x: Tensor, 
     if org_out is None:
         return g.op(x, algorithm.delta(p, g).weight * algorithm.scale(g))
     return algorithm.add(torch.zeros_like(org_out), p, g, x, Call())
+
+
+Read = Callable[
+    [tuple[Tensor | None, ...], float, Mapping[str, Any] | None], tuple[Additive, dict[str, Tensor], Geometry]
+]
+"""Tensors as a function takes them, gamma and a convolution's arguments → an algorithm, its tensors, a layer."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """The functions of an algorithm that adds something to the weight; a module has these methods as its own."""
+
+    read: Read
+
+    def diff_weight(self, *weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
+        """gamma·ΔW. For LoKr gamma is alpha: divided by the rank, and without effect where both factors are whole."""
+        algorithm, p, g = self.read(weights, gamma, {})
+        return algorithm.delta(p, g).weight * algorithm.scale(g)
+
+    def bypass_forward_diff(
+        self,
+        x: Tensor,
+        org_out: Tensor | None,
+        *weights: Tensor | None,
+        gamma: float = 1.0,
+        extra_args: Mapping[str, Any] | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The same applied to x."""
+        return added(*self.read(weights, gamma, extra_args), x, org_out)
 
 
 class Output:

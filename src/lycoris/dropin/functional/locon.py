@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoRA
-from lycoris.dropin.functional.layer import added, geometry, started
+from lycoris.dropin.functional.layer import Added, geometry, started
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -17,24 +17,6 @@ def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tens
     """New tensors for a layer's weight."""
     p = started(LoRA(rank=rank, tucker=tucker), org_weight)
     return p["down"], p["up"], p.get("mid")
-
-
-def diff_weight(*weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
-    """gamma·ΔW."""
-    algorithm, p, g = _read(weights, gamma, {})
-    return algorithm.delta(p, g).weight * algorithm.scale(g)
-
-
-def bypass_forward_diff(
-    x: Tensor,
-    org_out: Tensor | None,
-    *weights: Tensor | None,
-    gamma: float = 1.0,
-    extra_args: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """gamma·ΔW applied to x."""
-    return added(*_read(weights, gamma, extra_args), x, org_out)
 
 
 def _read(
@@ -49,3 +31,8 @@ def _read(
     shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
     given = {"down": down, "up": up, "mid": mid}
     return algorithm, {name: t.reshape(shapes[name]) for name, t in given.items() if t is not None}, g
+
+
+_OWN = Added(_read)
+diff_weight = _OWN.diff_weight
+bypass_forward_diff = _OWN.bypass_forward_diff

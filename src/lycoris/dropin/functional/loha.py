@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoHa
-from lycoris.dropin.functional.layer import added, geometry, started
+from lycoris.dropin.functional.layer import Added, geometry, started
 from lycoris.geometry import Geometry
 
 SLOTS = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
@@ -22,24 +22,6 @@ def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tens
     return tuple(p.get(name) for name in SLOTS)
 
 
-def diff_weight(*weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
-    """gamma·ΔW."""
-    algorithm, p, g = _read(weights, gamma, {})
-    return algorithm.delta(p, g).weight * algorithm.scale(g)
-
-
-def bypass_forward_diff(
-    x: Tensor,
-    org_out: Tensor | None,
-    *weights: Tensor | None,
-    gamma: float = 1.0,
-    extra_args: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """gamma·ΔW applied to x."""
-    return added(*_read(weights, gamma, extra_args), x, org_out)
-
-
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoHa, dict[str, Tensor], Geometry]:
@@ -51,3 +33,8 @@ def _read(
     algorithm = LoHa(rank=rank, alpha=gamma * rank, tucker=core)
     shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
     return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g
+
+
+_OWN = Added(_read)
+diff_weight = _OWN.diff_weight
+bypass_forward_diff = _OWN.bypass_forward_diff

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.lokr import Layout
-from lycoris.dropin.functional.layer import added, geometry, started
+from lycoris.dropin.functional.layer import Added, geometry, started
 from lycoris.geometry import Geometry
 
 SLOTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
@@ -39,24 +39,6 @@ def weight_gen(
     return tuple(p.get(name) for name in SLOTS)
 
 
-def diff_weight(*weights: Tensor | None, gamma: float = 1.0, backend: str | None = None) -> Tensor:
-    """ΔW, times gamma / rank unless both factors are whole: gamma is alpha here."""
-    algorithm, p, g = _read(weights, gamma, {})
-    return algorithm.delta(p, g).weight * algorithm.scale(g)
-
-
-def bypass_forward_diff(
-    h: Tensor,
-    org_out: Tensor | None,
-    *weights: Tensor | None,
-    gamma: float = 1.0,
-    extra_args: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """The same applied to an input."""
-    return added(*_read(weights, gamma, extra_args), h, org_out)
-
-
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoKr, dict[str, Tensor], Geometry]:
@@ -75,3 +57,8 @@ def _read(
     g = geometry((ol * ok, im * inner, *kernel), extra)
     shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
     return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g
+
+
+_OWN = Added(_read)
+diff_weight = _OWN.diff_weight
+bypass_forward_diff = _OWN.bypass_forward_diff

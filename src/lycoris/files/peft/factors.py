@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
+from lycoris.report import some
 
 
 class Factors(NamedTuple):
@@ -60,7 +61,7 @@ def decompose_factor(layers: Mapping[str, Factors]) -> int:
     best = min(lost, key=lambda factor: (len(lost[factor]), factor))
     raise FileError(
         f"PEFT gives all layers of a LoKr one decompose_factor, and none makes the shapes of these: with {best}, "
-        f"{len(layers) - len(lost[best])} of {len(layers)} fit, and not {_some(sorted(lost[best]))}. Write those into "
+        f"{len(layers) - len(lost[best])} of {len(layers)} fit, and not {some(sorted(lost[best]))}. Write those into "
         "a folder of their own, train with one factor that divides all sizes, or convert to LoRA"
     )
 
@@ -83,12 +84,8 @@ def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str
     if off:
         raise FileError(
             "PEFT decides by rank and by switches for all layers (decompose_both, use_effective_conv2d) which "
-            f"factors of a LoKr are split, and would not split these as they are: {_some(off)}. Write those into a "
-            "folder of their own, or convert to LoRA"
+            f"factors of a LoKr are split, and would not split these as they are: {some(sorted(off))}. Write those "
+            "into a folder of their own, or convert to LoRA"
         )
     factor = decompose_factor(layers)
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": effective}, ranks
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")

@@ -17,6 +17,7 @@ from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation
 from lycoris.geometry import Geometry, Site
+from lycoris.ops.rounding import widened
 
 Named = Mapping[str, Tensor]
 
@@ -245,4 +246,4 @@ def _turn(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """In float32 or better, on the CPU."""
-    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+    return widened(tensor.detach().cpu())

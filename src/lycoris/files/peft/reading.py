@@ -20,7 +20,7 @@ from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, lo
 from lycoris.files.peft.layers import entries_of
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Site, class_name, sites
-from lycoris.report import Report
+from lycoris.report import Report, some
 
 PREFIX = "base_model.model."
 SHOWN = 5
@@ -149,11 +149,11 @@ def _tail(name: str, rest: str | None) -> tuple[str, str]:
 def _check(found: _Sorted, places: Mapping[str, Site], model: nn.Module, config: Config) -> None:
     what = type(model).__name__
     if len(found.adapters) > 1:
-        raise FileError(f"it has several adapters, {_some(found.adapters)}; pass the tensors of one of them")
+        raise FileError(f"it has several adapters, {some(sorted(found.adapters))}; pass the tensors of one of them")
     if found.strange:
         raise FileError(
             f"{len(found.strange)} of its keys are no tensors of {config.type} and none of {what}: "
-            f"{_some(found.strange)}"
+            f"{some(sorted(found.strange))}"
         )
     if not found.layers:
         raise FileError(f"it has no tensors of {config.type}: those are {', '.join(KINDS[config.type].tensors)}")
@@ -161,23 +161,23 @@ def _check(found: _Sorted, places: Mapping[str, Site], model: nn.Module, config:
     if lost:
         hint = next((f"; {path} is like {near[0]}" for path in lost if (near := nearest(path, places, limit=1))), "")
         raise FileError(
-            f"{len(lost)} of its {len(found.layers)} layers are no layers of {what}: {_some(lost)}{hint}. Is this the "
-            "model the adapter was made for?"
+            f"{len(lost)} of its {len(found.layers)} layers are no layers of {what}: {some(sorted(lost))}{hint}. Is "
+            "this the model the adapter was made for?"
         )
 
 
 def _remarks(found: _Sorted, places: Mapping[str, Site], config: Config) -> tuple[str, ...]:
     remarks = []
     if found.saved:
-        remarks.append(f"full copies of {_some(sorted(found.saved))} (modules_to_save) are no adapters; left out")
+        remarks.append(f"full copies of {some(sorted(found.saved))} (modules_to_save) are no adapters; left out")
     if found.copies:
         remarks.append(
-            f"{len(found.copies)} tensors are the model's own, not adapters; left out: {_some(found.copies)}"
+            f"{len(found.copies)} tensors are the model's own, not adapters; left out: {some(sorted(found.copies))}"
         )
     if found.changed:
         remarks.append(
             f"{len(found.changed)} tensors are whole ones in place of the model's own, not adapters, and differ from "
-            f"them; left out: {_some(found.changed)}"
+            f"them; left out: {some(sorted(found.changed))}"
         )
     windows = [
         path for path in found.layers if len(places[path].geometry.kernel) and not places[path].geometry.pointwise
@@ -185,11 +185,6 @@ def _remarks(found: _Sorted, places: Mapping[str, Site], config: Config) -> tupl
     if config.type == "OFT" and windows:
         remarks.append(
             f"{len(windows)} convolutions have the weight that PEFT merges; unmerged, PEFT adds up overlapping windows "
-            f"and gives something else: {_some(windows)}"
+            f"and gives something else: {some(sorted(windows))}"
         )
     return tuple(remarks)
-
-
-def _some(names: Any) -> str:
-    names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)})" if len(names) > SHOWN else "")

@@ -23,9 +23,10 @@ from lycoris.errors import FileError
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.factors import Factors, settings
 from lycoris.files.peft.layers import base_of, unlike
-from lycoris.files.peft.reading import PREFIX, SHOWN
+from lycoris.files.peft.reading import PREFIX
 from lycoris.files.storage import save_tensors
 from lycoris.geometry import Geometry, Site, site
+from lycoris.report import some
 
 
 @dataclass
@@ -152,7 +153,7 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         if not name:
             refused.setdefault(why, []).append(path)
     if refused:
-        told = "\n  ".join(f"{why}: {_some(paths)}" for why, paths in refused.items())
+        told = "\n  ".join(f"{why}: {some(sorted(paths))}" for why, paths in refused.items())
         raise FileError(
             f"PEFT has no counterpart for what {sum(map(len, refused.values()))} of {len(types)} layers have:\n  {told}"
             "\nWrite a file of this library with lycoris.files.write, or merge them into the model and save that"
@@ -162,7 +163,7 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         dora = " with DoRA" if isinstance(bundle.entries[path][0].algorithm, DoRA) else ""
         kinds.setdefault(name + dora, []).append(path)
     if len(kinds) > 1:
-        told = "; ".join(f"{name}: {_some(paths)}" for name, paths in kinds.items())
+        told = "; ".join(f"{name}: {some(sorted(paths))}" for name, paths in kinds.items())
         raise FileError(f"a PEFT adapter is all of one kind, and this has {told}. Write one folder for each")
 
 
@@ -203,7 +204,7 @@ def _lora_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
         config["lora_bias"] = True
         off = [path for path, layer in layers.items() if layer.geometry.kind == "embedding"]
         if off:
-            raise FileError(f"PEFT has no lora_bias beside adapters on embeddings: {_some(off)}")
+            raise FileError(f"PEFT has no lora_bias beside adapters on embeddings: {some(sorted(off))}")
         for layer in layers.values():
             layer.tensors.setdefault(
                 "lora_B.bias", layer.tensors["lora_B.weight"].new_zeros(layer.geometry.out_features)
@@ -223,10 +224,10 @@ def _hada_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
     kernels = {path: layer for path, layer in layers.items() if layer.geometry.kernel and not layer.geometry.pointwise}
     tucker = [path for path, layer in kernels.items() if "hada_t1" in layer.tensors]
     if tucker and len(tucker) < len(kernels):
-        plain = _some([path for path in kernels if path not in tucker])
+        plain = some(sorted(kernels.keys() - set(tucker)))
         raise FileError(
-            f"PEFT has one switch (use_effective_conv2d) for all convolutions: {_some(tucker)} have Tucker cores, "
-            f"{plain} have none. Write one folder for each"
+            f"PEFT has one switch (use_effective_conv2d) for all convolutions: {some(sorted(tucker))} have Tucker "
+            f"cores, {plain} have none. Write one folder for each"
         )
     return _patterns(layers, "alpha") | {"use_effective_conv2d": bool(tucker)}
 
@@ -336,8 +337,3 @@ def _swap(made: Path, folder: Path) -> None:
             else:
                 (folder / name).unlink(missing_ok=True)
         raise
-
-
-def _some(names: list[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)})" if len(names) > SHOWN else "")
