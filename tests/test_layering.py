@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "finite", "ops", "geometry"},
+    {"errors", "jsons", "finite", "ops", "geometry"},
     {"algorithm", "additive"},
     {"algorithms"},
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},

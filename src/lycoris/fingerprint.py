@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lycoris.geometry import Geometry
+from lycoris.jsons import json_object
 
 KEY = "lycoris_base"
 """Header key under which a file says it."""
@@ -34,7 +35,7 @@ def of_layers(model: str, layers: Mapping[str, Geometry]) -> Fingerprint:
 def told_by(header: Mapping[str, str]) -> Fingerprint | None:
     """What a file's header says; None when it says nothing that can be read."""
     try:
-        told = json.loads(header.get(KEY, ""))
+        told = json_object(header.get(KEY, ""))
         return Fingerprint(str(told["model"]), str(told["layers"]))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, KeyError):
         return None

@@ -6,7 +6,6 @@ remarked upon; none is dropped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from lycoris.algorithm import Algorithm
 from lycoris.algorithms import OFT, DoRA, DyLoRA, Norm
 from lycoris.errors import ConfigError, NothingMeantError, nearest
 from lycoris.geometry import Geometry
+from lycoris.jsons import json_object
 from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.options import (
     OPTIONS,
@@ -241,11 +241,11 @@ def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
     """The rank schedule that a file's header describes in its `lycoris_config`, or None."""
     text = metadata.get("lycoris_config", "{}")
     try:
-        config = json.loads(text)
+        config = json_object(text)
     except ValueError:
-        logger.warning("the header's lycoris_config is not JSON and was left aside: %.80s", text)
+        logger.warning("the header's lycoris_config is no JSON object and was left aside: %.80s", text)
         return None
-    return schedule_in(config) if isinstance(config, Mapping) else None
+    return schedule_in(config)
 
 
 def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:

@@ -10,7 +10,8 @@ from test_families import KNOWN, spelt
 
 from lycoris import ConfigError, PlanError
 from lycoris.files.families import ARCHITECTURES
-from lycoris.files.skeleton import MIDDLE, Skeleton, guess, named, skeleton, translate
+from lycoris.files.recognise import guess, weight
+from lycoris.files.skeleton import MIDDLE, Skeleton, named, skeleton, translate
 from lycoris.geometry import Geometry
 
 
@@ -21,7 +22,7 @@ def linear(rows: int, columns: int) -> Geometry:
 def tops(layers: Skeleton) -> list[tuple[str, str, str | None]]:
     """All guesses with the best score."""
     found = guess(layers)
-    return [(each.architecture.name, each.naming, each.outline) for each in found if each.score == found[0].score]
+    return [(each.architecture.name, each.naming, each.outline) for each in found if weight(each) == weight(found[0])]
 
 
 class TestSkeletons:
@@ -58,7 +59,7 @@ class TestGuesses:
     def test_a_whole_model(self, architecture, naming, model) -> None:
         layers = spelt(architecture, naming, model)
         found = guess(layers)
-        assert found[0].score == 1
+        assert weight(found[0]) == 2 * len(layers)
         assert (architecture, naming, model) in tops(layers)
 
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
@@ -92,11 +93,11 @@ class TestGuesses:
     def test_a_model_of_another_size_has_no_outline(self) -> None:
         layers = {f"model.layers.{n}.self_attn.{p}_proj": linear(8192, 8192) for n in range(80) for p in "qo"}
         best = guess(layers)[0]
-        assert (best.architecture.name, best.naming, best.outline, best.score) == (
+        assert (best.architecture.name, best.naming, best.outline, weight(best)) == (
             "language-model",
             "diffusers",
             None,
-            0.5,
+            len(layers),
         )
 
     @pytest.mark.parametrize(("path", "shape"), [("conv_in", (320, 9, 3, 3)), ("conv_out", (8, 320, 3, 3))])
@@ -104,7 +105,7 @@ class TestGuesses:
         layers = dict(skeleton("sdxl"))
         layers[path] = replace(layers[path], shape=shape)
         best = guess(layers)[0]
-        assert (best.outline, best.score) == ("sdxl", 1 - 1 / 2 / len(layers))
+        assert (best.outline, weight(best)) == ("sdxl", 2 * len(layers) - 1)
 
     def test_a_shape_counts_as_a_matrix(self) -> None:
         layers = {path: linear(g.out_features, g.fan_in) for path, g in skeleton("sd-1.5").items()}

@@ -43,7 +43,7 @@ def _read(path: Path) -> dict[str, Any]:
         parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
         hint = f"; folders in it that have one: {', '.join(parts)}" if parts else ""
         raise ConfigError(f"{path.parent} has no config.json{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is to be a JSON object that describes a model, not {type(config).__name__}")

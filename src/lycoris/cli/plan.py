@@ -72,7 +72,7 @@ def _config(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} is to be a JSON object of options, not {type(given).__name__}")

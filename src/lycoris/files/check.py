@@ -88,7 +88,7 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
     tensors, metadata = load_tensors(path)
     try:
         detection = judge({name: tuple(t.shape) for name, t in tensors.items()}, metadata)
-        bundles, layouts = bundles_of(tensors, metadata, detection, base)
+        bundles, layouts, _ = bundles_of(tensors, metadata, detection, base)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     architecture = layouts[""].architecture if "" in layouts else None

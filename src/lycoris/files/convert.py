@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,20 @@ from lycoris import recast
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError, unknown
 from lycoris.files import placing
+from lycoris.files.components import family_of
 from lycoris.files.consumers import CONSUMERS
-from lycoris.files.detect import Detection, judge
+from lycoris.files.detect import Detection, ambiguous, judge
+from lycoris.files.dialect import Style, flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES
+from lycoris.files.families import FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.files.peft import write_peft
 from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.portable import plain
 from lycoris.files.portable import portable as portable_entry
 from lycoris.files.reading import resolve_as_written
+from lycoris.files.recognise import Fit
+from lycoris.files.skeleton import namings
 from lycoris.files.storage import load_tensors
 from lycoris.files.weights import BaseWeights
 from lycoris.files.writing import Encoded, kept, write
@@ -38,9 +43,16 @@ class Conversion:
     reports: Mapping[str, Report]
     """By component."""
     written: Encoded
+    assumed: Mapping[str, str]
+    """Component → the known model that it was taken to be for, where none was given."""
 
     def __str__(self) -> str:
-        lines = [f"from {self.detection.dialect}: {sum(len(each.applied) for each in self.reports.values())} layers"]
+        found = self.detection
+        lines = [f"from {found.dialect}: {sum(len(each.applied) for each in self.reports.values())} layers"]
+        if self.assumed:
+            models = ", ".join(f"{name or 'denoiser'} {model}" for name, model in self.assumed.items())
+            lines.append(f"taken to be for {found.family or models} ({models}; {found.confidence})")
+        lines += found.remarks
         for component, report in self.reports.items():
             name = component or "denoiser"
             lines += [f"{name}: {line}" for line in str(report).splitlines()]
@@ -77,7 +89,10 @@ def convert(
     tensors, metadata = load_tensors(source)
     try:
         detection = judge({name: tuple(t.shape) for name, t in tensors.items()}, metadata)
-        bundles, layouts = bundles_of(tensors, metadata, detection, base)
+        assumed = {name: model for name, model in detection.models.items() if name or base is None}
+        bundles, layouts, family = bundles_of(tensors, metadata, detection, base)
+        for name in assumed:
+            _check_sure(detection, name, bundles[name], to)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
     done: dict[str, str] = {}
@@ -91,11 +106,9 @@ def convert(
     if DIALECTS[to].folder:
         written = _write_folder(bundles, target, dtype)
     else:
-        written = write(
-            bundles, target, to, dtype=dtype, metadata=kept(metadata), model=layouts, family=detection.family
-        )
+        written = write(bundles, target, to, dtype=dtype, metadata=kept(metadata), model=layouts, family=family)
     written = written._replace(notes={**done, **written.notes})
-    return Conversion(detection, {name: bundle.report for name, bundle in bundles.items()}, written)
+    return Conversion(detection, {name: bundle.report for name, bundle in bundles.items()}, written, assumed)
 
 
 def _dialect(to: str | None, portable: str | None) -> str:
@@ -169,30 +182,80 @@ def _write_folder(bundles: Mapping[str, Bundle], target: str | os.PathLike[str],
     return Encoded(load_tensors(Path(target) / WEIGHTS)[0], {}, {})
 
 
+class Bundles(NamedTuple):
+    """What a file has for each component of a pipeline, under the names of layers that it has itself."""
+
+    bundles: dict[str, Bundle]
+    layouts: dict[str, Layout]
+    family: str | None
+
+
 def bundles_of(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     detection: Detection,
     base: nn.Module | None = None,
-) -> tuple[dict[str, Bundle], dict[str, Layout]]:
-    """A bundle for each component, under the names of layers that the file has."""
+) -> Bundles:
+    """The bundles of a file for the models that it was taken to be for, and for the denoiser if that is given."""
     bundles, layouts = {}, {}
+    given = None if base is None else Layout.of(base)
+    family = detection.family if given is None else _family(detection, given)
     for component in detection.components:
+        layout = given if given is not None and component == "" else _assumed(detection, component)
         bundles[component], layouts[component] = resolve_as_written(
-            tensors, _layout(detection, component, base), detection.dialect, metadata, component, detection.family
+            tensors, layout, detection.dialect, metadata, component, family
         )
-    return bundles, layouts
+    return Bundles(bundles, layouts, family)
 
 
-def _layout(detection: Detection, component: str, base: nn.Module | None) -> Layout:
-    if component == "" and base is not None:
-        return Layout.of(base)
-    known = detection.models.get(component)
-    if known is None:
+def _family(detection: Detection, denoiser: Layout) -> str | None:
+    """The family of a file whose denoiser is known."""
+    architecture = denoiser.architecture
+    named = FAMILIES.get(detection.family or "")
+    if named is not None and (architecture is None or named.components.get("") == architecture.name):
+        return named.name
+    found = family_of({"": architecture})
+    return None if found is None else found.name
+
+
+def _assumed(detection: Detection, component: str) -> Layout:
+    found = detection.fits[component]
+    if not found:
         what = component or "denoiser"
         raise FileError(
             f"its {what} is of no known model, so that its layers' names cannot be told for certain; give the model "
             "with --base: the folder or the config.json of that denoiser"
         )
-    architecture = next(each for each in ARCHITECTURES.values() if known in each.outlines)
-    return Layout.known(architecture, known)
+    return _layout(found[0])
+
+
+def _layout(fit: Fit) -> Layout:
+    assert fit.outline is not None
+    return Layout.known(fit.architecture, fit.outline)
+
+
+def _check_sure(detection: Detection, component: str, bundle: Bundle, to: str) -> None:
+    """Raise `FileError` when another model that a file may be for would get other names."""
+    style = DIALECTS[detection.dialect].style
+    best, *_ = found = detection.fits[component]
+    for other in ambiguous(found):
+        own, its = _names(best, bundle, style, to), _names(other, bundle, style, to)
+        differing = next((layer for layer in own if own[layer] != its[layer]), None)
+        if differing is not None:
+            raise FileError(
+                f"its layers may be of {best.outline} or of {other.outline}, and {to} files call {differing} "
+                f"{' and '.join(own[differing])} for the one, {' and '.join(its[differing])} for the other. Say which "
+                f"it is for: --base {best.outline} or --base {other.outline}"
+            )
+
+
+def _names(fit: Fit, bundle: Bundle, style: Style, to: str) -> dict[str, list[str]]:
+    """Layer → what a dialect calls its parts, if the file is for this model."""
+    layout, target = _layout(fit), DIALECTS[to].naming_for(fit.architecture)
+    home = namings(fit.architecture)[target].home
+    names, spans = layout.written(fit.naming, style), layout.spans(fit.naming)
+    spelled = flatten if style == "flat" else str
+    written = flatten if DIALECTS[to].style == "flat" else str
+    return {
+        layer: [written(home(part) or part) for part in spans[names[spelled(layer)]].parts] for layer in bundle.entries
+    }

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from lycoris.algorithms import ALGORITHMS
 from lycoris.errors import FileError
 from lycoris.files.components import component_of, family_in, family_of
-from lycoris.files.dialect import Dialect, Key, flatten
+from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
-from lycoris.files.family import Architecture, Family
+from lycoris.files.family import Family
 from lycoris.files.headers import header
-from lycoris.files.layout import Layout
 from lycoris.files.naming import DIFFUSERS as MIDDLE
+from lycoris.files.recognise import Fit, Size, candidates
 from lycoris.report import some
 
 Confidence = Literal["certain", "likely", "unsure"]
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that layers may be of."""
-
-    architecture: Architecture
-    naming: str
-    outline: str
-    named: int
-    """Layers whose names it has."""
-    shaped: int
-    """Of those, the ones whose adapters also have its layers' sizes."""
-    share: float
-    """How much of what this model has of such layers there is: adapters are mostly on all blocks or on none."""
-    whole: float
-    """How much of all its layers there is."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +33,32 @@ class Detection:
     """Algorithm → layers."""
     family: str | None
     """None: of no known family, or of several that its layers do not tell apart."""
-    models: Mapping[str, str]
-    """Component → known model whose layers its names and sizes fit."""
-    naming: str
-    """Whose names of layers it has."""
+    fits: Mapping[str, tuple[Fit, ...]]
+    """Component → known models that have its layers by name and size, the likeliest first."""
+    components: Mapping[str, int]
+    """Component → layers."""
     confidence: Confidence
     judged_by: tuple[str, ...]
     """Some of the keys that decided."""
-    candidates: tuple[str, ...] = ()
-    """Models that fit the denoiser's layers equally well."""
     strange: tuple[str, ...] = ()
     """Keys that are not of this dialect."""
-    components: Mapping[str, int] = field(default_factory=dict)
-    """Component → layers."""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Component → the known model that it is likeliest for."""
+        return {component: str(own[0].outline) for component, own in self.fits.items() if own}
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Models that have all the denoiser's layers, the likeliest first."""
+        return tuple(str(each.outline) for each in self.fits.get("", ()))
+
+    @property
+    def naming(self) -> str:
+        """Whose names of layers the denoiser has."""
+        own = self.fits.get("")
+        return own[0].naming if own else MIDDLE
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} layers of {name}" for name, count in self.algorithms.items())
@@ -81,6 +75,7 @@ class Detection:
             lines.insert(3, f"            fits too, and less completely or as well: {', '.join(self.candidates[1:])}")
         if self.strange:
             lines.append(f"unknown     {some(self.strange)}")
+        lines += [f"remark      {remark}" for remark in self.remarks]
         return "\n".join(lines)
 
 
@@ -99,23 +94,17 @@ def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Detection
     best = max((each for each in readings if each.layers), key=_Reading.score, default=None)
     if best is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
-    family, candidates = best.family, best.candidates
-    models = {"": candidates[0].outline} if candidates else {}
-    for component, layers in best.layers.items():
-        if component and (fitting := candidates_for(layers, best.dialect.style == "flat")):
-            models[component] = fitting[0].outline
     decided = [*best.decided] or list(shapes)
     return Detection(
         dialect=best.dialect.name,
         algorithms=_algorithms(best.suffixes),
-        family=family.name if family is not None else None,
-        models=models,
-        naming=candidates[0].naming if candidates else MIDDLE,
+        family=best.family.name if best.family is not None else None,
+        fits={component: tuple(_fits(best, component)) for component in best.layers},
+        components={name: len(layers) for name, layers in best.layers.items()},
         confidence=_confidence(best),
         judged_by=tuple(decided[:5]),
-        candidates=tuple(each.outline for each in candidates),
         strange=tuple(best.strange),
-        components={name: len(layers) for name, layers in best.layers.items()},
+        remarks=(best.remark,) if best.remark else (),
     )
 
 
@@ -124,11 +113,12 @@ class _Reading:
     """A file as one dialect has it."""
 
     dialect: Dialect
-    layers: dict[str, dict[str, Shape]]
+    layers: dict[str, dict[str, Size]]
     """Component → layer as written → the size of its weight as far as its tensors tell, (O, I·ΠK); 0 for unknown."""
     suffixes: dict[tuple[str, str], set[str]]
-    candidates: list[Candidate]
+    candidates: list[Fit]
     family: Family | None
+    remark: str
     strange: list[str]
     decided: list[str]
     marked: bool
@@ -147,10 +137,14 @@ def _reading(dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[st
     parted = {name: key for name, key in keys.items() if key is not None}
     flat = dialect.style == "flat"
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
-    found = candidates_for(denoiser, flat) if denoiser else []
-    candidates = sorted(found, key=lambda each: _rank(each, dialect))
-    tied = [each for each in candidates if _rank(each, dialect) == _rank(candidates[0], dialect)]
-    family = family_in(metadata) or _of(tied)
+    found = sorted(candidates(denoiser, flat), key=lambda each: _rank(each, dialect))
+    told = family_in(metadata)
+    fitting = _only(found, told, "")
+    family, remark = told, ""
+    if told is None or (found and not fitting):
+        family = _of([each for each in found if _rank(each, dialect) == _rank(found[0], dialect)])
+    if told is not None and found and not fitting:
+        remark = f"its header says {told.name}, which has no such layers; taken for what they are"
     layers = _grouped(parted, shapes, component_of(family))
     suffixes: dict[tuple[str, str], set[str]] = {}
     for key in parted.values():
@@ -159,18 +153,33 @@ def _reading(dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[st
     spelled = sum(dialect.spelling.get(key.suffix, key.suffix) == key.spelled for key in parted.values())
     strange = [name for name, key in keys.items() if key is None]
     marked = any(mark in metadata for mark in dialect.marks)
-    return _Reading(dialect, layers, suffixes, candidates, family, strange, decided, marked, spelled)
+    return _Reading(dialect, layers, suffixes, fitting or found, family, remark, strange, decided, marked, spelled)
 
 
-def _grouped(keys: Mapping[str, Key], shapes: Mapping[str, Shape], whose: object) -> dict[str, dict[str, Shape]]:
+def _only(found: Iterable[Fit], family: Family | None, component: str) -> list[Fit]:
+    """Those that are of a family's component."""
+    wanted = None if family is None else family.components.get(component)
+    return [each for each in found if each.architecture.name == wanted]
+
+
+def _fits(reading: _Reading, component: str) -> list[Fit]:
+    if component == "":
+        return reading.candidates
+    found = candidates(reading.layers[component], reading.dialect.style == "flat")
+    return _only(found, reading.family, component) or found
+
+
+def _grouped(
+    keys: Mapping[str, Key], shapes: Mapping[str, Shape], whose: Callable[[Key], str]
+) -> dict[str, dict[str, Size]]:
     tensors: dict[str, dict[str, dict[str, Shape]]] = {}
     for name, key in keys.items():
-        component = whose(key)  # type: ignore[operator]
+        component = whose(key)
         tensors.setdefault(component, {}).setdefault(key.layer, {})[key.suffix] = shapes[name]
     return {of: {layer: size(own) for layer, own in layers.items()} for of, layers in tensors.items()}
 
 
-def size(tensors: Mapping[str, Shape]) -> tuple[int, int]:
+def size(tensors: Mapping[str, Shape]) -> Size:
     """(O, I·ΠK) of the layer that some tensors of an adapter are for; 0 where they do not tell."""
 
     def at(suffix: str, axis: int) -> int:
@@ -188,7 +197,11 @@ def size(tensors: Mapping[str, Shape]) -> tuple[int, int]:
     if "diff" in tensors:
         return at("diff", 0), columns("diff")
     if "b1.weight" in tensors:
-        return at("b1.weight", 0), columns("b2.weight")
+        # The first layout of GLoRA had the two the other way round.
+        out, back = (
+            ("b1.weight", "b2.weight") if at("b1.weight", 1) == at("b2.weight", 0) else ("b2.weight", "b1.weight")
+        )
+        return at(out, 0), columns(back)
     if "p_layer.weight" in tensors:
         return at("p_layer.weight", 0), columns("q_layer.weight")
     if "oft_blocks" in tensors:
@@ -200,53 +213,12 @@ def size(tensors: Mapping[str, Shape]) -> tuple[int, int]:
     return 0, 0
 
 
-def candidates_for(layers: Mapping[str, Shape], flat: bool, among: Iterable[str] | None = None) -> list[Candidate]:
-    """The known models whose layers have these names, best first; only those that fit as well as the best, the
-    more complete ones first.
-
-    `among` limits them to some architectures.
-    """
-    found: list[Candidate] = []
-    for name, architecture in ARCHITECTURES.items():
-        if among is not None and name not in among:
-            continue
-        for outline in architecture.outlines:
-            layout = Layout.known(architecture, outline)
-            own = [_fit(layout, naming, layers, flat, outline) for naming in layout.namings]
-            found.append(max(own, key=lambda each: (each.named, each.shaped)))
-    best = max(((each.named, each.shaped) for each in found), default=(0, 0))
-    tied = [each for each in found if (each.named, each.shaped) == best and best[0] > 0]
-    return sorted(tied, key=lambda each: -each.share)
-
-
-def _fit(layout: Layout, naming: str, layers: Mapping[str, Shape], flat: bool, outline: str) -> Candidate:
-    assert layout.architecture is not None
-    spans = layout.spans(naming)
-    names = {flatten(name): name for name in spans} if flat else {name: name for name in spans}
-    named = [layer for layer in layers if layer in names]
-    shaped = 0
-    for layer in named:
-        geometry = layout.whole(spans[names[layer]])
-        o, i = layers[layer]
-        fits = len(geometry.shape) < 2 or (o in (0, geometry.out_features) and i in (0, geometry.fan_in))
-        shaped += fits
-    kinds = {_kind(layer) for layer in named}
-    there = sum(_kind(name) in kinds for name in names)
-    share, whole = len(named) / max(there, 1), len(named) / len(names)
-    return Candidate(layout.architecture, naming, outline, len(named), shaped, share, whole)
-
-
-def _kind(layer: str) -> str:
-    """A name with a star for each number."""
-    return re.sub(r"\d+", "*", layer)
-
-
-def _rank(each: Candidate, dialect: Dialect) -> tuple[float, bool, float]:
+def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
     """Smaller is likelier, of candidates that have all the layers."""
     return -each.share, each.naming != dialect.naming_for(each.architecture), -each.whole
 
 
-def _of(tied: list[Candidate]) -> Family | None:
+def _of(tied: list[Fit]) -> Family | None:
     families = {family.name: family for each in tied if (family := family_of({"": each.architecture}))}
     return next(iter(families.values())) if len(families) == 1 else None
 
@@ -263,13 +235,21 @@ def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
 def _confidence(reading: _Reading) -> Confidence:
     if reading.strange or not reading.candidates:
         return "unsure"
-    best, layers = reading.candidates[0], reading.layers.get("", {})
-    whole = best.named == best.shaped == len(layers)
-    # Of as complete a model: others have such layers too, and more of them.
-    rank = _rank(best, reading.dialect)
-    tied = {each.architecture.name for each in reading.candidates if _rank(each, reading.dialect) == rank}
-    only = len({each.architecture.name for each in reading.candidates}) == 1
-    return "certain" if whole and only else "likely" if len(tied) == 1 else "unsure"
+    best = reading.candidates[0]
+    if ambiguous(reading.candidates):
+        return "unsure"
+    whole = best.named == best.shaped == len(reading.layers.get("", {}))
+    only = all(each.architecture is best.architecture for each in reading.candidates)
+    return "certain" if whole and only else "likely"
 
 
-__all__ = ["FAMILIES", "Candidate", "Detection", "candidates_for", "detect", "judge", "size"]
+def ambiguous(found: Sequence[Fit]) -> list[Fit]:
+    """Of models that have all layers of a file, those of another architecture that it may be for as well as the first.
+
+    None when all blocks of the first have adapters, and the others would have more.
+    """
+    return [
+        each
+        for each in found
+        if each.architecture is not found[0].architecture and (found[0].share < 1 or each.share == found[0].share)
+    ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import ALPHA, Full, LoRA
+from lycoris.algorithms import ALPHA, Full, LoRA, Norm
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
 from lycoris.ops.rounding import widened
@@ -30,6 +30,9 @@ REFUSED: Mapping[str, str] = {
 
 UP, DOWN = LoRA.keys["up"], LoRA.keys["down"]
 DIFF, DIFF_B = Full.keys["diff"], Full.keys["diff_b"]
+SCALE_OF_NORM, SHIFT_OF_NORM = Norm.keys["w"], Norm.keys["b"]
+RANKED = (DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight", "q_layer.weight")
+"""Factors whose first size is the rank."""
 
 
 def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
@@ -41,7 +44,7 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
         if suffix in group:
             raise FileError(f"{where}.{suffix} {why}")
     own, beside = dict(group), []
-    for reads in (_magnitude, _scale, _rotation, _old_glora, _unfolded):
+    for reads in (_magnitude, _norm, _rotation, _old_glora, _scale, _unfolded):
         reads(own, g, where)
     for takes in (_bias_of_up, _bias, _sparse):
         found = takes(own, g, where)
@@ -57,12 +60,34 @@ def _magnitude(own: Group, g: Geometry, where: str) -> None:
         own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))
 
 
+def _norm(own: Group, g: Geometry, where: str) -> None:
+    """ComfyUI's names for the changes of a norm; either may be alone."""
+    if g.kind != "norm":
+        return
+    for there, here in ((DIFF, SCALE_OF_NORM), (DIFF_B, SHIFT_OF_NORM)):
+        if there in own:
+            own[here] = own.pop(there)
+    names = (SCALE_OF_NORM, SHIFT_OF_NORM) if g.has_bias else (SCALE_OF_NORM,)
+    given = next((own[name] for name in names if name in own), None)
+    if given is not None:
+        own |= {name: torch.zeros_like(given) for name in names if name not in own}
+
+
 def _scale(own: Group, g: Geometry, where: str) -> None:
-    """A number that stands for alpha / rank."""
-    if "scale" in own:
-        scale = own.pop("scale")
-        rank = next((own[key].shape[0] for key in (DOWN, "hada_w1_b", "lokr_w2_b") if key in own), 1)
-        own[ALPHA] = scale * rank
+    """A number that stands for alpha / rank, and scales what has no ranks."""
+    if "scale" not in own:
+        return
+    scale = own.pop("scale")
+    if scale.numel() != 1 or scale.is_complex():
+        raise FileError(f"{where}.scale has shape {tuple(scale.shape)}; one number is expected, for alpha / rank")
+    ranked = next((own[key] for key in RANKED if key in own and own[key].dim()), None)
+    whole = next((key for key in (DIFF, "lokr_w1") if key in own), None)
+    if ranked is not None:
+        own[ALPHA] = scale.double() * ranked.shape[0]
+    elif whole is not None:
+        own[whole] = widened(own[whole]) * float(scale)
+    else:
+        raise FileError(f"{where}.scale is beside {', '.join(sorted(own)) or 'nothing'}, which has no scale")
 
 
 def _rotation(own: Group, g: Geometry, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from lycoris.algorithm import Entry
 from lycoris.algorithms import LoRA
+from lycoris.errors import FileError
 from lycoris.files.dialect import Dialect
+from lycoris.jsons import json_object
 
 SCALES = "lycoris_scale"
 """Header key under which this library writes the scale of every adapter: such a file means what it says."""
@@ -35,7 +36,7 @@ def as_trained(
     assert alpha is not None
     settings = _settings(header)
     if _text(settings.get("algo")) == "dylora":
-        block = int(settings.get("block_size") or DYLORA_BLOCK)
+        block = _block(settings.get("block_size"), rank, layer)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
         return _scaled(stack, alpha * block), told
     apart = parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts)
@@ -63,15 +64,24 @@ def _block_diagonal(up: Tensor, parts: int) -> bool:
 
 def _settings(header: Mapping[str, str]) -> dict[str, Any]:
     """What the header says that the adapter was trained with."""
-    found: dict[str, Any] = {}
-    for key in ("ss_network_args", "lycoris_config"):
-        try:
-            given = json.loads(header.get(key, "{}"))
-        except ValueError:
-            continue
-        if isinstance(given, dict):
-            found |= given
-    return found
+    return _object(header, "ss_network_args") | _object(header, "lycoris_config")
+
+
+def _object(header: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        return json_object(header.get(key, "{}"))
+    except ValueError:
+        return {}
+
+
+def _block(told: Any, rank: int, layer: str) -> int:
+    """Raises `FileError` for what is no number of ranks: the scale hangs on it."""
+    text = _text(DYLORA_BLOCK if told is None else told)
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= rank:
+        raise FileError(
+            f"{layer} is a DyLoRA of rank {rank} and block_size {text:.40}, as its header says; 1 to {rank} is expected"
+        )
+    return int(text)
 
 
 def _text(value: Any) -> str:

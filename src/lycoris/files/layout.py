@@ -14,11 +14,12 @@ from lycoris.files.families import ARCHITECTURES
 from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.naming import Span
-from lycoris.files.skeleton import guess, named, skeleton, translate
+from lycoris.files.recognise import guess, weight
+from lycoris.files.skeleton import named, skeleton, translate
 from lycoris.geometry import Geometry, class_name, sites
 
-LEAST = 0.45
-"""Score below which a model is of no known family: all names are a half."""
+LEAST = 0.9
+"""Share of the layers that a model of a known family has, by their names; one whose sizes fit too counts twice."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Layout:
         Raises `FileError` when the layers may be of several architectures.
         """
         found = guess(layers)
-        if not found or found[0].score < LEAST:
+        if not found or weight(found[0]) < LEAST * len(layers):
             return cls("the model", layers, middle=layers)
         best = found[0]
-        tied = {each.architecture.name for each in found if (each.score, each.share) == (best.score, best.share)}
+        tied = {each.architecture.name for each in found if (weight(each), each.share) == (weight(best), best.share)}
         if len(tied) > 1:
             raise FileError(
                 f"these layers may be of {' or '.join(sorted(tied))}; say which model they are for (model=)"
@@ -144,7 +145,7 @@ def _recognised(layers: Mapping[str, Geometry], owner: str) -> tuple[Architectur
     found = guess(layers)
     named = [each for each in found if owner in each.architecture.classes]
     best = next(iter(named or found), None)
-    return None if best is None or best.score < LEAST else (best.architecture, best.naming)
+    return None if best is None or weight(best) < LEAST * len(layers) else (best.architecture, best.naming)
 
 
 @lru_cache(maxsize=64)

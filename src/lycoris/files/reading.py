@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from lycoris.files.peft.config import CONFIG, LORA_METADATA, WEIGHTS, Config
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
+from lycoris.jsons import json_object
 from lycoris.report import SHOWN, Report, some
 
 DOWN = LoRA.keys["down"]
@@ -42,6 +42,7 @@ def read(
     component: str = "",
     prefix: str | None = None,
     strict: bool = True,
+    family: str | None = None,
 ) -> Bundle:
     """Read an adapter file, or a folder of PEFT's, for a model. See `resolve`; the name is put before every error."""
     folder = peft_folder(path)
@@ -49,7 +50,16 @@ def read(
         return read_peft(folder, model)
     tensors, metadata = load_tensors(path)
     try:
-        return resolve(tensors, model, dialect, metadata=metadata, component=component, prefix=prefix, strict=strict)
+        return resolve(
+            tensors,
+            model,
+            dialect,
+            metadata=metadata,
+            component=component,
+            prefix=prefix,
+            strict=strict,
+            family=family,
+        )
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
 
@@ -111,7 +121,7 @@ def _resolve(
     as_written: bool,
 ) -> tuple[Bundle, Layout]:
     choices = _dialects(tensors, dialect, prefix)
-    whose = FAMILIES[family] if family else family_in(header) or family_of({component: layout.architecture})
+    whose, contradiction = _family(family, header, component, layout)
     match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))
@@ -133,7 +143,7 @@ def _resolve(
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
-        remarks=(remark,) if remark else (),
+        remarks=tuple(each for each in (remark, contradiction) if each),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
@@ -141,6 +151,18 @@ def _resolve(
     # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
     base = Base(layout.owner, layout.middle if as_written else layout.layers)
     return Bundle(places.entries, dict(header), base, report), layout
+
+
+def _family(name: str | None, header: Mapping[str, str], component: str, layout: Layout) -> tuple[Family | None, str]:
+    """The family by which text encoders are counted, and what is to be said of the header's."""
+    if name is not None:
+        if name not in FAMILIES:
+            raise FileError(unknown("family", name, FAMILIES))
+        return FAMILIES[name], ""
+    told, architecture = family_in(header), layout.architecture
+    if told is None or architecture is None or told.components.get(component, architecture.name) == architecture.name:
+        return told or family_of({component: architecture}), ""
+    return family_of({component: architecture}), f"its header says {told.name}, and the model is a {architecture.name}"
 
 
 def _unused(match: _Match, layout: Layout) -> dict[str, str]:
@@ -292,9 +314,9 @@ def _alpha_in(header: Mapping[str, str], component: str) -> Callable[[str, int],
     if LORA_METADATA not in header:
         return lambda path, rank: None
     try:
-        told = json.loads(header[LORA_METADATA])
+        told = json_object(header[LORA_METADATA])
         own = {name.partition(".")[2]: value for name, value in told.items() if name.partition(".")[0] == component}
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise FileError(f"its header's {LORA_METADATA} is no JSON object: {error}") from error
     if not own:
         return lambda path, rank: None

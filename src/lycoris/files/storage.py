@@ -59,9 +59,11 @@ def _aligned(tensor: Tensor) -> Tensor:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then move it into place.
 
-    Raises `FileError`, before anything is written, for a tensor that has no plain data or metadata that are not text.
+    Raises `FileError`, before anything is written, for a tensor that has no plain data, metadata that are not text, and
+    a path where no such file can be.
     """
     path = Path(path)
+    _check_target(path)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise FileError(
@@ -74,8 +76,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         whole = _whole(tensors)
     except FileError as error:
         raise FileError(f"{error}; {path} was not written") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:100]}.", suffix=".part")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}") from error
     os.close(handle)
     try:
         save_file(whole, temporary, metadata={"format": "pt"} | dict(metadata))
@@ -86,8 +91,22 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         Path(temporary).replace(path)
     except SafetensorError as error:
         raise FileError(f"{path} cannot be written: {error}; is its disk full?") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _check_target(path: Path) -> None:
+    if path.suffix.lower() in PICKLES:
+        right = path.with_suffix(".safetensors").name
+        raise FileError(f"{path} has the name of a pickle, and what is written is safetensors; name it {right}")
+    try:
+        if path.exists() and not path.is_file():
+            what = "is a folder; name a file in it" if path.is_dir() else "is a device or a pipe; name a file"
+            raise FileError(f"{path} {what}")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{str(path)!r:.200} cannot be the name of a file: {error}") from error
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

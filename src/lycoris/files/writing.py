@@ -28,6 +28,7 @@ from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
 from lycoris.files.storage import save_tensors
+from lycoris.ops.rounding import widened
 from lycoris.report import some
 
 STALE = (LORA_METADATA, history.SCALES, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -56,7 +57,7 @@ def compose(
 
     `prefix` stands in for the dialect's own, and then layers are called as in the bundle. Else they are called as the
     dialect does for the family of models: `model` is what the bundle is for, None: recognised by its layers; `family`
-    matters where components are counted differently ("flux.1": its second text encoder is the third of kohya's).
+    matters where components are counted differently ("flux1": its second text encoder is the third of kohya's).
 
     Raises `FileError` when two tensors get one name, when a layer has algorithms that a file cannot hold together, or
     when the dialect or a fused layer cannot hold an algorithm.
@@ -105,8 +106,7 @@ def write(
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     tensors = encoded.tensors
     if dtype is not None:
-        whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
-        tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
+        tensors = _cast(tensors, dtype)
     bad = next((key for key, tensor in tensors.items() if not finite(tensor)), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
@@ -114,6 +114,20 @@ def write(
     header = {**own, **encoded.header, **(metadata or {})}
     save_tensors(tensors, path, header)
     return Encoded(tensors, header, encoded.notes)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    if not dtype.is_floating_point:
+        raise FileError(f"dtype={dtype} cannot hold adapters, whose numbers are fractions; give float32 or bfloat16")
+    found = {}
+    for key, tensor in tensors.items():
+        whole = key.endswith(".alpha") or not tensor.is_floating_point()
+        found[key] = tensor if whole else tensor.to(dtype)
+        if not found[key].any() and tensor.any():
+            raise FileError(
+                f"all of {key} is too small for {dtype} and would become 0; give float32. Nothing was written"
+            )
+    return found
 
 
 def kept(header: Mapping[str, str]) -> dict[str, str]:
@@ -264,13 +278,23 @@ def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[
     scale = entry.algorithm.scale(entry.geometry)
     rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
     if up not in rest:
-        return rest | {suffix: rest[suffix] * scale for suffix in values if suffix in rest}
+        return rest | {suffix: _times(rest[suffix], scale) for suffix in values if suffix in rest}
     if dialect.scale == "header":
         return rest
     if dialect.scale == "in up":
-        return rest | {up: rest[up] * scale}
-    even = math.sqrt(abs(scale))
-    return rest | {up: rest[up] * math.copysign(even, scale), down: rest[down] * even}
+        return rest | {up: _times(rest[up], scale)}
+    # About even, and a power of two, which rounds nothing.
+    even = 2.0 ** (math.frexp(scale)[1] // 2)
+    return rest | {up: _times(rest[up], scale / even), down: _times(rest[down], even)}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In the tensor's precision where that holds it, else in float32."""
+    if factor == 1:
+        return tensor
+    wide = widened(tensor) * factor
+    narrow = wide.to(tensor.dtype)
+    return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
 
 
 def _told(scales: Mapping[str, float]) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def widened(x: Tensor) -> Tensor:
     """x in at least float32: products and sums in half precision are rounded at every step."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    # Of one byte torch promotes nothing.
+    return x.to(torch.float32 if x.itemsize == 1 else torch.promote_types(x.dtype, torch.float32))
 
 
 def to_integers(x: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:

@@ -20,6 +20,7 @@ DIFFUSERS = Dialect(
     name="diffusers",
     style="dotted",
     prefixes=COMPONENTS,
+    namings={"clip": "text_model"},
     spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
     scale="header",
     algorithms=frozenset({"lora", "dylora", "dora"}),

@@ -11,6 +11,7 @@ ONETRAINER_DIFFUSERS = Dialect(
     name="onetrainer-diffusers",
     style="dotted",
     prefixes=COMPONENTS,
+    namings={"clip": "text_model"},
     spelling=FACTORS,
     scale="in up",
     marks=MARKS,
