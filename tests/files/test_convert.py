@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +15,9 @@ import tiny
 from cases import perturb, relative
 from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Rule, TLoRA, plan, read, write
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import read_tensors
 from lycoris.errors import FileError
-from lycoris.files import check, convert, detect, header, load_tensors, resolve
+from lycoris.files import check, convert, detect, header, load_tensors
 from lycoris.files.weights import BaseWeights
-from lycoris.geometry import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers", "ignore:::peft")
 
@@ -130,7 +128,7 @@ def flux_inputs() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("program", ["comfyui", "webui", "invokeai", "diffusers"])
+@pytest.mark.parametrize("program", ["comfyui", "forge", "invokeai", "diffusers"])
 @pytest.mark.parametrize(
     "algorithm", [DoRA(over=LoRA(rank=2)), GLoRA(rank=2), IA3(), OFT(block_size=4, rescale=True)], ids=lambda a: a.name
 )
@@ -150,8 +148,8 @@ def test_portable_with_the_base_at_hand(algorithm: Algorithm, program: str, flux
 
 def test_portable_without_the_weights_that_it_needs(flux: nn.Module, tmp_path: Path) -> None:
     write(adapted(flux, GLoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "lycoris")
-    with pytest.raises(FileError, match=r"webui would need of glora depends on the base model's weights.*--base"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", portable="webui", base=flux)
+    with pytest.raises(FileError, match=r"invokeai would need of glora depends on the base model's weights.*--base"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", portable="invokeai", base=flux)
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -198,132 +196,6 @@ def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Pa
     assert after["lycoris_base"] == header(tmp_path / "a.safetensors").metadata["lycoris_base"]
     assert after["lycoris_scale"] == '{"*": 1.0}'
     assert read(tmp_path / "c.safetensors", flux).report.remarks == ()
-
-
-class TestAsTrained:
-    """What programs wrote that means something else than it says."""
-
-    GROUP: ClassVar = {
-        "lora_up.weight": torch.randn(6, 4),
-        "lora_down.weight": torch.randn(4, 5),
-        "alpha": torch.tensor(2.0),
-    }
-
-    def scale(self, header: dict[str, str], model: nn.Module | None = None) -> tuple[float, str]:
-        model = nn.Sequential(nn.Linear(5, 6)) if model is None else model
-        tensors = {f"lora_unet_0.{suffix}": tensor for suffix, tensor in self.GROUP.items()}
-        bundle = resolve(tensors, model, "kohya", metadata=header)
-        ((entry,),) = bundle.entries.values()
-        return entry.algorithm.scale(entry.geometry), str(bundle.report)
-
-    def test_dylora(self) -> None:
-        assert self.scale({})[0] == 0.5
-        said = {"ss_network_args": json.dumps({"algo": "dylora", "block_size": "2"})}
-        scale, told = self.scale(said)
-        assert scale == 1.0
-        assert "DyLoRA was trained at 2 times the scale" in told
-        assert self.scale({"lycoris_config": json.dumps({"algo": "dylora"})})[0] == 2.0
-        assert self.scale(said | {"lycoris_scale": "{}"})[0] == 0.5, "this library wrote it"
-
-    @pytest.mark.parametrize(
-        ("args", "factor"), [({"split_qkv": "True"}, 3.0), ({}, 1.0), ({"split_qkv": "False"}, 1.0)]
-    )
-    def test_split_qkv(self, args: dict[str, str], factor: float, flux: nn.Module) -> None:
-        up = torch.zeros(96, 6)
-        for part in range(3):
-            up[part * 32 : part * 32 + 32, part * 2 : part * 2 + 2] = torch.randn(32, 2)
-        key = "lora_unet_double_blocks_0_img_attn_qkv"
-        tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": torch.randn(6, 32)}
-        tensors[f"{key}.alpha"] = torch.tensor(2.0)
-        bundle = resolve(tensors, flux, metadata={"ss_network_args": json.dumps(args)})
-        scales = {e.algorithm.scale(e.geometry) for (e,) in bundle.entries.values()}
-        assert scales == {2.0 / 6 * factor}
-        assert ("as 3 adapters of rank 2" in str(bundle.report)) == (factor == 3)
-
-
-class TestOldForms:
-    MODEL = nn.Sequential(nn.Linear(5, 6))
-
-    def entries(self, **tensors: Tensor) -> Any:
-        named = {f"lora_unet_0.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
-        return resolve(named, self.MODEL, "kohya").entries["0"]
-
-    def test_glora(self) -> None:
-        a1, a2, b1, b2 = torch.randn(2, 5), torch.randn(5, 2), torch.randn(2, 5), torch.randn(6, 2)
-        (entry,) = self.entries(a1__weight=a1, a2__weight=a2, b1__weight=b1, b2__weight=b2, alpha=torch.tensor(1.0))
-        assert torch.equal(entry.tensors["a1"], a2)
-        assert torch.equal(entry.tensors["b1"], b2)
-
-    def test_rotations_themselves(self) -> None:
-        q = torch.randn(3, 2, 2, dtype=torch.float64)
-        q = q - q.mT
-        eye = torch.eye(2, dtype=torch.float64)
-        (entry,) = self.entries(oft_diag=(eye + q) @ torch.linalg.inv(eye - q))
-        blocks = entry.tensors["blocks"]
-        assert torch.allclose(blocks - blocks.mT, q)
-        with pytest.raises(FileError, match="half a circle"):
-            self.entries(oft_diag=-eye.expand(3, 2, 2).contiguous())
-
-    def test_scale_in_place_of_alpha(self) -> None:
-        (entry,) = self.entries(
-            lora_up__weight=torch.randn(6, 2), lora_down__weight=torch.randn(2, 5), scale=torch.tensor(0.3)
-        )
-        assert entry.algorithm.scale(entry.geometry) == pytest.approx(0.3)
-
-    def test_sparse_places_and_a_bias(self) -> None:
-        stack = self.entries(
-            lora_up__weight=torch.randn(6, 2),
-            lora_down__weight=torch.randn(2, 5),
-            bias_indices=torch.tensor([[0, 5], [1, 4]]),
-            bias_values=torch.tensor([2.0, 3.0]),
-            bias_size=torch.tensor([6, 5]),
-            diff_b=torch.ones(6),
-        )
-        assert [entry.algorithm.name for entry in stack] == ["lora", "full", "full"]
-        assert stack[2].tensors["diff"][5, 4] == 3.0
-        with pytest.raises(FileError, match="outside of"):
-            self.entries(
-                bias_indices=torch.tensor([[6], [1]]), bias_values=torch.ones(1), bias_size=torch.tensor([6, 5])
-            )
-
-    def test_pefts_bias(self) -> None:
-        named = {
-            "base_model.model.0.lora_A.weight": torch.randn(2, 5),
-            "base_model.model.0.lora_B.weight": torch.randn(6, 2),
-            "base_model.model.0.lora_B.bias": torch.ones(6),
-        }
-        assert len(resolve(named, self.MODEL, strict=False).entries["0"]) == 2
-        with pytest.raises(FileError, match=r"their scale only beside its adapter_config\.json"):
-            resolve(named, self.MODEL)
-
-    @pytest.mark.parametrize("suffix", ["set_weight", "reshape_weight", "lokr_t1", "oft_R.weight"])
-    def test_known_and_refused(self, suffix: str) -> None:
-        with pytest.raises(FileError, match=rf"0\.{suffix} \w+"):
-            self.entries(**{suffix.replace(".", "__"): torch.ones(2)})
-
-    def test_attention_processors(self) -> None:
-        model = tiny.sdxl_unet()
-        at = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
-        named = {
-            f"unet.{at}.processor.to_q_lora.down.weight": torch.randn(2, 16),
-            f"unet.{at}.processor.to_q_lora.up.weight": torch.randn(16, 2),
-            f"unet.{at}.processor.to_out_lora.down.weight": torch.randn(2, 16),
-            f"unet.{at}.processor.to_out_lora.up.weight": torch.randn(16, 2),
-        }
-        assert resolve(named, model).entries.keys() == {f"{at}.to_q", f"{at}.to_out.0"}
-
-    def test_the_files_of_t_loras_authors(self) -> None:
-        model = tiny.sdxl_unet()
-        at = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
-        layer = describe(model.get_submodule(f"{at}.to_k"))
-        assert layer is not None
-        algorithm = TLoRA(rank=2)
-        own = {algorithm.keys[slot]: torch.randn(what.shape) for slot, what in algorithm.slots(layer).items()}
-        named = {f"{at}.processor.to_k_lora.{suffix}": tensor for suffix, tensor in own.items()}
-        (entry,) = resolve(named, model).entries[f"{at}.to_k"]
-        expected = read_tensors(own, layer, at)[1]
-        assert entry.algorithm.scale(layer) == 1.0
-        assert all(torch.equal(entry.tensors[slot], tensor) for slot, tensor in expected.items())
 
 
 def test_load_tensors_of_a_conversion_are_its_own(flux: nn.Module, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
     ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse a file in which something has no place; --no-strict leaves it out and says so.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Write an adapter file anew, as another program names its keys, exactly or not at all."""
@@ -43,7 +46,7 @@ def convert(
 
         model, weights = _base(base)
         wanted = None if dtype is None else precision("dtype", dtype)
-        print(run(source, target, to, portable=portable, base=model, weights=weights, dtype=wanted))
+        print(run(source, target, to, portable=portable, base=model, weights=weights, dtype=wanted, strict=strict))
         print(target)
 
 

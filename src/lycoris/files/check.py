@@ -12,10 +12,9 @@ from lycoris.algorithms import DoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Verdict
-from lycoris.files.convert import bundles_of
-from lycoris.files.detect import Detection, judge
+from lycoris.files.detect import Detection
+from lycoris.files.opening import opened
 from lycoris.files.portable import EXPORTS
-from lycoris.files.storage import load_tensors
 from lycoris.report import some
 
 
@@ -85,12 +84,8 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
     if consumer not in CONSUMERS:
         raise FileError(unknown("program", consumer, CONSUMERS))
     program = CONSUMERS[consumer]
-    tensors, metadata = load_tensors(path)
-    try:
-        detection = judge({name: tuple(t.shape) for name, t in tensors.items()}, metadata)
-        bundles, layouts, _ = bundles_of(tensors, metadata, detection, base)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
+    found = opened(path, base)
+    detection, bundles, layouts = found.detection, found.bundles, found.layouts
     architecture = layouts[""].architecture if "" in layouts else None
     name = None if architecture is None else architecture.name
     keys, unknown_model = "", not any(program.knows(each, name) for each in program.keys)

@@ -6,27 +6,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lycoris import recast
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError, unknown
 from lycoris.files import placing
-from lycoris.files.components import family_of
 from lycoris.files.consumers import CONSUMERS
-from lycoris.files.detect import Detection, ambiguous, judge
+from lycoris.files.detect import Detection, ambiguous
 from lycoris.files.dialect import Style, flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
 from lycoris.files.layout import Layout
+from lycoris.files.opening import Opened, known, opened
 from lycoris.files.peft import write_peft
 from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.portable import plain
 from lycoris.files.portable import portable as portable_entry
-from lycoris.files.reading import resolve_as_written
 from lycoris.files.recognise import Fit
 from lycoris.files.skeleton import namings
 from lycoris.files.storage import load_tensors
@@ -42,9 +39,9 @@ class Conversion:
     detection: Detection
     reports: Mapping[str, Report]
     """By component."""
-    written: Encoded
     assumed: Mapping[str, str]
     """Component → the known model that it was taken to be for, where none was given."""
+    written: Encoded
 
     def __str__(self) -> str:
         found = self.detection
@@ -74,52 +71,73 @@ def convert(
     base: nn.Module | None = None,
     weights: BaseWeights | None = None,
     dtype: torch.dtype | None = None,
+    strict: bool = True,
 ) -> Conversion:
     """Write an adapter file anew in another dialect, exactly, or not at all.
 
     `portable` names a program that reads it as trained then: adapters that it would take for something else are written
     otherwise, and where that depends on the base model, by its `weights`. `to` is the dialect, None: the usual one of
     that program. `base` is the denoiser that the file is for (one on the meta device serves); None: a known model,
-    recognised by names and sizes.
+    recognised by names and sizes. With `strict=False` what has no place is left out, and the report tells it.
 
-    Raises `FileError` when the file fits no model, when something in it has no place, or when the dialect or the
-    program cannot hold what it has.
+    Raises `FileError` when the file fits no model, when something in it has no place, when it may be for several models
+    whose names differ, or when the dialect or the program cannot hold what it has.
     """
-    to = _dialect(to, portable)
-    tensors, metadata = load_tensors(source)
+    _check_asked(to, portable)
+    found = opened(source, base, strict=strict)
+    to = to or _usual(portable or "", found)
+    bundles, layouts, done = found.bundles, found.layouts, dict[str, str]()
     try:
-        detection = judge({name: tuple(t.shape) for name, t in tensors.items()}, metadata)
-        assumed = {name: model for name, model in detection.models.items() if name or base is None}
-        bundles, layouts, family = bundles_of(tensors, metadata, detection, base)
-        for name in assumed:
-            _check_sure(detection, name, bundles[name], to)
+        for name in found.assumed:
+            _check_sure(found.detection, name, bundles[name], to)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
-    done: dict[str, str] = {}
+    reports = {name: bundle.report for name, bundle in bundles.items()}
     if portable is not None:
+        _check_known(to, portable, found)
         bundles = {
             name: _portable(bundle, portable, layouts[name], None if name else weights, done)
             for name, bundle in bundles.items()
         }
-    if weights is not None and not DIALECTS[to].folder:
+    if weights is not None and "" in bundles and not DIALECTS[to].folder:
         bundles[""] = _free(bundles[""], to, layouts[""], weights, done)
     if DIALECTS[to].folder:
         written = _write_folder(bundles, target, dtype)
     else:
-        written = write(bundles, target, to, dtype=dtype, metadata=kept(metadata), model=layouts, family=family)
-    written = written._replace(notes={**done, **written.notes})
-    return Conversion(detection, {name: bundle.report for name, bundle in bundles.items()}, written, assumed)
+        header = kept(found.header)
+        written = write(bundles, target, to, dtype=dtype, metadata=header, model=layouts, family=found.family)
+    return Conversion(found.detection, reports, found.assumed, written._replace(notes={**done, **written.notes}))
 
 
-def _dialect(to: str | None, portable: str | None) -> str:
+def _check_asked(to: str | None, portable: str | None) -> None:
     if portable is not None and portable not in CONSUMERS:
         raise FileError(unknown("program", portable, CONSUMERS))
     if to is None and portable is None:
         raise FileError(f"say what to convert to: a dialect ({', '.join(DIALECTS)}) or the program that is to read it")
-    to = to or next(iter(CONSUMERS[portable or ""].keys))
-    if to not in DIALECTS:
+    if to is not None and to not in DIALECTS:
         raise FileError(unknown("dialect", to, DIALECTS))
-    return to
+
+
+def _usual(program: str, found: Opened) -> str:
+    """The dialect to write for a program."""
+    return next(iter(_known_to(program, found)), next(iter(CONSUMERS[program].keys)))
+
+
+def _known_to(program: str, found: Opened) -> list[str]:
+    """The dialects in which a program knows the keys of a file's denoiser."""
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    keys = CONSUMERS[program].keys
+    return [each for each in keys if architecture is None or CONSUMERS[program].knows(each, architecture.name)]
+
+
+def _check_known(to: str, program: str, found: Opened) -> None:
+    """Raise `FileError` when a program does not know the keys that a dialect has for a model."""
+    dialects = _known_to(program, found)
+    if to not in dialects:
+        raise FileError(
+            f"{CONSUMERS[program].title} does not know keys of the format {to} for this model; it knows "
+            f"{', '.join(dialects) or 'no format for it'}"
+        )
 
 
 def _portable(
@@ -182,58 +200,6 @@ def _write_folder(bundles: Mapping[str, Bundle], target: str | os.PathLike[str],
     return Encoded(load_tensors(Path(target) / WEIGHTS)[0], {}, {})
 
 
-class Bundles(NamedTuple):
-    """What a file has for each component of a pipeline, under the names of layers that it has itself."""
-
-    bundles: dict[str, Bundle]
-    layouts: dict[str, Layout]
-    family: str | None
-
-
-def bundles_of(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    detection: Detection,
-    base: nn.Module | None = None,
-) -> Bundles:
-    """The bundles of a file for the models that it was taken to be for, and for the denoiser if that is given."""
-    bundles, layouts = {}, {}
-    given = None if base is None else Layout.of(base)
-    family = detection.family if given is None else _family(detection, given)
-    for component in detection.components:
-        layout = given if given is not None and component == "" else _assumed(detection, component)
-        bundles[component], layouts[component] = resolve_as_written(
-            tensors, layout, detection.dialect, metadata, component, family
-        )
-    return Bundles(bundles, layouts, family)
-
-
-def _family(detection: Detection, denoiser: Layout) -> str | None:
-    """The family of a file whose denoiser is known."""
-    architecture = denoiser.architecture
-    named = FAMILIES.get(detection.family or "")
-    if named is not None and (architecture is None or named.components.get("") == architecture.name):
-        return named.name
-    found = family_of({"": architecture})
-    return None if found is None else found.name
-
-
-def _assumed(detection: Detection, component: str) -> Layout:
-    found = detection.fits[component]
-    if not found:
-        what = component or "denoiser"
-        raise FileError(
-            f"its {what} is of no known model, so that its layers' names cannot be told for certain; give the model "
-            "with --base: the folder or the config.json of that denoiser"
-        )
-    return _layout(found[0])
-
-
-def _layout(fit: Fit) -> Layout:
-    assert fit.outline is not None
-    return Layout.known(fit.architecture, fit.outline)
-
-
 def _check_sure(detection: Detection, component: str, bundle: Bundle, to: str) -> None:
     """Raise `FileError` when another model that a file may be for would get other names."""
     style = DIALECTS[detection.dialect].style
@@ -244,18 +210,19 @@ def _check_sure(detection: Detection, component: str, bundle: Bundle, to: str) -
         if differing is not None:
             raise FileError(
                 f"its layers may be of {best.outline} or of {other.outline}, and {to} files call {differing} "
-                f"{' and '.join(own[differing])} for the one, {' and '.join(its[differing])} for the other. Say which "
-                f"it is for: --base {best.outline} or --base {other.outline}"
+                f"{' and '.join(own[differing])} for the one, {' and '.join(its[differing])} for the other. "
+                f"Say which it is for: --base {best.outline} or --base {other.outline}"
             )
 
 
 def _names(fit: Fit, bundle: Bundle, style: Style, to: str) -> dict[str, list[str]]:
     """Layer → what a dialect calls its parts, if the file is for this model."""
-    layout, target = _layout(fit), DIALECTS[to].naming_for(fit.architecture)
+    layout, target = known(fit), DIALECTS[to].naming_for(fit.architecture)
     home = namings(fit.architecture)[target].home
     names, spans = layout.written(fit.naming, style), layout.spans(fit.naming)
     spelled = flatten if style == "flat" else str
     written = flatten if DIALECTS[to].style == "flat" else str
     return {
-        layer: [written(home(part) or part) for part in spans[names[spelled(layer)]].parts] for layer in bundle.entries
+        layer: [*dict.fromkeys(written(home(part) or part) for part in spans[names[spelled(layer)]].parts)]
+        for layer in bundle.entries
     }

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lycoris.algorithms import ALGORITHMS
@@ -17,6 +18,7 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.family import Family
 from lycoris.files.headers import header
 from lycoris.files.naming import DIFFUSERS as MIDDLE
+from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.recognise import Fit, Size, candidates
 from lycoris.report import some
 
@@ -80,8 +82,8 @@ class Detection:
 
 
 def detect(path: str | os.PathLike[str]) -> Detection:
-    """What a safetensors file is. Raises `FileError` when it is damaged or holds no adapters."""
-    found = header(path)
+    """What a safetensors file or a folder of PEFT's is. Raises `FileError` when it is damaged or has no adapters."""
+    found = header(Path(path) / WEIGHTS if Path(path).is_dir() else path)
     try:
         return judge({name: info.shape for name, info in found.tensors.items()}, found.metadata)
     except FileError as error:

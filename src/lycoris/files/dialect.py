@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS
-from lycoris.files.spelling import SUFFIXES, canonical
+from lycoris.files.spelling import SUFFIXES, canonical, unnamed
 
 LONGEST = 500
 """Characters of a tensor name; no model has longer ones, and files from strangers may."""
@@ -68,6 +68,7 @@ class Dialect:
         """The parts of a tensor name, or None if it is not of this dialect."""
         if len(name) > LONGEST:
             return None
+        name = unnamed(name)
         for prefix, component in self.prefixes.items():
             if name.startswith(prefix):
                 parts = _split_flat(name[len(prefix) :]) if self.style == "flat" else split_dotted(name[len(prefix) :])

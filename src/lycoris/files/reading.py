@@ -103,9 +103,11 @@ def resolve_as_written(
     header: Mapping[str, str],
     component: str,
     family: str | None,
+    *,
+    strict: bool = True,
 ) -> tuple[Bundle, Layout]:
     """A bundle under the names of layers that the file has, so that nothing is cut or joined, and their layout."""
-    return _resolve(tensors, layout, dialect, header, component, None, True, family, as_written=True)
+    return _resolve(tensors, layout, dialect, header, component, None, strict, family, as_written=True)
 
 
 def _resolve(

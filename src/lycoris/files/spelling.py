@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,20 +12,18 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "lora_up.weight": (
             "lora_B.weight",
-            "lora_B.default.weight",
             "lora_B",
             "lora.up.weight",
             "lora_linear_layer.up.weight",
         ),
         "lora_down.weight": (
             "lora_A.weight",
-            "lora_A.default.weight",
             "lora_A",
             "lora.down.weight",
             "lora_linear_layer.down.weight",
         ),
-        "lora_up.bias": ("lora_B.bias", "lora_B.default.bias"),
-        "lora_magnitude_vector": ("lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"),
+        "lora_up.bias": ("lora_B.bias",),
+        "lora_magnitude_vector": ("lora_magnitude_vector.weight",),
     }
 )
 """LyCORIS' spelling → others that mean the same."""
@@ -53,6 +52,18 @@ _CANONICAL: Mapping[str, str] = MappingProxyType(
 
 SUFFIXES = tuple(sorted(_CANONICAL.items(), key=lambda item: -len(item[0])))
 """Spelling and LyCORIS' own, longest first: a shorter one may end a longer one."""
+
+
+_NAMED = re.compile(
+    r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.[^.]+(\.(?:weight|bias))"
+    r"|(.+\.(?:hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))\.[^.]+"
+)
+
+
+def unnamed(key: str) -> str:
+    """A tensor's name without that of the adapter, which PEFT has in the middle of it while a model is in memory."""
+    found = _NAMED.fullmatch(key)
+    return key if found is None else f"{found[1] or found[3]}{found[2] or ''}"
 
 
 def canonical(spelled: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,11 +103,14 @@ def _check_target(path: Path) -> None:
         right = path.with_suffix(".safetensors").name
         raise FileError(f"{path} has the name of a pickle, and what is written is safetensors; name it {right}")
     try:
-        if path.exists() and not path.is_file():
-            what = "is a folder; name a file in it" if path.is_dir() else "is a device or a pipe; name a file"
-            raise FileError(f"{path} {what}")
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:
         raise FileError(f"{str(path)!r:.200} cannot be the name of a file: {error}") from error
+    if not stat.S_ISREG(mode):
+        what = "is a folder; name a file in it" if stat.S_ISDIR(mode) else "is a device or a pipe; name a file"
+        raise FileError(f"{path} {what}")
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -206,8 +206,9 @@ def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, st
 
 
 def _prefix(dialect: Dialect, component: str, family: Family | None, layout: Layout) -> str:
-    if component == "" and layout.unet and "unet." in dialect.prefixes:
-        return "unet."
+    unets = [prefix for prefix, of in dialect.prefixes.items() if of == "" and "unet" in prefix]
+    if component == "" and layout.unet and unets:
+        return unets[0]
     begin = prefix_of(dialect, family, component)
     if begin is None:
         known = ", ".join(sorted({name or "the denoiser" for name in dialect.prefixes.values()}))

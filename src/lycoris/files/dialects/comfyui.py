@@ -1,6 +1,16 @@
 """ComfyUI's own format: dotted names of the code that a model was published with, behind `diffusion_model.`."""
 
+from collections.abc import Mapping
+
 from lycoris.files.dialect import Dialect
+from lycoris.files.families import FAMILIES
+
+# Of several families that mean different components by one name, the first counts, unless the header names another.
+_TEXT_ENCODERS: Mapping[str, str] = {
+    f"text_encoders.{name}.transformer.": component
+    for family in reversed([*FAMILIES.values()])
+    for name, component in family.comfyui.items()
+}
 
 COMFYUI = Dialect(
     name="comfyui",
@@ -8,10 +18,7 @@ COMFYUI = Dialect(
     prefixes={
         "diffusion_model.": "",
         "model.diffusion_model.": "",
-        "text_encoders.clip_l.transformer.": "text_encoder",
-        "text_encoders.clip_g.transformer.": "text_encoder_2",
-        "text_encoders.t5xxl.transformer.": "text_encoder_3",
-        "text_encoders.clip_h.transformer.": "text_encoder",
+        **_TEXT_ENCODERS,
     },
     naming="comfyui",
     namings={"sd1.5-unet": "sgm", "sd2-unet": "sgm", "sdxl-unet": "sgm", "clip": "text_model"},

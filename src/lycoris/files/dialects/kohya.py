@@ -14,6 +14,8 @@ TEXT_ENCODERS: Mapping[str, str] = {
     "lora_te_": "text_encoder",
 }
 
+ENCODERS: Mapping[str, str] = {"clip": "text_model", "language-model": "headless"}
+"""CLIP as transformers had it before version 5; language models as the classes without a head call their layers."""
 UNETS: Mapping[str, str] = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
 
 KOHYA = Dialect(
@@ -30,8 +32,8 @@ KOHYA = Dialect(
         "oft_te_": "text_encoder",
     },
     naming="original",
-    namings={**UNETS, "clip": "text_model"},
+    namings={**UNETS, **ENCODERS},
 )
 
-KOHYA_DIFFUSERS = Dialect(name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings={"clip": "text_model"})
+KOHYA_DIFFUSERS = Dialect(name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings=ENCODERS)
 """The same with diffusers' names, as programs that train diffusers' classes write it."""

@@ -3,7 +3,7 @@
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
 from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS
-from lycoris.files.dialects.kohya import TEXT_ENCODERS, UNETS
+from lycoris.files.dialects.kohya import ENCODERS, TEXT_ENCODERS, UNETS
 
 MARKS = ("ot_branch", "ot_revision", "ot_config")
 
@@ -21,7 +21,7 @@ ONETRAINER_KOHYA = Dialect(
     style="flat",
     prefixes={"lora_unet_": "", **TEXT_ENCODERS},
     naming="original",
-    namings={**UNETS, "clip": "text_model"},
+    namings={**UNETS, **ENCODERS},
     marks=MARKS,
 )
 ONETRAINER_COMFY = Dialect(
@@ -37,7 +37,7 @@ ONETRAINER_LEGACY = Dialect(
     name="onetrainer-legacy",
     style="flat",
     prefixes={"lora_transformer_": "", "lora_unet_": "", **TEXT_ENCODERS},
-    namings={"clip": "text_model"},
+    namings=ENCODERS,
     marks=MARKS,
 )
 ONETRAINER_ORIGINAL = Dialect(

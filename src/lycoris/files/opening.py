@@ -1,0 +1,97 @@
+"""An adapter file of any kind with all that it holds, for models that are told or recognised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lycoris import outline
+from lycoris.bundle import Bundle
+from lycoris.errors import FileError
+from lycoris.files.components import family_of
+from lycoris.files.detect import Detection, detect, judge
+from lycoris.files.families import FAMILIES
+from lycoris.files.layout import Layout
+from lycoris.files.peft import read_peft
+from lycoris.files.reading import peft_folder, resolve_as_written
+from lycoris.files.recognise import Fit
+from lycoris.files.storage import load_tensors
+
+
+class Opened(NamedTuple):
+    """What a file has for each component of a pipeline, under the names of layers that it has itself."""
+
+    detection: Detection
+    header: Mapping[str, str]
+    bundles: dict[str, Bundle]
+    layouts: dict[str, Layout]
+    family: str | None
+    assumed: dict[str, str]
+    """Component → the known model that it was taken to be for, where none was given."""
+
+
+def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
+    """Read a file, or a folder of PEFT's, whole.
+
+    `base` is the denoiser that it is for (one on the meta device serves); None: a known model. Raises `FileError` when
+    the file is damaged or fits no model and, unless `strict` is False, when something in it has no place.
+    """
+    folder = peft_folder(source)
+    if folder is not None:
+        found = detect(folder)
+        model = outline.known(_outline(found, "")) if base is None else base
+        layout = Layout.of(model)
+        assumed = found.models if base is None else {}
+        return Opened(found, {}, {"": read_peft(folder, model)}, {"": layout}, _family(found, layout), assumed)
+    tensors, header = load_tensors(source)
+    try:
+        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
+        return _opened(tensors, header, found, base, strict)
+    except FileError as error:
+        raise FileError(f"{source}: {error}") from error
+
+
+def known(fit: Fit) -> Layout:
+    """The layers of a model that a file may be for."""
+    assert fit.outline is not None
+    return Layout.known(fit.architecture, fit.outline)
+
+
+def _opened(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], found: Detection, base: nn.Module | None, strict: bool
+) -> Opened:
+    bundles, layouts = {}, {}
+    given = None if base is None else Layout.of(base)
+    family = found.family if given is None else _family(found, given)
+    assumed = {}
+    for component in found.components:
+        layout = given
+        if layout is None or component:
+            assumed[component] = _outline(found, component)
+            layout = known(found.fits[component][0])
+        bundles[component], layouts[component] = resolve_as_written(
+            tensors, layout, found.dialect, header, component, family, strict=strict
+        )
+    return Opened(found, header, bundles, layouts, family, assumed)
+
+
+def _family(found: Detection, denoiser: Layout) -> str | None:
+    """The family of a file whose denoiser is known."""
+    architecture = denoiser.architecture
+    named = FAMILIES.get(found.family or "")
+    if named is not None and (architecture is None or named.components.get("") == architecture.name):
+        return named.name
+    family = family_of({"": architecture})
+    return None if family is None else family.name
+
+
+def _outline(found: Detection, component: str) -> str:
+    if component not in found.models:
+        raise FileError(
+            f"its {component or 'denoiser'} is of no known model, so that its layers' names cannot be told for "
+            "certain; give the model with --base: the folder or the config.json of that denoiser"
+        )
+    return found.models[component]

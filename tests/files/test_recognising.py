@@ -1,0 +1,109 @@
+"""Files of a few layers, that several models have: taken for one of them only where nothing hangs on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lycoris import outline
+from lycoris.errors import FileError
+from lycoris.files import convert, detect, header, judge, resolve
+from lycoris.files.layout import Layout
+
+BLOCKS = {f"lora_unet_double_blocks_{at}_img_attn_qkv": (9216, 3072) for at in range(2)}
+"""Of Flux.1, of Flux.2, of HunyuanVideo and of FramePack."""
+
+
+def lora(prefix: str, rows: int, columns: int) -> dict[str, Tensor]:
+    return {f"{prefix}.lora_up.weight": torch.randn(rows, 2), f"{prefix}.lora_down.weight": torch.randn(2, columns)}
+
+
+def written(path: Path, layers: dict[str, tuple[int, int]], told: str | None = None) -> Path:
+    tensors = {key: tensor for name, shape in layers.items() for key, tensor in lora(name, *shape).items()}
+    save_file(tensors, path, {} if told is None else {"ss_base_model_version": told})
+    return path
+
+
+def test_names_that_hang_on_a_guess_are_refused(tmp_path: Path) -> None:
+    source, target = written(tmp_path / "a.safetensors", BLOCKS), tmp_path / "b.safetensors"
+    with pytest.raises(FileError, match=r"may be of \S+ or of framepack-i2v, .* Say which it is for: --base \S+ or"):
+        convert(source, target, "musubi")
+    assert not target.exists()
+    assert detect(source).confidence == "unsure"
+
+
+def test_nothing_hangs_on_it_where_the_names_are_the_same(tmp_path: Path) -> None:
+    source, target = written(tmp_path / "a.safetensors", BLOCKS), tmp_path / "b.safetensors"
+    done = str(convert(source, target, "comfyui"))
+    assert "; unsure)" in done
+    assert "diffusion_model.double_blocks.1.img_attn.qkv.lora_up.weight" in load_file(target)
+
+
+@pytest.mark.parametrize(
+    ("told", "outline_", "family", "key"),
+    [
+        ("flux1", "flux.1-schnell", "flux1", "diffusion_model.double_blocks.0.img_attn.qkv"),
+        ("hunyuan-video", "hunyuanvideo", "hunyuanvideo", "diffusion_model.double_blocks.0.img_attn.qkv"),
+    ],
+)
+def test_a_header_or_a_model_decides(told: str, outline_: str, family: str, key: str, tmp_path: Path) -> None:
+    told_by_header = written(tmp_path / "a.safetensors", BLOCKS, told)
+    silent = written(tmp_path / "b.safetensors", BLOCKS)
+    done = convert(told_by_header, tmp_path / "c.safetensors", "comfyui")
+    assert f"taken to be for {family}" in str(done)
+    given = convert(silent, tmp_path / "d.safetensors", "comfyui", base=outline.known(outline_))
+    assert "taken to be" not in str(given)
+    for path in (tmp_path / "c.safetensors", tmp_path / "d.safetensors"):
+        assert header(path).metadata["lycoris_family"] == family
+        assert any(name.startswith(key) for name in load_file(path)), path
+
+
+def test_a_model_that_is_given_counts_for_the_header_too(tmp_path: Path) -> None:
+    """Not the family that the file says, nor the one that its names suggest."""
+    source = written(tmp_path / "a.safetensors", BLOCKS, "flux1")
+    convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.known("hunyuanvideo"))
+    assert header(tmp_path / "b.safetensors").metadata["lycoris_family"] == "hunyuanvideo"
+
+
+def test_one_layer_of_a_unet_is_of_the_model_that_the_header_names(tmp_path: Path) -> None:
+    layer = "lora_unet_time_embedding_linear_1"
+    shapes = {name: tuple(t.shape) for name, t in lora(layer, 1280, 320).items()}
+    assert len({each.architecture.name for each in judge(shapes, {}).fits[""]}) > 1
+    found = judge(shapes, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert found.family == "sdxl"
+    assert {each.architecture.name for each in found.fits[""]} == {"sdxl-unet"}
+
+
+def test_a_header_of_another_family_is_remarked() -> None:
+    layers = {name: tuple(t.shape) for name, t in lora("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072).items()}
+    found = judge(layers, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert found.family != "sdxl"
+    assert "its header says sdxl, which has no such layers" in str(found)
+
+
+def test_a_header_that_contradicts_the_model_is_remarked() -> None:
+    sd3 = Layout.of(outline.known("sd3-medium"))
+    tensors = lora("lora_unet_joint_blocks_3_x_block_attn_proj", 1536, 1536)
+    report = resolve(tensors, sd3, metadata={"ss_base_model_version": "sdxl_base_v1-0"}).report
+    assert "its header says sdxl, and the model is a sd3" in str(report)
+    assert not resolve(tensors, sd3, metadata={"ss_base_model_version": "sd3m"}).report.remarks
+    with pytest.raises(FileError, match="unknown family 'sd-3'"):
+        resolve(tensors, sd3, family="sd-3")
+
+
+def test_text_encoders_are_those_of_the_family(tmp_path: Path) -> None:
+    """CLIP-L has a projection in SD3 and none in SDXL, and other names in diffusers."""
+    encoder = "text_model_encoder_layers_0_self_attn_q_proj"
+    for told, kind in (("sd3m", "clip-with-projection"), ("sdxl_base_v1-0", "clip")):
+        layers = {f"lora_te1_{encoder}": (768, 768)}
+        found = detect(written(tmp_path / "a.safetensors", layers, told))
+        assert found.fits["text_encoder"][0].architecture.name == kind
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
+        names = {name.partition(".lora_")[0] for name in load_file(tmp_path / "b.safetensors")}
+        assert names == {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj"}
+        convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
+        assert {name.partition(".")[0] for name in load_file(tmp_path / "c.safetensors")} == {f"lora_te1_{encoder}"}
