@@ -15,8 +15,10 @@ import tiny
 from cases import perturb, relative
 from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Rule, TLoRA, plan, read, write
 from lycoris.algorithm import Algorithm
+from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
-from lycoris.files import check, convert, detect, header, load_tensors
+from lycoris.files import check, convert, detect, header, load_tensors, write_peft
+from lycoris.files.skeleton import skeleton
 from lycoris.files.weights import BaseWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers", "ignore:::peft")
@@ -179,6 +181,10 @@ def test_a_folder_of_pefts(flux: nn.Module, tmp_path: Path) -> None:
     convert(tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=flux)
     same(loaded(flux, tmp_path / "peft"), expected)
     same(loaded(flux, tmp_path / "peft" / "adapter_model.safetensors"), expected)
+    assert detect(tmp_path / "peft").dialect == "peft"
+    assert check(tmp_path / "peft", "peft", base=flux).as_trained
+    convert(tmp_path / "peft", tmp_path / "b.safetensors", "kohya", base=flux)
+    same(loaded(flux, tmp_path / "b.safetensors"), expected)
 
 
 def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Path) -> None:
@@ -203,3 +209,45 @@ def test_load_tensors_of_a_conversion_are_its_own(flux: nn.Module, tmp_path: Pat
     write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "lycoris")
     convert(tmp_path / "a.safetensors", tmp_path / "a.safetensors", "kohya-diffusers", base=flux)
     assert all(key.startswith("lora_unet_") for key in load_tensors(tmp_path / "a.safetensors")[0])
+
+
+def test_a_folder_of_pefts_for_a_model_that_is_recognised(tmp_path: Path) -> None:
+    layer = "single_transformer_blocks.3.proj_mlp"
+    geometry = skeleton("flux.1-dev")[layer]
+    tensors = {slot: torch.randn(what.shape) for slot, what in LoRA(rank=2).slots(geometry).items()}
+    write_peft(Bundle({layer: (Entry(LoRA(rank=2), geometry, tensors),)}), tmp_path / "folder")
+    done = str(convert(tmp_path / "folder", tmp_path / "a.safetensors", "comfyui"))
+    assert "taken to be for flux1 (denoiser flux.1-" in done
+    assert "diffusion_model.single_blocks.3.linear1.lora_up.weight" in load_file(tmp_path / "a.safetensors")
+
+
+def test_a_text_encoder_alone(flux: nn.Module, tmp_path: Path) -> None:
+    key = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {f"{key}.lora_up.weight": torch.ones(768, 2), f"{key}.lora_down.weight": torch.ones(2, 768)}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "flux1"})
+    save_file({"x": torch.ones(1)}, tmp_path / "base.safetensors")
+    base = BaseWeights.open(tmp_path / "base.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", portable="comfyui", base=flux, weights=base)
+    (up,) = (name for name in load_file(tmp_path / "b.safetensors") if name.endswith("lora_up.weight"))
+    assert up == "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.lora_up.weight"
+
+
+def test_a_program_that_does_not_know_the_dialect(flux: nn.Module, tmp_path: Path) -> None:
+    write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "lycoris")
+    with pytest.raises(FileError, match=r"SimpleTuner does not know keys of the format kohya .*; it knows lycoris"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", portable="simpletuner", base=flux)
+
+
+def test_what_has_no_place_is_left_out_only_when_asked(flux: nn.Module, tmp_path: Path) -> None:
+    write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "kohya")
+    tensors = load_file(tmp_path / "a.safetensors")
+    extra = {
+        "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2),
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 2),
+    }
+    save_file(tensors | extra, tmp_path / "b.safetensors")
+    with pytest.raises(FileError, match="nowhere"):
+        convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux)
+    done = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux, strict=False)
+    assert "unused: lora_unet_nowhere.lora_up.weight" in str(done)
+    assert load_file(tmp_path / "c.safetensors").keys() == tensors.keys()

@@ -7,6 +7,7 @@ import torch
 
 from lycoris import LoKr, LoRA
 from lycoris.bundle import Bundle, Entry
+from lycoris.errors import FileError
 from lycoris.files import compose, resolve
 from lycoris.files.families import FAMILIES
 from lycoris.files.layout import Layout
@@ -209,6 +210,79 @@ EXPECTED = [
     ),
     ("lumina2", "", "lumina2", "layers.0.attn.to_k", "comfyui", "diffusion_model.layers.0.attention.qkv"),
     ("lumina2", "", "lumina2", "layers.0.feed_forward.linear_1", "kohya", "lora_unet_layers_0_feed_forward_w1"),
+    # Beside UNets, whose names are diffusers' own there.
+    (
+        "sdxl",
+        "",
+        "sdxl",
+        "mid_block.attentions.0.proj_in",
+        "onetrainer-legacy",
+        "lora_unet_mid_block_attentions_0_proj_in",
+    ),
+    (
+        "flux1",
+        "",
+        "flux.1-dev",
+        "transformer_blocks.7.attn.to_k",
+        "onetrainer-legacy",
+        "lora_transformer_transformer_blocks_7_attn_to_k",
+    ),
+    (
+        "sd1.5",
+        "text_encoder",
+        "clip-l",
+        "encoder.layers.0.mlp.fc1",
+        "diffusers",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    (
+        "sdxl",
+        "text_encoder",
+        "clip-l",
+        "encoder.layers.0.mlp.fc1",
+        "onetrainer-diffusers",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    (
+        "lumina2",
+        "text_encoder",
+        "gemma2-2b",
+        "model.layers.0.self_attn.q_proj",
+        "kohya",
+        "lora_te_layers_0_self_attn_q_proj",
+    ),
+    (
+        "lumina2",
+        "text_encoder",
+        "gemma2-2b",
+        "model.layers.0.self_attn.q_proj",
+        "comfyui",
+        "text_encoders.gemma2_2b.transformer.model.layers.0.self_attn.q_proj",
+    ),
+    (
+        "wan",
+        "text_encoder",
+        "t5-xxl",
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "comfyui",
+        "text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    ),
+    (
+        "z-image",
+        "text_encoder",
+        "qwen3-8b",
+        "model.layers.0.self_attn.q_proj",
+        "comfyui",
+        "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj",
+    ),
+    (
+        "hunyuanvideo",
+        "text_encoder",
+        "llama-3.1-8b",
+        "model.layers.0.self_attn.q_proj",
+        "comfyui",
+        "text_encoders.llama.transformer.model.layers.0.self_attn.q_proj",
+    ),
 ]
 
 
@@ -234,6 +308,24 @@ def test_every_family_and_every_dialect_has_a_name_here() -> None:
     assert {row[0] for row in EXPECTED} | {"sd2", "language-model"} >= set(FAMILIES)
     unnamed = {"peft", "onetrainer-diffusers", "onetrainer-kohya", "onetrainer-comfy", "bare"}
     assert {row[4] for row in EXPECTED} | unnamed >= set(DIALECTS)
+
+
+@pytest.mark.parametrize("adapter", ["default", "my_adapter"])
+def test_names_of_adapters_in_names_of_tensors(adapter: str) -> None:
+    """What a model in PEFT's hands has in its own state dict, saved by hand."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6))
+    lora = {f"0.lora_A.{adapter}.weight": torch.ones(2, 4), f"0.lora_B.{adapter}.weight": torch.ones(6, 2)}
+    names = ("w1_a", "w1_b", "w2_a", "w2_b")
+    loha = {f"1.hada_{name}.{adapter}": torch.ones((6, 2) if name.endswith("a") else (2, 6)) for name in names}
+    tensors = {f"base_model.model.{key}": tensor for key, tensor in (lora | loha).items()}
+    with pytest.raises(FileError, match="their scale only beside"):
+        resolve(tensors, model)
+    found = resolve(tensors, model, strict=False)
+    assert not found.report.unused
+    assert [entry.algorithm.name for (entry,) in found.entries.values()] == ["lora", "loha"]
+    two = tensors | {"base_model.model.0.lora_A.other.weight": torch.zeros(2, 4)}
+    with pytest.raises(FileError, match="are the same tensor under two names"):
+        resolve(two, model, strict=False)
 
 
 SPELLED = {
