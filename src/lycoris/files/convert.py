@@ -48,7 +48,8 @@ class Conversion:
         lines = [f"from {found.dialect}: {sum(len(each.applied) for each in self.reports.values())} layers"]
         if self.assumed:
             models = ", ".join(f"{name or 'denoiser'} {model}" for name, model in self.assumed.items())
-            lines.append(f"taken to be for {found.family or models} ({models}; {found.confidence})")
+            told = f"{found.family} ({models})" if found.family else models
+            lines.append(f"taken to be for {told}; {found.confidence}")
         lines += found.remarks
         for component, report in self.reports.items():
             name = component or "denoiser"

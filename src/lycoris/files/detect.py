@@ -144,7 +144,7 @@ def _reading(dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[st
     fitting = _only(found, told, "")
     family, remark = told, ""
     if told is None or (found and not fitting):
-        family = _of([each for each in found if _rank(each, dialect) == _rank(found[0], dialect)])
+        family = family_of({"": found[0].architecture}) if found and not ambiguous(found) else None
     if told is not None and found and not fitting:
         remark = f"its header says {told.name}, which has no such layers; taken for what they are"
     layers = _grouped(parted, shapes, component_of(family))
@@ -218,11 +218,6 @@ def size(tensors: Mapping[str, Shape]) -> Size:
 def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
     """Smaller is likelier, of candidates that have all the layers."""
     return -each.share, each.naming != dialect.naming_for(each.architecture), -each.whole
-
-
-def _of(tied: list[Fit]) -> Family | None:
-    families = {family.name: family for each in tied if (family := family_of({"": each.architecture}))}
-    return next(iter(families.values())) if len(families) == 1 else None
 
 
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:

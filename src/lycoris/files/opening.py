@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lycoris import outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files.components import family_of
-from lycoris.files.detect import Detection, detect, judge
+from lycoris.files.detect import Detection, ambiguous, detect, judge
 from lycoris.files.families import FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
@@ -43,9 +44,10 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
     if folder is not None:
         found = detect(folder)
         model = outline.known(_outline(found, "")) if base is None else base
-        layout = Layout.of(model)
-        assumed = found.models if base is None else {}
-        return Opened(found, {}, {"": read_peft(folder, model)}, {"": layout}, _family(found, layout), assumed)
+        layout, assumed = Layout.of(model), found.models if base is None else {}
+        family = found.family if base is None else _family(found, layout)
+        bundle = _certain(read_peft(folder, model), found, assumed, "")
+        return Opened(found, {}, {"": bundle}, {"": layout}, family, assumed)
     tensors, header = load_tensors(source)
     try:
         found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
@@ -72,10 +74,17 @@ def _opened(
         if layout is None or component:
             assumed[component] = _outline(found, component)
             layout = known(found.fits[component][0])
-        bundles[component], layouts[component] = resolve_as_written(
+        bundle, layouts[component] = resolve_as_written(
             tensors, layout, found.dialect, header, component, family, strict=strict
         )
+        bundles[component] = _certain(bundle, found, assumed, component)
     return Opened(found, header, bundles, layouts, family, assumed)
+
+
+def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:
+    """A bundle that does not say what it is for where that is a guess: it would be written as a fact."""
+    guessed = component in assumed and ambiguous(found.fits[component])
+    return replace(bundle, base=None) if guessed else bundle
 
 
 def _family(found: Detection, denoiser: Layout) -> str | None:

@@ -80,7 +80,8 @@ def compose(
         begin = f"{prefix}_" if prefix is not None else _prefix(kind, name, whose, layouts[name])
         _put(stacks, kind, begin, found.tensors, owner)
         by_prefix[begin] = Bundle(dict(stacks))
-    found.header.update(_header(by_prefix, kind, whose, bundles.get("")))
+    sure = family is not None or any(each.base is not None for each in bundles.values())
+    found.header.update(_header(by_prefix, kind, whose if sure else None, bundles.get("")))
     if kind.scale == "header" and prefix is None:
         found.header[LORA_METADATA] = lora_adapter_metadata({name.rstrip("."): own for name, own in by_prefix.items()})
     return found
