@@ -89,6 +89,14 @@ class TestOldForms:
         assert torch.equal(entry.tensors["a1"], a2)
         assert torch.equal(entry.tensors["b1"], b2)
 
+    def test_a_scale_is_of_the_ranks(self) -> None:
+        a1, a2, b1, b2 = torch.randn(2, 5), torch.randn(5, 2), torch.randn(2, 5), torch.randn(6, 2)
+        glora = {"a1__weight": a1, "a2__weight": a2, "b1__weight": b1, "b2__weight": b2}
+        lokr = {"lokr_w1_a": torch.randn(3, 2), "lokr_w1_b": torch.randn(2, 5), "lokr_w2": torch.randn(2, 1)}
+        for tensors in (glora, lokr):
+            (entry,) = self.entries(**tensors, scale=torch.tensor(0.3))
+            assert entry.algorithm.scale(entry.geometry) == pytest.approx(0.3)
+
     def test_rotations_themselves(self) -> None:
         q = torch.randn(3, 2, 2, dtype=torch.float64)
         q = q - q.mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -84,5 +85,7 @@ def test_a_scale_moves_into_the_factors_unrounded(
     path = "0.to_q" if dialect == "processors" else "0"
     found = compose(Bundle({path: (entry._replace(algorithm=algorithm, tensors=tensors),)}), dialect).tensors
     up, down = (next(found[key].double() for key in found if any(word in key for word in words)) for words in PAIR)
+    if math.frexp(alpha)[0] in (0.5, -0.5) and dtype.itemsize > 1:
+        assert {tensor.dtype for name, tensor in found.items()} == {dtype}, "a power of two rounds nothing"
     exact = tensors["up"].double() @ tensors["down"].double() * alpha / 4
     assert torch.linalg.norm(up @ down - exact) <= 1e-6 * torch.linalg.norm(exact)
