@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
+from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.dropin.keywords import tell
 from lycoris.dropin.module import LycorisBaseModule, settings
+from lycoris.dropin.names import inner
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 from lycoris.options import TOP, parse_optional, parse_options
@@ -192,10 +193,9 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
     """The class of modules that have an algorithm."""
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    found = CLASSES.get(type(inner))
+    found = CLASSES.get(type(inner(algorithm)))
     if found is None:
-        raise ConfigError(f"{inner.name} has no module class; use AdapterSet")
+        raise ConfigError(f"{inner(algorithm).name} has no module class; use AdapterSet")
     return found
 
 

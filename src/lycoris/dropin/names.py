@@ -42,17 +42,21 @@ def write(name: str, own: Tensor, value: Tensor) -> None:
     sharding.assign(own, value)
 
 
+def inner(algorithm: Algorithm) -> Algorithm:
+    """The algorithm, without the lengths of DoRA."""
+    return algorithm.over if isinstance(algorithm, DoRA) else algorithm
+
+
 def file_names(algorithm: Algorithm) -> dict[str, str]:
     """Slot → name as in files, for what a file has no name for too."""
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    return {**inner.keys, **DoRA.keys, "gate": "scalar"}
+    return {**inner(algorithm).keys, **DoRA.keys, "gate": "scalar"}
 
 
 def by_old_name(adapter: Adapter, name: str) -> Any:
     """A tensor by its name in files; None for other names. Of `lora_up.weight` the first part is asked for."""
-    inner = adapter.algorithm.over if isinstance(adapter.algorithm, DoRA) else adapter.algorithm
+    algorithm = inner(adapter.algorithm)
     if name == "alpha":
-        alpha = inner.stored_alpha(adapter.geometry)
+        alpha = algorithm.stored_alpha(adapter.geometry)
         return None if alpha is None else torch.tensor(alpha)
     tensors = adapter.tensors()
     if name == "scalar":
@@ -62,9 +66,9 @@ def by_old_name(adapter: Adapter, name: str) -> Any:
             return tensors[slot]
         if slot in tensors and key == f"{name}.weight":
             return Factor(name, tensors[slot])
-    if isinstance(inner, Full) and name in ("weight", "bias"):
+    if isinstance(algorithm, Full) and name in ("weight", "bias"):
         return tensors.get("diff" if name == "weight" else "diff_b")
-    return getattr(inner, name, None) if name in SETTINGS else None
+    return getattr(algorithm, name, None) if name in SETTINGS else None
 
 
 def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
