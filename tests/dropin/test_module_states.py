@@ -176,6 +176,24 @@ def test_parametrisations_stack_and_come_off_in_any_order() -> None:
         LoConModule.parametrize(nn.Linear(4, 4).to(torch.float8_e4m3fn), "weight")
 
 
+def test_a_layer_whose_weight_is_parametrised_is_not_merged_into() -> None:
+    base, x = parametrizations.weight_norm(nn.Linear(12, 8)), torch.randn(3, 12)
+    net, before, state = made(LoConModule, base), base(x), copy.deepcopy(base.state_dict())
+    assert relative(net(x), before) > 1e-3
+    for merge in (
+        net.merge_to,
+        create_lycoris(nn.Sequential(base), apply_preset={"target_module": ["Sequential"]}).adapters.merge,
+    ):
+        with pytest.raises((RuntimeError, AttachError), match="remove_parametrizations"):
+            merge()
+    assert torch.equal(base(x), before)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in base.state_dict().items())
+    net.apply_to()
+    assert relative(base(x), net(x)) < 1e-6
+    net.restore()
+    assert torch.equal(base(x), before)
+
+
 def test_a_parametrisation_takes_only_tensors_that_mean_the_same() -> None:
     net = LoConModule.parametrize(nn.Linear(12, 8), "weight", 1.0, 4, 2.0)
     stir(net)
