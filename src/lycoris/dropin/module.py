@@ -177,7 +177,7 @@ class LycorisBaseModule(AdapterView):
                 )
             self._parameter.merge(self, self.adapter, multiplier * self.multiplier)
         else:
-            check_mergeable({self.lora_name: self.org_module[0]})
+            check_mergeable({self.lora_name: self._holder})
             self._own().merge(multiplier * self.multiplier)
 
     def onfly_merge(self, multiplier: float = 1.0) -> None:
@@ -188,6 +188,8 @@ class LycorisBaseModule(AdapterView):
         """Undo `onfly_merge`; an applied module acts again."""
         if self._parameter is not None:
             self._parameter.unmerge(self, put=True)
+        elif self._by_network and self.adapter.silent:
+            raise ConfigError(f"{self.lora_name} was merged by its network; call onfly_restore() of that")
         elif self._alone is not None:
             self._alone.unmerge()
 

@@ -76,17 +76,24 @@ class AdapterView(nn.Module):
 
     @property
     def is_quant(self) -> bool:
-        return bases.storage(self.org_module[0]).low_bit or (
-            bool(self.bypass_mode) and is_substitute(self.org_module[0])
-        )
+        return self._low_bit or (self.bypass_mode and is_substitute(self.org_module[0]))
 
     @property
     def bypass_mode(self) -> bool:
         """Whether the layer runs by itself and the adapter beside it: on quantised layers always. Nothing depends on
         it, since every path is exact; it is here to be read."""
-        if self.geometry.kind != "norm" and bases.storage(self.org_module[0]).low_bit:
+        if self._low_bit:
             return True
         return is_substitute(self.org_module[0]) if self._bypass is None else bool(self._bypass)
+
+    @property
+    def _low_bit(self) -> bool:
+        return self._parameter is None and self.geometry.kind != "norm" and bases.storage(self._holder).low_bit
+
+    @property
+    def _holder(self) -> nn.Module:
+        """What has the weight as `weight`: the layer, or a stand-in for a bare parameter."""
+        return bases.holder(self.org_module[0], self.adapter.attribute)
 
     @property
     def org_weight(self) -> Tensor:
@@ -163,9 +170,8 @@ class AdapterView(nn.Module):
         tensors = recast.dense(entry, base).tensors
         weight, bias = (tensors.get(full, tensors.get(norm)) for full, norm in (("diff", "w"), ("diff_b", "b")))
         weight = torch.zeros_like(self.org_weight) if weight is None else weight * multiplier
-        return (weight if shape is None else weight.reshape(shape)).to(
-            device
-        ), None if bias is None else bias * multiplier
+        bias = None if bias is None else bias * multiplier
+        return (weight if shape is None else weight.reshape(shape)).to(device), bias
 
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""
