@@ -261,14 +261,14 @@ class AdapterSet:
 
     def _refresh(self) -> None:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
-        strength = -self._merged_at if self.merged else self._strength
         for path, _, adapter in self._each():
             keep = None
             if self._keep is not None and adapter.algorithm.rank_masked:
                 keep = adapter.algorithm.fit_keep(self._keep)
                 keep = 1 - keep if self.merged else keep
-            adapter.set_call(strength * self._factor(path), keep)
             adapter.silent = self.merged and keep is None
+            taken = self.merged and not adapter.silent
+            adapter.set_call((-self._merged_at if taken else self._strength) * self._factor(path), keep)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 

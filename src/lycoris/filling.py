@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lycoris import attach, bases, merging, sharding
 from lycoris.adapter import Adapter
+from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.geometry import Site, site
@@ -46,14 +47,19 @@ def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
 
 def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
-    tensors, own = completed(entry, place), adapter.tensors()
+    return agreeing(adapter, entry.algorithm, completed(entry, place), place.path)
+
+
+def agreeing(adapter: Adapter, algorithm: Algorithm, whole: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Tensors of a file, completed, for an adapter that is there already, if they mean the same on it."""
+    tensors, own = dict(whole), adapter.tensors()
     if "gate" in own:
         tensors["gate"] = torch.ones(own["gate"].shape)
     same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
     # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
-    scales = [algorithm.scale(adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
+    scales = [each.scale(adapter.geometry) for each in (adapter.algorithm, algorithm)]
     if not same or not math.isclose(*scales, rel_tol=4e-3):
-        raise FileError(f"{place.path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
+        raise FileError(f"{path}: the file has {algorithm}, the adapter is {adapter.algorithm}")
     return tensors
 
 

@@ -93,3 +93,10 @@ def test_wrong_presets_are_refused(payload: dict[str, Any], words: str) -> None:
 def test_settings_of_maps_are_checked_only_when_strict() -> None:
     payload = {"module_algo_map": {"A": {"algo": "lora", "factor": 3}}}
     assert PresetConfig.from_dict(payload).to_dict() == payload
+
+
+@pytest.mark.parametrize(("name", "value"), [("dim", "x"), ("linear_dim", 0), ("alpha", "much"), ("conv_alpha", [1])])
+@pytest.mark.parametrize("algo", [{}, {"algo": "lora"}])
+def test_sizes_are_checked(algo: dict[str, str], name: str, value: Any) -> None:
+    with pytest.raises(PresetValidationError, match=name):
+        PresetConfig.from_dict({"module_algo_map": {"Attention": {**algo, name: value}}}, strict=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from cases import relative
 from lycoris.errors import ConfigError, FileError
+from lycoris.modules import LoConModule
 from lycoris.utils import extract_diff, merge
 
 RANK = 2
@@ -70,7 +71,11 @@ def test_modes_that_count() -> None:
 
     assert rank("fixed", 3) == 3
     assert rank("fixed", 0) == 1
-    assert rank("quantile", 0.5) == rank("percentile", 0.5) < rank("quantile", 0.8)
+    values = torch.linalg.svdvals(tuned.a.weight - base.a.weight)
+    for part in (0.2, 0.5, 0.8):
+        kept = rank("quantile", part)
+        assert kept == rank("percentile", part)
+        assert values[: kept - 1].sum() < part * values.sum() <= values[:kept].sum()
     whole = extract_diff([], [], base, tuned, "fixed", 8, 1)
     assert "lora_unet_a.diff" in whole, "from half of the outputs on"
 
@@ -92,7 +97,7 @@ def test_text_encoders_and_embeddings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="LyCORIS"):
         two = extract_diff([base, base], [tuned, tuned], None, None, "fixed", 2, 2)
     assert {key.split("_")[1] for key in two} == {"te1", "te2"}
-    assert "words is an embedding and has changed" in caplog.text
+    assert "lora_te2: changed and not kept: words, an embedding (mode='full' keeps it)" in caplog.text
     one = extract_diff([base], [tuned], None, None, "full")
     assert one["lora_te_words.diff"].shape == (7, 6)
 
@@ -110,5 +115,77 @@ def test_mistakes() -> None:
     with pytest.raises(ConfigError, match="unknown mode 'fix'; did you mean 'fixed'"):
         extract_diff([], [], base, tuned, "fix")  # type: ignore[arg-type]
     tuned.a = nn.Linear(12, 17)
-    with pytest.raises(FileError, match=r"a is linear \(16, 12\) in the base and linear \(17, 12\)"):
+    with pytest.raises(FileError, match=r"a is linear \(16, 12\) with bias in the base and linear \(17, 12\)"):
         extract_diff([], [], base, tuned)
+
+
+def test_alpha_is_exact_and_what_half_precision_cannot_hold_is_not_lost() -> None:
+    base, tuned = nn.Linear(8, 5000, bias=False), nn.Linear(8, 5000, bias=False)
+    tensors = extract_diff([], [], nn.ModuleList([base]), nn.ModuleList([tuned]), "fixed", 7)
+    alpha = tensors["lora_unet_0.alpha"]
+    assert (alpha.dtype, float(alpha)) == (torch.float32, 7.0)
+    assert tensors["lora_unet_0.lora_up.weight"].dtype == torch.float16
+    with torch.no_grad():
+        tuned.weight += 1e6
+    whole = extract_diff([], [], nn.ModuleList([base]), nn.ModuleList([tuned]), "full")["lora_unet_0.diff"]
+    assert whole.dtype == torch.float32
+    assert relative(base.weight + whole, tuned.weight) < 1e-6
+
+
+def test_what_has_changed_beside_layers_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.vector = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("same", torch.zeros(4))
+
+    base = Odd()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for tensor in (tuned.table, tuned.vector, tuned.mean):
+            tensor += 1.0
+    with caplog.at_level(logging.WARNING, logger="LyCORIS"):
+        assert extract_diff([], [], base, tuned, "full") == {}
+    assert "lora_unet: changed and not kept: mean, table, vector" in caplog.text
+
+
+def test_layers_and_models_of_one_side_are_errors() -> None:
+    for missing in (0, 1):
+        models = pair()
+        del models[missing].b
+        with pytest.raises(FileError, match=r"b is .*nothing"):
+            extract_diff([], [], *models)
+    base, tuned = pair()
+    tuned.a = nn.Linear(12, 16, bias=False)
+    with pytest.raises(FileError, match=r"with bias in the base and .* without bias"):
+        extract_diff([], [], base, tuned)
+    for given in (([base], [], None, None), ([], [], base, None), ([None], [tuned], base, tuned)):
+        with pytest.raises(ConfigError, match="each base model needs its fine-tuned one"):
+            extract_diff(*given)
+
+
+def test_weights_are_read_as_they_act() -> None:
+    """Adapters on the fine-tuned model are part of it, and a weight in float8 is what it stands for."""
+    base, tuned = pair()
+    before = {key: tensor.clone() for key, tensor in tuned.state_dict().items()}
+    lora = LoConModule("a", tuned.a, 1.0, 2, 2.0)
+    nn.init.ones_(lora.lora_up.weight)
+    lora.apply_to()
+    tensors = extract_diff([], [], base, tuned, "full")
+    lora.restore()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tuned.state_dict().items())
+    lora.merge_to()
+    assert relative(tensors["lora_unet_a.diff"], tuned.a.weight - base.a.weight) < 1e-3
+    small = copy.deepcopy(base)
+    small.a.weight = nn.Parameter(small.a.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    rounded = extract_diff([], [], base, small, "full")
+    assert rounded.keys() == {"lora_unet_a.diff"}
+    assert relative(rounded["lora_unet_a.diff"], small.a.weight.float() - base.a.weight) < 1e-3
+
+
+def test_text_encoders_are_called_as_networks_call_them() -> None:
+    base, tuned = (type("T5EncoderModel", (Net,), {})() for _ in range(2))
+    one, other = pair()
+    tensors = extract_diff([one, base], [other, tuned], None, None, "full")
+    assert {key.split("_")[1] for key in tensors} == {"te1", "te3"}

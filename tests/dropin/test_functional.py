@@ -92,6 +92,23 @@ def test_the_same_as_the_modules() -> None:
         assert relative(functions.diff_weight(w, blocks, None, constraint=0.01 * 16), delta(turning)) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{}, {"decompose_both": True}, {"full_matrix": True}])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_gamma_of_lokr_is_alpha(rank: int, options: dict[str, Any]) -> None:
+    """Divided by the rank where a factor is split, and without effect where both are whole."""
+    layer = nn.Linear(64, 64)
+    module = LokrModule("a", layer, 1.0, rank, 5.0, **options)
+    for parameter in module.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    p = module.state_dict()
+    order = [p.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
+    assert relative(lokr.diff_weight(*order, gamma=5.0), delta(module)) < 1e-5
+    w1 = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+    w2 = p["lokr_w2"] if "lokr_w2" in p else p["lokr_w2_a"] @ p["lokr_w2_b"]
+    scale = 1.0 if options.get("full_matrix") else 5.0 / rank
+    assert relative(torch.kron(w1, w2) * scale, delta(module)) < 1e-5
+
+
 def delta(module: Any) -> Tensor:
     return module.get_diff_weight()[0].detach()
 
@@ -99,8 +116,17 @@ def delta(module: Any) -> Tensor:
 def test_wrong_arguments_are_told() -> None:
     with pytest.raises(ConfigError, match="down and up"):
         locon.diff_weight(None, None, None)
-    with pytest.raises(ConfigError, match="oft_blocks"):
-        boft.diff_weight(torch.randn(4, 4), None, None)
+    with pytest.raises(ConfigError, match="w2_b and w2_a may not be None; given were w1_b, w1_a"):
+        loha.diff_weight(torch.randn(2, 4), torch.randn(4, 2), None, None)
+    with pytest.raises(ConfigError, match="w2_a and w2_b may not be None; given were w1"):
+        lokr.diff_weight(torch.randn(2, 2))
+    with pytest.raises(ConfigError, match="lokr has the tensors w1, w2 here; given were w1, w2, t2"):
+        lokr.diff_weight(torch.randn(2, 2), None, None, torch.randn(2, 2), None, None, torch.randn(1, 1))
+    with pytest.raises(ConfigError, match="down, up, mid, in this order; 4 were given"):
+        locon.diff_weight(*(torch.randn(2, 2) for _ in range(4)))
+    for module in (boft, diag_oft):
+        with pytest.raises(ConfigError, match="blocks may not be None"):
+            module.diff_weight(torch.randn(4, 4), None, None)
     with pytest.raises(ConfigError, match="boft_m is -1 or 3"):
         boft.weight_gen(torch.randn(16, 4), 4, boft_m=2)
     assert factorization(128, 4) == (4, 32)

@@ -129,6 +129,7 @@ def test_modules_from_a_file(cls: type[LycorisBaseModule]) -> None:
     assert relative(again(x), net(x)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
 @EVERY
 @ON
 @pytest.mark.parametrize("options", OPTIONS[:3])

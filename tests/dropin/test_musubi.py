@@ -227,6 +227,8 @@ def test_patterns(dit: Transformer, caplog: Any) -> None:
     assert names(conv_dim="4", surprise="1") == whole
     assert any("conv_dim has no effect" in text for text in caplog.messages)
     assert any("unknown option 'surprise'" in text for text in caplog.messages)
+    loha.create_arch_network(1.0, 2, 1.0, None, None, dit, factor="4")
+    assert any("unknown option 'factor'" in text for text in caplog.messages)
 
 
 def test_only_layers_of_the_very_class_are_taken() -> None:
@@ -254,21 +256,27 @@ def test_dropouts_and_ratios(dit: Transformer, caplog: Any) -> None:
 
 
 @EACH
-@pytest.mark.parametrize("dim", [1, 4])
-def test_files_mean_what_musubi_reads_in_them(name: str, dim: int, dit: Transformer, x: Tensor) -> None:
-    network = trained(name, dit, 1.0, dim)
+@pytest.mark.parametrize(("dim", "factor", "scale"), [(1, "2", 1.0), (2, "1", 0.5), (4, "2", None)])
+def test_files_mean_what_musubi_reads_in_them(
+    name: str, dim: int, factor: str, scale: float | None, dit: Transformer
+) -> None:
+    network = trained(name, dit, 1.0, dim, **({"factor": factor} if name == "lokr" else {}))
     sd = network.state_dict()
+    if scale is not None:
+        assert {module.scale for module in network.loras} == {scale}, "alpha over a rank that is not it"
     for module in network.loras:
         assert relative(module.get_diff_weight()[0], by_hand(name, sd, module.lora_name)) < 1e-6
 
 
 @EACH
-@pytest.mark.parametrize("dim", [1, 4])
+@pytest.mark.parametrize(("dim", "args"), [(1, {}), (4, {}), (2, {"factor": "1"})], ids=["one", "whole", "split"])
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])
-def test_merging_into_tensors(name: str, dim: int, multiplier: float, dit: Transformer, x: Tensor) -> None:
+def test_merging_into_tensors(
+    name: str, dim: int, args: dict[str, str], multiplier: float, dit: Transformer, x: Tensor
+) -> None:
     """lora_utils.py: every weight passes a hook before the model has it."""
     base = {key: tensor.clone() for key, tensor in dit.state_dict().items()}
-    network = trained(name, dit, multiplier, dim)
+    network = trained(name, dit, multiplier, dim, **(args if name == "lokr" else {}))
     live, sd = dit(x), network.state_dict()
     network.restore()
     keys = set(sd)
@@ -282,6 +290,34 @@ def test_merging_into_tensors(name: str, dim: int, multiplier: float, dit: Trans
         merged[key] = new
     assert not keys
     dit.load_state_dict(merged)
+    assert relative(dit(x), live) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr", "lokr-both"])
+def test_lengths_of_dora_are_read_and_merged(name: str, dit: Transformer, x: Tensor) -> None:
+    """LoKr is told by any of its first factors, whole or split."""
+    both = {"decompose_both": name == "lokr-both", "unbalanced_factorization": name == "lokr-both"}
+    config = {"algo": name[:4], "dora_wd": True, "factor": 2, **both}
+    made = create_network(0.5, 1, 2, None, None, dit, **config)
+    made.to(torch.float64).apply_to(None, dit)
+    perturb(made.adapters, 0.2)
+    live, sd = dit(x), made.state_dict()
+    assert ("lora_unet_blocks_0_ffn_0.lokr_w1_a" in sd) == (name == "lokr-both")
+    made.restore()
+    module, keys = MODULES[name[:4]], set(sd)
+    merged = {
+        key: module.merge_weights_to_tensor(
+            tensor, "lora_unet_" + key.rsplit(".", 1)[0].replace(".", "_"), sd, keys, 0.5, "cpu"
+        )
+        for key, tensor in dit.state_dict().items()
+        if key.endswith(".weight")
+    }
+    assert not keys
+    again = module.create_arch_network_from_weights(0.5, sd, unet=dit)
+    again.to(torch.float64).apply_to(None, dit)
+    assert relative(dit(x), live) < 1e-6
+    again.restore()
+    dit.load_state_dict(merged, strict=False)
     assert relative(dit(x), live) < 1e-6
 
 

@@ -39,6 +39,9 @@ class Dense(Storage):
     def label(self, layer: Any) -> str:
         return f"dense {_short(layer.weight.dtype)}"
 
+    def why_unwritable(self, layer: Any) -> str:
+        return _why_no_parameter(layer)
+
     def stochastic(self, layer: Any) -> bool:
         return True
 
@@ -72,7 +75,7 @@ class Float8(Storage):
         return f"its scale has shape {tuple(found.shape)}; known are a single one, and one per block and axis"
 
     def why_unwritable(self, layer: Any) -> str:
-        return "" if "weight" in layer._parameters else "it is a buffer of its module, and no parameter"
+        return _why_no_parameter(layer)
 
     def stochastic(self, layer: Any) -> bool:
         return True
@@ -87,6 +90,14 @@ class Float8(Storage):
     def _scale(self, layer: Any) -> Tensor | float:
         found = _scale(layer)
         return 1.0 if found is None else spread(found.float(), layer.weight.shape)
+
+
+def _why_no_parameter(layer: Any) -> str:
+    if "weight" in layer._parameters:
+        return ""
+    if "weight" in layer._buffers:
+        return "it is a buffer of its module, and no parameter"
+    return "it is made of other parameters in every pass (remove_parametrizations of torch.nn.utils ends that)"
 
 
 def _scale(layer: Any) -> Tensor | None:

@@ -17,7 +17,7 @@ from lycoris.dropin.network import LycorisNetwork, Part
 from lycoris.dropin.quantised import check_trainable
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import site
-from lycoris.options import parse_number, unknown_options
+from lycoris.options import parse_optional, unknown_options
 from lycoris.planning import Plan
 from lycoris.preset import PRESETS_WITH_CONV, Preset
 from lycoris.recipe import Recipe, schedule_in
@@ -122,7 +122,8 @@ def create_lycoris_from_weights(
         logger.warning(remark)
     adapters = AdapterSet.load(module, bundle, name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
-    return LycorisNetwork([Part(prefix, adapters)], multiplier, _given_bypass(options)), tensors
+    bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
+    return LycorisNetwork([Part(prefix, adapters)], multiplier, bypass), tensors
 
 
 def _one_of(name: str, value: float | None, other: str, documented: float | None) -> float | None:
@@ -132,8 +133,3 @@ def _one_of(name: str, value: float | None, other: str, documented: float | None
     if not isinstance(documented, _Int) and documented != value:
         raise ConfigError(f"{name}={value!r} and {other}={documented!r} contradict each other; give one")
     return value
-
-
-def _given_bypass(options: Mapping[str, Any]) -> bool | None:
-    value = options.get("bypass_mode")
-    return None if value is None else bool(parse_number(value, "bypass_mode", bool))

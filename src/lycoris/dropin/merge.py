@@ -23,9 +23,12 @@ def merge(
     Raises `FileError`, and changes nothing, when a tensor has no place. Computed where the layers are, whatever
     `device` says; the tensors given are not changed.
     """
-    encoders: Any = list(tes or [])
-    if len(encoders) < 2:
-        encoders = next(iter(encoders), None)
-    network, _ = create_network_from_weights(scale, None, None, encoders, unet, weights_sd=lyco_state_dict)
+    network, _ = create_network_from_weights(scale, None, None, one_or_many(tes), unet, weights_sd=lyco_state_dict)
     network.merge_to()
     return network
+
+
+def one_or_many(tes: Sequence[nn.Module | None] | None) -> Any:
+    """Text encoders as `components` takes them: one by itself has no number in its name."""
+    encoders = list(tes or ())
+    return encoders if len(encoders) > 1 else next(iter(encoders), None)

@@ -8,12 +8,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.errors import ConfigError
+from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
+from lycoris.dropin.keywords import tell
+from lycoris.dropin.module import LycorisBaseModule, settings
+from lycoris.dropin.names import inner
+from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
+from lycoris.options import TOP, parse_optional, parse_options
+from lycoris.planning import Remark
 
 _LENGTHS = ("alpha", "dora_scale")
+_PLAIN = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")
 
 
 class LoConModule(LycorisBaseModule):
@@ -40,6 +45,10 @@ class LokrModule(LycorisBaseModule):
         *_LENGTHS,
     )
     weight_list_det = ("lokr_w1", "lokr_w1_a")
+    positional = (
+        *("use_tucker", "use_scalar", "decompose_both", "factor", "rank_dropout_scale", "weight_decompose"),
+        *("wd_on_out", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization"),
+    )
 
     @property
     def use_w1(self) -> bool:
@@ -63,6 +72,7 @@ class FullModule(LycorisBaseModule):
     algo = "full"
     weight_list = ("diff", "diff_b")
     weight_list_det = ("diff",)
+    positional = ("use_tucker", "use_scalar", "rank_dropout_scale", "bypass_mode")
 
 
 class DiagOFTModule(LycorisBaseModule):
@@ -71,6 +81,7 @@ class DiagOFTModule(LycorisBaseModule):
     algo = "diag-oft"
     weight_list = ("oft_blocks", "rescale", "alpha")
     weight_list_det = ("oft_blocks",)
+    positional = ("use_tucker", "use_scalar", "rank_dropout_scale", "constraint", "rescaled", "bypass_mode")
     blocks_dim: ClassVar[int] = 3
 
     @classmethod
@@ -97,12 +108,14 @@ class GLoRAModule(LycorisBaseModule):
     algo = "glora"
     weight_list = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha")
     weight_list_det = ("a1.weight",)
+    positional = _PLAIN
 
 
 class DyLoraModule(LycorisBaseModule):
     """DyLoRA. Its files are LoRA files, and are found as such."""
 
     algo = "dylora"
+    positional = (_PLAIN[0], "block_size", *_PLAIN[1:], "train_on_input")
 
 
 class IA3Module(LycorisBaseModule):
@@ -111,6 +124,7 @@ class IA3Module(LycorisBaseModule):
     algo = "ia3"
     weight_list = ("weight", "on_input")
     weight_list_det = ("on_input",)
+    positional = (*_PLAIN, "train_on_input")
 
 
 class TLoraModule(LycorisBaseModule):
@@ -122,6 +136,7 @@ class TLoraModule(LycorisBaseModule):
         *("base_q.weight", "base_p.weight", "base_lambda"),
     )
     weight_list_det = ("lambda_layer",)
+    positional = ("rank_dropout_scale", "bypass_mode", "sig_type", "use_data_init", "mask_group_id")
 
 
 class NormModule(LycorisBaseModule):
@@ -141,12 +156,18 @@ class NormModule(LycorisBaseModule):
         rank_dropout_scale: bool = False,
         **options: Any,
     ) -> None:
-        """As the others, without sizes. Norms have no rank: `rank_dropout` does nothing."""
+        """As the others, without sizes: norms have no rank."""
+        options |= {"rank_dropout": rank_dropout, "rank_dropout_scale": rank_dropout_scale}
         super().__init__(lora_name, org_module, multiplier, module_dropout=module_dropout, **options)
 
     @classmethod
     def _algorithm(cls, g: Geometry, dim: int, alpha: float | None, options: Mapping[str, Any]) -> Algorithm:
-        return Norm(module_dropout=options.get("module_dropout", 0.0))
+        given = settings(cls.algo, None, None, options)
+        drop = parse_optional(given.pop("module_dropout", None), "module_dropout", float)
+        remarks: list[Remark] = []
+        parse_options(cls.algo, {name: value for name, value in given.items() if name not in TOP}, "", True, remarks)
+        tell(remarks)
+        return Norm(module_dropout=drop or 0.0)
 
 
 MODULE_LIST: tuple[type[LycorisBaseModule], ...] = (
@@ -172,21 +193,31 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
     """The class of modules that have an algorithm."""
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    found = CLASSES.get(type(inner))
+    found = CLASSES.get(type(inner(algorithm)))
     if found is None:
-        raise ConfigError(f"{inner.name} has no module class; use AdapterSet")
+        raise ConfigError(f"{inner(algorithm).name} has no module class; use AdapterSet")
     return found
 
 
 def get_module(
     lyco_state_dict: Mapping[str, Tensor], lora_name: str
 ) -> tuple[type[LycorisBaseModule] | None, tuple[Tensor | None, ...] | None]:
-    """The class for the tensors that a file has for a layer, and these in its order; (None, None) when it has none."""
-    for found in MODULE_LIST:
-        if found.algo_check(lyco_state_dict, lora_name):
-            return found, tuple(found.extract_state_dict(lyco_state_dict, lora_name))
-    return None, None
+    """The class for the tensors that a file has for a layer, and these in its order; (None, None) when it has none.
+
+    Raises `FileError` when no class takes all of them: what one module cannot hold, `create_lycoris_from_weights` reads
+    or refuses.
+    """
+    given = {key.removeprefix(f"{lora_name}.") for key in lyco_state_dict if key.startswith(f"{lora_name}.")}
+    if not given:
+        return None, None
+    found = next((each for each in MODULE_LIST if each.algo_check(lyco_state_dict, lora_name)), None)
+    left = sorted(given - {ALPHA, *(found.weight_list if found else ())})
+    if found is None or left:
+        told = f"{found.__name__} has no place for" if found else "no module class is made of"
+        raise FileError(
+            f"{lora_name}: {told} {', '.join(left) or ALPHA}; create_lycoris_from_weights reads the whole file"
+        )
+    return found, tuple(found.extract_state_dict(lyco_state_dict, lora_name))
 
 
 def make_module(

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lycoris import sharding
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import DoRA, Full
+from lycoris.errors import ConfigError
+
+SETTINGS = ("dropout", "rank_dropout", "module_dropout", "rs_lora", "tucker", "block_size", "constraint")
+"""Fields of algorithms that scripts read off a module."""
+
+
+class Factor:
+    """What a factor is to scripts: a layer of which `weight` is the tensor. Assigning to that writes to the tensor."""
+
+    __slots__ = ("_name", "_tensor")
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self._name, self._tensor = name, tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self._tensor
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        write(f"{self._name}.weight", self._tensor, value)
+
+
+@torch.no_grad()
+def write(name: str, own: Tensor, value: Tensor) -> None:
+    """Copy a tensor into the one that a module has. Raises `ConfigError` for another shape, which would be spread."""
+    if own.shape != value.shape:
+        raise ConfigError(f"{name} has shape {tuple(own.shape)}, and one of {tuple(value.shape)} was assigned")
+    sharding.assign(own, value)
+
+
+def inner(algorithm: Algorithm) -> Algorithm:
+    """The algorithm, without the lengths of DoRA."""
+    return algorithm.over if isinstance(algorithm, DoRA) else algorithm
 
 
 def file_names(algorithm: Algorithm) -> dict[str, str]:
     """Slot → name as in files, for what a file has no name for too."""
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
-    return {**inner.keys, **DoRA.keys, "gate": "scalar"}
+    return {**inner(algorithm).keys, **DoRA.keys, "gate": "scalar"}
 
 
 def by_old_name(adapter: Adapter, name: str) -> Any:
     """A tensor by its name in files; None for other names. Of `lora_up.weight` the first part is asked for."""
-    inner = adapter.algorithm.over if isinstance(adapter.algorithm, DoRA) else adapter.algorithm
+    algorithm = inner(adapter.algorithm)
     if name == "alpha":
-        alpha = inner.stored_alpha(adapter.geometry)
+        alpha = algorithm.stored_alpha(adapter.geometry)
         return None if alpha is None else torch.tensor(alpha)
     tensors = adapter.tensors()
     if name == "scalar":
@@ -31,8 +65,32 @@ def by_old_name(adapter: Adapter, name: str) -> Any:
         if slot in tensors and key == name:
             return tensors[slot]
         if slot in tensors and key == f"{name}.weight":
-            return SimpleNamespace(weight=tensors[slot])
-    if isinstance(inner, Full) and name in ("weight", "bias"):
+            return Factor(name, tensors[slot])
+    if isinstance(algorithm, Full) and name in ("weight", "bias"):
         return tensors.get("diff" if name == "weight" else "diff_b")
-    settings = {"dropout", "rank_dropout", "module_dropout", "rs_lora", "tucker", "block_size", "constraint"}
-    return getattr(inner, name, None) if name in settings else None
+    return getattr(algorithm, name, None) if name in SETTINGS else None
+
+
+def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
+    """Write to a tensor by its name in files; False for names that are none.
+
+    Raises `ConfigError` for what is no tensor of this adapter, so that an assignment to it would do nothing.
+    """
+    own = by_old_name(adapter, name)
+    if isinstance(own, Factor):
+        weight = getattr(value, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ConfigError(f"{name} stands for the tensor {name}.weight; assign to that, or a layer with a weight")
+        own.weight = weight
+        return True
+    if isinstance(own, Tensor) and any(own is tensor for tensor in adapter.tensors().values()):
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name} is a tensor of shape {tuple(own.shape)}, and {value!r:.80} was assigned")
+        write(name, own, value)
+        return True
+    known = {key.removesuffix(".weight") for key in file_names(adapter.algorithm).values()}
+    if name in ("alpha", *SETTINGS):
+        raise ConfigError(f"{name} belongs to {adapter.algorithm}, which does not change; make a new module with it")
+    if name in known:
+        raise ConfigError(f"{adapter.algorithm} has no tensor {name} here; make a new module with the options for it")
+    return False

@@ -33,7 +33,10 @@ def is_mergeable(layers: Mapping[str, nn.Module]) -> bool:
 def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
     """Raise `RefusedError`, and change nothing, unless `is_mergeable`."""
     for path, layer in layers.items():
-        if not is_mergeable({path: layer}):
+        able = bases.capabilities({path: layer}).rows[0]
+        if not able.merges and not able.low_bit:
+            raise RefusedError(f"the weight of {path} cannot be merged into: {able.remark}. Leave the adapters applied")
+        if able.low_bit:
             what = "a weight-only FP8" if base_class(layer).__name__ == "Fp8Linear" else "such a"
             raise RefusedError(
                 f"{path} stores its weight as {bases.kind(layer)}, and merging into {what} layer would lose the "

@@ -12,10 +12,21 @@ from typing_extensions import Self
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import OFT
 from lycoris.errors import ConfigError, unknown
-from lycoris.options import ALGORITHMS, OPTIONS, OVERRIDE, RANKED, algorithm_class, parse_options
+from lycoris.options import (
+    ALGORITHMS,
+    OPTIONS,
+    OVERRIDE,
+    RANKED,
+    algorithm_class,
+    parse_optional,
+    parse_options,
+    parse_rank,
+)
 from lycoris.preset import Preset
 
 VALID_PRESET_KEYS: tuple[str, ...] = tuple(f.name for f in fields(Preset))
+
+DIMS, ALPHAS = ("dim", "linear_dim", "conv_dim"), ("alpha", "linear_alpha", "conv_alpha")
 
 NOTES: Mapping[str, str] = {
     "locon": "The same as lora.",
@@ -83,8 +94,16 @@ class AlgoOverride:
         return copy.deepcopy(self.options) | ({} if self.algo is None else {"algo": self.algo})
 
     def validate(self) -> None:
-        """Raise `PresetValidationError` for an unknown algorithm, or for settings that it, or any if none is named,
-        does not have."""
+        """Raise `PresetValidationError` for an unknown algorithm, for sizes that are none, and for settings that it,
+        or any if none is named, does not have."""
+        try:
+            for name in self.options:
+                if name in DIMS:
+                    parse_rank(self.options[name], name)
+                elif name in ALPHAS:
+                    parse_optional(self.options[name], name, float)
+        except ConfigError as error:
+            raise PresetValidationError(str(error)) from None
         if self.algo is None:
             strange = next((name for name in self.options if name not in OPTIONS and name not in OVERRIDE), None)
             if strange is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -22,8 +22,15 @@ logger = logging.getLogger("LyCORIS")
 CONFIG_KEYS = ("max_rank", "min_rank", "alpha")
 """Of a pipeline's `_tlora_config`."""
 
+
+class Masked(Protocol):
+    """What a mask reaches: a set of adapters, or a module by itself."""
+
+    def set_keep(self, keep: Tensor | None) -> None: ...
+
+
 _masks: dict[int, Tensor] = {}
-_tracked: WeakSet[AdapterSet] = WeakSet()
+_tracked: WeakSet[Masked] = WeakSet()
 
 
 def compute_timestep_mask(
@@ -34,7 +41,7 @@ def compute_timestep_mask(
 
 
 def set_timestep_mask(mask: Tensor, group_id: int = 0) -> None:
-    """Put a mask, (1, r) or (B, r), in force on every applied T-LoRA network until it is cleared."""
+    """Put a mask, (1, r) or (B, r), in force on applied T-LoRA networks and on single modules until it is cleared."""
     _check_group(group_id)
     _masks[group_id] = mask
     _push()
@@ -72,6 +79,12 @@ def track(adapters: AdapterSet) -> None:
     adapters.follow_timesteps()
 
 
+def follow(module: Masked) -> None:
+    """Let masks reach a module by itself, applied or not."""
+    module.set_keep(get_timestep_mask())
+    _tracked.add(module)
+
+
 def untrack(adapters: AdapterSet) -> None:
     """Undo `track`."""
     _tracked.discard(adapters)
@@ -100,8 +113,8 @@ def _check_group(group_id: int) -> None:
 
 
 def _push() -> None:
-    for adapters in list(_tracked):
-        adapters.set_keep(get_timestep_mask())
+    for masked in list(_tracked):
+        masked.set_keep(get_timestep_mask())
 
 
 def _follow_pipeline(adapters: AdapterSet, own: RankSchedule | None) -> None:

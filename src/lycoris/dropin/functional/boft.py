@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lycoris.algorithm import Affine, interpolate
 from lycoris.algorithms import BOFT
-from lycoris.dropin.functional.layer import geometry, started, turned
+from lycoris.dropin.functional.layer import geometry, named, needed, started, turned
 from lycoris.errors import ConfigError
 from lycoris.ops.factorization import butterfly_sizes
 
@@ -51,9 +51,7 @@ def bypass_forward_diff(
 
 
 def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple[BOFT, dict[str, Tensor]]:
-    blocks, rescale = (*weights, None)[:2]
-    if blocks is None:
-        raise ConfigError("the first tensor is oft_blocks and may not be None")
-    rows = blocks.shape[1] * blocks.shape[2]
-    algorithm = BOFT(block_size=blocks.shape[-1], constraint=float(constraint or 0) / rows, rescale=rescale is not None)
-    return algorithm, {"blocks": blocks} | ({} if rescale is None else {"rescale": rescale})
+    p = named(weights, ("blocks", "rescale"))
+    needed(p, "blocks")
+    size, rows = p["blocks"].shape[-1], p["blocks"].shape[-3] * p["blocks"].shape[-2]
+    return BOFT(block_size=size, constraint=float(constraint or 0) / rows, rescale="rescale" in p), p

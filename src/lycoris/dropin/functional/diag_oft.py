@@ -6,8 +6,7 @@ from torch import Tensor
 
 from lycoris.algorithm import Affine
 from lycoris.algorithms import OFT
-from lycoris.dropin.functional.layer import factorization, geometry, started, turned
-from lycoris.errors import ConfigError
+from lycoris.dropin.functional.layer import factorization, geometry, named, needed, started, turned
 
 
 def weight_gen(org_weight: Tensor, max_block_size: int = -1, rescale: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -39,9 +38,7 @@ def bypass_forward_diff(
 
 
 def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple[OFT, dict[str, Tensor]]:
-    blocks, rescale = (*weights, None)[:2]
-    if blocks is None:
-        raise ConfigError("the first tensor is oft_blocks and may not be None")
-    rows = blocks.shape[0] * blocks.shape[1]
-    algorithm = OFT(block_size=blocks.shape[-1], constraint=float(constraint or 0) / rows, rescale=rescale is not None)
-    return algorithm, {"blocks": blocks} | ({} if rescale is None else {"rescale": rescale})
+    p = named(weights, ("blocks", "rescale"))
+    needed(p, "blocks")
+    size, rows = p["blocks"].shape[-1], p["blocks"].shape[-3] * p["blocks"].shape[-2]
+    return OFT(block_size=size, constraint=float(constraint or 0) / rows, rescale="rescale" in p), p

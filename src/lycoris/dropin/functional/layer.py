@@ -12,6 +12,7 @@ from torch import Tensor
 from lycoris.adapter import Matrix
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm, Call
+from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.factorization import factorize
 
@@ -45,6 +46,27 @@ def geometry(shape: Sequence[int], extra_args: Mapping[str, Any] | None = None) 
         groups=extra.get("groups", 1),
         pad=pad,
     )
+
+
+def named(weights: Sequence[Tensor | None], slots: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors by slot, in the order of functions. Raises `ConfigError` for more than there are slots."""
+    if len(weights) > len(slots):
+        raise ConfigError(f"the tensors are {', '.join(slots)}, in this order; {len(weights)} were given")
+    return {name: tensor for name, tensor in zip(slots, weights, strict=False) if tensor is not None}
+
+
+def needed(p: Mapping[str, Tensor], *slots: str) -> None:
+    """Raise `ConfigError` unless all of these were given."""
+    if missing := [name for name in slots if name not in p]:
+        raise ConfigError(f"{' and '.join(missing)} may not be None; given were {', '.join(p) or 'none'}")
+
+
+def shaped(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+    """Tensors in the shapes that the algorithm has them in. Raises `ConfigError` when they are not its own."""
+    slots = algorithm.slots(g)
+    if p.keys() != slots.keys():
+        raise ConfigError(f"{algorithm.name} has the tensors {', '.join(slots)} here; given were {', '.join(p)}")
+    return {name: tensor.reshape(slots[name].shape) for name, tensor in p.items()}
 
 
 def started(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoRA
-from lycoris.dropin.functional.layer import Added, geometry, started
-from lycoris.errors import ConfigError
+from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
 from lycoris.geometry import Geometry
+
+SLOTS = ("down", "up", "mid")
 
 
 def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -22,15 +23,12 @@ def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tens
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoRA, dict[str, Tensor], Geometry]:
-    down, up, mid = (*weights, None)[:3]
-    if down is None or up is None:
-        raise ConfigError("the first two tensors are down and up; neither may be None")
-    kernel = (down if mid is None else mid).shape[2:]
-    g = geometry((up.shape[0], down.shape[1], *kernel), extra)
-    algorithm = LoRA(rank=down.shape[0], alpha=gamma * down.shape[0], tucker=mid is not None)
-    shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
-    given = {"down": down, "up": up, "mid": mid}
-    return algorithm, {name: t.reshape(shapes[name]) for name, t in given.items() if t is not None}, g
+    p = named(weights, SLOTS)
+    needed(p, "down", "up")
+    rank, inputs = p["down"].shape[:2]
+    g = geometry((p["up"].shape[0], inputs, *p.get("mid", p["down"]).shape[2:]), extra)
+    algorithm = LoRA(rank=rank, alpha=gamma * rank, tucker="mid" in p)
+    return algorithm, shaped(algorithm, p, g), g
 
 
 _OWN = Added(_read)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoHa
-from lycoris.dropin.functional.layer import Added, geometry, started
+from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
 from lycoris.geometry import Geometry
 
 SLOTS = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
@@ -25,14 +25,14 @@ def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tens
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoHa, dict[str, Tensor], Geometry]:
-    p = {name: tensor for name, tensor in zip(SLOTS, weights, strict=False) if tensor is not None}
+    p = named(weights, SLOTS)
+    needed(p, "w1_b", "w1_a", "w2_b", "w2_a")
     rank, core = p["w1_b"].shape[0], "t1" in p
     out = p["w1_a"].shape[1 if core else 0]
     kernel = p["t1"].shape[2:] if core else p["w1_b"].shape[2:]
     g = geometry((out, p["w1_b"].shape[1], *kernel), extra)
     algorithm = LoHa(rank=rank, alpha=gamma * rank, tucker=core)
-    shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
-    return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g
+    return algorithm, shaped(algorithm, p, g), g
 
 
 _OWN = Added(_read)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.lokr import Layout
-from lycoris.dropin.functional.layer import Added, geometry, started
+from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
 from lycoris.geometry import Geometry
 
 SLOTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
@@ -42,7 +42,8 @@ def weight_gen(
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoKr, dict[str, Tensor], Geometry]:
-    p = {name: tensor for name, tensor in zip(SLOTS, weights, strict=False) if tensor is not None}
+    p = named(weights, SLOTS)
+    needed(p, *(() if "w1" in p else ("w1_a", "w1_b")), *(() if "w2" in p else ("w2_a", "w2_b")))
     ol, im = p["w1"].shape if "w1" in p else (p["w1_a"].shape[0], p["w1_b"].shape[1])
     core = "t2" in p
     if "w2" in p:
@@ -55,8 +56,7 @@ def _read(
     layout = Layout(ol, im, "w1" not in p, "w2" not in p)
     algorithm = LoKr(rank=rank, alpha=gamma, tucker=core, layout=layout)
     g = geometry((ol * ok, im * inner, *kernel), extra)
-    shapes = {name: slot.shape for name, slot in algorithm.slots(g).items()}
-    return algorithm, {name: tensor.reshape(shapes[name]) for name, tensor in p.items()}, g
+    return algorithm, shaped(algorithm, p, g), g
 
 
 _OWN = Added(_read)

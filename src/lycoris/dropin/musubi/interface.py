@@ -19,10 +19,12 @@ class Interface:
 
     name: str
     """Of the algorithm."""
-    mark: str
-    """A tensor name that tells that a layer has it."""
+    marks: tuple[str, ...]
+    """Tensor names, of which any tells that a layer has it."""
     make: Make
     """Makes it from settings and, under `options`, `--network_args`."""
+    options: tuple[str, ...] = ()
+    """`--network_args` that it has beside the common ones."""
 
     def create_arch_network(
         self,
@@ -64,6 +66,8 @@ class Interface:
     ) -> MusubiNetwork:
         """New adapters for the linear layers in blocks of some classes; None: in all of the model."""
 
+        network.say_unknown(kwargs, self.options)
+
         def make(**settings: Any) -> Any:
             return self.make(options=kwargs, **settings)
 
@@ -81,7 +85,8 @@ class Interface:
         **kwargs: Any,
     ) -> MusubiNetwork:
         """Adapters from a file's tensors, whose shapes say all."""
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+        network.say_unknown(kwargs, self.options)
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference)
 
     def create_network_from_weights(
         self,
@@ -94,7 +99,8 @@ class Interface:
         **kwargs: Any,
     ) -> MusubiNetwork:
         """The same; the tensors say which layers are meant."""
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+        network.say_unknown(kwargs, self.options)
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference)
 
     def merge_weights_to_tensor(
         self,
@@ -106,4 +112,4 @@ class Interface:
         calc_device: Any,
     ) -> Tensor:
         """A weight with a file's change to it; see `network.merged`."""
-        return network.merged(self.mark, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)
+        return network.merged(self.marks, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)

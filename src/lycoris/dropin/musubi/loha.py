@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lycoris.algorithms import LoHa
+from lycoris.dropin.modules import LohaModule
 from lycoris.dropin.musubi.interface import Interface
 
 
@@ -13,7 +14,7 @@ def _make(options: Mapping[str, Any], **settings: Any) -> LoHa:
     return LoHa(**settings)
 
 
-_OWN = Interface("loha", "hada_w1_a", _make)
+_OWN = Interface("loha", LohaModule.weight_list_det, _make)
 
 create_arch_network = _OWN.create_arch_network
 create_network = _OWN.create_network

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import files
+from lycoris import files, recast
 from lycoris.adapters import AdapterSet
-from lycoris.algorithm import Algorithm
+from lycoris.algorithm import Affine, Algorithm, Entry, interpolate
 from lycoris.algorithms import read_tensors
 from lycoris.attach import base_class
 from lycoris.dropin.functional.layer import geometry
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
+from lycoris.dropin.names import inner
 from lycoris.dropin.network import Part
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.geometry import Geometry
@@ -30,9 +31,9 @@ logger = logging.getLogger("LyCORIS")
 PREFIX = "lora_unet"
 KNOWN = (
     *("rank_dropout", "module_dropout", "verbose", "exclude_patterns", "include_patterns"),
-    *("loraplus_lr_ratio", "factor", "conv_dim", "conv_alpha"),
+    *("loraplus_lr_ratio", "conv_dim", "conv_alpha"),
 )
-"""What `--network_args` may hold."""
+"""What `--network_args` may hold for any algorithm."""
 
 Make = Callable[..., Algorithm]
 
@@ -40,6 +41,7 @@ Make = Callable[..., Algorithm]
 class MusubiNetwork(LycorisNetworkKohya):
     """Adapters of one denoiser."""
 
+    # Musubi's trainer has no text encoder, and gives the rate by the name of its own parameter.
     def prepare_optimizer_params(  # type: ignore[override]
         self, unet_lr: float | None = 1e-4, **_: Any
     ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -74,7 +76,6 @@ def create(
 
     All options may be strings. Raises `ConfigError` for wrong ones and `PlanError` when no layer is meant.
     """
-    _say_unknown(options)
     drop = {name: parse_optional(options.get(name), name, float) or 0.0 for name in ("rank_dropout", "module_dropout")}
     drop["dropout"] = parse_optional(neuron_dropout, "network_dropout", float) or 0.0
     dim = parse_optional(network_dim, "network_dim", int) or 4
@@ -111,16 +112,14 @@ def read(
     weights_sd: Mapping[str, Tensor],
     unet: nn.Module,
     for_inference: bool,
-    options: Mapping[str, Any],
 ) -> MusubiNetwork:
     """Adapters from a file's tensors, whose shapes say all; not yet applied.
 
-    Raises `FileError` when they are not of the algorithm of that name, or do not fit the model.
+    Raises `FileError` when they are not of the algorithm of that name, with or without DoRA, or do not fit the model.
     """
-    _say_unknown(options)
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
     bundle = files.resolve(tensors, unet, prefix=PREFIX)
-    others = sorted({e.algorithm.name for stack in bundle.entries.values() for e in stack} - {name})
+    others = sorted({inner(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, bundle, name=None)
@@ -131,7 +130,7 @@ def read(
 
 @torch.no_grad()
 def merged(
-    mark: str,
+    marks: Sequence[str],
     model_weight: Tensor,
     lora_name: str,
     lora_sd: Mapping[str, Tensor],
@@ -141,21 +140,21 @@ def merged(
 ) -> Tensor:
     """A weight with a file's change to it added, in float32, rounded once; its keys are taken from `lora_weight_keys`.
 
-    Unchanged when the file has nothing for it; `mark` is a tensor name that tells.
+    Unchanged when the file has nothing for it; `marks` are the tensor names of which one tells. Raises `FileError` for
+    tensors that do not fit.
     """
-    if f"{lora_name}.{mark}" not in lora_weight_keys:
+    if not any(f"{lora_name}.{mark}" in lora_weight_keys for mark in marks):
         return model_weight
     keys = {key for key in lora_weight_keys if key.startswith(f"{lora_name}.")}
     tensors = {key.removeprefix(f"{lora_name}."): lora_sd[key].to(calc_device) for key in keys}
     g = geometry(model_weight.shape)
     algorithm, values = read_tensors(tensors, g, lora_name)
     full = torch.promote_types(model_weight.dtype, torch.float32) if model_weight.itemsize > 1 else torch.float32
-    change: Any = algorithm
-    delta = change.delta({slot: t.to(full) for slot, t in values.items()}, g).weight
-    gain = multiplier * algorithm.scale(g)
+    base = Affine(model_weight.to(calc_device, full), None)
+    whole = recast.adapted(Entry(algorithm, g, values), base)
     for key in keys:
         lora_weight_keys.discard(key)
-    return (model_weight.to(calc_device, full) + gain * delta).to(model_weight.dtype)
+    return interpolate(base, whole, multiplier).weight.to(model_weight.dtype)
 
 
 def patterns(given: Any, name: str) -> list[re.Pattern[str]]:
@@ -172,10 +171,12 @@ def patterns(given: Any, name: str) -> list[re.Pattern[str]]:
         raise ConfigError(f"{name}: {error.pattern!r} is not a regular expression ({error})") from None
 
 
-def _say_unknown(options: Mapping[str, Any]) -> None:
+def say_unknown(options: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Warn of `--network_args` that do nothing; `own` are those of the algorithm alone."""
+    known = (*KNOWN, *own)
     for name in options:
-        if name not in KNOWN:
-            logger.warning("unknown option %r was ignored; known are %s", name, ", ".join(KNOWN))
+        if name not in known:
+            logger.warning("unknown option %r was ignored; known are %s", name, ", ".join(known))
     for name in ("conv_dim", "conv_alpha"):
         if options.get(name) is not None:
             logger.warning("%s has no effect: only linear layers are adapted here", name)

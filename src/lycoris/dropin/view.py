@@ -1,0 +1,225 @@
+"""An adapter on its layer by the names that scripts know: what it is, what it changes, and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris import attach, bases, recast
+from lycoris.adapter import Adapter, Matrix
+from lycoris.additive import Additive
+from lycoris.algorithm import Affine, Algorithm, Base, Call
+from lycoris.algorithms import DoRA, read_tensors, write_tensors
+from lycoris.bundle import Entry
+from lycoris.dropin.names import by_old_name, file_names, inner, write, write_by_old_name
+from lycoris.dropin.norms import shrink
+from lycoris.dropin.parametrised import Parametrised
+from lycoris.dropin.quantised import is_substitute
+from lycoris.errors import AttachError, FileError
+from lycoris.filling import agreeing, fitted
+from lycoris.geometry import Geometry, Site
+
+
+class AdapterView(nn.Module):
+    """`org_module[0]` is the layer, `org_weight` its weight."""
+
+    lora_name: str
+    org_module: list[nn.Module]
+    adapter: Adapter
+    _place: Site
+    _bypass: bool | None
+    _parameter: Parametrised | None
+    """What it parametrises; None on a layer."""
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.adapter.algorithm
+
+    @property
+    def inner(self) -> Algorithm:
+        """The algorithm, without the lengths of DoRA."""
+        return inner(self.algorithm)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.adapter.geometry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.geometry.shape
+
+    @property
+    def dim(self) -> int:
+        """Output features of the layer."""
+        return self.geometry.out_features
+
+    @property
+    def lora_dim(self) -> int:
+        return int(getattr(self.inner, "rank", 0) or getattr(self.inner, "block_size", 0))
+
+    @property
+    def scale(self) -> float:
+        return self.algorithm.scale(self.geometry)
+
+    @property
+    def wd(self) -> bool:
+        return isinstance(self.algorithm, DoRA)
+
+    @property
+    def full_matrix(self) -> bool:
+        return bool(getattr(self.inner, "full_matrix", False))
+
+    @property
+    def is_quant(self) -> bool:
+        return self._low_bit or (self.bypass_mode and is_substitute(self.org_module[0]))
+
+    @property
+    def bypass_mode(self) -> bool:
+        """Whether the layer runs by itself and the adapter beside it: on quantised layers always. Nothing depends on
+        it, since every path is exact; it is here to be read."""
+        if self._low_bit:
+            return True
+        return is_substitute(self.org_module[0]) if self._bypass is None else bool(self._bypass)
+
+    @property
+    def _low_bit(self) -> bool:
+        return self._parameter is None and self.geometry.kind != "norm" and bases.storage(self._holder).low_bit
+
+    @property
+    def _holder(self) -> nn.Module:
+        """What has the weight as `weight`: the layer, or a stand-in for a bare parameter."""
+        return bases.holder(self.org_module[0], self.adapter.attribute)
+
+    @property
+    def org_weight(self) -> Tensor:
+        if self._parameter is not None:
+            return self._parameter.original
+        weight: Tensor = getattr(self.org_module[0], self.adapter.attribute or "weight")
+        return weight
+
+    @org_weight.setter
+    def org_weight(self, value: Tensor) -> None:
+        write("org_weight", self.org_weight, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            adapter = self.__dict__.get("_modules", {}).get("adapter")
+            found = None if adapter is None else by_old_name(adapter, name)
+            if found is None:
+                raise
+            return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A tensor that took the place of the adapter's would have no effect; it is copied into it instead.
+        adapter = self.__dict__.get("_modules", {}).get("adapter")
+        if adapter is None or not write_by_old_name(adapter, name, value):
+            super().__setattr__(name, value)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the names that they have in files; `scalar` for a trained gate."""
+        names = file_names(self.algorithm)
+        for slot, tensor in self.adapter.named_parameters():
+            yield f"{prefix}{'.' if prefix else ''}{names[slot]}", tensor
+
+    # -- what it changes ---------------------------------------------------------------------------------------------
+
+    def _below(self) -> Base:
+        if self._parameter is not None:
+            return Matrix(self.geometry, self._parameter.below(self))
+        return attach.bottom(self.org_module[0], self.adapter.attribute)
+
+    def _unmerged(self) -> Base:
+        """The same, for what depends on the weight from before a merge."""
+        if self.adapter.silent:
+            raise AttachError(f"{self.lora_name} is merged into the weight that this depends on; restore it first")
+        return self._below()
+
+    def _widened(self, affine: Affine) -> Affine:
+        """In float32 at least, as merges are computed."""
+        return affine.widened(torch.promote_types(next(iter(self.adapter.tensors().values())).dtype, torch.float32))
+
+    def get_merged_weight(
+        self, multiplier: float = 1.0, shape: Any = None, device: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight, as the layer stores it, and bias with this adapter at a strength; without dropout and masks.
+
+        In at least float32. Raises `AttachError` while it is merged.
+        """
+        weight, bias = self.adapter.adapted(self._widened(self._unmerged().affine()), Call(multiplier))
+        weight = self.geometry.turned(weight)
+        return (weight if shape is None else weight.reshape(shape)).to(device), bias
+
+    def get_diff_weight(
+        self, multiplier: float = 1.0, shape: Any = None, device: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """ΔW, as the layer stores its weight, and Δb at a strength; Δb None where the bias stays.
+
+        Raises `AttachError` while it is merged, if it depends on the weight from before.
+        """
+        entry = Entry(self.algorithm, self.geometry, self.adapter.tensors())
+        base = self._unmerged().affine() if recast.needs_base(entry) else None
+        tensors = recast.dense(entry, base).tensors
+        weight, bias = (tensors.get(full, tensors.get(norm)) for full, norm in (("diff", "w"), ("diff_b", "b")))
+        weight = torch.zeros_like(self.org_weight) if weight is None else weight * multiplier
+        bias = None if bias is None else bias * multiplier
+        return (weight if shape is None else weight.reshape(shape)).to(device), bias
+
+    def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """What the layer gives with this adapter at a strength."""
+        call = Call(scale, self.adapter.call.keep)
+        return self.algorithm.forward(self.adapter.tensors(), self._unmerged(), x, call)
+
+    def bypass_forward_diff(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """What this adapter adds to the layer's output."""
+        if isinstance(self.algorithm, Additive):
+            nothing, call = torch.zeros_like(self._below()(x)), Call(scale, self.adapter.call.keep)
+            return self.algorithm.add(nothing, self.adapter.tensors(), self.geometry, x, call)
+        return self.bypass_forward(x, scale) - self._below()(x)
+
+    def apply_max_norm(self, max_norm: float, device: Any = None) -> tuple[bool | None, float | None]:
+        """Shrink what it does to a norm; whether it was above, and what it is now. (None, None): it has no such norm.
+
+        The norm is that of the scaled ΔW; of rotations, that of the tensor that they are made of.
+        """
+        return shrink(self.adapter, max_norm)
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The tensors as they would be in a file."""
+        found = {} if destination is None else destination
+        named = write_tensors(self.algorithm, self.adapter.whole(), self.geometry)
+        found.update({prefix + key: tensor for key, tensor in named.items()})
+        return found
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        given = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        own = write_tensors(self.algorithm, self.adapter.whole(), self.geometry)
+        missing += [prefix + key for key in sorted(own.keys() - given.keys())]
+        unexpected += [prefix + key for key in sorted(given.keys() - own.keys())]
+        try:
+            self._take({key: given.get(key, tensor) for key, tensor in own.items()})
+        except FileError as error:
+            errors.append(str(error))
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        algorithm, values = read_tensors(tensors, self.geometry, self.lora_name)
+        self.adapter.fill(self.fitted(Entry(algorithm, self.geometry, values)))
+
+    def fitted(self, entry: Entry) -> dict[str, Tensor]:
+        """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
+        if self._parameter is None:
+            return fitted(self.adapter, entry, self._place)
+        whole = entry.algorithm.complete(entry.tensors, self._below())
+        return agreeing(self.adapter, entry.algorithm, whole, self._parameter.name)
