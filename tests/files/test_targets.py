@@ -74,7 +74,7 @@ PAIR = (("lora_B", "up"), ("lora_A", "down"))
 
 
 @pytest.mark.parametrize("dialect", ["musubi-other", "ai-toolkit", "processors"])
-@pytest.mark.parametrize("alpha", [-0.0625, 0.3, 1.0, 3.0, 4.0, 16.0])
+@pytest.mark.parametrize("alpha", [-0.0625, 0.3, 1.0, 2.0, 3.0, 4.0, 16.0])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_scale_moves_into_the_factors_unrounded(
     dialect: str, alpha: float, dtype: torch.dtype, bundle: Bundle
