@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import files, merging
+from lycoris import merging
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import LoRA
 from lycoris.dropin import tlora
 from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.network import LycorisNetwork, check_suffix
+from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.quantised import check_mergeable
-from lycoris.errors import AttachError, FileError
+from lycoris.errors import AttachError
 from lycoris.geometry import site
 
 logger = logging.getLogger("LyCORIS")
@@ -206,23 +205,9 @@ class LycorisNetworkKohya(LycorisNetwork):
         found = [(name, plain, 1.0), (f"{name} plus", plus, ratio or 1.0)]
         return [({"params": params, "lr": rate * by}, told) for told, params, by in found if params and rate]
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def save_weights(
-        self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """As `LycorisNetwork.save_weights`, with the hashes by which other programs know the file."""
-        check_suffix(file)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self._encoded().items()}
-        if dtype is not None:
-            # As files.write: alpha would be rounded, or overflow.
-            whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
-            tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
-        bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
-        if bad is not None:
-            raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
-        header = {**(self.adapters.metadata if self.parts else {}), **(metadata or {})}
-        files.save_tensors(tensors, file, header | hashes(tensors, header))
+    def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
+        """The hashes by which other programs know the file."""
+        return hashes(tensors, header)
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,9 @@ from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.modules import module_class
 from lycoris.dropin.quantised import check_mergeable, is_mergeable
 from lycoris.errors import ConfigError, FileError
+from lycoris.files.components import family_of
 from lycoris.files.dialect import flatten
+from lycoris.files.layout import Layout
 from lycoris.geometry import site
 from lycoris.preset import Preset
 from lycoris.schedule import WITHOUT_SCHEDULE
@@ -55,7 +57,7 @@ class LycorisNetwork(nn.Module):
         super().__init__()
         self.parts = list(parts)
         self._multiplier = multiplier
-        _check_names([(part.prefix, path) for part in self.parts for path in part.adapters.stacks])
+        _check_names(self.parts)
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
@@ -239,9 +241,29 @@ class LycorisNetwork(nn.Module):
 
         Raises `FileError` for a name that asks for a pickle.
         """
-        check_suffix(file)
-        part = self.parts[0]
-        files.write(part.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=part.prefix)
+        if Path(file).suffix in files.PICKLES:
+            raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
+        bundles = {self._name(part): part.adapters.bundle() for part in self.parts}
+        denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
+        family = family_of({name: Layout.of(model).architecture for name, model in denoisers.items()})
+        files.write(
+            bundles,
+            file,
+            dtype=dtype,
+            metadata={**files.kept(self.adapters.metadata), **(metadata or {})},
+            prefix={self._name(part): part.prefix for part in self.parts},
+            family=None if family is None else family.name,
+            describe=self._describe,
+        )
+
+    def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
+        """What a file's header says that depends on the rest of the file; see `lycoris.files.write`."""
+        return {}
+
+    @staticmethod
+    def _name(part: Part) -> str:
+        """Of a model of several: the denoiser has none."""
+        return part.prefix if part.text else ""
 
     def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
         """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys."""
@@ -283,19 +305,17 @@ def _encoded(part: Part) -> dict[str, Tensor]:
     return files.encode(part.adapters.bundle(), prefix=part.prefix)
 
 
-def check_suffix(file: str | os.PathLike[str]) -> None:
-    if Path(file).suffix in files.PICKLES:
-        raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
-
-
-def _check_names(paths: list[tuple[str, str]]) -> None:
+def _check_names(parts: Sequence[Part]) -> None:
     """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
-    owner: dict[str, str] = {}
-    for prefix, path in paths:
-        name = f"{prefix}_{flatten(path)}"
-        first = owner.setdefault(name, path)
-        if first != path:
-            raise ConfigError(
-                f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave one "
-                "out with exclude_name, or use AdapterSet, which goes by paths"
-            )
+    for at, part in enumerate(parts):
+        if part.prefix in [other.prefix for other in parts[:at]]:
+            kind = type(part.adapters.model).__name__
+            raise ConfigError(f"two models, the second a {kind}, are both called {part.prefix} here; leave one out")
+        owner: dict[str, str] = {}
+        for path in part.adapters.stacks:
+            first = owner.setdefault(flatten(path), path)
+            if first != path:
+                raise ConfigError(
+                    f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave "
+                    "one out with exclude_name, or use AdapterSet, which goes by paths"
+                )

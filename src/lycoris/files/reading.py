@@ -112,6 +112,8 @@ def _resolve(
 ) -> tuple[Bundle, Layout]:
     choices = _dialects(tensors, dialect, prefix)
     whose = FAMILIES[family] if family else family_in(header) or family_of({component: layout.architecture})
+    # A prefix of one's own is that of this component, whatever a family's files mean by it.
+    whose = whose if prefix is None else None
     match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))
