@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cases import perturb, relative
@@ -130,3 +130,72 @@ def test_two_models_of_one_name_are_refused(host: Host) -> None:
     encoders = [host.encoders[0], T5EncoderModel(), host.encoders[1]]
     with pytest.raises(ConfigError, match=r"both called lora_te3"):
         create_network(1.0, 4, 1, None, encoders, host.unet, train_t5xxl=True)
+
+
+def of_lycoris_4(host: Host, path: Path) -> dict[str, Tensor]:
+    """A DyLoRA's file as lycoris-lora 4.1.3 writes it: alpha lacks the size of the blocks, and the header tells."""
+    tensors = made(host, "dylora").float().state_dict()
+    save_tensors(tensors, path, sd_scripts_header("dylora"))
+    return tensors
+
+
+def test_the_header_says_what_tensors_mean_whenever_they_are_loaded(host: Host, tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    raw = of_lycoris_4(host, path)
+    network, sd = create_network_from_weights(1.0, path, None, host.encoders, host.unet)
+    assert {module.scale for module in network.loras} == {2 * 2 / 4}
+    assert [text for text in caplog.messages if "its DyLoRA was trained at 2 times the scale" in text]
+    network.apply_to(host.encoders, host.unet)
+    live = host()
+    for load in (lambda: network.load_weights(path), lambda: network.load_state_dict(sd, False)):
+        for part in network.parts:
+            perturb(part.adapters)
+        load()
+        assert torch.equal(host(), live)
+    assert network.load_weights(path) == {}
+    assert sd.keys() == raw.keys()
+
+
+def test_settings_for_training_reach_a_network_made_from_a_file(host: Host) -> None:
+    """train_network.py --dim_from_weights."""
+    encoders = [host.encoders[0], T5EncoderModel()]
+    sd = create_network(1.0, 4, 1, None, encoders, host.unet, train_t5xxl="True").state_dict()
+    options = {"loraplus_lr_ratio": "4", "train_t5xxl": "True", "dropout": None, "bypass_mode": "True"}
+    network, _ = create_network_from_weights("0.5", None, None, encoders, host.unet, weights_sd=sd, **options)
+    assert (network.multiplier, network.train_t5xxl, network.loras[0].bypass_mode) == (0.5, True, True)
+    groups, told = network.prepare_optimizer_params("1e-4", "1e-3", None)
+    assert told == ["textencoder", "textencoder plus", "unet", "unet plus"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 4e-4, 1e-3, 4e-3])
+
+
+def test_a_bias_beside_an_adapter_is_one_of_its_side(host: Host) -> None:
+    network = made(host)
+    sd = network.state_dict() | {"lora_unet_other.diff_b": torch.randn(8), "lora_te1_mlp_fc1.diff_b": torch.randn(16)}
+    network, _ = create_network_from_weights(1.0, None, None, host.encoders, host.unet, weights_sd=sd)
+    assert len(network.unet_loras) == len(UNET) + 1
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4, 2e-4], 1e-3, None)
+    trained = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(trained) == sorted(id(parameter) for parameter in network.parameters())
+    network.apply_to(host.encoders, host.unet, False, True)
+    assert not any(name.startswith("lora_te") for name, _ in network.named_parameters())
+    assert set(network.state_dict()) == {key for key in sd if key.startswith("lora_unet")}
+
+
+@pytest.mark.parametrize("sd", [{}, {"lycoris_conv_in.alpha": torch.tensor(1.0)}])
+def test_a_merge_of_tensors_of_no_side_is_refused(sd: dict[str, Tensor], host: Host) -> None:
+    base, network = host(), made(host)
+    with pytest.raises(FileError, match=r"none is called lora_unet.* or lora_te"):
+        network.merge_to(host.encoders, host.unet, sd)
+    assert torch.equal(host(), base)
+    assert len(network.unet_loras) == len(UNET)
+
+
+def test_a_network_is_never_left_without_adapters(host: Host) -> None:
+    network = create_network(1.0, 4, 1, None, None, host.unet)
+    for call in (
+        lambda: network.apply_to(host.encoders, host.unet, True, False),
+        lambda: network.merge_to(None, host.unet, {"lora_te_x.alpha": torch.tensor(1.0)}),
+    ):
+        with pytest.raises(ConfigError, match=r"those of lora_unet only, and wanted are those of text encoders"):
+            call()
+    assert len(network.loras) == len(UNET)

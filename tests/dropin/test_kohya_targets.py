@@ -153,3 +153,11 @@ def test_norms_of_the_targets_are_trained_when_asked_for(host: Host) -> None:
     network = create_network(1.0, 4, 1, None, None, host.unet, train_norm="True")
     assert set(network.state_dict()) >= {f"lora_unet_down_blocks_1_norm.{n}_norm" for n in ("w", "b")}
     assert len(network.loras) == len(UNET) + 1
+
+
+def test_targets_are_said_once(host: Host) -> None:
+    wanted = {"unet_target_module": ["FeedForward"], "unet_target_name": []}
+    given = create_network(1.0, 4, 1, None, None, host.unet, apply_preset=wanted)
+    assert len(given.loras) == 2
+    with pytest.raises(ConfigError, match=r"preset='full' and apply_preset both say"):
+        create_network(1.0, 4, 1, None, None, host.unet, apply_preset=wanted, preset="full")

@@ -15,7 +15,7 @@ from torch import nn
 
 from cases import perturb, relative
 from hosts import TEXT, UNET
-from lycoris import AttachError
+from lycoris import AttachError, ConfigError
 from lycoris.kohya import create_network, create_network_from_weights
 from pipelines import ARGS, Host, made, sd_scripts_header
 
@@ -237,3 +237,45 @@ def test_tlora_masks_reach_the_denoiser_alone(host: Host) -> None:
     assert torch.equal(host.encoders[0](host.ids), told)
     clear_timestep_mask()
     assert torch.equal(host.unet(host.x), whole)
+
+
+@pytest.mark.parametrize("te1", [True, False])
+def test_rates_of_text_encoders_go_by_their_number(te1: bool, host: Host) -> None:
+    network = made(host)
+    if not te1:
+        sd = {key: t for key, t in network.state_dict().items() if not key.startswith("lora_te1")}
+        network, _ = create_network_from_weights(1.0, None, None, host.encoders, host.unet, weights_sd=sd)
+    groups, told = network.prepare_optimizer_params_with_multiple_te_lrs(["1e-4", "2e-4"], "1e-3", None)
+    rates = dict(zip(told, (group["lr"] for group in groups), strict=True))
+    assert rates == pytest.approx(({"textencoder 1": 1e-4} if te1 else {}) | {"textencoder 2": 2e-4, "unet": 1e-3})
+
+
+@pytest.mark.parametrize("merge", ["merge_to", "onfly_merge"])
+def test_members_have_strengths_of_their_own(merge: str, host: Host) -> None:
+    """Also of a network whose other members are off, and in a merge."""
+    network = made(host)
+    network.set_multiplier(0)
+    for at, module in enumerate(network.loras):
+        module.multiplier = 0.1 * at
+    network.apply_to(host.encoders, host.unet)
+    live = host()
+    getattr(network, merge)()
+    assert relative(host(), live) < 1e-10
+    with pytest.raises(AttachError, match="merged"):
+        network.loras[0].multiplier = 1.0
+    network.restore()
+    network.for_inference = True
+    network.merge_to()
+    assert relative(host(), live) < 1e-10
+
+
+def test_wrong_numbers_are_told(host: Host) -> None:
+    network = made(host)
+    network.set_multiplier("0.5")
+    assert network.multiplier == 0.5
+    with pytest.raises(ConfigError, match="multiplier must be a number, not 'much'"):
+        network.set_multiplier("much")
+    with pytest.raises(ConfigError, match="a learning rate must be a number, not 'fast'"):
+        network.prepare_optimizer_params("fast")
+    with pytest.raises(ConfigError, match="multiplier must be a number, not 'much'"):
+        create_network_from_weights("much", None, None, None, host.unet, weights_sd=network.state_dict())

@@ -42,6 +42,8 @@ class LycorisBaseModule(nn.Module):
     lora_name: str
     org_module: list[nn.Module]
     adapter: Adapter
+    _member: tuple[AdapterSet, str] | None = None
+    """The set of its network, if it has one, and its path there."""
 
     def __init__(
         self,
@@ -160,11 +162,21 @@ class LycorisBaseModule(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        return float(self.adapter.call.strength)
+        if self._alone is not None and self._on_its_own:
+            return self._alone.strength
+        if self._member is None:
+            return float(self.adapter.call.strength)
+        adapters, path = self._member
+        return adapters.strength * adapters.factor(path)
 
     @multiplier.setter
     def multiplier(self, multiplier: float) -> None:
-        self.adapter.set_call(float(multiplier), self.adapter.call.keep)
+        if self._alone is not None and self._on_its_own:
+            self._alone.set_strength(multiplier)
+        elif self._member is not None:
+            self._member[0].set_strength_at(self._member[1], multiplier)
+        else:
+            self.adapter.set_call(float(multiplier), self.adapter.call.keep)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -206,10 +218,10 @@ class LycorisBaseModule(nn.Module):
         if self._parametrized:
             if parametrize.is_parametrized(layer, self._parametrized):
                 parametrize.remove_parametrizations(layer, self._parametrized, leave_parametrized=False)
+        elif self._by_network:
+            raise ConfigError(f"{self.lora_name} was applied by its network; call restore() of that")
         elif self._alone is not None:
             self._alone.detach()
-        elif self._applied():
-            raise ConfigError(f"{self.lora_name} was applied by its network; call restore() of that")
 
     def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
         """Fold it into the weight at `multiplier` times its own; computed in float32 and rounded once, whether
@@ -230,19 +242,30 @@ class LycorisBaseModule(nn.Module):
 
     def onfly_restore(self) -> None:
         """Undo `onfly_merge`; an applied module acts again."""
-        if self._alone is not None:
+        if self._alone is not None and self._on_its_own:
             self._alone.unmerge()
 
     def _applied(self) -> bool:
         return any(other is self.adapter for other in attach.adapters_on(self.org_module[0], self.adapter.attribute))
 
+    @property
+    def _on_its_own(self) -> bool:
+        """Whether it was applied or merged by itself."""
+        return self._alone is not None and (self._alone.attached or self._alone.merged)
+
+    @property
+    def _by_network(self) -> bool:
+        """Whether its network applied or merged it."""
+        return not self._on_its_own and (self._applied() or self.adapter.silent)
+
     def _own(self) -> AdapterSet:
-        """The set of this module alone."""
+        """The set of this module alone, with what is in force."""
+        if self._by_network:
+            raise ConfigError(f"{self.lora_name} is applied by its network; merge and restore that")
+        strength = self.multiplier
         if self._alone is None:
-            if self._applied():
-                raise ConfigError(f"{self.lora_name} is applied by its network; merge and restore that")
-            strength = self.multiplier
             self._alone = AdapterSet(self.org_module[0], {self.adapter.attribute: (self.adapter,)}, name=None)
+        if not self._on_its_own:
             self._alone.set_strength(strength)
         return self._alone
 

@@ -40,6 +40,7 @@ Make = Callable[..., Algorithm]
 class MusubiNetwork(LycorisNetworkKohya):
     """Adapters of one denoiser."""
 
+    # The arguments are those by which Musubi Tuner calls it.
     def prepare_optimizer_params(  # type: ignore[override]
         self, unet_lr: float | None = 1e-4, **_: Any
     ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -100,7 +101,11 @@ def create(
     if str(options.get("verbose")) == "True":
         logger.info("\n".join(each.path for each in plan.placements))
     logger.info("%s: %s", prefix, replace(plan, remarks=()))
-    network = MusubiNetwork([Part(prefix, AdapterSet.build(unet, plan, name=None))], float(multiplier))
+    return _network(Part(prefix, AdapterSet.build(unet, plan, name=None)), multiplier, options)
+
+
+def _network(part: Part, multiplier: float, options: Mapping[str, Any]) -> MusubiNetwork:
+    network = MusubiNetwork([part], parse_number(multiplier, "multiplier", float))
     network.ratios = Ratios(parse_optional(options.get("loraplus_lr_ratio"), "loraplus_lr_ratio", float))
     return network
 
@@ -124,7 +129,7 @@ def read(
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, bundle, name=None)
-    network = MusubiNetwork([Part(PREFIX, adapters)], float(multiplier))
+    network = _network(Part(PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network
 
