@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,7 @@ class AdapterSet:
         try:
             for path, at, adapter in self._each():
                 attach.attach(self._layers[path], self._child(path, at), adapter)
-                self._keep_off_fast_path(path, adapter)
+                attach.keep_off_fast_path(self.model, path, adapter)
                 done.append((path, at))
         except AttachError as error:
             for path, at in done:
@@ -159,13 +159,6 @@ class AdapterSet:
         """Whether any algorithm here follows the timestep."""
         return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
 
-    def _keep_off_fast_path(self, path: str, adapter: Adapter) -> None:
-        """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some
-        module inside has a hook."""
-        around = self.model.get_submodule(path.rpartition(".")[0])
-        if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
-            adapter.register_forward_hook(_no_change)
-
     def _check_layers(self) -> None:
         for path, layer in self._layers.items():
             if site(self.model, path).module is not layer:
@@ -191,8 +184,7 @@ class AdapterSet:
         `blocks` multiplies it in parts of the model: path of a block → factor; of several that hold a layer the
         longest counts. None: the same everywhere. Raises `ConfigError` for a block without adapters.
         """
-        if self.merged:
-            raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
+        self._check_unmerged()
         known = set(filling.blocks_of(self.stacks))
         for block in blocks or {}:
             if block not in known:
@@ -201,7 +193,27 @@ class AdapterSet:
         self._strength, self._blocks = _finite(strength), factors
         self._refresh()
 
-    def _factor(self, path: str) -> float:
+    def set_strength_at(self, path: str, strength: float) -> None:
+        """Another strength at one layer than at the rest, until `set_strength`; `blocks` then has all of every layer's.
+
+        Raises `ConfigError` for a layer without adapters.
+        """
+        self._check_unmerged()
+        if path not in self.stacks:
+            raise ConfigError(unknown("layer with adapters", path, self.stacks))
+        own = self._blocks if self._strength == 1 else {p: self._strength * self.factor(p) for p in self.stacks}
+        self._strength, self._blocks = 1.0, {**own, path: _finite(strength)}
+        self._refresh([path])
+
+    def strength_at(self, path: str) -> float:
+        """What is set at a layer, whatever the adapters are merged at."""
+        return self._strength * self.factor(path)
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
+
+    def factor(self, path: str) -> float:
         """What the strength is multiplied by at a layer."""
         around = [block for block in filling.blocks_of([path]) if block in self._blocks] if self._blocks else []
         return self._blocks[max(around, key=len)] if around else 1.0
@@ -259,16 +271,16 @@ class AdapterSet:
         if not self._by_hand:
             self.set_keep(None)
 
-    def _refresh(self) -> None:
+    def _refresh(self, paths: Iterable[str] | None = None) -> None:
         """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
-        for path, _, adapter in self._each():
+        for path, _, adapter in self._each(paths):
             keep = None
             if self._keep is not None and adapter.algorithm.rank_masked:
                 keep = adapter.algorithm.fit_keep(self._keep)
                 keep = 1 - keep if self.merged else keep
             adapter.silent = self.merged and keep is None
             taken = self.merged and not adapter.silent
-            adapter.set_call((-self._merged_at if taken else self._strength) * self._factor(path), keep)
+            adapter.set_call(-self._merged_at * self.factor(path) if taken else self.strength_at(path), keep)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -294,13 +306,14 @@ class AdapterSet:
             sharding.check_own(path, self._layers[path])
         strength = self._strength if strength is None else _finite(strength)
         merges = {
-            path: merging.fold(path, holder, self.stacks[path], strength * self._factor(path), stochastic_seed)
+            path: merging.fold(path, holder, self.stacks[path], strength * self.factor(path), stochastic_seed)
             for path, holder in holders.items()
         }
         report = merging.report(holders, merges, strength)
         report.warn(stacklevel=2)
-        if self.rank_masked:
-            self._say_what_merging_means()
+        if self.rank_masked and self.schedule is None:
+            what = "merging adapters that were trained with a timestep schedule, without one"
+            warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
         if self.rank_masked and not self._attached:
             self.attach()
             self._attached_by_merge = True
@@ -328,13 +341,6 @@ class AdapterSet:
         if self._attached_by_merge:
             self._attached_by_merge = False
             self.detach()
-
-    def _say_what_merging_means(self) -> None:
-        if self.schedule is None:
-            warnings.warn(
-                f"merging adapters that were trained with a timestep schedule, without one: {WITHOUT_SCHEDULE}",
-                stacklevel=3,
-            )
 
     # -- contents ----------------------------------------------------------------------------------------------------
 
@@ -378,8 +384,9 @@ class AdapterSet:
         layers = {place.path: place.geometry for place in sites(self.model)}
         return Bundle(entries, dict(self.metadata), Base(class_name(self.model), layers))
 
-    def _each(self) -> Iterator[tuple[str, int, Adapter]]:
-        return ((path, at, adapter) for path, stack in self.stacks.items() for at, adapter in enumerate(stack))
+    def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
+        those = self.stacks if paths is None else paths
+        return ((path, at, adapter) for path in those for at, adapter in enumerate(self.stacks[path]))
 
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute
@@ -394,6 +401,3 @@ def _finite(strength: float) -> float:
     if not math.isfinite(strength):
         raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
     return float(strength)
-
-
-def _no_change(*_: Any) -> None: ...

@@ -247,3 +247,14 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
 def _new(cls: Any, attributes: tuple[str, ...]) -> Any:
     adapted = _adapted(cls, attributes)
     return adapted.__new__(adapted)
+
+
+def keep_off_fast_path(model: nn.Module, path: str, adapter: Adapter) -> None:
+    """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some module
+    inside has a hook."""
+    around = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
+        adapter.register_forward_hook(_no_change)
+
+
+def _no_change(*_: Any) -> None: ...

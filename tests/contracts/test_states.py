@@ -193,3 +193,24 @@ def test_a_strength_that_is_no_number_is_refused_before_anything_is_merged() -> 
         adapters.merge(float("nan"))
     assert not adapters.merged
     assert torch.equal(model(x), y)
+
+
+def test_one_layer_has_a_strength_of_its_own_until_all_are_set() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8).double() for _ in range(3)))
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2)))).attach()
+    perturb(adapters)
+    x = torch.randn(4, 8).double()
+    adapters.set_strength(0.0, {"2": 0.5})
+    adapters.set_strength_at("0", 0.7)
+    adapters.set_strength_at("2", -1.5)
+    assert [adapters.strength * adapters.factor(path) for path in "012"] == [0.7, 0.0, -1.5]
+    once = model(x)
+    adapters.merge()
+    assert relative(model(x), once) < 1e-12
+    with pytest.raises(AttachError, match="are merged at strength"):
+        adapters.set_strength_at("0", 1.0)
+    adapters.unmerge()
+    with pytest.raises(ConfigError, match=r"3.*layer with adapters|layer with adapters.*3"):
+        adapters.set_strength_at("3", 1.0)
+    adapters.set_strength(1.0)
+    assert [adapters.factor(path) for path in "012"] == [1.0] * 3

@@ -13,6 +13,7 @@ from torch import Tensor
 from lycoris import LycorisNetwork, clear_timestep_mask
 from lycoris.kohya import LycorisNetworkKohya
 from networks import CONFIGS, MyModel
+from pipelines import Host
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,12 @@ def _as_in_a_fresh_process() -> Iterator[None]:
 def model() -> MyModel:
     """In evaluation mode, where nothing is drawn."""
     return MyModel().double().eval()
+
+
+@pytest.fixture
+def host() -> Host:
+    """A denoiser and two text encoders."""
+    return Host()
 
 
 @pytest.fixture

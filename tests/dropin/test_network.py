@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cases import perturb, relative
 from lycoris import (
+    ConfigError,
     FileError,
     RankSchedule,
     create_lycoris,
@@ -215,7 +216,7 @@ def test_a_header_that_is_no_json_is_reported(model: MyModel, tmp_path: Path, ca
     caplog.clear()
     network, _ = create_lycoris_from_weights(1.0, path, model)
     assert network.adapters.schedule is None
-    assert [text for text in caplog.messages if "not JSON" in text and "{'algo'" in text]
+    assert [text for text in caplog.messages if "no JSON" in text and "{'algo'" in text]
 
 
 def test_a_bias_beside_an_adapter(tmp_path: Path) -> None:
@@ -239,3 +240,13 @@ def test_a_bias_beside_an_adapter(tmp_path: Path) -> None:
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
     assert network.load_weights(tmp_path / "b.safetensors") == {}
+
+
+def test_numbers_may_be_strings(model: MyModel) -> None:
+    network = create_lycoris(model, "0.5", "2", "3")
+    again, _ = create_lycoris_from_weights("0.25", None, model, weights_sd=network.state_dict())
+    again.set_multiplier("0.75")
+    assert (network.multiplier, again.multiplier) == (0.5, 0.75)
+    assert network.prepare_optimizer_params("1e-4")[0]["lr"] == 1e-4
+    with pytest.raises(ConfigError, match="multiplier must be a number, not 'all'"):
+        create_lycoris_from_weights("all", None, model, weights_sd=network.state_dict())

@@ -160,3 +160,17 @@ def test_networks_made_before_any_is_applied_stack_and_come_back_in_any_order() 
     assert torch.equal(model(x), alone)
     two.restore()
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("on_class", [True, False])
+def test_a_preset_file_counts_before_what_apply_preset_was_given(
+    on_class: bool, model: MyModel, tmp_path: Path
+) -> None:
+    """As in lycoris-lora, which applies it to the class after that, key by key."""
+    (tmp_path / "a.toml").write_text('target_module = ["Attention"]\n')
+    preset = {"target_module": ["FeedForward"], "exclude_name": [r"blocks\.0\.to_out"]}
+    options = {} if on_class else {"apply_preset": preset}
+    if on_class:
+        LycorisNetwork.apply_preset(preset)
+    network = create_lycoris(model, 1.0, preset=str(tmp_path / "a.toml"), **options)
+    assert names(network) == {"lycoris_blocks_0_to_q"}

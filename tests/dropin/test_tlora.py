@@ -375,3 +375,25 @@ def test_a_refused_restore_leaves_the_network_as_it_was() -> None:
     clear_timestep_mask()
     upper.restore()
     assert len(model._forward_pre_hooks) == hooks
+
+
+@pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_merge_for_a_while_leaves_no_trace(applied: bool) -> None:
+    """Masks and pipelines reach what is applied or merged, and nothing else."""
+    model = Denoiser()
+    network = create_lycoris(model, 1.0, 4, 1, algo="tlora")
+    schedule = network.adapters.schedule
+    if applied:
+        network.apply_to()
+    before = len(model._forward_pre_hooks), len(model._forward_hooks)
+    network.onfly_merge()
+    assert model._forward_pre_hooks
+    network.onfly_restore()
+    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == before
+    set_timestep_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    kept = network.loras[0].adapter.call.keep
+    assert kept is not None if applied else kept is None
+    network.restore()
+    assert network.adapters.schedule == schedule
+    assert not model._forward_pre_hooks

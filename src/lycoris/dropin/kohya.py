@@ -16,9 +16,9 @@ from lycoris.dropin import blocks
 from lycoris.dropin.keywords import read_preset, renamed, tell
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
 from lycoris.dropin.making import check_plan
-from lycoris.dropin.network import Part
+from lycoris.dropin.network import Part, resolve
 from lycoris.dropin.presets import list_builtin_presets
-from lycoris.errors import FileError, NothingMeantError
+from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional, unknown_options
 from lycoris.planning import Remark
 from lycoris.preset import LAYER_CLASSES, Preset
@@ -84,11 +84,11 @@ def create_network(
     options = {key: value for key, value in renamed(kwargs).items() if value is not None}
     given = {key: value for key, value in options.items() if key not in OWN}
     given |= {"multiplier": multiplier, "linear_dim": network_dim, "linear_alpha": network_alpha}
-    preset, builtin = _preset(options.get("preset"))
+    preset, builtin = _preset(options.get("preset"), given.pop("apply_preset", None))
     if parse_optional(given.get("conv_dim"), "conv_dim", int) == 0:
         given.pop("conv_dim")
         preset = replace(preset, enable_conv=False)
-    train = {name: parse_number(options.get(f"train_{name}", False), f"train_{name}", bool) for name in TRAINED}
+    train = _trained(options)
     if preset.target_module != LAYER_CLASSES or preset.target_name:
         logger.warning(
             "target_module and target_name of the preset are for one model and have no effect here; give "
@@ -119,9 +119,18 @@ def create_network(
             f"the preset {options.get('preset', 'full')!r} has no targets for these models"
         )
     network = LycorisNetworkKohya(parts, recipe.multiplier, recipe.options.get("bypass_mode"))
-    network.train_t5xxl, network.train_llm_adapter = train["t5xxl"], train["llm_adapter"]
-    network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
+    _set_up(network, options)
     return network
+
+
+def _set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
+    """What trainers read off a network, or set for later."""
+    network.train_t5xxl, network.train_llm_adapter = _trained(options).values()
+    network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
+
+
+def _trained(options: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: parse_number(options.get(f"train_{name}") or False, f"train_{name}", bool) for name in TRAINED}
 
 
 TRAINED = ("t5xxl", "llm_adapter")
@@ -141,8 +150,9 @@ def create_network_from_weights(
     """Adapters from a file (or from its tensors), not yet applied, and the tensors.
 
     Tensors of text encoders that are not given are left out with a warning; any other that has no layer is a
-    `FileError`. Settings come from the tensors. `for_inference`: a merge is for good, and takes no second copy of the
-    weights.
+    `FileError`. Settings come from the tensors; of `kwargs` those count that training goes by, such as LoRA+'s ratios,
+    and a T-LoRA schedule that the header does not have. `for_inference`: a merge is for good, and takes no second copy
+    of the weights.
     """
     options = renamed(kwargs)
     tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
@@ -157,17 +167,20 @@ def create_network_from_weights(
         parts = list(_loaded(tensors, metadata, _renamed(components(text_encoder, unet), tensors), options))
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
-    network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float))
+    bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
+    network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float), bypass)
     network.for_inference = for_inference
+    _set_up(network, options)
     return network, tensors
 
 
 def _loaded(
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     metadata: Mapping[str, str],
     models: Sequence[Component],
     options: Mapping[str, Any],
 ) -> Iterator[Part]:
+    """The adapters of each model. Where a header says that tensors mean something else, `tensors` becomes that."""
     named = [key for key in tensors if "." in key]
     owner = {key: next((m for m in models if key.startswith(f"{m.prefix}_")), None) for key in named}
     lost = [key for key, model in owner.items() if model is None]
@@ -186,7 +199,11 @@ def _loaded(
         own = {key: tensors[key] for key in named if owner[key] is model}
         if not own:
             continue
-        bundle = files.resolve(own, model.model, prefix=model.prefix, metadata=metadata)
+        bundle = resolve(own, model.model, model.prefix, metadata, text=model.text)
+        if bundle.report.changed:
+            # Trainers load the tensors again, without the header that the change is owed to.
+            meant = files.encode(bundle, prefix=model.prefix)
+            tensors |= {key: t for key, t in meant.items() if key.endswith(".alpha") and key in tensors}
         adapters = AdapterSet.load(model.model, bundle, name=None)
         adapters.schedule = adapters.schedule or schedule_in(options)
         yield Part(model.prefix, adapters, model.text)
@@ -204,16 +221,18 @@ def _renamed(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Com
     return [replace(model, prefix=second) if model.t5 and model.prefix == third else model for model in models]
 
 
-def _preset(name: Any) -> tuple[Preset, bool]:
+def _preset(name: Any, wanted: Any) -> tuple[Preset, bool]:
     """The preset of that name or file, and whether it is a built-in one.
 
-    Without a name it is "full", with what `LycorisNetworkKohya.apply_preset` was given in its place.
+    Without a name it is "full", with what `wanted`, or else `LycorisNetworkKohya.apply_preset`, was given in its place.
     """
+    if wanted and name is not None:
+        raise ConfigError(f"preset={name!r} and apply_preset both say which layers are meant; give one of them")
     known = list_builtin_presets()
     whole = known["full" if name is None else str(name)].to_dict() if name is None or str(name) in known else None
     if whole is None:
         return Preset.parse({"enable_conv": True} | read_preset(str(name))), False
-    own = LycorisNetworkKohya.applied() if name is None else {}
+    own = (wanted or LycorisNetworkKohya.applied()) if name is None else {}
     return Preset.parse(whole | own), not own
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import files, merging
+from lycoris import merging
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import LoRA
 from lycoris.dropin import tlora
 from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.network import LycorisNetwork, check_suffix
+from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.quantised import check_mergeable
-from lycoris.errors import AttachError, FileError
+from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.geometry import site
+from lycoris.options import parse_optional
 
 logger = logging.getLogger("LyCORIS")
+
+Rate: TypeAlias = float | str | None
+"""A learning rate, which may be a string; None: that of the others, or none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +76,29 @@ class LycorisNetworkKohya(LycorisNetwork):
     @property
     def unet_loras(self) -> list[LycorisBaseModule]:
         """The modules of the denoiser."""
-        return self._modules_of(text=False)
+        return self._side(text=False)
 
     @property
     def text_encoder_loras(self) -> list[LycorisBaseModule]:
         """The modules of the text encoders."""
-        return self._modules_of(text=True)
+        return self._side(text=True)
 
-    def _modules_of(self, *, text: bool) -> list[LycorisBaseModule]:
-        adapters = {id(stack[0]) for part in self.parts if part.text is text for stack in part.adapters.stacks.values()}
-        return [module for module in self.loras if id(module.adapter) in adapters]
+    def _side(self, *, text: bool) -> list[LycorisBaseModule]:
+        return [module for part in self.parts if part.text is text for module in self._modules_of(part)]
 
     def apply_to(
         self, text_encoder: Any = None, unet: Any = None, apply_text_encoder: bool = True, apply_unet: bool = True
     ) -> None:
         """Put the adapters on. Those of a side that is not wanted leave the network for good.
 
-        The models themselves are those the network was made for.
+        The models themselves are those the network was made for. Raises `ConfigError` when no adapters are left, and
+        `AttachError` after a merge `for_inference`.
         """
+        self._check_undoable()
         self._keep(text=apply_text_encoder, unet=apply_unet)
         super().apply_to()
 
+    # The arguments are those by which trainers call it.
     def merge_to(  # type: ignore[override]
         self,
         text_encoder: Any = None,
@@ -106,12 +111,20 @@ class LycorisNetworkKohya(LycorisNetwork):
         """Fold the adapters in at the multiplier; `restore` undoes it exactly, unless the network is `for_inference`.
 
         `weights_sd` says only which sides are meant, by its names: the tensors are those that the network has. Computed
-        in float32 on the layers' own device and rounded once, whatever `dtype` and `device` say. Raises a
-        `RuntimeError`, and changes nothing, when a weight is stored in few bits.
+        in float32 on the layers' own device and rounded once, whatever `dtype` and `device` say.
+
+        Changes nothing, and raises a `RuntimeError` when a weight is stored in few bits, a `FileError` when
+        `weights_sd` names no side.
         """
+        self._check_undoable()
         if weights_sd is not None:
-            text = any(key.startswith(self.LORA_PREFIX_TEXT_ENCODER) for key in weights_sd)
-            self._keep(text=text, unet=any(key.startswith(self.LORA_PREFIX_UNET) for key in weights_sd))
+            text, unet = self.LORA_PREFIX_TEXT_ENCODER, self.LORA_PREFIX_UNET
+            if not any(key.startswith((text, unet)) for key in weights_sd):
+                raise FileError(
+                    f"weights_sd has {len(weights_sd)} tensors, and none is called {unet}... or {text}...; give what "
+                    "create_network_from_weights returned, or None for all adapters of this network"
+                )
+            self._keep(*(any(key.startswith(prefix) for key in weights_sd) for prefix in (text, unet)))
         if self.for_inference and not any(part.adapters.rank_masked for part in self.parts):
             self._merge_for_good()
         else:
@@ -119,7 +132,8 @@ class LycorisNetworkKohya(LycorisNetwork):
 
     def _merge_for_good(self) -> None:
         check_mergeable(self._layers())
-        if self._merged_for_good or any(part.adapters.attached or part.adapters.merged for part in self.parts):
+        self._restore_singles()
+        if any(part.adapters.attached or part.adapters.merged for part in self.parts):
             raise AttachError("these adapters are applied or merged already")
         layers = [(part, path, stack) for part in self.parts for path, stack in part.adapters.stacks.items()]
         for part, path, stack in layers:
@@ -127,19 +141,30 @@ class LycorisNetworkKohya(LycorisNetwork):
         self._merged_for_good = True
         for part, path, stack in layers:
             # The set keeps the weight from before, and goes with it.
-            AdapterSet(part.adapters.model, {path: stack}, name=None).merge(self._multiplier)
+            strength = part.adapters.strength * part.adapters.factor(path)
+            AdapterSet(part.adapters.model, {path: stack}, name=None).merge(strength)
 
-    def restore(self) -> None:
-        """As `LycorisNetwork.restore`. Raises `AttachError` after a merge `for_inference`."""
+    def _check_undoable(self) -> None:
         if self._merged_for_good:
-            raise AttachError("a network made for inference merges for good; make it without for_inference to undo it")
-        super().restore()
+            raise AttachError(
+                "a network made for inference merges for good: its adapters are part of the weights and cannot be "
+                "changed, loaded or taken off any more; make it without for_inference for that"
+            )
 
-    def _keep(self, *, text: bool, unet: bool) -> None:
-        for part in [part for part in self.parts if not (text if part.text else unet)]:
-            for module in [m for m in self.loras if any(m.adapter is s[0] for s in part.adapters.stacks.values())]:
-                del self._modules[module.lora_name]
+    def _keep(self, text: bool, unet: bool) -> None:
+        """Let the adapters of a side go that is not wanted. Raises `ConfigError`, and changes nothing, if all are."""
+        gone = [part for part in self.parts if not (text if part.text else unet)]
+        if len(gone) == len(self.parts):
+            have = ", ".join(part.prefix for part in self.parts)
+            wanted = [name for name, on in (("text encoders", text), ("the denoiser", unet)) if on]
+            raise ConfigError(
+                f"no adapters would be left: this network has those of {have} only, and wanted are those of "
+                f"{' and '.join(wanted) or 'no model'}"
+            )
+        for part in gone:
             part.adapters.detach()
+            for module in self._modules_of(part):
+                del self._modules[module.lora_name]
             tlora.untrack(part.adapters)
             self.parts.remove(part)
 
@@ -153,41 +178,43 @@ class LycorisNetworkKohya(LycorisNetwork):
 
     def prepare_optimizer_params(
         self,
-        text_encoder_lr: float | Sequence[float] | None = None,
-        unet_lr: float | None = 1e-4,
-        learning_rate: float | None = None,
+        text_encoder_lr: Rate | Sequence[Rate] = None,
+        unet_lr: Rate = 1e-4,
+        learning_rate: Rate = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and what each is called; a group without a learning rate, or with 0, is dropped.
 
         Of several rates for text encoders the first counts; `prepare_optimizer_params_with_multiple_te_lrs` takes all.
         """
-        self.requires_grad_(True)
-        first = text_encoder_lr[0] if isinstance(text_encoder_lr, Sequence) and text_encoder_lr else text_encoder_lr
-        text = learning_rate if first is None or isinstance(first, Sequence) else first
-        groups = self._groups("textencoder", self.text_encoder_loras, text, self.ratios.text())
-        rate = learning_rate if unet_lr is None else unet_lr
-        groups += self._groups("unet", self.unet_loras, rate, self.ratios.unet())
-        return [group for group, _ in groups], [told for _, told in groups]
+        first, *_ = _rates(text_encoder_lr)
+        return self._all_groups([("textencoder", self.text_encoder_loras, first)], unet_lr, learning_rate)
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self,
-        text_encoder_lr: float | Sequence[float] | None = None,
-        unet_lr: float | None = 1e-4,
-        default_lr: float | None = None,
+        text_encoder_lr: Rate | Sequence[Rate] = None,
+        unet_lr: Rate = 1e-4,
+        default_lr: Rate = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """The same with a rate for each text encoder; the last one given is for those that follow."""
-        encoders = [part for part in self.parts if part.text]
-        if len(encoders) < 2 or not isinstance(text_encoder_lr, Sequence) or len(set(text_encoder_lr)) < 2:
+        rates = _rates(text_encoder_lr)
+        if len(set(rates)) < 2:
             return self.prepare_optimizer_params(text_encoder_lr, unet_lr, default_lr)
-        self.requires_grad_(True)
-        groups = []
-        for part in encoders:
-            own = {id(stack[0]) for stack in part.adapters.stacks.values()}
-            modules = [module for module in self.loras if id(module.adapter) in own]
+        encoders = []
+        for part in [part for part in self.parts if part.text]:
             number = int("".join(filter(str.isdigit, part.prefix)) or 1)
-            rate = text_encoder_lr[min(number, len(text_encoder_lr)) - 1]
-            groups += self._groups(f"textencoder {number}", modules, rate, self.ratios.text())
-        groups += self._groups("unet", self.unet_loras, default_lr if unet_lr is None else unet_lr, self.ratios.unet())
+            encoders.append((f"textencoder {number}", self._modules_of(part), rates[min(number, len(rates)) - 1]))
+        return self._all_groups(encoders, unet_lr, default_lr)
+
+    def _all_groups(
+        self, encoders: Sequence[tuple[str, list[LycorisBaseModule], float | None]], unet_lr: Rate, default_lr: Rate
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """The groups of text encoders, each with its name and rate, and of the denoiser."""
+        self.requires_grad_(True)
+        (unet,), (default,) = _rates(unet_lr), _rates(default_lr)
+        sides = [(*encoder, self.ratios.text()) for encoder in encoders]
+        groups = []
+        for name, modules, rate, ratio in (*sides, ("unet", self.unet_loras, unet, self.ratios.unet())):
+            groups += self._groups(name, modules, default if rate is None else rate, ratio)
         return [group for group, _ in groups], [told for _, told in groups]
 
     def _groups(
@@ -206,23 +233,15 @@ class LycorisNetworkKohya(LycorisNetwork):
         found = [(name, plain, 1.0), (f"{name} plus", plus, ratio or 1.0)]
         return [({"params": params, "lr": rate * by}, told) for told, params, by in found if params and rate]
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
+        """The hashes by which other programs know the file."""
+        return hashes(tensors, header)
 
-    def save_weights(
-        self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """As `LycorisNetwork.save_weights`, with the hashes by which other programs know the file."""
-        check_suffix(file)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self._encoded().items()}
-        if dtype is not None:
-            # As files.write: alpha would be rounded, or overflow.
-            whole = {key for key, t in tensors.items() if key.endswith(".alpha") or not t.is_floating_point()}
-            tensors = {key: t if key in whole else t.to(dtype) for key, t in tensors.items()}
-        bad = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
-        if bad is not None:
-            raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
-        header = {**(self.adapters.metadata if self.parts else {}), **(metadata or {})}
-        files.save_tensors(tensors, file, header | hashes(tensors, header))
+
+def _rates(given: Rate | Sequence[Rate]) -> list[float | None]:
+    """Learning rates from one or several, which may be strings; at least one."""
+    several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+    return [parse_optional(each, "a learning rate", float) for each in several] or [None]
 
 
 def _plain(value: Any) -> Any:

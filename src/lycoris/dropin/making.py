@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lycoris import files
 from lycoris.adapters import AdapterSet
 from lycoris.dropin.keywords import read_preset, renamed, tell
-from lycoris.dropin.network import LycorisNetwork, Part
+from lycoris.dropin.network import LycorisNetwork, Part, over
 from lycoris.dropin.quantised import check_trainable
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import site
-from lycoris.options import parse_optional, unknown_options
+from lycoris.options import parse_number, parse_optional, unknown_options
 from lycoris.planning import Plan
 from lycoris.preset import PRESETS_WITH_CONV, Preset
 from lycoris.recipe import Recipe, schedule_in
@@ -57,8 +57,9 @@ def create_lycoris(
         raise ConfigError(f"algo={options['algo']!r} and algorithm={algorithm!r} contradict each other; give one")
     options = renamed(options)
     named = options.get("preset")
+    own: dict[str, Any] = {}
     if named is not None and str(named) not in PRESETS_WITH_CONV:
-        options = {"apply_preset": read_preset(str(named)), **options, "preset": None}
+        own, options = read_preset(str(named)), options | {"preset": None}
     given = options | {
         "multiplier": multiplier,
         "linear_dim": _one_of("rank", rank, "linear_dim", linear_dim),
@@ -69,6 +70,9 @@ def create_lycoris(
         if Preset.parse(given["apply_preset"]) != preset:
             logger.warning("apply_preset was given to the class and, with other values, here; the class's is used")
         given = {key: value for key, value in given.items() if key != "apply_preset"}
+    if own:
+        # The keys of a file count before those that apply_preset was given, by the class or here.
+        preset = over(preset or Preset.parse(given.pop("apply_preset", None) or {}), own)
     recipe = Recipe.parse(given, strict=False, preset=preset)
     plan = recipe.plan(module)
     tell(plan.remarks, unmatched=warn_on_unmatched)
@@ -87,7 +91,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def create_lycoris_from_weights(
-    multiplier: float,
+    multiplier: float | str,
     file: str | os.PathLike[str] | None,
     module: nn.Module,
     weights_sd: Mapping[str, Tensor] | None = None,
@@ -122,8 +126,9 @@ def create_lycoris_from_weights(
         logger.warning(remark)
     adapters = AdapterSet.load(module, bundle, name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
+    strength: float = parse_number(multiplier, "multiplier", float)
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
-    return LycorisNetwork([Part(prefix, adapters)], multiplier, bypass), tensors
+    return LycorisNetwork([Part(prefix, adapters)], strength, bypass), tensors
 
 
 def _one_of(name: str, value: float | None, other: str, documented: float | None) -> float | None:

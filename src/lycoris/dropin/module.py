@@ -51,6 +51,9 @@ class LycorisBaseModule(AdapterView):
     )
     """What it takes after `HEAD`, in this order."""
 
+    _member: tuple[AdapterSet, str] | None = None
+    """The set of its network, if it has one, and its path there."""
+
     def __init__(
         self,
         lora_name: str,
@@ -127,7 +130,12 @@ class LycorisBaseModule(AdapterView):
 
     @property
     def multiplier(self) -> float:
-        return float(self.adapter.call.strength)
+        if self._alone is not None and self._on_its_own:
+            return self._alone.strength_at(self.adapter.attribute)
+        if self._member is None:
+            return float(self.adapter.call.strength)
+        adapters, path = self._member
+        return adapters.strength_at(path)
 
     @multiplier.setter
     def multiplier(self, multiplier: float) -> None:
@@ -135,6 +143,8 @@ class LycorisBaseModule(AdapterView):
             raise AttachError(f"{self.lora_name or 'this module'} is merged; restore it to change its multiplier")
         if self._alone is not None and self._on_its_own:
             self._alone.set_strength(multiplier)
+        elif self._member is not None:
+            self._member[0].set_strength_at(self._member[1], multiplier)
         else:
             self.adapter.set_call(float(multiplier), self.adapter.call.keep)
 
@@ -190,7 +200,7 @@ class LycorisBaseModule(AdapterView):
             self._parameter.unmerge(self, put=True)
         elif self._by_network and self.adapter.silent:
             raise ConfigError(f"{self.lora_name} was merged by its network; call onfly_restore() of that")
-        elif self._alone is not None:
+        elif self._alone is not None and self._on_its_own:
             self._alone.unmerge()
 
     def _applied(self) -> bool:

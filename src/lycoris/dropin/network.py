@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lycoris import files
+from lycoris import files, fingerprint
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin import tlora
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.modules import module_class
 from lycoris.dropin.quantised import check_mergeable, is_mergeable
-from lycoris.errors import ConfigError, FileError
+from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.files.components import family_of
 from lycoris.files.dialect import flatten
+from lycoris.files.layout import Layout
 from lycoris.geometry import site
+from lycoris.options import parse_number, parse_optional
 from lycoris.preset import Preset
 from lycoris.schedule import WITHOUT_SCHEDULE
 
@@ -55,14 +58,16 @@ class LycorisNetwork(nn.Module):
         super().__init__()
         self.parts = list(parts)
         self._multiplier = multiplier
-        _check_names([(part.prefix, path) for part in self.parts for path in part.adapters.stacks])
+        _check_names(self.parts)
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
                 place = site(part.adapters.model, path)
                 for at, adapter in enumerate(stack):
                     name = _module_name(part.prefix, path, at)
-                    self.add_module(name, module_class(adapter.algorithm).of(name, adapter, place, bypass_mode))
+                    module = module_class(adapter.algorithm).of(name, adapter, place, bypass_mode)
+                    module._member = part.adapters, path
+                    self.add_module(name, module)
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
@@ -72,13 +77,11 @@ class LycorisNetwork(nn.Module):
         """
         known = {field.name for field in dataclasses.fields(Preset)}
         try:
-            parsed = Preset.parse(preset)
+            cls._preset = over(cls._preset or Preset(), preset)
         except ConfigError as error:
             if preset.keys() <= known:
                 raise
             raise PresetKeyError(str(error)) from None
-        given = {key: getattr(parsed, key) for key in preset}
-        cls._preset = dataclasses.replace(cls._preset or Preset(), **given)
         return cls
 
     @property
@@ -93,12 +96,17 @@ class LycorisNetwork(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        return self.parts[0].adapters.strength if self.parts else self._multiplier
+        """What `set_multiplier` was given last; modules may have one of their own."""
+        return self._multiplier
 
     @property
     def loras(self) -> list[LycorisBaseModule]:
         """The modules, in the models' order."""
         return [child for child in self.children() if isinstance(child, LycorisBaseModule)]
+
+    def _modules_of(self, part: Part) -> list[LycorisBaseModule]:
+        """The modules of one of the models: of a layer that has several adapters, all of them."""
+        return [module for module in self.loras if module._member and module._member[0] is part.adapters]
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -110,10 +118,12 @@ class LycorisNetwork(nn.Module):
     # -- on and off --------------------------------------------------------------------------------------------------
 
     def apply_to(self, *_: Any, **__: Any) -> None:
-        """Put the adapters on the model's layers. A second call does nothing."""
-        for module in self.loras:
-            if module._alone is not None:
-                module.restore()
+        """Put the adapters on the model's layers. A second call does nothing.
+
+        Modules that were applied or merged by themselves are restored first.
+        """
+        self._check_undoable()
+        self._restore_singles()
         with ExitStack() as undo:
             for part in self.parts:
                 self._warn_of_schedule(part)
@@ -126,6 +136,7 @@ class LycorisNetwork(nn.Module):
 
     def restore(self) -> None:
         """Take the adapters off and undo a merge; the model is as it was."""
+        self._check_undoable()
         for part in self.parts:
             part.adapters.detach()
             tlora.untrack(part.adapters)
@@ -140,10 +151,14 @@ class LycorisNetwork(nn.Module):
         self._merge(weight)
 
     def _merge(self, weight: float) -> None:
+        self._check_undoable()
         check_mergeable(self._layers())
+        if any(part.adapters.merged for part in self.parts):
+            raise AttachError("these adapters are merged already; call restore() or onfly_restore() first")
+        self._restore_singles()
         with ExitStack() as undo:
             for part in self.parts:
-                part.adapters.merge(weight * self._multiplier)
+                part.adapters.merge(weight * part.adapters.strength)
                 undo.callback(part.adapters.unmerge)
             undo.pop_all()
         self._track()
@@ -154,18 +169,31 @@ class LycorisNetwork(nn.Module):
 
     def onfly_restore(self) -> None:
         """Undo `onfly_merge`; applied adapters act again."""
+        self._check_undoable()
         for part in self.parts:
             part.adapters.unmerge()
+            if not part.adapters.attached:
+                tlora.untrack(part.adapters)
 
     def is_mergeable(self) -> bool:
         """Whether `merge_to` can be done without rounding the update to few bits."""
         return is_mergeable(self._layers())
 
-    def set_multiplier(self, multiplier: float) -> None:
-        """Strength of the adapters; 0 is exactly the base model."""
+    def set_multiplier(self, multiplier: float | str) -> None:
+        """Strength of all adapters; 0 is exactly the base model. Raises `AttachError` while they are merged."""
+        self._check_undoable()
+        strength: float = parse_number(multiplier, "multiplier", float)
         for part in self.parts:
-            part.adapters.set_strength(multiplier)
-        self._multiplier = multiplier
+            part.adapters.set_strength(strength)
+        self._multiplier = strength
+
+    def _check_undoable(self) -> None:
+        """Raise `AttachError` once the adapters were merged for good."""
+
+    def _restore_singles(self) -> None:
+        for module in self.loras:
+            if module._on_its_own:
+                module.restore()
 
     def _layers(self) -> dict[str, nn.Module]:
         return {module.lora_name: module.org_module[0] for module in self.loras if not module.adapter.attribute}
@@ -185,11 +213,12 @@ class LycorisNetwork(nn.Module):
 
     # -- what trainers call around a run -----------------------------------------------------------------------------
 
-    def prepare_optimizer_params(self, lr: float | None = None) -> Any:
+    def prepare_optimizer_params(self, lr: float | str | None = None) -> Any:
         """Parameter groups for an optimizer."""
         self.requires_grad_(True)
         group: dict[str, Any] = {"params": list(self.parameters())}
-        return [group if lr is None else group | {"lr": lr}]
+        rate: float | None = parse_optional(lr, "lr", float)
+        return [group if rate is None else group | {"lr": rate}]
 
     def enable_gradient_checkpointing(self) -> None:
         """Nothing to do: the model's own checkpointing covers its adapters."""
@@ -227,7 +256,7 @@ class LycorisNetwork(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Copy in what `state_dict` gave; returns (missing, unexpected) keys like any module."""
-        missing, unexpected = self._load(dict(state_dict))
+        missing, unexpected = self._load(dict(state_dict), {})
         if strict and (missing or unexpected):
             raise FileError(f"tensors missing: {missing[:5]}; tensors with no place: {unexpected[:5]}")
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
@@ -239,15 +268,38 @@ class LycorisNetwork(nn.Module):
 
         Raises `FileError` for a name that asks for a pickle.
         """
-        check_suffix(file)
-        part = self.parts[0]
-        files.write(part.adapters.bundle(), file, dtype=dtype, metadata=metadata, prefix=part.prefix)
+        if Path(file).suffix in files.PICKLES:
+            raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
+        bundles = {self._name(part): part.adapters.bundle() for part in self.parts}
+        denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
+        family = family_of({name: Layout.of(model).architecture for name, model in denoisers.items()})
+        files.write(
+            bundles,
+            file,
+            dtype=dtype,
+            metadata={**files.kept(self.adapters.metadata), **(metadata or {})},
+            prefix={self._name(part): part.prefix for part in self.parts},
+            family=None if family is None else family.name,
+            describe=self._describe,
+        )
+
+    def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
+        """What a file's header says that depends on the rest of the file; see `lycoris.files.write`."""
+        return {}
+
+    @staticmethod
+    def _name(part: Part) -> str:
+        """Of a model of several: the denoiser has none."""
+        return part.prefix if part.text else ""
 
     def load_weights(self, file: str | os.PathLike[str]) -> dict[str, list[str]]:
-        """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys."""
-        tensors, _ = files.load_tensors(file)
+        """Copy in the tensors of a file. {} when all of them fit, otherwise the missing and unexpected keys.
+
+        Raises `FileError`, and changes nothing, for tensors that mean something else, and `AttachError` while merged.
+        """
+        tensors, metadata = files.load_tensors(file)
         try:
-            missing, unexpected = self._load(tensors)
+            missing, unexpected = self._load(tensors, metadata)
         except FileError as error:
             raise FileError(f"{file}: {error}") from error
         found = {"missing keys": missing, "unexpected keys": unexpected}
@@ -256,15 +308,23 @@ class LycorisNetwork(nn.Module):
     def _encoded(self) -> dict[str, Tensor]:
         return {key: tensor for part in self.parts for key, tensor in _encoded(part).items()}
 
-    def _load(self, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    def _load(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Fill the adapters from tensors by file name; nothing changes unless every layer's tensors are usable."""
+        self._check_undoable()
+        if any(part.adapters.merged for part in self.parts):
+            raise AttachError(
+                "the adapters are merged, and the weights would keep what was merged: call restore() or "
+                "onfly_restore() first, load, and merge again"
+            )
         values: list[tuple[LycorisBaseModule, dict[str, Tensor]]] = []
         own: set[str] = set()
         for part in self.parts:
             names = set(_encoded(part))
             usable = {key: tensor for key, tensor in tensors.items() if key in names}
             own |= names
-            bundle = files.resolve(usable, part.adapters.model, prefix=part.prefix) if usable else Bundle({})
+            if not usable:
+                continue
+            bundle = resolve(usable, part.adapters.model, part.prefix, metadata, text=part.text)
             for path, stack in bundle.entries.items():
                 for at, entry in enumerate(stack):
                     module: Any = self._modules[_module_name(part.prefix, path, at)]
@@ -272,6 +332,24 @@ class LycorisNetwork(nn.Module):
         for module, fitting in values:
             module.adapter.fill(fitting)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)
+
+
+def over(preset: Preset, given: Mapping[str, Any]) -> Preset:
+    """A preset with the keys of a JSON object in the place of its own."""
+    parsed = Preset.parse(given)
+    return dataclasses.replace(preset, **{key: getattr(parsed, key) for key in given})
+
+
+def resolve(
+    tensors: Mapping[str, Tensor], model: nn.Module, prefix: str, metadata: Mapping[str, str], *, text: bool
+) -> Bundle:
+    """The tensors of one of several models; what is to be said of them is on the logger "LyCORIS"."""
+    # The base that a header names is the denoiser.
+    own = {key: told for key, told in metadata.items() if not (text and key == fingerprint.KEY)}
+    bundle = files.resolve(tensors, model, prefix=prefix, metadata=own)
+    for remark in bundle.remarks:
+        logger.warning("%s: %s", prefix, remark)
+    return bundle
 
 
 def _module_name(prefix: str, path: str, at: int) -> str:
@@ -283,19 +361,17 @@ def _encoded(part: Part) -> dict[str, Tensor]:
     return files.encode(part.adapters.bundle(), prefix=part.prefix)
 
 
-def check_suffix(file: str | os.PathLike[str]) -> None:
-    if Path(file).suffix in files.PICKLES:
-        raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
-
-
-def _check_names(paths: list[tuple[str, str]]) -> None:
+def _check_names(parts: Sequence[Part]) -> None:
     """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
-    owner: dict[str, str] = {}
-    for prefix, path in paths:
-        name = f"{prefix}_{flatten(path)}"
-        first = owner.setdefault(name, path)
-        if first != path:
-            raise ConfigError(
-                f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave one "
-                "out with exclude_name, or use AdapterSet, which goes by paths"
-            )
+    for at, part in enumerate(parts):
+        if part.prefix in [other.prefix for other in parts[:at]]:
+            kind = type(part.adapters.model).__name__
+            raise ConfigError(f"two models, the second a {kind}, are both called {part.prefix} here; leave one out")
+        owner: dict[str, str] = {}
+        for path in part.adapters.stacks:
+            first = owner.setdefault(flatten(path), path)
+            if first != path:
+                raise ConfigError(
+                    f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave "
+                    "one out with exclude_name, or use AdapterSet, which goes by paths"
+                )

@@ -87,10 +87,16 @@ def follow(module: Masked) -> None:
 
 def untrack(adapters: AdapterSet) -> None:
     """Undo `track`."""
+    if adapters not in _tracked:
+        return
     _tracked.discard(adapters)
     hooks = adapters.model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Follow) and hook.adapters is adapters]:
-        del hooks[key]
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, _Follow) and hook.adapters is adapters:
+            adapters.schedule = hook.own
+            del hooks[key]
+    adapters.unfollow()
+    adapters.set_keep(None)
 
 
 class _Follow:

@@ -11,7 +11,7 @@ from lycoris.files.kinds import PICKLES
 from lycoris.files.peft import read_peft, write_peft
 from lycoris.files.reading import read, resolve
 from lycoris.files.storage import load_tensors, save_tensors
-from lycoris.files.writing import compose, encode, write
+from lycoris.files.writing import compose, encode, kept, write
 
 __all__ = [
     "DIALECTS",
@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "header",
     "judge",
+    "kept",
     "load_tensors",
     "read",
     "read_peft",

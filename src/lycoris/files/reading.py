@@ -124,6 +124,8 @@ def _resolve(
 ) -> tuple[Bundle, Layout]:
     choices = _dialects(tensors, dialect, prefix)
     whose, contradiction = _family(family, header, component, layout)
+    # A prefix of one's own is that of this component, whatever a family's files mean by it.
+    whose = whose if prefix is None else None
     match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
     if not match.groups:
         raise FileError(_nothing(match, tensors))

@@ -74,7 +74,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         if LONE.search(key + value):
             raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
     try:
-        whole = _whole(tensors)
+        whole = plain(tensors)
     except FileError as error:
         raise FileError(f"{error}; {path} was not written") from error
     try:
@@ -113,16 +113,16 @@ def _check_target(path: Path) -> None:
         raise FileError(f"{path} {what}")
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor as a file holds it: dense, in order, and in memory of its own."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
         _check(key, tensor)
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        memory = plain.untyped_storage().data_ptr()
+        whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = whole.untyped_storage().data_ptr()
         # Two names for one memory are two tensors in a file; safetensors refuses to choose.
-        found[key] = plain.clone() if memory in seen else plain
+        found[key] = whole.clone() if memory in seen else whole
         seen.add(memory)
     return found
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from lycoris.files.layout import Layout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
-from lycoris.files.storage import save_tensors
+from lycoris.files.storage import plain, save_tensors
 from lycoris.ops.rounding import widened
 from lycoris.report import some
 
@@ -49,15 +49,16 @@ def compose(
     dialect: str = "lycoris",
     *,
     component: str = "",
-    prefix: str | None = None,
+    prefix: str | Mapping[str, str] | None = None,
     model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
     family: str | None = None,
 ) -> Encoded:
     """The tensors of a bundle, or of one for each component of a pipeline, as a dialect names them.
 
-    `prefix` stands in for the dialect's own, and then layers are called as in the bundle. Else they are called as the
-    dialect does for the family of models: `model` is what the bundle is for, None: recognised by its layers; `family`
-    matters where components are counted differently ("flux1": its second text encoder is the third of kohya's).
+    `prefix` stands in for the dialect's own, and then layers are called as in the bundle; of several bundles each has
+    its own, by the same names, and "" is the denoiser's. Else they are called as the dialect does for the family of
+    models: `model` is what the bundle is for, None: recognised by its layers; `family` matters where components are
+    counted differently ("flux1": its second text encoder is the third of kohya's).
 
     Raises `FileError` when two tensors get one name, when a layer has algorithms that a file cannot hold together, or
     when the dialect or a fused layer cannot hold an algorithm.
@@ -71,19 +72,20 @@ def compose(
     kind, bundles = DIALECTS[dialect], bundle if isinstance(bundle, Mapping) else {component: bundle}
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = Encoded({}, {}, {}), dict[str, str]()
+    own = dict.fromkeys(bundles, prefix) if isinstance(prefix, str) else prefix or {}
     # A prefix of one's own is for layers as they are called here.
-    layouts = {name: _layout(each, kind, models.get(name)) for name, each in bundles.items() if prefix is None}
+    layouts = {name: _layout(each, kind, models.get(name)) for name, each in bundles.items() if not own}
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     by_prefix: dict[str, Bundle] = {}
     for name, each in bundles.items():
-        stacks = each.entries if prefix is not None else _named(each, kind, layouts[name], found.notes)
-        begin = f"{prefix}_" if prefix is not None else _prefix(kind, name, whose, layouts[name])
+        stacks = each.entries if own else _named(each, kind, layouts[name], found.notes)
+        begin = f"{own[name]}_" if own else _prefix(kind, name, whose, layouts[name])
         _put(stacks, kind, begin, found.tensors, owner)
         by_prefix[begin] = Bundle(dict(stacks))
     sure = family is not None or any(each.base is not None for each in bundles.values())
     found.header.update(_header(by_prefix, kind, whose if sure else None, bundles.get("")))
-    if kind.scale == "header" and prefix is None:
-        found.header[LORA_METADATA] = lora_adapter_metadata({name.rstrip("."): own for name, own in by_prefix.items()})
+    if kind.scale == "header" and not own:
+        found.header[LORA_METADATA] = lora_adapter_metadata({name.rstrip("."): one for name, one in by_prefix.items()})
     return found
 
 
@@ -95,14 +97,16 @@ def write(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     component: str = "",
-    prefix: str | None = None,
+    prefix: str | Mapping[str, str] | None = None,
     model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
     family: str | None = None,
+    describe: Callable[[Mapping[str, Tensor], Mapping[str, str]], Mapping[str, str]] | None = None,
 ) -> Encoded:
     """Write an adapter file, whole or not at all; returns what it holds. See `compose`.
 
     `dtype` is that of the stored tensors (None: as they are); `alpha` stays float32, since half precision would round
-    or overflow it. `metadata` goes into the header beside the bundle's own.
+    or overflow it. `metadata` goes into the header beside the bundle's own, and so does what `describe` makes of the
+    tensors as they are stored and of the rest of the header.
     """
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     tensors = encoded.tensors
@@ -113,6 +117,8 @@ def write(
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
     own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
     header = {**own, **encoded.header, **(metadata or {})}
+    if describe is not None:
+        header |= describe(plain(tensors), header)
     save_tensors(tensors, path, header)
     return Encoded(tensors, header, encoded.notes)
 

@@ -86,7 +86,7 @@ class Interface:
     ) -> MusubiNetwork:
         """Adapters from a file's tensors, whose shapes say all."""
         network.say_unknown(kwargs, self.options)
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference)
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
 
     def create_network_from_weights(
         self,
@@ -100,7 +100,7 @@ class Interface:
     ) -> MusubiNetwork:
         """The same; the tensors say which layers are meant."""
         network.say_unknown(kwargs, self.options)
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference)
+        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
 
     def merge_weights_to_tensor(
         self,

@@ -101,7 +101,11 @@ def create(
     if str(options.get("verbose")) == "True":
         logger.info("\n".join(each.path for each in plan.placements))
     logger.info("%s: %s", prefix, replace(plan, remarks=()))
-    network = MusubiNetwork([Part(prefix, AdapterSet.build(unet, plan, name=None))], float(multiplier))
+    return _network(Part(prefix, AdapterSet.build(unet, plan, name=None)), multiplier, options)
+
+
+def _network(part: Part, multiplier: float, options: Mapping[str, Any]) -> MusubiNetwork:
+    network = MusubiNetwork([part], parse_number(multiplier, "multiplier", float))
     network.ratios = Ratios(parse_optional(options.get("loraplus_lr_ratio"), "loraplus_lr_ratio", float))
     return network
 
@@ -112,6 +116,7 @@ def read(
     weights_sd: Mapping[str, Tensor],
     unet: nn.Module,
     for_inference: bool,
+    options: Mapping[str, Any],
 ) -> MusubiNetwork:
     """Adapters from a file's tensors, whose shapes say all; not yet applied.
 
@@ -123,7 +128,7 @@ def read(
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, bundle, name=None)
-    network = MusubiNetwork([Part(PREFIX, adapters)], float(multiplier))
+    network = _network(Part(PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network
 
