@@ -84,18 +84,11 @@ class AdapterSet:
 
     @classmethod
     def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
-        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet."""
-        stacks = {}
-        for path, entries in bundle.entries.items():
-            place = site(model, path)
-            stack = []
-            for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **filling.home(place))
-                adapter.attribute = place.attribute
-                adapter.fill(filling.completed(entry, place))
-                stack.append(adapter)
-            stacks[path] = tuple(stack)
-        made = cls(model, stacks, name)
+        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
+
+        Raises `FileError` for layers that the model does not have, or has in another shape.
+        """
+        made = cls(model, filling.loaded(model, bundle), name)
         made.metadata = dict(bundle.metadata)
         made.schedule = schedule_of(bundle.metadata)
         return made

@@ -167,8 +167,18 @@ class Algorithm(ABC):
         """What the change to the weight is multiplied by, exactly once, wherever it is used."""
         return 1.0
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        """The settings that the formula takes beside the tensors, as numbers, for a layer: the scale and what else.
+
+        With the same constants, tensors of the same names and shapes do the same.
+        """
+        return (self.scale(g),)
+
     def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
-        """Tensors of a file with those added that it may leave out because the base weight determines them."""
+        """Tensors of a file with those added that it may leave out because the base weight determines them.
+
+        Raises `FileError` where it does not determine them.
+        """
         return dict(p)
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:

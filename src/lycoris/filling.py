@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from lycoris import attach, bases, merging, sharding
 from lycoris.adapter import Adapter
+from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
-from lycoris.errors import FileError
-from lycoris.geometry import Site, site
+from lycoris.errors import FileError, nearest
+from lycoris.geometry import Site, site, sites
 
 
 def home(place: Site) -> dict[str, Any]:
@@ -46,19 +48,73 @@ def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
 
 def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
-    tensors, own = completed(entry, place), adapter.tensors()
+    # Of what makes a start, a file does not tell all.
+    alike = type(entry.algorithm) is type(adapter.algorithm)
+    own = entry._replace(algorithm=adapter.algorithm) if alike else entry
+    return matched(adapter, entry.algorithm, completed(own, place), place.path)
+
+
+def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of an algorithm for an adapter, with the gate that a file folds into a factor.
+
+    Raises `FileError` unless they do on the adapter what the algorithm does with them.
+    """
+    own, tensors = {name: tuple(t.shape) for name, t in adapter.tensors().items()}, dict(given)
     if "gate" in own:
-        tensors["gate"] = torch.ones(own["gate"].shape)
-    same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
+        tensors.setdefault("gate", torch.ones(own["gate"]))
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
-    scales = [algorithm.scale(adapter.geometry) for algorithm in (adapter.algorithm, entry.algorithm)]
-    if not same or not math.isclose(*scales, rel_tol=4e-3):
-        raise FileError(f"{place.path}: the file has {entry.algorithm}, the adapter is {adapter.algorithm}")
-    return tensors
+    constants = [each.constants(adapter.geometry) for each in (algorithm, adapter.algorithm)]
+    same = len(constants[0]) == len(constants[1]) and all(
+        math.isclose(*pair, rel_tol=4e-3) for pair in zip(*constants, strict=True)
+    )
+    if shapes == own and same:
+        return tensors
+    odd = next((name for name in sorted(shapes.keys() | own.keys()) if shapes.get(name) != own.get(name)), None)
+    told = f"; {odd} {shapes.get(odd, 'none')} in the file and {own.get(odd, 'none')} here" if odd else ""
+    raise FileError(f"{where}: the file has {algorithm}, the adapter is {adapter.algorithm}{told}")
 
 
 Stacks = Mapping[str, tuple[Adapter, ...]]
 """Adapters by layer path, lowest first."""
+
+
+def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
+    """New adapters with a bundle's tensors. Raises `FileError` for layers that the model does not have like that."""
+    places = _places(model, bundle)
+    return {path: tuple(_made(entry, places[path]) for entry in stack) for path, stack in bundle.entries.items()}
+
+
+def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
+    """Where the layers of a bundle are in a model."""
+    found = {}
+    for path in bundle.entries:
+        with suppress(KeyError):
+            found[path] = site(model, path)
+    if lost := [path for path in bundle.entries if path not in found]:
+        known = {place.path for place in sites(model)}
+        wrapped = any(f"{path}.base_layer" in known for path in lost)
+        near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
+        told = (
+            "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
+            if wrapped
+            else near
+        )
+        raise FileError(
+            f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(model).__name__}: "
+            f"{', '.join(lost[:5])}; {told or 'is this the model they were made for?'}"
+        )
+    return found
+
+
+def _made(entry: Entry, place: Site) -> Adapter:
+    g, here = entry.geometry, place.geometry
+    if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
+        raise FileError(f"{place.path}: the file has {entry.algorithm} for a {g}, and this is a {here}")
+    adapter = Adapter(entry.algorithm, here, **home(place))
+    adapter.attribute = place.attribute
+    adapter.fill(fitted(adapter, entry, place))
+    return adapter
 
 
 def state(stacks: Stacks) -> dict[str, Tensor]:

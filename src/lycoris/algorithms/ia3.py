@@ -31,6 +31,9 @@ class IA3(Algorithm):
         n = g.in_features * g.groups if self.on_input else g.out_features
         return {"w": Slot((1, n, *(1,) * len(g.kernel)) if g.kernel else (n,), "gate")}
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (self.on_input,)
+
     def initialise(self, p: Params, below: Base) -> None:
         torch.nn.init.zeros_(p["w"])
 

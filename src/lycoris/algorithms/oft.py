@@ -64,6 +64,9 @@ class OFT(Algorithm):
             )
         return {"blocks": Slot((o // s, s, s), "rotation")} | length_slot(self.rescale, g)
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (self.constraint,)
+
     def initialise(self, p: Params, below: Base) -> None:
         torch.nn.init.zeros_(p["blocks"])
         if "rescale" in p:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Self
@@ -24,7 +23,7 @@ from lycoris.dropin.names import by_old_name, file_names
 from lycoris.dropin.norms import shrink
 from lycoris.dropin.quantised import RefusedError, check_mergeable, check_trainable, is_substitute
 from lycoris.errors import ConfigError, FileError
-from lycoris.filling import completed, fitted
+from lycoris.filling import completed, fitted, matched
 from lycoris.geometry import Geometry, Site, describe, site
 from lycoris.recipe import Recipe
 
@@ -349,8 +348,7 @@ class LycorisBaseModule(nn.Module):
         """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
         if not self._parametrized:
             return fitted(self.adapter, entry, self._place)
-        gate = {"gate": torch.ones_like(self.adapter.tensors()["gate"])} if "gate" in self.adapter.tensors() else {}
-        return entry.algorithm.complete(entry.tensors, self._below()) | gate
+        return matched(self.adapter, entry.algorithm, entry.tensors, self.lora_name)
 
     @classmethod
     def algo_check(cls, state_dict: Mapping[str, Tensor], lora_name: str) -> bool:

@@ -15,11 +15,10 @@ from torch import nn
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin.tlora import pipeline_schedule
-from lycoris.errors import ConfigError, FileError, LycorisError, nearest, unknown
+from lycoris.errors import ConfigError, FileError, LycorisError, unknown
 from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.filling import blocks_of
-from lycoris.geometry import sites
 from lycoris.merging import MergeReport
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule
 
@@ -191,34 +190,21 @@ def load(
     """
     parts = models(pipe)
     bundles, unused = _read(source, parts, to, dialect)
-    for component, bundle in bundles.items():
-        _check_paths(component, parts[component], bundle)
     sets: dict[str, AdapterSet] = {}
     with ExitStack() as undo:
         for component, bundle in bundles.items():
-            made = sets[component] = AdapterSet.load(parts[component], bundle, name)
-            made.attach()
+            try:
+                made = sets[component] = AdapterSet.load(parts[component], bundle, name)
+            except FileError as error:
+                raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
+            made.attach()
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
             made.follow_timesteps()
         loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
         undo.pop_all()
     return loaded
-
-
-def _check_paths(component: str, model: nn.Module, bundle: Bundle) -> None:
-    known = {place.path for place in sites(model)}
-    lost = [path for path in bundle.entries if path not in known]
-    if not lost:
-        return
-    wrapped = any(f"{path}.base_layer" in known for path in lost)
-    told = "PEFT's layers are in their place: pipe.unload_lora_weights() first" if wrapped else ""
-    near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
-    raise FileError(
-        f"{len(lost)} of {len(bundle.entries)} layers are no layers of {component}, a {type(model).__name__}: "
-        f"{', '.join(lost[:5])}; {told or near or 'is this the model they were made for?'}"
-    )
 
 
 def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
