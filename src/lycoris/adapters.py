@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -106,18 +106,12 @@ class AdapterSet:
             return self
         self._check_layers()
         self._attached_as = f"adapter_{self._free_name() if self.name is None else self.name}"
-        done: list[tuple[str, int]] = []
-        try:
+        with ExitStack() as undo:
             for path, at, adapter in self._each():
-                attach.attach(self._layers[path], self._child(path, at), adapter)
-                self._keep_off_fast_path(path, adapter)
-                done.append((path, at))
-        except AttachError as error:
-            for path, at in done:
-                attach.detach(self._layers[path], self._child(path, at))
-            path = [path for path, _, _ in self._each()][len(done)]
-            raise AttachError(f"{path}: {error}") from error
-        self._attached = True
+                self._put_on(path, at, adapter)
+                undo.callback(attach.detach, self._layers[path], self._child(path, at))
+            self._attached = True
+            undo.pop_all()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
         return self
@@ -126,11 +120,16 @@ class AdapterSet:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
         return bases.capabilities(self._holders())
 
+    def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
+        try:
+            attach.attach(self._layers[path], self._child(path, at), adapter)
+        except AttachError as error:
+            raise AttachError(f"{path}: {error}") from error
+        attach.keep_off_fast_path(self.model.get_submodule(path.rpartition(".")[0]), adapter)
+
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
-        if self._attached:
-            for layer in self._layers.values():
-                attach.check_detachable(layer)
+        self.check_detachable()
         if self._merges:
             self.unmerge()
         self.unfollow()
@@ -138,6 +137,12 @@ class AdapterSet:
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
+
+    def check_detachable(self) -> None:
+        """Raise `AttachError` where `detach` would, and change nothing."""
+        self.check_unmergeable()
+        for layer in self._layers.values() if self._attached else ():
+            attach.check_detachable(layer)
 
     @property
     def attached(self) -> bool:
@@ -151,13 +156,6 @@ class AdapterSet:
     def rank_masked(self) -> bool:
         """Whether any algorithm here follows the timestep."""
         return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
-
-    def _keep_off_fast_path(self, path: str, adapter: Adapter) -> None:
-        """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some
-        module inside has a hook."""
-        around = self.model.get_submodule(path.rpartition(".")[0])
-        if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
-            adapter.register_forward_hook(_no_change)
 
     def _check_layers(self) -> None:
         for path, layer in self._layers.items():
@@ -294,13 +292,16 @@ class AdapterSet:
         report.warn(stacklevel=2)
         if self.rank_masked:
             self._say_what_merging_means()
-        if self.rank_masked and not self._attached:
-            self.attach()
-            self._attached_by_merge = True
-        for path, merge in merges.items():
-            bases.install(self._layers[path], merge.new, merge.attribute)
-        self._merges, self._merged_at = merges, strength
-        self._refresh()
+        with ExitStack() as undo:
+            undo.callback(self._take_out, merges)
+            if self.rank_masked and not self._attached:
+                self.attach()
+                self._attached_by_merge = True
+            for path, merge in merges.items():
+                bases.install(self._layers[path], merge.new, merge.attribute)
+            self._merges, self._merged_at = merges, strength
+            self._refresh()
+            undo.pop_all()
         return report
 
     def _holders(self) -> dict[str, nn.Module]:
@@ -312,9 +313,17 @@ class AdapterSet:
 
         Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
         """
+        self.check_unmergeable()
+        self._take_out(self._merges)
+
+    def check_unmergeable(self) -> None:
+        """Raise `AttachError` where `unmerge` would, and change nothing."""
         for path, merge in self._merges.items():
             merging.check_untouched(path, self._layers[path], merge)
-        for path, merge in self._merges.items():
+
+    def _take_out(self, merges: Mapping[str, Merge]) -> None:
+        """Give layers their own parameters again, whether or not they have got those of the merge yet."""
+        for path, merge in merges.items():
             merging.restore(self._layers[path], merge)
         self._merges = {}
         self._refresh()
@@ -387,6 +396,3 @@ def _finite(strength: float) -> float:
     if not math.isfinite(strength):
         raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
     return float(strength)
-
-
-def _no_change(*_: Any) -> None: ...

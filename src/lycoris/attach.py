@@ -210,6 +210,16 @@ def check_detachable(layer: nn.Module) -> None:
         )
 
 
+def keep_off_fast_path(around: nn.Module, adapter: Adapter) -> None:
+    """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some module
+    inside has a hook."""
+    if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
+        adapter.register_forward_hook(_no_change)
+
+
+def _no_change(*_: Any) -> None: ...
+
+
 def _set_class(layer: Any) -> None:
     adapters = [child for child in layer._modules.values() if isinstance(child, Adapter)]
     attributes = tuple(sorted({adapter.attribute for adapter in adapters} - {""}))

@@ -93,16 +93,13 @@ def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
             found[path] = site(model, path)
     if lost := [path for path in bundle.entries if path not in found]:
         known = {place.path for place in sites(model)}
-        wrapped = any(f"{path}.base_layer" in known for path in lost)
-        near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
-        told = (
-            "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
-            if wrapped
-            else near
-        )
+        near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1)))
+        told = next(near, "is this the model they were made for?")
+        if any(f"{path}.base_layer" in known for path in lost):
+            told = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
         raise FileError(
             f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(model).__name__}: "
-            f"{', '.join(lost[:5])}; {told or 'is this the model they were made for?'}"
+            f"{', '.join(lost[:5])}; {told}"
         )
     return found
 
