@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
-from lycoris import LoKr, LoRA, recast, rows
+from lycoris import OFT, Full, LoKr, LoRA, recast, rows
 from lycoris.adapter import Adapter, Matrix
+from lycoris.additive import Ranked
 from lycoris.algorithm import Affine, Algorithm, Entry, Part
 from lycoris.algorithms import ALGORITHMS as KINDS
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 
 EXACT = 1e-10
-SHAPES = {"linear": (24, 10), "conv": (24, 10, 3, 3)}
+SHAPES: dict[str, tuple[int, ...]] = {"linear": (24, 10), "conv": (24, 10, 3, 3), "norm": (24,)}
 
 
 def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
@@ -37,8 +38,8 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
 
 
 def layer(kind: Any, rows: int = 24) -> Geometry:
-    shape = (rows, *SHAPES[kind][1:])
-    return Geometry(kind=kind, shape=shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), pad=(0, 0, 0, 0))
+    shape, norm = (rows, *SHAPES[kind][1:]), "layer" if kind == "norm" else ""
+    return Geometry(norm=norm, kind=kind, shape=shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), pad=(0, 0, 0, 0))
 
 
 def make(name: str, kind: str, rows_: int = 24) -> tuple[Entry | None, Tensor]:
@@ -49,7 +50,11 @@ def make(name: str, kind: str, rows_: int = 24) -> tuple[Entry | None, Tensor]:
 
 
 def change(entry: Entry, weight: Tensor) -> Tensor:
-    return recast.adapted(entry, Affine(weight, None)).weight - weight
+    """(O, n): what each row of the weight, and its bias, become more."""
+    bias = torch.zeros(len(weight), dtype=weight.dtype)
+    whole = recast.adapted(entry, Affine(weight, bias))
+    assert whole.bias is not None
+    return torch.cat([(whole.weight - weight).reshape(len(weight), -1), whole.bias[:, None]], dim=1)
 
 
 def refused(error: FileError, *entries: Entry) -> None:
@@ -108,10 +113,15 @@ def test_joined(name: str, kind: str, missing: int | None) -> None:
     except FileError as error:
         refused(error, *(part.entry for part in parts))
         return
-    expected = torch.zeros_like(weight)
+    assert relative(change(joined.entry, weight), changes(parts, weight)) < EXACT
+
+
+def changes(parts: list[Part], weight: Tensor) -> Tensor:
+    """What all of them do to the layer that they are parts of."""
+    expected = torch.zeros(len(weight), weight[0].numel() + 1, dtype=torch.float64)
     for part in parts:
         expected[part.rows] = change(part.entry, weight[part.rows])
-    assert relative(change(joined.entry, weight), expected) < EXACT
+    return expected
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -172,5 +182,87 @@ def test_any_layout_of_lokr(data: st.DataObject) -> None:
 
 def test_every_algorithm_says_whether_it_can_be_cut() -> None:
     """One that says nothing must be on this list, so that nobody forgets."""
-    silent = {name for name, kind in KINDS.items() if kind.take is Algorithm.take}
-    assert silent == {"norm"}
+    assert not [name for name, kind in KINDS.items() if kind.take is Algorithm.take]
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def stored(entry: Entry, dtype: torch.dtype) -> Entry:
+    return entry._replace(tensors={name: tensor.to(dtype) for name, tensor in entry.tensors.items()})
+
+
+def wide(entry: Entry) -> Entry:
+    return stored(entry, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*((each,) * 3 for each in DTYPES), DTYPES[:3], DTYPES[1:], (*DTYPES[:2], torch.float32)]
+)
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_low_precision_loses_nothing(name: str, kind: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Cut, turned and joined, at one scale and at several, from what was stored in few bits."""
+    parts, start = [], 0
+    for size, dtype in zip((8, 12, 4), dtypes, strict=True):
+        made, _ = make(name, kind, size)
+        if made is None:
+            return
+        if len(set(dtypes)) > 1 and isinstance(made.algorithm, Ranked):
+            made = made._replace(algorithm=replace(made.algorithm, alpha=1.7 * size))
+        parts.append(Part(start, stored(made, dtype)))
+        start += size
+    weight = torch.randn(SHAPES[kind], dtype=torch.float64)
+    expected = changes([part._replace(entry=wide(part.entry)) for part in parts], weight)
+    first, own = parts[1].entry, expected[parts[1].rows]
+    try:
+        cut = rows.take(first, slice(2, 8), "layer").entry
+        turned = rows.swapped(first, "layer").entry
+        joined = rows.join(parts, layer(kind), "layer").entry
+    except FileError as error:
+        refused(error, *(part.entry for part in parts))
+        return
+    assert relative(change(wide(cut), weight[8:20][2:8]), own[2:8]) < 1e-6
+    assert relative(change(wide(turned), weight[8:20].roll(6, 0)), own.roll(6, 0)) < 1e-6
+    assert relative(change(wide(joined), weight), expected) < 1e-6
+
+
+def test_only_what_is_computed_becomes_wider() -> None:
+    """A file of half precision stays one."""
+    g = layer("linear", 8)
+    made = entry(LoRA(rank=3, alpha=1.5), g, torch.randn(8, 10, dtype=torch.float64))
+    assert made is not None
+    parts = [Part(at, stored(made, torch.bfloat16)) for at in (0, 8, 16)]
+    joined = rows.join(parts, layer("linear"), "layer").entry
+    assert {tensor.dtype for tensor in joined.tensors.values()} == {torch.bfloat16}
+    other = [*parts[:2], parts[2]._replace(entry=stored(made, torch.float16))]
+    joined = rows.join(other, layer("linear"), "layer").entry
+    assert {tensor.dtype for tensor in joined.tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_rotations_are_joined_with_rows_that_nothing_turns(missing: int) -> None:
+    weight = torch.randn(SHAPES["linear"], dtype=torch.float64)
+    kinds = (OFT(block_size=4, constraint=0.02), OFT(block_size=4, rescale=True), OFT(block_size=4))
+    made = [entry(kind, layer("linear", 8), weight[:8]) for kind in kinds]
+    parts = [Part(8 * at, one) for at, one in enumerate(made) if one is not None and at != missing]
+    step = rows.join(parts, layer("linear"), "layer")
+    assert not step.note
+    assert relative(change(step.entry, weight), changes(parts, weight)) < EXACT
+    with pytest.raises(FileError, match="diag-oft cannot be joined with others without the base"):
+        rows.join([part._replace(start=part.start + 2) for part in parts[:1]], layer("linear"), "layer")
+
+
+def test_a_weight_and_its_bias_do_not_part() -> None:
+    weight, bare = torch.randn(24, 10, dtype=torch.float64), replace(layer("linear"), has_bias=False)
+    whole, beside = (entry(kind, layer("linear", 8), weight[:8]) for kind in (Full(), Full(weight=False)))
+    assert whole is not None
+    assert beside is not None
+    for parts in ([Part(0, whole), Part(8, whole)], [Part(0, beside)]):
+        with pytest.raises(FileError, match=r"layer: its full changes a bias, and this linear .* has none"):
+            rows.join(parts, bare, "layer")
+        with pytest.raises(FileError, match="layer: its full changes a bias"):
+            rows.on(parts[0].entry, replace(layer("linear", 8), has_bias=False), "layer")
+    quiet = whole._replace(tensors=whole.tensors | {"diff_b": torch.zeros(8)})
+    joined = rows.join([Part(0, quiet)], bare, "layer").entry
+    assert joined.tensors.keys() == {"diff"} == joined.algorithm.slots(bare).keys()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -84,20 +83,12 @@ class AdapterSet:
 
     @classmethod
     def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
-        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet."""
-        stacks = {}
-        for path, entries in bundle.entries.items():
-            place = site(model, path)
-            stack = []
-            for entry in entries:
-                adapter = Adapter(entry.algorithm, entry.geometry, **filling.home(place))
-                adapter.attribute = place.attribute
-                adapter.fill(filling.completed(entry, place))
-                stack.append(adapter)
-            stacks[path] = tuple(stack)
-        made = cls(model, stacks, name)
-        made.metadata = dict(bundle.metadata)
-        made.schedule = schedule_of(bundle.metadata)
+        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
+
+        Raises `FileError` for layers that the model does not have, or has in another shape.
+        """
+        made = cls(model, filling.loaded(model, bundle), name)
+        made.metadata, made.schedule = dict(bundle.metadata), schedule_of(bundle.metadata)
         return made
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -112,19 +103,13 @@ class AdapterSet:
             self._attached_by_merge = False
             return self
         self._check_layers()
-        self._attached_as = f"adapter_{self._free_name() if self.name is None else self.name}"
-        done: list[tuple[str, int]] = []
-        try:
+        self._attached_as = f"adapter_{attach.free_name(self._layers.values()) if self.name is None else self.name}"
+        with ExitStack() as undo:
             for path, at, adapter in self._each():
-                attach.attach(self._layers[path], self._child(path, at), adapter)
-                attach.keep_off_fast_path(self.model, path, adapter)
-                done.append((path, at))
-        except AttachError as error:
-            for path, at in done:
-                attach.detach(self._layers[path], self._child(path, at))
-            path = [path for path, _, _ in self._each()][len(done)]
-            raise AttachError(f"{path}: {error}") from error
-        self._attached = True
+                self._put_on(path, at, adapter)
+                undo.callback(attach.detach, self._layers[path], self._child(path, at))
+            self._attached = True
+            undo.pop_all()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
         return self
@@ -133,11 +118,16 @@ class AdapterSet:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
         return bases.capabilities(self._holders())
 
+    def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
+        try:
+            attach.attach(self._layers[path], self._child(path, at), adapter)
+        except AttachError as error:
+            raise AttachError(f"{path}: {error}") from error
+        attach.keep_off_fast_path(self.model.get_submodule(path.rpartition(".")[0]), adapter)
+
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
-        if self._attached:
-            for layer in self._layers.values():
-                attach.check_detachable(layer)
+        self.check_detachable()
         if self._merges:
             self.unmerge()
         self.unfollow()
@@ -145,6 +135,12 @@ class AdapterSet:
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
+
+    def check_detachable(self) -> None:
+        """Raise `AttachError` where `detach` would, and change nothing."""
+        self.check_unmergeable()
+        for layer in self._layers.values() if self._attached else ():
+            attach.check_detachable(layer)
 
     @property
     def attached(self) -> bool:
@@ -189,8 +185,8 @@ class AdapterSet:
         for block in blocks or {}:
             if block not in known:
                 raise ConfigError(unknown("block of layers with adapters", block, known))
-        factors = {block: _finite(factor) for block, factor in (blocks or {}).items()}
-        self._strength, self._blocks = _finite(strength), factors
+        factors = {block: filling.finite(factor) for block, factor in (blocks or {}).items()}
+        self._strength, self._blocks = filling.finite(strength), factors
         self._refresh()
 
     def set_strength_at(self, path: str, strength: float) -> None:
@@ -202,7 +198,7 @@ class AdapterSet:
         if path not in self.stacks:
             raise ConfigError(unknown("layer with adapters", path, self.stacks))
         own = self._blocks if self._strength == 1 else {p: self._strength * self.factor(p) for p in self.stacks}
-        self._strength, self._blocks = 1.0, {**own, path: _finite(strength)}
+        self._strength, self._blocks = 1.0, {**own, path: filling.finite(strength)}
         self._refresh([path])
 
     def strength_at(self, path: str) -> float:
@@ -304,7 +300,7 @@ class AdapterSet:
             merging.check_order(path, self._layers[path], self.stacks[path])
             merging.check_writable(path, holder, into_low_bit, stochastic_seed is not None)
             sharding.check_own(path, self._layers[path])
-        strength = self._strength if strength is None else _finite(strength)
+        strength = self._strength if strength is None else filling.finite(strength)
         merges = {
             path: merging.fold(path, holder, self.stacks[path], strength * self.factor(path), stochastic_seed)
             for path, holder in holders.items()
@@ -314,13 +310,16 @@ class AdapterSet:
         if self.rank_masked and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
             warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
-        if self.rank_masked and not self._attached:
-            self.attach()
-            self._attached_by_merge = True
-        for path, merge in merges.items():
-            bases.install(self._layers[path], merge.new, merge.attribute)
-        self._merges, self._merged_at = merges, strength
-        self._refresh()
+        with ExitStack() as undo:
+            undo.callback(self._take_out, merges)
+            if self.rank_masked and not self._attached:
+                self.attach()
+                self._attached_by_merge = True
+            for path, merge in merges.items():
+                bases.install(self._layers[path], merge.new, merge.attribute)
+            self._merges, self._merged_at = merges, strength
+            self._refresh()
+            undo.pop_all()
         return report
 
     def _holders(self) -> dict[str, nn.Module]:
@@ -332,9 +331,17 @@ class AdapterSet:
 
         Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
         """
+        self.check_unmergeable()
+        self._take_out(self._merges)
+
+    def check_unmergeable(self) -> None:
+        """Raise `AttachError` where `unmerge` would, and change nothing."""
         for path, merge in self._merges.items():
             merging.check_untouched(path, self._layers[path], merge)
-        for path, merge in self._merges.items():
+
+    def _take_out(self, merges: Mapping[str, Merge]) -> None:
+        """Give layers their own parameters again, whether or not they have got those of the merge yet."""
+        for path, merge in merges.items():
             merging.restore(self._layers[path], merge)
         self._merges = {}
         self._refresh()
@@ -391,13 +398,3 @@ class AdapterSet:
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute
         return "_".join([self._attached_as, *([attribute] if attribute else []), *([str(at)] if at else [])])
-
-    def _free_name(self) -> str:
-        taken = {child for layer in self._layers.values() for child in layer._modules}
-        return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
-
-
-def _finite(strength: float) -> float:
-    if not math.isfinite(strength):
-        raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
-    return float(strength)

@@ -23,6 +23,7 @@ from lycoris.algorithm import (
     Params,
     Part,
     Slot,
+    common_dtype,
     dropped,
     in_dtype_of,
     one_mask,
@@ -31,6 +32,7 @@ from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import add_product
 from lycoris.ops.rebuild import Build, rebuilt
+from lycoris.ops.rounding import widened
 
 TOKENS = 1024
 """Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
@@ -278,7 +280,7 @@ class Ranked(Algorithm):
         gate = tensors.pop("gate", None)
         if gate is not None:
             slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
-            tensors[slot] = tensors[slot] * gate
+            tensors[slot] = widened(tensors[slot]) * widened(gate)
         return tensors
 
     @property
@@ -329,12 +331,13 @@ def side_by_side(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, g
     tensors = [part.entry.tensors[slot] for part in parts]
     ranks = [tensor.shape[1 - axis] for tensor in tensors]
     shape = [g.out_features, sum(ranks)] if axis == 0 else [sum(ranks), g.out_features]
-    whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:])
+    # A gain is multiplied in at full precision, and the result stays so.
+    tensors = [widened(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
+    whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:], dtype=common_dtype(tensors))
     at = 0
-    for i, (part, tensor, rank) in enumerate(zip(parts, tensors, ranks, strict=True)):
+    for part, tensor, rank in zip(parts, tensors, ranks, strict=True):
         columns = slice(at, at + rank)
-        place = (part.rows, columns) if axis == 0 else (columns, part.rows)
-        whole[place] = tensor * gains[i] if gains else tensor
+        whole[(part.rows, columns) if axis == 0 else (columns, part.rows)] = tensor
         at += rank
     return whole
 

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -167,8 +168,18 @@ class Algorithm(ABC):
         """What the change to the weight is multiplied by, exactly once, wherever it is used."""
         return 1.0
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        """The settings that the formula takes beside the tensors, as numbers, for a layer: the scale and what else.
+
+        With the same constants, tensors of the same names and shapes do the same.
+        """
+        return (self.scale(g),)
+
     def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
-        """Tensors of a file with those added that it may leave out because the base weight determines them."""
+        """Tensors of a file with those added that it may leave out because the base weight determines them.
+
+        Raises `FileError` where it does not determine them.
+        """
         return dict(p)
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
@@ -284,13 +295,19 @@ class Part(NamedTuple):
         return slice(self.start, self.start + self.entry.geometry.out_features)
 
 
-def joined_rows(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0) -> Tensor:
-    """A slot with something for each row, over all rows of the joined layer: zero where there is no part."""
-    first = parts[0].entry.tensors[slot]
-    whole = first.new_zeros(*first.shape[:axis], g.out_features, *first.shape[axis + 1 :])
-    for part in parts:
-        whole.movedim(axis, 0)[part.rows] = part.entry.tensors[slot].movedim(axis, 0)
+def joined_rows(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, fill: float = 0.0) -> Tensor:
+    """A slot with something for each row, over all rows of the joined layer: `fill` where there is no part."""
+    tensors = [part.entry.tensors[slot] for part in parts]
+    first, dtype = tensors[0], common_dtype(tensors)
+    whole = first.new_full((*first.shape[:axis], g.out_features, *first.shape[axis + 1 :]), fill, dtype=dtype)
+    for part, tensor in zip(parts, tensors, strict=True):
+        whole.movedim(axis, 0)[part.rows] = tensor.movedim(axis, 0)
     return whole
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The least that holds what all of them hold."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def covers(parts: Sequence[Part], g: Geometry) -> bool:

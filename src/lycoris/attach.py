@@ -7,7 +7,7 @@ off restores the class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -210,6 +210,22 @@ def check_detachable(layer: nn.Module) -> None:
         )
 
 
+def free_name(layers: Iterable[nn.Module]) -> str:
+    """A name for adapters that none on these layers has."""
+    taken = {child for layer in layers for child in layer._modules}
+    return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
+
+
+def keep_off_fast_path(around: nn.Module, adapter: Adapter) -> None:
+    """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some module
+    inside has a hook."""
+    if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
+        adapter.register_forward_hook(_no_change)
+
+
+def _no_change(*_: Any) -> None: ...
+
+
 def _set_class(layer: Any) -> None:
     adapters = [child for child in layer._modules.values() if isinstance(child, Adapter)]
     attributes = tuple(sorted({adapter.attribute for adapter in adapters} - {""}))
@@ -247,14 +263,3 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
 def _new(cls: Any, attributes: tuple[str, ...]) -> Any:
     adapted = _adapted(cls, attributes)
     return adapted.__new__(adapted)
-
-
-def keep_off_fast_path(model: nn.Module, path: str, adapter: Adapter) -> None:
-    """`nn.TransformerEncoderLayer` in eval mode reads its layers' weights instead of calling them, unless some module
-    inside has a hook."""
-    around = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(around, nn.TransformerEncoderLayer) and not adapter._forward_hooks:
-        adapter.register_forward_hook(_no_change)
-
-
-def _no_change(*_: Any) -> None: ...

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from lycoris import attach, bases, merging, sharding
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
-from lycoris.errors import FileError
-from lycoris.geometry import Site, site
+from lycoris.errors import ConfigError, FileError, nearest
+from lycoris.geometry import Site, site, sites
 
 
 def home(place: Site) -> dict[str, Any]:
@@ -34,6 +35,13 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
         )
 
 
+def finite(strength: float) -> float:
+    """Raises `ConfigError` for a strength that is none."""
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
+    return float(strength)
+
+
 def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
     tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
@@ -47,24 +55,70 @@ def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
 
 def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
-    return agreeing(adapter, entry.algorithm, completed(entry, place), place.path)
+    # Of what makes a start, a file does not tell all.
+    alike = type(entry.algorithm) is type(adapter.algorithm)
+    own = entry._replace(algorithm=adapter.algorithm) if alike else entry
+    return matched(adapter, entry.algorithm, completed(own, place), place.path)
 
 
-def agreeing(adapter: Adapter, algorithm: Algorithm, whole: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Tensors of a file, completed, for an adapter that is there already, if they mean the same on it."""
-    tensors, own = dict(whole), adapter.tensors()
+def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of an algorithm for an adapter, with the gate that a file folds into a factor.
+
+    Raises `FileError` unless they do on the adapter what the algorithm does with them.
+    """
+    own, tensors = {name: tuple(t.shape) for name, t in adapter.tensors().items()}, dict(given)
     if "gate" in own:
-        tensors["gate"] = torch.ones(own["gate"].shape)
-    same = {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in own.items()}
+        tensors.setdefault("gate", torch.ones(own["gate"]))
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
-    scales = [each.scale(adapter.geometry) for each in (adapter.algorithm, algorithm)]
-    if not same or not math.isclose(*scales, rel_tol=4e-3):
-        raise FileError(f"{path}: the file has {algorithm}, the adapter is {adapter.algorithm}")
-    return tensors
+    constants = [each.constants(adapter.geometry) for each in (algorithm, adapter.algorithm)]
+    same = len(constants[0]) == len(constants[1]) and all(
+        math.isclose(*pair, rel_tol=4e-3) for pair in zip(*constants, strict=True)
+    )
+    if shapes == own and same:
+        return tensors
+    odd = next((name for name in sorted(shapes.keys() | own.keys()) if shapes.get(name) != own.get(name)), None)
+    told = f"; {odd} {shapes.get(odd, 'none')} in the file and {own.get(odd, 'none')} here" if odd else ""
+    raise FileError(f"{where}: the file has {algorithm}, the adapter is {adapter.algorithm}{told}")
 
 
 Stacks = Mapping[str, tuple[Adapter, ...]]
 """Adapters by layer path, lowest first."""
+
+
+def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
+    """New adapters with a bundle's tensors. Raises `FileError` for layers that the model does not have like that."""
+    places = _places(model, bundle)
+    return {path: tuple(_made(entry, places[path]) for entry in stack) for path, stack in bundle.entries.items()}
+
+
+def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
+    """Where the layers of a bundle are in a model."""
+    found = {}
+    for path in bundle.entries:
+        with suppress(KeyError):
+            found[path] = site(model, path)
+    if lost := [path for path in bundle.entries if path not in found]:
+        known = {place.path for place in sites(model)}
+        near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1)))
+        told = next(near, "is this the model they were made for?")
+        if any(f"{path}.base_layer" in known for path in lost):
+            told = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
+        raise FileError(
+            f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(model).__name__}: "
+            f"{', '.join(lost[:5])}; {told}"
+        )
+    return found
+
+
+def _made(entry: Entry, place: Site) -> Adapter:
+    g, here = entry.geometry, place.geometry
+    if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
+        raise FileError(f"{place.path}: the file has {entry.algorithm} for a {g}, and this is a {here}")
+    adapter = Adapter(entry.algorithm, here, **home(place))
+    adapter.attribute = place.attribute
+    adapter.fill(fitted(adapter, entry, place))
+    return adapter
 
 
 def state(stacks: Stacks) -> dict[str, Tensor]:

@@ -214,20 +214,19 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 def site(model: nn.Module, path: str) -> Site:
     """The place at a dotted path. Raises `KeyError` when there is none."""
-    parent, _, name = path.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        module = model.get_submodule(parent)
-        parameter = module._parameters.get(name)
-        geometry = None if parameter is None else describe_parameter(parameter)
-        if geometry is None:
-            raise KeyError(path) from None
-        return Site(path, module, name, geometry)
-    geometry = describe(module)
-    if geometry is None:
-        raise KeyError(path)
-    return Site(path, module, "", geometry)
+    for owner, attribute in ((path, ""), path.rpartition(".")[::2]):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if attribute:
+            parameter = module._parameters.get(attribute)
+            geometry = None if parameter is None else describe_parameter(parameter)
+        else:
+            geometry = describe(module)
+        if geometry is not None:
+            return Site(path, module, attribute, geometry)
+    raise KeyError(path)
 
 
 def describe_parameter(parameter: Tensor) -> Geometry | None:

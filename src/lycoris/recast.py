@@ -87,8 +87,7 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
         below = _required(entry, base).widened(torch.float64)
     else:
         some = next(iter(entry.tensors.values()))
-        wide = torch.promote_types(some.dtype, torch.float32)
-        below = Affine(torch.zeros(g.stacked(g.shape), dtype=wide, device=some.device), None)
+        below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=some.device), None)
     diff = adapted(entry, below).weight - below.weight
     if tied:
         diff = diff.to(_wide(entry, base))
@@ -171,11 +170,8 @@ def _required(entry: Entry, base: Affine | None) -> Affine:
 
 def _wide(entry: Entry, base: Affine | None) -> torch.dtype:
     """At least float32, and the precision of the entry's tensors and of the base."""
-    wide = torch.float32
-    for tensor in (*entry.tensors.values(), *(() if base is None else (base.weight,))):
-        if tensor.is_floating_point():
-            wide = torch.promote_types(wide, tensor.dtype)
-    return wide
+    tensors = (*entry.tensors.values(), *(() if base is None else (base.weight,)))
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _moved(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:

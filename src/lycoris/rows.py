@@ -15,9 +15,10 @@ import torch
 from lycoris import recast
 from lycoris.additive import Additive, Ranked
 from lycoris.algorithm import Entry, Part
-from lycoris.algorithms import DoRA
+from lycoris.algorithms import EMPTY, DoRA
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
+from lycoris.ops.rounding import widened
 
 
 class Step(NamedTuple):
@@ -33,30 +34,52 @@ def take(entry: Entry, rows: slice, where: str, *, dense: bool = True) -> Step:
 
     Here and below, `dense` allows a dense difference where that holds fewer numbers than a LoRA.
     """
-    return _at(entry, torch.arange(rows.start, rows.stop), where, dense)
+    return _at(_computable(entry), torch.arange(rows.start, rows.stop), where, dense)
 
 
 def swapped(entry: Entry, where: str, *, dense: bool = True) -> Step:
     """An adapter with the two halves of its layer's rows exchanged."""
     half = entry.geometry.out_features // 2
-    return _at(entry, torch.arange(2 * half).roll(half), where, dense)
+    return _at(_computable(entry), torch.arange(2 * half).roll(half), where, dense)
 
 
 def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) -> Step:
-    """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells."""
-    parts = [part._replace(entry=_folded(part.entry)) for part in sorted(parts, key=lambda part: part.start)]
+    """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells.
+
+    Parts of different precision become what holds them all, and where numbers have to be multiplied at least float32.
+    """
+    ordered = sorted(parts, key=lambda part: part.start)
+    parts = [part._replace(entry=_folded(_computable(part.entry))) for part in ordered]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
         own = kinds.pop().join(parts, g)
         if own is not None:
-            return Step(Entry(own[0], g, own[1]))
+            return Step(on(Entry(own[0], g, own[1]), g, where))
     plain = [part._replace(entry=_plain(part.entry, "joined with others", where, dense)) for part in parts]
     if any(part.entry.algorithm.name == "full" for part in plain):
         plain = [part._replace(entry=recast.dense(part.entry)) for part in plain]
     algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
     assert algorithm is not None, "LoRA and Full join whatever there is"
-    joined = Entry(algorithm, g, tensors)
+    joined = on(Entry(algorithm, g, tensors), g, where)
     return Step(joined, _told([part.entry for part in parts], joined))
+
+
+def on(entry: Entry, g: Geometry, where: str) -> Entry:
+    """The entry on a layer of its shape, which may have no bias.
+
+    Raises `FileError` where it changes one: half of what it does would be lost.
+    """
+    biases = set() if g.has_bias else entry.tensors.keys() & EMPTY
+    rest = {name: tensor for name, tensor in entry.tensors.items() if name not in biases}
+    if biases and (not rest or any(entry.tensors[name].any() for name in biases)):
+        raise FileError(f"{where}: its {entry.algorithm.name} changes a bias, and this {g} has none")
+    return entry._replace(geometry=g, tensors=rest)
+
+
+def _computable(entry: Entry) -> Entry:
+    """With tensors of eight bits widened: torch compares and promotes none of them."""
+    small = {name for name, t in entry.tensors.items() if t.is_floating_point() and t.itemsize == 1}
+    return entry._replace(tensors={name: widened(t) if name in small else t for name, t in entry.tensors.items()})
 
 
 def _at(entry: Entry, rows: torch.Tensor, where: str, dense: bool) -> Step:

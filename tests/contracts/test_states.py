@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, One, adapt, perturb, relative
-from lycoris import AdapterSet, AttachError, ConfigError, FileError, LoRA, RankSchedule, Rule, TLoRA, plan, read, write
+from lycoris import (
+    AdapterSet,
+    AttachError,
+    ConfigError,
+    FileError,
+    LoRA,
+    RankSchedule,
+    Rule,
+    TLoRA,
+    attach,
+    bases,
+    merging,
+    plan,
+    read,
+    write,
+)
 from lycoris.files import encode, resolve
 
 NAMES = ["lora", "lokr-whole", "dora-lora", "full"]
@@ -214,3 +231,52 @@ def test_one_layer_has_a_strength_of_its_own_until_all_are_set() -> None:
         adapters.set_strength_at("3", 1.0)
     adapters.set_strength(1.0)
     assert [adapters.factor(path) for path in "012"] == [1.0] * 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """What no code expects."""
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, nth: int) -> None:
+    """Let the nth call of a function from now on be interrupted, before it does anything."""
+    real, calls = getattr(where, name), itertools.count()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            raise Interrupted
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize(
+    ("where", "what", "attached"),
+    [
+        (bases, "install", True),
+        (bases, "install", False),
+        (merging, "fold", True),
+        (merging, "fold", False),
+        (attach, "attach", False),
+    ],
+)
+def test_an_interrupted_merge_leaves_everything_as_it_was(
+    where: Any, what: str, attached: bool, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(3, 8)
+    adapters = adapt(model, TLoRA(rank=3))
+    adapters.schedule = RankSchedule(max_rank=3)
+    if not attached:
+        adapters.detach()
+    y, weights = model(x), [id(parameter) for parameter in model.parameters()]
+    with monkeypatch.context() as patch:
+        fail_at(patch, where, what, nth)
+        with pytest.raises(Interrupted):
+            adapters.merge()
+    assert (adapters.attached, adapters.merged) == (attached, False)
+    assert torch.equal(model(x), y)
+    assert [id(parameter) for parameter in model.parameters()] == weights
+    adapters.merge()
+    adapters.unmerge()
+    assert adapters.attached == attached
+    assert torch.equal(model(x), y)

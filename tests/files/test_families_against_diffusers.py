@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
 from lycoris.files.families import ARCHITECTURES
 from lycoris.files.skeleton import named, skeleton
-
-single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 SCALES = ("query_norm", "key_norm")
 """Norms whose weight is called scale."""
@@ -93,8 +92,6 @@ def test_unets(model: str) -> None:
     ],
 )
 def test_transformers(model: str, naming: str, convert: str) -> None:
-    if not hasattr(single_file, convert):
-        pytest.skip(f"this version of diffusers has no {convert}")
     original, expected = checkpoints(model, naming)
     beside = {"pos_embed": torch.zeros(1)} if model.startswith("sd3") else {}  # a buffer, no place for adapters
     converted = getattr(single_file, convert)({**original, **beside})

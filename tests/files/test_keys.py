@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
-from lycoris import LoKr, LoRA
+from lycoris import DoRA, LoKr, LoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files import compose, resolve
@@ -353,6 +355,34 @@ def test_tensors_and_scale(dialect: str) -> None:
     product = written.tensors[f"{name}.{up}"] @ written.tensors[f"{name}.{down}"]
     inside = 1.0 if alpha or dialect == "diffusers" else 0.25
     assert torch.allclose(product, p["up"] @ p["down"] * inside, rtol=1e-12)
+
+
+LENGTHS = [
+    ("diffusers", "out", "lora_magnitude_vector", (3072,)),
+    ("onetrainer-diffusers", "out", "lora_magnitude_vector", (3072,)),
+    ("onetrainer-diffusers", "in", "dora_scale", (1, 12288)),
+    ("onetrainer-comfy", "out", "dora_scale", (3072, 1)),
+    ("onetrainer-kohya", "in", "dora_scale", (1, 12288)),
+    ("comfyui", "out", "dora_scale", (3072, 1)),
+    ("kohya", "out", "dora_scale", (3072, 1)),
+]
+
+
+@pytest.mark.parametrize(("dialect", "axis", "name", "shape"), LENGTHS)
+def test_lengths_of_dora(dialect: str, axis: Literal["out", "in"], name: str, shape: tuple[int, ...]) -> None:
+    from lycoris.files.families import ARCHITECTURES
+
+    where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.2"
+    algorithm, geometry = DoRA(over=LoRA(rank=2), axis=axis), where.layers[layer]
+    p = {slot: torch.randn(what.shape) for slot, what in algorithm.slots(geometry).items()}
+    written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
+    ((key, lengths),) = [item for item in written.tensors.items() if item[0].endswith(("_vector", "dora_scale"))]
+    assert key.rpartition(".")[2] == name
+    assert lengths.shape == shape
+    ((entry,),) = resolve(written.tensors, where, metadata=written.header).entries.values()
+    assert isinstance(entry.algorithm, DoRA)
+    assert entry.algorithm.axis == axis
+    assert torch.equal(entry.tensors["magnitude"], p["magnitude"])
 
 
 def test_a_foreign_reading_of_lokr_is_none_of_musubis() -> None:

@@ -195,6 +195,9 @@ class DoRA(Algorithm):
     def scale(self, g: Geometry) -> float:
         return self.over.scale(g)
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (*self.over.constants(g), self._kept())
+
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return self.over.stored(p, g)
 

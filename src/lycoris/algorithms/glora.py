@@ -23,6 +23,7 @@ from lycoris.algorithm import (
     uniform_like_linear,
 )
 from lycoris.geometry import Geometry
+from lycoris.ops.rounding import widened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class GLoRA(Ranked):
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         tensors = super().stored(p, g)
-        return tensors | {"b2": tensors["b2"] * p["gate"]} if "gate" in p else tensors
+        return tensors | {"b2": widened(tensors["b2"]) * widened(p["gate"])} if "gate" in p else tensors
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         p = self.masked(p, g, keep)

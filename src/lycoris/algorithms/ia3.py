@@ -31,6 +31,9 @@ class IA3(Algorithm):
         n = g.in_features * g.groups if self.on_input else g.out_features
         return {"w": Slot((1, n, *(1,) * len(g.kernel)) if g.kernel else (n,), "gate")}
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (self.on_input,)
+
     def initialise(self, p: Params, below: Base) -> None:
         torch.nn.init.zeros_(p["w"])
 
@@ -67,9 +70,10 @@ class IA3(Algorithm):
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         first = parts[0].entry
-        if any(part.entry.algorithm != first.algorithm for part in parts):
+        if len({part.entry.algorithm.constants(part.entry.geometry) for part in parts}) > 1:
             return None
-        if first.algorithm == cls(on_input=True):
+        assert isinstance(first.algorithm, cls)
+        if first.algorithm.on_input:
             same = all(torch.equal(part.entry.tensors["w"], first.tensors["w"]) for part in parts)
             return (first.algorithm, dict(first.tensors)) if same and covers(parts, g) else None
         return first.algorithm, {"w": joined_rows(parts, g, "w", cls._axis(g))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Slot, interpolate
+from lycoris.algorithm import (
+    Affine,
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Params,
+    Part,
+    Slot,
+    interpolate,
+    joined_rows,
+)
 from lycoris.geometry import Geometry, Kind
 
 
@@ -45,6 +57,14 @@ class Norm(Algorithm):
         wide = base.widened(p["w"].dtype)
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
         return below.run(x, whole.like(base))
+
+    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+        return self, {name: tensor[rows] for name, tensor in p.items()}
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
+        having = {name: [part for part in parts if name in part.entry.tensors] for name in cls.keys}
+        return cls(), {name: joined_rows(some, g, name) for name, some in having.items() if some}
 
     def max_rank(self, g: Geometry) -> None:
         return None

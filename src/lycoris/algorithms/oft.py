@@ -19,7 +19,7 @@ from lycoris.algorithm import (
     Params,
     Part,
     Slot,
-    covers,
+    common_dtype,
     dense_forward,
     joined_rows,
 )
@@ -64,6 +64,9 @@ class OFT(Algorithm):
             )
         return {"blocks": Slot((o // s, s, s), "rotation")} | length_slot(self.rescale, g)
 
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (self.constraint,)
+
     def initialise(self, p: Params, below: Base) -> None:
         torch.nn.init.zeros_(p["blocks"])
         if "rescale" in p:
@@ -101,17 +104,22 @@ class OFT(Algorithm):
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        # A block of zeros turns nothing, and a length of 1 stretches nothing.
+        size = parts[0].entry.tensors["blocks"].shape[-1]
         sizes = {part.entry.tensors["blocks"].shape[-1] for part in parts}
-        with_rescale = {"rescale" in part.entry.tensors for part in parts}
-        if cls is not OFT or len(sizes) > 1 or with_rescale == {True, False} or not covers(parts, g):
+        if cls is not OFT or sizes != {size} or any(at % size for at in (g.out_features, *(p.start for p in parts))):
             return None
-        algorithm, blocks = cls(block_size=sizes.pop(), rescale=with_rescale == {True}), []
+        free = []
         for part in parts:
             own = part.entry.algorithm
             assert isinstance(own, cls)
-            blocks.append(limited(part.entry.tensors["blocks"], own.constraint * part.entry.geometry.out_features))
-        rescale = {"rescale": joined_rows(parts, g, "rescale")} if algorithm.rescale else {}
-        return algorithm, {"blocks": torch.cat(blocks)} | rescale
+            free.append(limited(part.entry.tensors["blocks"], own.constraint * part.entry.geometry.out_features))
+        blocks = free[0].new_zeros(g.out_features // size, size, size, dtype=common_dtype(free))
+        for part, own_blocks in zip(parts, free, strict=True):
+            blocks[part.start // size :][: len(own_blocks)] = own_blocks
+        long = [part for part in parts if "rescale" in part.entry.tensors]
+        rescale = {"rescale": joined_rows(long, g, "rescale", fill=1.0)} if long else {}
+        return cls(block_size=size, rescale=bool(long)), {"blocks": blocks} | rescale
 
     def max_rank(self, g: Geometry) -> int:
         # A rotation of an odd number of rows leaves one direction where it is.

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked, low_rank_work
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Slot, one_mask
-from lycoris.errors import ConfigError
+from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 from lycoris.ops.rounding import widened
 
@@ -81,6 +81,11 @@ class TLoRA(Ranked, Additive):
         """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
         tensors = dict(p)
         if "q0" not in tensors:
+            if not self.data_init:
+                raise FileError(
+                    "the file leaves out what its tlora started from: random vectors, which nothing but the file could "
+                    "tell"
+                )
             start = self._start(_matrix(below), below.geometry)
             tensors |= {f"{name}0": value.to(p[name]) for name, value in start.items()}
         return tensors

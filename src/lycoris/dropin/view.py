@@ -19,7 +19,7 @@ from lycoris.dropin.norms import shrink
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import is_substitute
 from lycoris.errors import AttachError, FileError
-from lycoris.filling import agreeing, fitted
+from lycoris.filling import fitted, matched
 from lycoris.geometry import Geometry, Site
 
 
@@ -222,4 +222,4 @@ class AdapterView(nn.Module):
         if self._parameter is None:
             return fitted(self.adapter, entry, self._place)
         whole = entry.algorithm.complete(entry.tensors, self._below())
-        return agreeing(self.adapter, entry.algorithm, whole, self._parameter.name)
+        return matched(self.adapter, entry.algorithm, whole, self._parameter.name)

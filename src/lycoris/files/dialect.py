@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lycoris.algorithms import MAGNITUDE
 from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS
 from lycoris.files.spelling import SUFFIXES, canonical, unnamed
@@ -45,6 +46,9 @@ class Dialect:
     """The same for single architectures."""
     spelling: Mapping[str, str] = field(default_factory=dict)
     """Tensor names that are written otherwise than LyCORIS does."""
+    lengths: Mapping[str, str] = field(default_factory=lambda: {"out": MAGNITUDE, "in": MAGNITUDE})
+    """Axis of DoRA's lengths → the tensor that they are; an axis that is not there cannot be held. In PEFT's
+    `MAGNITUDE_VECTOR` they have its shape, which broadcasts over outputs."""
     scale: Scale = "alpha"
     """Where the scale of an adapter is: a tensor `alpha`, multiplied into a LoRA's up (or both its factors), or in the
     file's header."""

@@ -72,8 +72,8 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
         geometry = layout.middle[part]
         at = slice(start, start + geometry.out_features)
         own = [_noted(rows.take(entry, at, part, dense=found.dense), found, part) for entry in stack]
-        # A bias that only other parts have.
-        parts[part] = tuple(entry._replace(geometry=geometry) for entry in own)
+        # A bias may be one that only other parts have.
+        parts[part] = tuple(rows.on(entry, geometry, part) for entry in own)
         start = at.stop
     return parts
 

@@ -28,9 +28,12 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """LyCORIS' spelling → others that mean the same."""
 
+MAGNITUDE_VECTOR = "lora_magnitude_vector"
+"""PEFT's name of DoRA's lengths, one for each output."""
+
 ODD = (
     "lora_up.bias",
-    "lora_magnitude_vector",
+    MAGNITUDE_VECTOR,
     "scale",
     "oft_diag",
     "bias_indices",

@@ -27,6 +27,7 @@ from lycoris.files.layout import Layout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
+from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.files.storage import plain, save_tensors
 from lycoris.ops.rounding import widened
 from lycoris.report import some
@@ -257,11 +258,10 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
     if isinstance(algorithm, DoRA):
         kinds |= {algorithm.over.name}
         told = f"dora over {algorithm.over.name}, lengths on the {algorithm.axis}put"
-        # PEFT's name for DoRA's lengths says that there is one for each output.
-        lost = algorithm.axis == "in" and MAGNITUDE in dialect.spelling
+        lost = algorithm.axis not in dialect.lengths
     if lost or (dialect.algorithms is not None and not kinds <= dialect.algorithms):
         held = ", ".join(sorted(dialect.algorithms or ()))
-        lengths = ", with lengths on the output" if MAGNITUDE in dialect.spelling else ""
+        lengths = "" if "in" in dialect.lengths else ", with lengths on the output"
         raise FileError(
             f"{layer} has {told}; {dialect.name} files hold only {held}{lengths}; `lycoris convert --portable` turns "
             "others into one of them"
@@ -269,12 +269,14 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
 
 
 def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
-    """DoRA's lengths in the shape that a dialect has them in: PEFT's broadcast over outputs, ours over weights."""
-    if MAGNITUDE not in tensors or MAGNITUDE not in dialect.spelling:
+    """DoRA's lengths as a dialect has them: PEFT's broadcast over outputs, ours over weights."""
+    algorithm, g = entry.algorithm, entry.geometry
+    # PEFT has no word for the lengths of a stack.
+    if not isinstance(algorithm, DoRA) or dialect.lengths[algorithm.axis] != MAGNITUDE_VECTOR or g.stack:
         return tensors
-    lengths = tensors[MAGNITUDE]
-    conv = entry.geometry.kind == "conv"
-    return tensors | {MAGNITUDE: lengths.transpose(0, 1) if conv else lengths.flatten()}
+    lengths, conv = tensors[MAGNITUDE], g.kind == "conv"
+    rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MAGNITUDE}
+    return rest | {MAGNITUDE_VECTOR: lengths.transpose(0, 1) if conv else lengths.flatten()}
 
 
 def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:

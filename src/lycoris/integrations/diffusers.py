@@ -15,13 +15,12 @@ from torch import nn
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin.tlora import pipeline_schedule
-from lycoris.errors import ConfigError, FileError, LycorisError, nearest, unknown
+from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.filling import blocks_of
-from lycoris.geometry import sites
 from lycoris.merging import MergeReport
-from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule
+from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
 
 Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
 DENOISERS = ("unet", "transformer")
@@ -104,30 +103,26 @@ class Loaded:
     def merge(self) -> dict[str, MergeReport]:
         """Fold them into the weights at the strengths in force, for speed; `unmerge` and `unload` undo it exactly."""
         reports: dict[str, MergeReport] = {}
-        try:
+        with ExitStack() as undo:
             for component, adapters in self.sets.items():
                 reports[component] = adapters.merge()
-        except LycorisError:
-            for component in reports:
-                self.sets[component].unmerge()
-            raise
+                undo.callback(adapters.unmerge)
+            undo.pop_all()
         return reports
 
     def unmerge(self) -> None:
+        """Put the weights back, exactly. All of them or none."""
+        for adapters in self.sets.values():
+            adapters.check_unmergeable()
         for adapters in self.sets.values():
             adapters.unmerge()
 
     def unload(self) -> None:
-        """Take them off: the pipeline is what it was, to the object. A second call does nothing."""
-        done: list[AdapterSet] = []
-        try:
-            for adapters in self.sets.values():
-                adapters.detach()
-                done.append(adapters)
-        except LycorisError:
-            for adapters in done:
-                adapters.attach().follow_timesteps()
-            raise
+        """Take them off: the pipeline is what it was, to the object. All or none; a second call does nothing."""
+        for adapters in self.sets.values():
+            adapters.check_detachable()
+        for adapters in self.sets.values():
+            adapters.detach()
 
     def __enter__(self) -> Loaded:
         return self
@@ -149,16 +144,15 @@ class Loaded:
             if block not in found:
                 known = {name for adapters in self.sets.values() for name in blocks_of(adapters.stacks)}
                 raise ConfigError(unknown("block of layers with adapters", block, known))
-        before = {component: (adapters.strength, adapters.blocks) for component, adapters in self.sets.items()}
-        try:
+        with ExitStack() as undo:
             for component, adapters in self.sets.items():
-                factor = components.get(component, 1.0) if enabled else 0.0
+                before, factor = (
+                    (adapters.strength, adapters.blocks),
+                    components.get(component, 1.0) if enabled else 0.0,
+                )
                 adapters.set_strength(strength * factor, {path: blocks[name] for path, name in own[component].items()})
-        except LycorisError:
-            for component, earlier in before.items():
-                if not self.sets[component].merged:
-                    self.sets[component].set_strength(*earlier)
-            raise
+                undo.callback(adapters.set_strength, *before)
+            undo.pop_all()
 
     def _own(self, component: str, blocks: Mapping[str, float]) -> dict[str, str]:
         """Paths of blocks in a component → the names they were given by; a name with the component wins."""
@@ -191,34 +185,22 @@ def load(
     """
     parts = models(pipe)
     bundles, unused = _read(source, parts, to, dialect)
-    for component, bundle in bundles.items():
-        _check_paths(component, parts[component], bundle)
     sets: dict[str, AdapterSet] = {}
     with ExitStack() as undo:
         for component, bundle in bundles.items():
-            made = sets[component] = AdapterSet.load(parts[component], bundle, name)
-            made.attach()
+            try:
+                made = sets[component] = AdapterSet.load(parts[component], bundle, name)
+            except FileError as error:
+                raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
+            made.attach()
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
-            made.follow_timesteps()
+            if takes_timestep(made.model):
+                made.follow_timesteps()
         loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
         undo.pop_all()
     return loaded
-
-
-def _check_paths(component: str, model: nn.Module, bundle: Bundle) -> None:
-    known = {place.path for place in sites(model)}
-    lost = [path for path in bundle.entries if path not in known]
-    if not lost:
-        return
-    wrapped = any(f"{path}.base_layer" in known for path in lost)
-    told = "PEFT's layers are in their place: pipe.unload_lora_weights() first" if wrapped else ""
-    near = next((f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1))), "")
-    raise FileError(
-        f"{len(lost)} of {len(bundle.entries)} layers are no layers of {component}, a {type(model).__name__}: "
-        f"{', '.join(lost[:5])}; {told or near or 'is this the model they were made for?'}"
-    )
 
 
 def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
@@ -236,6 +218,7 @@ def models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What takes what is for the denoiser; nothing in a pipeline without one."""
     if to is None:
         return tuple(name for name in DENOISERS if name in parts)[:1]
     names = (to,) if isinstance(to, str) else tuple(to)
@@ -249,9 +232,8 @@ def _read(
     source: Source, parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """Bundles by the pipeline's names, and the components that it has no model for."""
-    into = _denoisers(parts, to)
     if isinstance(source, Bundle):
-        return dict.fromkeys(_some(into, parts), source), ()
+        return dict.fromkeys(_required_denoisers(parts, to), source), ()
     if isinstance(source, Mapping):
         if to is not None:
             raise ConfigError(f"these bundles say where they go, so that to={to!r} is one too many")
@@ -260,18 +242,25 @@ def _read(
                 raise ConfigError(unknown("component of the pipeline", name, parts))
         return dict(source), ()
     if Path(source).is_dir():
-        return {name: read_peft(source, parts[name]) for name in _some(into, parts)}, ()
-    return _read_file(source, parts, into, dialect)
+        return {name: read_peft(source, parts[name]) for name in _required_denoisers(parts, to)}, ()
+    return _read_file(source, parts, to, dialect)
 
 
 def _read_file(
-    path: str | os.PathLike[str], parts: Mapping[str, nn.Module], into: tuple[str, ...], dialect: str | None
+    path: str | os.PathLike[str], parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """The one place that knows how files name components: "" for the denoiser, the others as pipelines do."""
     tensors, metadata = load_tensors(path)
     try:
         detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
+        into = _denoisers(parts, to)
         held = {component: into if not component else (component,) for component in detected.components}
+        if to is not None and ("" not in held or not held.keys().isdisjoint(into)):
+            has = " and ".join(component or "the denoiser" for component in sorted(held))
+            raise ConfigError(
+                f"{path} has adapters for {has}: to={to!r} is for files that have some for the denoiser and none for "
+                "what they go to; leave it out, and each goes to its own component"
+            )
         unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
         bundles = {
             name: resolve(tensors, parts[name], dialect, metadata=metadata, component=component, family=detected.family)
@@ -287,7 +276,8 @@ def _read_file(
     return {name: replace(b, report=replace(b.report, elsewhere={})) for name, b in bundles.items()}, unused
 
 
-def _some(into: tuple[str, ...], parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def _required_denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
+    into = _denoisers(parts, to)
     if not into:
         raise FileError(f"this pipeline has no {' and no '.join(DENOISERS)}; it has {', '.join(parts) or 'no models'}")
     return into
@@ -300,10 +290,17 @@ def _report(
     sets: Mapping[str, AdapterSet],
 ) -> Report:
     remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
-    untimed = [name for name, made in sets.items() if made.rank_masked and made.schedule is None]
+    masked = {name: made for name, made in sets.items() if made.rank_masked}
+    untold = {
+        name: WITHOUT_SCHEDULE
+        if takes_timestep(made.model)
+        else "it takes no timestep, and all ranks count at every step"
+        for name, made in masked.items()
+        if made.schedule is None or not takes_timestep(made.model)
+    }
     return Report(
         applied={name: str(bundle) for name, bundle in bundles.items()},
         unused=unused,
         missing=tuple(name for name in parts if name not in bundles),
-        remarks=(*remarks, *(f"{name}: {WITHOUT_SCHEDULE}" for name in untimed)),
+        remarks=(*remarks, *(f"{name}: {why}" for name, why in untold.items())),
     )

@@ -39,6 +39,7 @@ def limited(blocks: Tensor, bound: float) -> Tensor:
     """B scaled down so that Q = B - Bᵀ of all blocks together is within a Frobenius norm; 0: as it is."""
     if bound <= 0:
         return blocks
+    blocks = widened(blocks)
     norm = torch.linalg.vector_norm(blocks - blocks.mT)
     return blocks * (bound / (norm + 1e-8)).clamp_max(1.0)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lycoris.files.dialect import Dialect
+from lycoris.files.spelling import MAGNITUDE_VECTOR
 
 FACTORS: Mapping[str, str] = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
 """PEFT calls the first factor that the input meets A."""
@@ -21,7 +22,8 @@ DIFFUSERS = Dialect(
     style="dotted",
     prefixes=COMPONENTS,
     namings={"clip": "text_model"},
-    spelling={**FACTORS, "dora_scale": "lora_magnitude_vector"},
+    spelling=FACTORS,
+    lengths={"out": MAGNITUDE_VECTOR},
     scale="header",
     algorithms=frozenset({"lora", "dylora", "dora"}),
     kinds=frozenset({"linear", "conv"}),

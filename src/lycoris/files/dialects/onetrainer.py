@@ -1,9 +1,11 @@
 """OneTrainer's five formats."""
 
+from lycoris.algorithms import MAGNITUDE
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
 from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS
 from lycoris.files.dialects.kohya import ENCODERS, TEXT_ENCODERS, UNETS
+from lycoris.files.spelling import MAGNITUDE_VECTOR
 
 MARKS = ("ot_branch", "ot_revision", "ot_config")
 
@@ -13,6 +15,7 @@ ONETRAINER_DIFFUSERS = Dialect(
     prefixes=COMPONENTS,
     namings={"clip": "text_model"},
     spelling=FACTORS,
+    lengths={"out": MAGNITUDE_VECTOR, "in": MAGNITUDE},
     scale="in up",
     marks=MARKS,
 )
