@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from lycoris.algorithms import DoRA
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
-from lycoris.files.consumers import CONSUMERS, Verdict
+from lycoris.files.components import component_of
+from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
+from lycoris.files.consumers.keys import Known
 from lycoris.files.convert import bundles_of
 from lycoris.files.detect import Detection, judge
+from lycoris.files.dialect import flatten
+from lycoris.files.dialects import DIALECTS
+from lycoris.files.families import FAMILIES
+from lycoris.files.layout import Layout
 from lycoris.files.portable import EXPORTS
 from lycoris.files.storage import load_tensors
 from lycoris.report import some
@@ -91,28 +99,118 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
         bundles, layouts = bundles_of(tensors, metadata, detection, base)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
-    architecture = layouts[""].architecture if "" in layouts else None
-    name = None if architecture is None else architecture.name
-    keys, unknown_model = "", not any(program.knows(each, name) for each in program.keys)
-    if not program.knows(detection.dialect, name):
-        known = ", ".join(each for each in program.keys if program.knows(each, name))
-        keys = f"{program.title} does not know keys of the format {detection.dialect} for {name or 'this model'}" + (
-            f"; it knows {known}" if known else ", nor of any other known here"
+    parts = [
+        Part(program, component, detection.dialect, layouts[component], written)
+        for component, written in _written(tensors, detection).items()
+    ]
+    verdicts, algorithms = {}, {}
+    for part in parts:
+        for layer, stack in bundles[part.component].entries.items():
+            name = f"{part.component}.{layer}" if part.component else layer
+            verdicts[name], algorithms[name] = part.verdict(layer, stack), _told(stack)
+    problems = [problem for part in parts for problem in part.problems]
+    nowhere = not any(part.elsewhere for part in parts)
+    return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
+
+
+def _written(tensors: Mapping[str, Tensor], detection: Detection) -> dict[str, dict[str, str]]:
+    """Component → layer as written → what its keys begin with."""
+    whose = component_of(FAMILIES[detection.family] if detection.family else None)
+    found: dict[str, dict[str, str]] = {component: {} for component in detection.components}
+    for name in tensors:
+        key = DIALECTS[detection.dialect].split(name)
+        if key is not None:
+            found.setdefault(whose(key), {})[key.layer] = key.prefix
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file has for one component of a pipeline."""
+
+    program: Consumer
+    component: str
+    own: str
+    """The file's dialect."""
+    layout: Layout
+    written: Mapping[str, str]
+    """Layer as written → what its keys begin with."""
+
+    @property
+    def architecture(self) -> str | None:
+        return None if self.layout.architecture is None else self.layout.architecture.name
+
+    @cached_property
+    def dialect(self) -> str:
+        """The dialect that usually has such keys for this component: that of the file, or if its layers have other
+        names, one that the program knows; "" none.
+        """
+        own, architecture = DIALECTS[self.own], self.layout.architecture
+        # Text encoders have other names only by a level that some versions of a class have.
+        if architecture is None or self.component or own.naming_for(architecture) == self.layout.naming:
+            return self.own
+        prefix = next(iter(self.written.values()), "")
+        alike = (
+            each.name
+            for each in DIALECTS.values()
+            if prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
         )
-    entries = {f"{name}.{layer}" if name else layer: stack for name, layer, stack in _each(bundles)}
-    verdicts = {layer: _worst([program.verdict(entry) for entry in stack]) for layer, stack in entries.items()}
-    return Check(
-        consumer, detection, keys, unknown_model, verdicts, {layer: _told(stack) for layer, stack in entries.items()}
-    )
+        return next((name for name in alike if self.program.known(name, architecture.name)), "")
+
+    @cached_property
+    def known(self) -> Known | None:
+        return self.program.known(self.dialect, self.architecture)
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Dialects that the program does know for this architecture."""
+        return [each for each in self.program.keys if self.program.known(each, self.architecture)]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the program does not take this component at all."""
+        title, model = self.program.title, self.architecture or "this model"
+        if self.known is None:
+            there = ", ".join(self.elsewhere)
+            return [
+                f"{title} does not know keys of the format {self.own} for {model}"
+                + (f"; it knows {there}" if there else ", nor of any other known here")
+            ]
+        found = []
+        keys = [prefix + layer for layer, prefix in self.written.items()]
+        stopping = [key for key in keys if re.fullmatch(self.known.stops, key)]
+        if stopping:
+            found.append(f"{title} rejects the file for {some(stopping)}")
+        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
+        prefix = next(iter(self.written.values()), "")
+        every = [prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style)]
+        lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
+        if lacking:
+            found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
+        return found
+
+    def verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
+        """What becomes of a layer."""
+        written = flatten(layer) if DIALECTS[self.own].style == "flat" else layer
+        key = self.written.get(written, "") + written
+        if self.known is not None and re.fullmatch(f"{self.known.lost}|{self.known.stops}", key):
+            return Verdict("not at all", f"{self.program.title} has no place for such keys")
+        first, *rest = stack
+        verdict = self.program.verdict(
+            first,
+            beside=tuple(rest),
+            dialect=self.dialect or self.own,
+            architecture=self.architecture,
+            key=key,
+        )
+        if verdict.reads == "as trained" and self.known is not None and re.fullmatch(self.known.bent, key):
+            return Verdict("differently", f"{self.program.title} puts it on other rows of the weight")
+        return verdict
 
 
-def _each(bundles: Mapping[str, Bundle]) -> list[tuple[str, str, tuple[Entry, ...]]]:
-    return [(name, layer, stack) for name, bundle in bundles.items() for layer, stack in bundle.entries.items()]
-
-
-def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    order = ("not at all", "differently", "as trained")
-    return min(verdicts, key=lambda each: order.index(each.reads))
+def _among(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
+    match = re.fullmatch(pattern, key)
+    return match is not None and match.groups() in groups
 
 
 def _told(stack: tuple[Entry, ...]) -> str:

@@ -21,7 +21,7 @@ from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files.peft.config import CONFIG, WEIGHTS
-from lycoris.files.peft.factors import Factors, settings
+from lycoris.files.peft.factors import Factors, makes, settings
 from lycoris.files.peft.layers import base_of, unlike
 from lycoris.files.peft.reading import PREFIX
 from lycoris.files.storage import save_tensors
@@ -104,6 +104,14 @@ def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
             raise FileError(f"{component}: diffusers' pipelines read LoRA alone, and this is {bundle}")
         told |= {f"{component}.{name}": value for name, value in config.items()}
     return json.dumps(told, sort_keys=True)
+
+
+def refusal(stack: tuple[Entry, ...]) -> str:
+    """What of a layer's adapters PEFT has no counterpart for, written by themselves; "" where it has one."""
+    name, why = _type("", stack, None)
+    if name == "LOKR" and not makes(_factors(stack[0])):
+        return "lokr: no decompose_factor makes its shapes"
+    return why
 
 
 def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
@@ -236,9 +244,14 @@ def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoKr)
     tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    return _Layer(g, _flat_cores(tensors, g), extra={"factors": _factors(stack[0]), "scale": algorithm.scale(g)})
+
+
+def _factors(entry: Entry) -> Factors:
+    algorithm, g, p = entry
+    assert isinstance(algorithm, LoKr)
     ol, im, w1_split, w2_split = algorithm.layout_for(g)
-    factors = Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
-    return _Layer(g, _flat_cores(tensors, g), extra={"factors": factors, "scale": algorithm.scale(g)})
+    return Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
 
 
 def _lokr_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
