@@ -229,6 +229,31 @@ def change_by(entry: Entry, base: Affine) -> list[float]:
     return (adapted(entry, base).weight - base.weight).flatten().tolist()
 
 
+BESIDE = [name for name in ALGORITHMS if (name, "linear") in PAIRS and not name.startswith("full")]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_change_of_the_bias_beside_another_algorithm(name: str) -> None:
+    case = made(name, "linear")
+    bias = made("full-bias", "linear").entry
+    own, other = (write_tensors(e.algorithm, e.tensors, e.geometry) for e in (case.entry, bias))
+    assert case.base.bias is not None
+    wanted = adapted(case.entry, case.base)
+    wanted = Affine(wanted.weight, case.base.bias + bias.tensors["diff_b"])
+    for consumer, reader in READERS.items():
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, beside=(bias,))
+        try:
+            found = reader.read(own | other, case.base.weight, case.base.bias, "linear")
+        except Refused:
+            found = None
+        if found is None:
+            assert verdict.reads == "not at all", consumer
+            continue
+        off = error(change(Affine(*found), case.base), change(wanted, case.base))
+        if verdict.reads != "not at all" or off <= SAME:
+            assert verdict.reads == ("as trained" if off <= SAME else "differently"), (consumer, off)
+
+
 def is_read_again(entry: Entry, geometry: Geometry) -> None:
     """By the library, for the layer as it is."""
     read_tensors(write_tensors(entry.algorithm, entry.tensors, entry.geometry), geometry, "layer")

@@ -170,30 +170,39 @@ class Part:
     def problems(self) -> list[str]:
         """Why the program does not take this component at all."""
         title, model = self.program.title, self.architecture or "this model"
-        if self.known is None:
-            there = ", ".join(self.elsewhere)
+        if self.known is None or all(map(self._lost, self.written)):
+            there = ", ".join(each for each in self.elsewhere if each != self.own)
             return [
                 f"{title} does not know keys of the format {self.own} for {model}"
                 + (f"; it knows {there}" if there else ", nor of any other known here")
             ]
-        found = []
         keys = [prefix + layer for layer, prefix in self.written.items()]
         stopping = [key for key in keys if re.fullmatch(self.known.stops, key)]
-        if stopping:
-            found.append(f"{title} rejects the file for {some(stopping)}")
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
         prefix = next(iter(self.written.values()), "")
         every = [prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style)]
         lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
+        found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
         return found
+
+    def _lost(self, written: str) -> bool:
+        """Whether the program passes a layer's keys over."""
+        if self.known is None:
+            return False
+        if re.fullmatch(self.known.lost, self.written.get(written, "") + written):
+            return True
+        architecture, own = self.layout.architecture, DIALECTS[self.own]
+        if not self.known.named or architecture is None:
+            return False
+        return written not in self.layout.written(DIALECTS[self.known.named].naming_for(architecture), own.style)
 
     def verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         """What becomes of a layer."""
         written = flatten(layer) if DIALECTS[self.own].style == "flat" else layer
         key = self.written.get(written, "") + written
-        if self.known is not None and re.fullmatch(f"{self.known.lost}|{self.known.stops}", key):
+        if self._lost(written) or (self.known is not None and re.fullmatch(self.known.stops, key)):
             return Verdict("not at all", f"{self.program.title} has no place for such keys")
         first, *rest = stack
         verdict = self.program.verdict(

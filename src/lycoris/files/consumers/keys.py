@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
+from lycoris.files.families import FAMILIES
 
 
 class Known(NamedTuple):
@@ -24,6 +23,8 @@ class Known(NamedTuple):
     """Keys whose adapters it puts on other rows of the weight."""
     stops: str = ""
     """Keys for which it rejects the file."""
+    named: str = ""
+    """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
     needs: str = ""
     """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
 
@@ -53,11 +54,8 @@ _ATTENTION = r".*\.attn\d\.to_.*"
 """A UNet's projections."""
 
 
-def _as_in_comfyui(dialect: str) -> dict[str, Known]:
-    """Denoisers whose layers a dialect calls as ComfyUI does."""
-    ours, theirs = DIALECTS[dialect], DIALECTS["comfyui"]
-    return wholly(*(n for n in DENOISERS if ours.naming_for(ARCHITECTURES[n]) == theirs.naming_for(ARCHITECTURES[n])))
-
+# The names that ComfyUI gives the layers of a denoiser.
+_COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
@@ -71,17 +69,18 @@ _COMFYUI_DOTTED = (
 )
 COMFYUI: Mapping[str, Mapping[str, Known]] = {
     "comfyui": EVERY,
-    "kohya": _as_in_comfyui("kohya") | wholly(*UNETS) | _COMFYUI_CLIP,
-    "kohya-diffusers": _as_in_comfyui("kohya-diffusers") | wholly(*UNETS) | _COMFYUI_CLIP,
+    "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
+    "kohya-diffusers": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     # unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers, QwenImage, z_image_to_diffusers
     "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image"),
     "diffusers": _COMFYUI_DOTTED,
-    "musubi": _as_in_comfyui("musubi"),
+    "musubi": _COMFYUIS,
     # HunyuanVideo: "diffusion-pipe lora format", the blocks' original names.
-    "musubi-other": _as_in_comfyui("musubi-other")
-    | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*"),
+    "musubi-other": _COMFYUIS
+    | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*")
+    | wholly("z-image"),
     "onetrainer-comfy": EVERY,
-    "onetrainer-kohya": _as_in_comfyui("onetrainer-kohya") | wholly(*UNETS) | _COMFYUI_CLIP,
+    "onetrainer-kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     "onetrainer-diffusers": _COMFYUI_DOTTED,
     # `lora_transformer_` of SD3 and Flux
     "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
@@ -163,7 +162,7 @@ _DIFFUSERS_ENCODERS = partly(*CLIPS, lost=_FLAT_CLIP)
 _WAN_BLOCKS = r"lora_unet_(blocks)_\d+_(?:(?:self|cross)_attn_[qkvo]|ffn_[02])"
 _WAN_IMAGE = r"lora_unet_blocks_\d+_cross_attn_[kv](_img)"
 _FLUX_TURNED = r"diffusion_model\.final_layer\.adaLN_modulation\.1"
-_FLAT_FAMILIES: Mapping[str, Known] = {
+_FLAT_FAMILIES = {
     # _convert_kohya_flux_lora_to_diffusers, _convert_kohya_flux2_lora_to_diffusers
     "flux1": Known(lost=r"lora_unet_(?!(double|single)_blocks_).*"),
     "flux2": Known(lost=r"lora_unet_(double_stream_|single_stream_|final_layer_adaLN_).*"),
