@@ -53,15 +53,20 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
     layers = {path: encoder(path, stack) for path, stack in bundle.entries.items()}
-    config = {"peft_type": type_, "target_modules": _targets(layers), **_SETTINGS[type_](layers)}
+    config = {"peft_type": type_, "target_modules": _targets(bundle, model), **_SETTINGS[type_](layers)}
     tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     return tensors, config
 
 
-def _targets(layers: Mapping[str, _Layer]) -> list[str] | str:
-    """The paths. A path of one step would in a list stand for every layer with that last step: then a pattern."""
-    paths = sorted(layers)
-    return paths if all("." in path for path in paths) else "|".join(map(re.escape, paths))
+def _targets(bundle: Bundle, model: nn.Module | None) -> list[str] | str:
+    """The paths. In a list each stands for every module that it is the end of: if there may be others, a pattern."""
+    paths = set(bundle.entries)
+    there = dict(model.named_modules()) if model is not None else bundle.base.layers if bundle.base else {}
+    ends = {other[at + 1 :] for other in there.keys() - paths for at, letter in enumerate(other) if letter == "."}
+    # A path of one step may be the end of modules that are no layers.
+    if paths & ends or any("." not in path for path in paths):
+        return "|".join(map(re.escape, sorted(paths)))
+    return sorted(paths)
 
 
 def write_peft(
