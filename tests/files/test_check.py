@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lycoris import DoRA, Full, LoHa, LoKr, LoRA, TLoRA, write
+from lycoris import OFT, DoRA, Full, LoHa, LoKr, LoRA, TLoRA, write
 from lycoris.algorithm import Affine, Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.files import check
@@ -217,6 +217,36 @@ def test_a_bias_beside_a_lora(tmp_path: Path) -> None:
     for program, expected in reads.items():
         found = checked(tmp_path, program, "kohya", "flux1", stack, BLOCK)
         assert {each.reads for each in found.layers.values()} == {expected}, program
+
+
+def test_a_scale_that_is_not_what_was_trained(tmp_path: Path) -> None:
+    layout, path = layout_of("flux1"), tmp_path / "a.safetensors"
+    tensors = compose(bundle_of(layout, layers=BLOCK), "kohya", model=layout).tensors
+    save_file(tensors, path, metadata={"ss_network_args": '{"algo": "dylora", "block_size": "2"}'})
+    found = check(path, "comfyui")
+    assert {each.reads for each in found.layers.values()} == {"differently"}
+    assert "its DyLoRA was trained at 2 times the scale that it says" in str(found)
+    assert "an export makes it right: written with the scale that was trained" in str(found)
+
+
+def test_how_many_keys_forge_lets_by(tmp_path: Path) -> None:
+    for layers, reads in (("img_in|x_embedder", True), (r"transformer_blocks\.0\..*", False)):
+        found = checked(
+            tmp_path, "forge", "kohya", "flux1", (OFT(block_size=4),), f"{layers}|context_embedder|proj_out"
+        )
+        assert (found.keys == "") == reads
+        assert {each.reads for each in found.layers.values()} == {"not at all"}
+    assert "Forge rejects a file of which it does not know" in found.keys
+
+
+def test_what_one_folder_of_pefts_does_not_hold(tmp_path: Path) -> None:
+    layout, path = layout_of("flux1"), tmp_path / "a.safetensors"
+    mixed = bundle_of(layout, layers=BLOCK)
+    mixed.entries.update(bundle_of(layout, (LoHa(rank=1),), r"single_transformer_blocks\.0\..*").entries)
+    write(mixed, path, "lycoris", model=layout)
+    found = check(path, "peft")
+    assert {each.reads for each in found.layers.values()} == {"as trained"}
+    assert "a PEFT adapter is all of one kind" in found.keys
 
 
 def test_a_small_change_is_told_from_rounding() -> None:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lycoris.algorithms import DoRA
-from lycoris.bundle import Entry
+from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.components import component_of
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
@@ -99,28 +100,44 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
         bundles, layouts = bundles_of(tensors, metadata, detection, base)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
+    written = _written(tensors, detection)
     parts = [
-        Part(program, component, detection.dialect, layouts[component], written)
-        for component, written in _written(tensors, detection).items()
+        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name])
+        for name in detection.components
     ]
     verdicts, algorithms = {}, {}
     for part in parts:
-        for layer, stack in bundles[part.component].entries.items():
+        for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
-            verdicts[name], algorithms[name] = part.verdict(layer, stack), _told(stack)
-    problems = [problem for part in parts for problem in part.problems]
+            verdicts[name], algorithms[name] = verdict, _told(part.bundle.entries[layer])
+    problems = [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    lost = sum(part.passed_over for part in parts)
+    if program.unmatched is not None and lost > program.unmatched:
+        problems.append(
+            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
+        )
     nowhere = not any(part.elsewhere for part in parts)
     return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
 
 
-def _written(tensors: Mapping[str, Tensor], detection: Detection) -> dict[str, dict[str, str]]:
-    """Component → layer as written → what its keys begin with."""
+class Written(NamedTuple):
+    """A layer in a file."""
+
+    key: str
+    """What the names of its tensors have in common."""
+    tensors: int
+
+
+def _written(tensors: Mapping[str, Tensor], detection: Detection) -> dict[str, dict[str, Written]]:
+    """Component → layer as written → what the file has."""
     whose = component_of(FAMILIES[detection.family] if detection.family else None)
-    found: dict[str, dict[str, str]] = {component: {} for component in detection.components}
+    found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
     for name in tensors:
         key = DIALECTS[detection.dialect].split(name)
         if key is not None:
-            found.setdefault(whose(key), {})[key.layer] = key.prefix
+            layers = found.setdefault(whose(key), {})
+            before = layers.get(key.layer, Written(key.prefix + key.layer, 0))
+            layers[key.layer] = before._replace(tensors=before.tensors + 1)
     return found
 
 
@@ -133,12 +150,18 @@ class Part:
     own: str
     """The file's dialect."""
     layout: Layout
-    written: Mapping[str, str]
-    """Layer as written → what its keys begin with."""
+    bundle: Bundle
+    written: Mapping[str, Written]
+    """By layer as written."""
 
     @property
     def architecture(self) -> str | None:
         return None if self.layout.architecture is None else self.layout.architecture.name
+
+    @property
+    def prefix(self) -> str:
+        """What its keys begin with."""
+        return next((each.key.removesuffix(layer) for layer, each in self.written.items()), "")
 
     @cached_property
     def dialect(self) -> str:
@@ -149,11 +172,10 @@ class Part:
         # Text encoders have other names only by a level that some versions of a class have.
         if architecture is None or self.component or own.naming_for(architecture) == self.layout.naming:
             return self.own
-        prefix = next(iter(self.written.values()), "")
         alike = (
             each.name
             for each in DIALECTS.values()
-            if prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
+            if self.prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
         )
         return next((name for name in alike if self.program.known(name, architecture.name)), "")
 
@@ -176,34 +198,54 @@ class Part:
                 f"{title} does not know keys of the format {self.own} for {model}"
                 + (f"; it knows {there}" if there else ", nor of any other known here")
             ]
-        keys = [prefix + layer for layer, prefix in self.written.items()]
-        stopping = [key for key in keys if re.fullmatch(self.known.stops, key)]
+        keys = {each.key for each in self.written.values()}
+        stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
-        prefix = next(iter(self.written.values()), "")
-        every = [prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style)]
+        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
         lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
         found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
         return found
 
+    @property
+    def together(self) -> str:
+        """Why the program does not take layers together that it takes one by one; "" where it does."""
+        alone = all(each.reads == "as trained" for each in self.verdicts.values())
+        return self.program.whole(self.bundle) if self.program.whole is not None and alone else ""
+
+    @property
+    def passed_over(self) -> int:
+        """How many tensors the program has no use for."""
+        if self.known is None:
+            return sum(each.tensors for each in self.written.values())
+        lost = (layer for layer, verdict in self.verdicts.items() if verdict.reads == "not at all")
+        return sum(self.written[self._as_written(layer)].tensors for layer in lost)
+
+    @cached_property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """What becomes of each layer."""
+        return {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
+
+    def _as_written(self, layer: str) -> str:
+        return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
+
     def _lost(self, written: str) -> bool:
         """Whether the program passes a layer's keys over."""
         if self.known is None:
             return False
-        if re.fullmatch(self.known.lost, self.written.get(written, "") + written):
+        if re.fullmatch(self.known.lost, self.written[written].key):
             return True
         architecture, own = self.layout.architecture, DIALECTS[self.own]
         if not self.known.named or architecture is None:
             return False
         return written not in self.layout.written(DIALECTS[self.known.named].naming_for(architecture), own.style)
 
-    def verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
-        """What becomes of a layer."""
-        written = flatten(layer) if DIALECTS[self.own].style == "flat" else layer
-        key = self.written.get(written, "") + written
+    def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
+        title, written = self.program.title, self._as_written(layer)
+        key = self.written[written].key
         if self._lost(written) or (self.known is not None and re.fullmatch(self.known.stops, key)):
-            return Verdict("not at all", f"{self.program.title} has no place for such keys")
+            return Verdict("not at all", f"{title} has no place for such keys")
         first, *rest = stack
         verdict = self.program.verdict(
             first,
@@ -212,8 +254,15 @@ class Part:
             architecture=self.architecture,
             key=key,
         )
-        if verdict.reads == "as trained" and self.known is not None and re.fullmatch(self.known.bent, key):
-            return Verdict("differently", f"{self.program.title} puts it on other rows of the weight")
+        if verdict.reads != "as trained":
+            return verdict
+        if self.known is not None and re.fullmatch(self.known.bent, key):
+            return Verdict("differently", f"{title} puts it on other rows of the weight")
+        corrected = self.bundle.report.changed.get(layer)
+        if corrected:
+            return Verdict(
+                "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
+            )
         return verdict
 
 

@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 
 from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA
-from lycoris.bundle import Entry
+from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, Keys, Known
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all"]
-Remedy = Literal["plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs"]
+Remedy = Literal[
+    "plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs", "scale"
+]
 """Names of exports, which `lycoris.files.portable` makes."""
 
 
@@ -89,6 +91,11 @@ class Consumer:
     """Kinds of layers that it has adapters for."""
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
+
+    unmatched: int | None = None
+    """More keys than these that it passes over, and it rejects the file; None: any number."""
+    whole: Callable[[Bundle], str] | None = None
+    """Why it does not take adapters together that it takes one by one; "" where it does."""
 
     def known(self, dialect: str, architecture: str | None) -> Known | None:
         """What it knows of the keys that a dialect has for an architecture; None: nothing."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import get_args
 
+from lycoris.bundle import Bundle
+from lycoris.errors import FileError
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Case, Consumer, Row
 from lycoris.files.consumers.traits import all_of, dora, is_a, moves_bias
 from lycoris.files.peft.layers import unlike
-from lycoris.files.peft.writing import refusal
+from lycoris.files.peft.writing import encode_peft, refusal
 from lycoris.geometry import Kind
 
 STRENGTH = "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
@@ -32,6 +34,15 @@ def counterpart(case: Case) -> str:
     return f"has no counterpart for {_why(case)}"
 
 
+def together(bundle: Bundle) -> str:
+    """Why one folder does not hold them all: of two kinds, or with no one decompose_factor."""
+    try:
+        encode_peft(bundle)
+    except FileError as error:
+        return str(error)
+    return ""
+
+
 PEFT = Consumer(
     "peft",
     "PEFT",
@@ -48,4 +59,5 @@ PEFT = Consumer(
     ),
     kinds=get_args(Kind),
     transposes=True,
+    whole=together,
 )
