@@ -1,13 +1,15 @@
 """Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.matrix`.
 
 ‖Δ' - Δ‖ / ‖Δ‖ of the change to weight and bias (for PEFT and diffusers: to the output), "-" where a program refuses or
-passes over; behind an arrow, the same of what `lycoris convert --portable` writes.
+passes over, and where nothing is written for PEFT; behind an arrow, the same of what `lycoris convert --portable`
+writes.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import ALGORITHMS, PAIRS
 from consumers import Refused
-from contracts.test_consumers import Made, change, error, made, peft_output, read_by
+from contracts.test_consumers import Made, change, diffusers_output, error, made, read_by, written_for_peft
 from lycoris.bundle import Entry
 from lycoris.errors import FileError
 from lycoris.files.consumers import CONSUMERS
@@ -29,13 +31,14 @@ LEFT_OUT = ("drops", "stable", "gate")
 
 def measured(consumer: str, entry: Entry, case: Made) -> float | None:
     """None where a program does not read it."""
-    if consumer == "diffusers" and CONSUMERS[consumer].verdict(entry, case.base).reads == "not at all":
+    try:
+        if consumer == "diffusers":
+            return error(diffusers_output(entry, case) - case.plain, case.adapted - case.plain)
+        if consumer == "peft":
+            with TemporaryDirectory() as folder:
+                return error(written_for_peft(entry, case, Path(folder)) - case.plain, case.adapted - case.plain)
+    except (Refused, FileError):
         return None
-    if consumer in ("peft", "diffusers"):
-        try:
-            return error(peft_output(entry, case) - case.plain, case.adapted - case.plain)
-        except Refused:
-            return None
     found = read_by(consumer, entry, case.base)
     expected = change(adapted(case.entry, case.base), case.base)
     return None if found is None else error(change(found, case.base)[: len(expected)], expected)
@@ -56,10 +59,12 @@ def cell(consumer: str, case: Made) -> str:
 def main() -> None:
     """The tables, in Markdown."""
     for layer in LAYERS:
+        sys.stdout.write(f"\n## {layer}\n\n| | {' | '.join(CONSUMERS)} |\n|{'---|' * (1 + len(CONSUMERS))}\n")
         for name in ALGORITHMS:
             if (name, layer) in PAIRS and not any(part in name for part in LEFT_OUT):
                 torch.manual_seed(0)
-                made(name, layer)
+                case = made(name, layer)
+                sys.stdout.write(f"| {name} | {' | '.join(cell(consumer, case) for consumer in CONSUMERS)} |\n")
 
 
 if __name__ == "__main__":

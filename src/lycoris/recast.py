@@ -86,8 +86,8 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     if tied:
         below = _required(entry, base).widened(torch.float64)
     else:
-        some = next(iter(entry.tensors.values()))
-        below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=some.device), None)
+        device = next(iter(entry.tensors.values())).device
+        below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=device), None)
     diff = adapted(entry, below).weight - below.weight
     if tied:
         diff = diff.to(_wide(entry, base))

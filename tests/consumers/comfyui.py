@@ -1,6 +1,7 @@
-"""ComfyUI: per layer LoRA, LoHa, LoKr, GLoRA, OFT, BOFT in this order; then norms, then whole differences.
+"""ComfyUI: per layer LoRA, LoHa, LoKr, GLoRA, OFT, BOFT in this order; norms; whole differences.
 
-`quiet=False` is for programs that took its code and pass exceptions on.
+A difference of the bias is taken beside any of them. `quiet=False` is for programs that took its code and pass
+exceptions on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def read(
     try:
         for name, evaluate in known.items():
             if name in tensors:
-                return evaluate(tensors, weight, strength), bias
+                return evaluate(tensors, weight, strength), _shifted(bias, tensors.get("diff_b"), strength)
     except (RuntimeError, TypeError) as error:
         if quiet:
             return None

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt
+from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
 from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
+from lycoris import GLoRA
 from lycoris.algorithm import Affine
 from lycoris.algorithms import read_tensors, write_tensors
-from lycoris.bundle import Entry
+from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError
 from lycoris.files.consumers import CONSUMERS
+from lycoris.files.peft import write_peft
 from lycoris.files.portable import portable
 from lycoris.geometry import Geometry, sites
 from lycoris.recast import adapted, needs_base
@@ -29,8 +35,18 @@ READERS = {
     "simpletuner": simpletuner,
     "musubi": musubi,
 }
-THROUGH_PEFT = [pair for pair in PAIRS if pair[1] != "conv2d-unbatched"]
-"""PEFT's DoRA takes batches only."""
+SQUARE = [
+    ("glora-square", "linear-one-vector"),
+    ("glora-square", "conv2d-1x1-square"),
+    ("glora-square", "conv2d-square"),
+]
+"""GLoRA of as many ranks as inputs and outputs, which some take for its first layout."""
+MORE = {"glora-square": GLoRA(rank=8, alpha=4.0)}
+MORE_LAYERS = {
+    "conv2d-1x1-square": LayerCase(nn.Conv2d, (8, 8, 1), {}, (2, 8, 4, 4)),
+    "conv2d-square": LayerCase(nn.Conv2d, (8, 8, 3), {"padding": 1}, (2, 8, 4, 4)),
+}
+ALL_PAIRS = [*PAIRS, *SQUARE]
 
 
 class Made(NamedTuple):
@@ -45,7 +61,7 @@ class Made(NamedTuple):
 
 
 def made(name: str, layer: str) -> Made:
-    case = LAYERS[layer]
+    case = (LAYERS | MORE_LAYERS)[layer]
     model = One(case.layer()).eval()
     ((_, _, attribute, geometry),) = sites(model)
     bare, x = copy.deepcopy(model.layer), case.input()
@@ -54,7 +70,7 @@ def made(name: str, layer: str) -> Made:
     base = Affine(geometry.turned(weight), None if bias is None else bias.detach())
     with torch.no_grad():
         plain = model(x)
-        ((entry,),) = adapt(model, ALGORITHMS[name]).bundle().entries.values()
+        ((entry,),) = adapt(model, (ALGORITHMS | MORE)[name]).bundle().entries.values()
         return Made(entry, base, bare, x, plain, model(x))
 
 
@@ -82,7 +98,7 @@ def read_by(consumer: str, entry: Entry, base: Affine, strength: float = 1.0) ->
     return None if found is None else Affine(*found)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer in READERS:
@@ -95,7 +111,7 @@ def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
         assert verdict.error is None or verdict.error == pytest.approx(off, rel=0.1), consumer
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer in CONSUMERS.values():
@@ -107,29 +123,59 @@ def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str
             assert "depends on the base weight" in alone.why
 
 
-@pytest.mark.parametrize("pair", THROUGH_PEFT, ids="-on-".join)
-def test_the_table_says_what_peft_does(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
+def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) -> None:
+    """PEFT reads as trained exactly what is written for it."""
     case = made(*pair)
     verdict = CONSUMERS["peft"].verdict(case.entry, case.base)
-    diffusers = CONSUMERS["diffusers"].verdict(case.entry, case.base)
     try:
-        found = peft_output(case.entry, case)
+        found = written_for_peft(case.entry, case, tmp_path)
+    except FileError:
+        assert verdict.reads == "not at all"
+        return
+    assert verdict.reads == "as trained"
+    assert error(found - case.plain, case.adapted - case.plain) <= SAME
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
+def test_the_table_says_what_diffusers_does(pair: tuple[str, str]) -> None:
+    case = made(*pair)
+    verdict = CONSUMERS["diffusers"].verdict(case.entry, case.base)
+    try:
+        found = diffusers_output(case.entry, case)
     except Refused:
-        assert verdict.reads == diffusers.reads == "not at all"
+        assert verdict.reads == "not at all"
         return
     off = error(found - case.plain, case.adapted - case.plain)
     assert verdict.reads == ("as trained" if off <= SAME else "differently"), off
-    assert diffusers.reads in (verdict.reads, "not at all"), "it runs what it reads through PEFT"
 
 
-def peft_output(entry: Entry, case: Made) -> Tensor:
-    if entry.geometry.kind not in ("linear", "conv"):
-        raise Refused(f"no {entry.geometry.kind}")
+def diffusers_output(entry: Entry, case: Made) -> Tensor:
+    """What it makes of its own format, which holds LoRA."""
     tensors = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
-    return tuners.output(tensors, copy.deepcopy(case.layer), case.x)
+    if entry.geometry.kind not in ("linear", "conv") or entry.geometry.transposed:
+        raise Refused(f"no {entry.geometry.kind}")
+    if tensors.keys() - {"alpha", "dora_scale"} != tuners.LORA.keys():
+        raise Refused(f"no {entry.algorithm.name}")
+    return batched(case, lambda x: tuners.output(tensors, copy.deepcopy(case.layer), x))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+def written_for_peft(entry: Entry, case: Made, folder: Path) -> Tensor:
+    write_peft(Bundle({"layer": (entry,)}), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(One(copy.deepcopy(case.layer)), folder).double().eval()
+    with torch.no_grad():
+        return batched(case, model)
+
+
+def batched(case: Made, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """PEFT's DoRA takes no single picture without a batch."""
+    single = isinstance(case.layer, nn.Conv2d) and case.x.dim() == 3
+    return run(case.x[None])[0] if single else run(case.x)
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_an_export_is_read_as_trained(pair: tuple[str, str]) -> None:
     case = made(*pair)
     expected = change(adapted(case.entry, case.base), case.base)
@@ -146,27 +192,66 @@ def test_an_export_is_read_as_trained(pair: tuple[str, str]) -> None:
         is_read_again(exported, case.entry.geometry)
 
 
-@pytest.mark.parametrize("pair", THROUGH_PEFT, ids="-on-".join)
-def test_an_export_is_run_by_peft_as_trained(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
+def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> None:
     case = made(*pair)
-    for consumer in ("peft", "diffusers"):
+    runs = {
+        "peft": lambda entry: written_for_peft(entry, case, tmp_path),
+        "diffusers": lambda e: diffusers_output(e, case),
+    }
+    for consumer, run in runs.items():
         if CONSUMERS[consumer].verdict(case.entry, case.base).remedy is None:
             continue
         exported, _ = portable(case.entry, consumer, case.base)
-        assert error(peft_output(exported, case) - case.plain, case.adapted - case.plain) <= SAME, consumer
+        assert error(run(exported) - case.plain, case.adapted - case.plain) <= SAME, consumer
         is_read_again(exported, case.entry.geometry)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
-def test_only_what_depends_on_the_weight_needs_it(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
+def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer in CONSUMERS:
-        if CONSUMERS[consumer].verdict(case.entry).remedy is None:
+        verdict = CONSUMERS[consumer].verdict(case.entry)
+        if verdict.remedy is None:
             continue
         try:
-            portable(case.entry, consumer)
+            exported, _ = portable(case.entry, consumer)
         except PlanError:
             assert needs_base(case.entry)
+        else:
+            # Without the weight nothing is made of it but what another weight would make too.
+            assert change_by(exported, case.base) == pytest.approx(change_by(case.entry, case.base), rel=1e-6)
+            other = Affine(2 * case.base.weight.flip(0), case.base.bias)
+            assert change_by(exported, other) == pytest.approx(change_by(case.entry, other), rel=1e-6)
+
+
+def change_by(entry: Entry, base: Affine) -> list[float]:
+    return (adapted(entry, base).weight - base.weight).flatten().tolist()
+
+
+BESIDE = [name for name in ALGORITHMS if (name, "linear") in PAIRS and not name.startswith("full")]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_change_of_the_bias_beside_another_algorithm(name: str) -> None:
+    case = made(name, "linear")
+    bias = made("full-bias", "linear").entry
+    own, other = (write_tensors(e.algorithm, e.tensors, e.geometry) for e in (case.entry, bias))
+    assert case.base.bias is not None
+    wanted = adapted(case.entry, case.base)
+    wanted = Affine(wanted.weight, case.base.bias + bias.tensors["diff_b"])
+    for consumer, reader in READERS.items():
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, beside=(bias,))
+        try:
+            found = reader.read(own | other, case.base.weight, case.base.bias, "linear")
+        except Refused:
+            found = None
+        if found is None:
+            assert verdict.reads == "not at all", consumer
+            continue
+        off = error(change(Affine(*found), case.base), change(wanted, case.base))
+        if verdict.reads != "not at all" or off <= SAME:
+            assert verdict.reads == ("as trained" if off <= SAME else "differently"), (consumer, off)
 
 
 def is_read_again(entry: Entry, geometry: Geometry) -> None:
@@ -189,7 +274,7 @@ def test_what_no_export_makes_right() -> None:
         portable(made("norm", "layer-norm").entry, "musubi")
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)
     half = 0.5 * change(adapted(case.entry, case.base), case.base)

@@ -128,7 +128,7 @@ def _known_to(program: str, found: Opened) -> list[str]:
     """The dialects in which a program knows the keys of a file's denoiser."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     keys = CONSUMERS[program].keys
-    return [each for each in keys if architecture is None or CONSUMERS[program].knows(each, architecture.name)]
+    return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
 
 
 def _check_known(to: str, program: str, found: Opened) -> None:

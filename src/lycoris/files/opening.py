@@ -15,8 +15,10 @@ from lycoris.errors import FileError
 from lycoris.files.components import family_of
 from lycoris.files.detect import Detection, ambiguous, detect, judge
 from lycoris.files.families import FAMILIES
+from lycoris.files.headers import header
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
+from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.reading import peft_folder, resolve_as_written
 from lycoris.files.recognise import Fit
 from lycoris.files.storage import load_tensors
@@ -26,6 +28,8 @@ class Opened(NamedTuple):
     """What a file has for each component of a pipeline, under the names of layers that it has itself."""
 
     detection: Detection
+    names: tuple[str, ...]
+    """Of its tensors."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
     layouts: dict[str, Layout]
@@ -47,11 +51,11 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
         layout, assumed = Layout.of(model), found.models if base is None else {}
         family = found.family if base is None else _family(found, layout)
         bundle = _certain(read_peft(folder, model), found, assumed, "")
-        return Opened(found, {}, {"": bundle}, {"": layout}, family, assumed)
-    tensors, header = load_tensors(source)
+        return Opened(found, (*header(folder / WEIGHTS).tensors,), {}, {"": bundle}, {"": layout}, family, assumed)
+    tensors, metadata = load_tensors(source)
     try:
-        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
-        return _opened(tensors, header, found, base, strict)
+        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
+        return _opened(tensors, metadata, found, base, strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
@@ -63,7 +67,7 @@ def known(fit: Fit) -> Layout:
 
 
 def _opened(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], found: Detection, base: nn.Module | None, strict: bool
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], found: Detection, base: nn.Module | None, strict: bool
 ) -> Opened:
     bundles, layouts = {}, {}
     given = None if base is None else Layout.of(base)
@@ -75,10 +79,10 @@ def _opened(
             assumed[component] = _outline(found, component)
             layout = known(found.fits[component][0])
         bundle, layouts[component] = resolve_as_written(
-            tensors, layout, found.dialect, header, component, family, strict=strict
+            tensors, layout, found.dialect, metadata, component, family, strict=strict
         )
         bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, header, bundles, layouts, family, assumed)
+    return Opened(found, (*tensors,), metadata, bundles, layouts, family, assumed)
 
 
 def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:

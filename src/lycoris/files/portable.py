@@ -172,6 +172,8 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
         "unlimited": Export("its constraint applied to the rotations", without_limit),
         "both norms": Export("a b_norm of zeros put beside w_norm", both_norms),
         "both diffs": Export("a diff of zeros put beside diff_b", both_diffs),
+        # Reading a file has it already.
+        "scale": Export("written with the scale that was trained", lambda entry, base: entry),
     }
 )
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers.shared import CORES, W2_ON_WRONG_AXES, cores
 from lycoris.files.consumers.traits import (
     all_of,
     core_without_contiguous,
-    cored,
     dora,
     dora_out,
     is_a,
+    kernel,
     lengths,
     limited_without_outputs,
-    misplaced_alone,
-    off_pictures,
-    w2_on_wrong_axes,
+    of_both_layouts,
 )
 
 KRON = "contracts the core into a w2 that PyTorch's kron cannot use (seen with 2.13)"
@@ -23,18 +22,19 @@ SHARED = (
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
     Row(
-        all_of(cored, off_pictures, is_a("lokr")),
+        all_of(of_both_layouts, kernel),
         "not at all",
-        "takes cores on convolutions over two dimensions only",
-        "flat w2",
+        "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and fails on the kernel",
+        "plain",
     ),
     Row(
-        all_of(cored, off_pictures, is_a("lora")),
-        "not at all",
-        "takes cores on convolutions over two dimensions only",
-        "no core",
+        of_both_layouts,
+        "differently",
+        "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout; how far off that is depends "
+        "on the base weight",
+        "plain",
     ),
-    Row(all_of(cored, off_pictures), "not at all", "takes cores on convolutions over two dimensions only", "plain"),
+    *cores(CORES),
     Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
     Row(
         dora_out,
@@ -43,13 +43,7 @@ SHARED = (
         "on the base weight",
         "plain",
     ),
-    Row(
-        w2_on_wrong_axes,
-        "differently",
-        "pairs the wrong axes of a whole w2 on a convolution over one or three dimensions",
-        "flat w2",
-        misplaced_alone,
-    ),
+    W2_ON_WRONG_AXES,
 )
 """What Forge took over."""
 

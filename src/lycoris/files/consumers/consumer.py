@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 
 from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA
-from lycoris.bundle import Entry
-from lycoris.files.consumers.keys import Keys
+from lycoris.bundle import Bundle, Entry
+from lycoris.files.consumers.keys import ALL, Keys, Known
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all"]
-Remedy = Literal["plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs"]
+Remedy = Literal[
+    "plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs", "scale"
+]
 """Names of exports, which `lycoris.files.portable` makes."""
 
 
@@ -30,10 +32,17 @@ class Verdict(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A layer's adapter, and what lies below it where that is known."""
+    """A layer's adapter in a file, and what lies below it where that is known."""
 
     entry: Entry
     base: Affine | None = None
+    beside: tuple[Entry, ...] = ()
+    """What the file has for the layer besides."""
+    dialect: str = ""
+    architecture: str | None = None
+    """None: not known."""
+    key: str = ""
+    """The layer as its keys call it, with what they begin with; "" not known."""
 
     @property
     def name(self) -> str:
@@ -62,7 +71,7 @@ class Row(NamedTuple):
 
     when: Test
     reads: Reads
-    why: str
+    why: str | Callable[[Case], str]
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
 
@@ -75,7 +84,7 @@ class Consumer:
     title: str
     """As it calls itself, with the version that was looked at where that matters."""
     keys: Keys
-    """Dialects whose keys it knows, the one to write for it first → architectures; none: all."""
+    """Dialects whose keys it knows, the one to write for it first → architecture → what of them."""
     rows: tuple[Row, ...]
     """The first that holds counts; where none does, it reads as trained."""
     kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
@@ -83,21 +92,40 @@ class Consumer:
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
-    def knows(self, dialect: str, architecture: str | None) -> bool:
-        """Whether it has the layers of an architecture under the names of a dialect."""
-        there = self.keys.get(dialect)
-        return there is not None and (not there or architecture in there)
+    unmatched: int | None = None
+    """More keys than these that it passes over, and it rejects the file; None: any number."""
+    whole: Callable[[Bundle], str] | None = None
+    """Why it does not take adapters together that it takes one by one; "" where it does."""
 
-    def verdict(self, entry: Entry, base: Affine | None = None) -> Verdict:
-        """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it."""
+    def known(self, dialect: str, architecture: str | None) -> Known | None:
+        """What it knows of the keys that a dialect has for an architecture; None: nothing."""
+        there = self.keys.get(dialect, {})
+        return there.get(architecture or ALL, there.get(ALL))
+
+    def verdict(
+        self,
+        entry: Entry,
+        base: Affine | None = None,
+        *,
+        beside: tuple[Entry, ...] = (),
+        dialect: str | None = None,
+        architecture: str | None = None,
+        key: str = "",
+    ) -> Verdict:
+        """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
+
+        `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
+        program), `key` what it calls the layer.
+        """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
         if g.transposed and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
-                return Verdict(row.reads, f"{self.title} {row.why}", error, row.remedy)
+                why = row.why if isinstance(row.why, str) else row.why(case)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy)
         return Verdict("as trained", f"{self.title} computes what was trained")

@@ -1,21 +1,111 @@
-"""diffusers (0.42), which runs LoRA through PEFT."""
+"""diffusers (0.42), which runs LoRA through PEFT, and of two families LoKr."""
 
 from __future__ import annotations
 
+from lycoris.algorithms import LoKr
 from lycoris.files.consumers import keys
-from lycoris.files.consumers.consumer import Consumer, Row
-from lycoris.files.consumers.peft import LORA, STRENGTH, instead
-from lycoris.files.consumers.traits import dora, is_a, no_other_than
+from lycoris.files.consumers.consumer import Case, Consumer, Reads, Row, Test
+from lycoris.files.consumers.peft import STRENGTH, refused
+from lycoris.files.consumers.traits import (
+    all_of,
+    any_of,
+    beside,
+    cored,
+    dilated,
+    dora,
+    dora_in,
+    dotted,
+    grouped,
+    is_a,
+    lora_goes_wrong,
+    moves_bias,
+    no_other_than,
+    on,
+    padded_otherwise,
+    plain,
+    resized,
+    scaled,
+    square,
+    written_as,
+)
+from lycoris.files.peft.factors import factorize_like_peft
+
+PADDING = "pads with zeros beside a layer that does not; how far off that is depends on the input"
+
+
+def instead(when: Test, reads: Reads, why: str) -> tuple[Row, Row]:
+    """What LoRA makes right, on layers where PEFT's LoRA itself is right."""
+    beside = Row(all_of(when, lora_goes_wrong), reads, f"{why}; nor does its LoRA fit here")
+    return beside, Row(when, reads, why, "lora")
+
+
+def _of_lokr(case: Case) -> bool:
+    """A file whose LoKr the pipelines of Flux.2 and Z-Image take."""
+    if case.architecture == "flux2":
+        # _convert_lycoris_flux2_lokr_to_diffusers, _convert_non_diffusers_flux2_lokr_to_diffusers
+        return case.dialect in ("lycoris", "comfyui", "musubi-other", "onetrainer-comfy")
+    # _convert_non_diffusers_lokr_to_diffusers: it takes another prefix for a part of the path, and has no other names.
+    bare = case.dialect in ("musubi-other", "bare", "onetrainer-original") or case.key.startswith("diffusion_model.")
+    return case.architecture == "z-image" and bare and not case.key.endswith(".attention.out")
+
+
+def _without_factor(case: Case) -> bool:
+    """A LoKr for which _create_lokr_config finds no decompose_factor, or PEFT then makes other shapes."""
+    lokr, g = plain(case.entry), case.entry.geometry
+    if not isinstance(lokr, LoKr):
+        return False
+    ol, im, *_ = lokr.layout_for(g)
+    tried = (ol, -1)
+    return refused(case) or not any(
+        (factorize_like_peft(g.out_features, n)[0], factorize_like_peft(g.in_features, n)[0]) == (ol, im) for n in tried
+    )
+
+
+lokr = all_of(is_a("lokr"), _of_lokr)
 
 DIFFUSERS = Consumer(
     "diffusers",
     "diffusers",
     keys.DIFFUSERS,
     (
-        *LORA,
-        *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only"),
+        Row(any_of(beside, moves_bias), "not at all", "has no counterpart that changes a bias"),
+        Row(all_of(grouped, is_a("lora")), "not at all", "makes a LoRA of other shapes on convolutions with groups"),
+        *instead(
+            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(dotted, written_as("kohya", "musubi"))),
+            "not at all",
+            "rejects files with DoRA's lengths for Wan",
+        ),
+        *instead(
+            all_of(scaled, any_of(is_a("lora"), lokr)),
+            "differently",
+            "leaves DoRA's lengths out, which in this format are called dora_scale; how far off that is depends on the "
+            "base weight",
+        ),
+        *instead(all_of(lokr, _without_factor), "not at all", "finds no decompose_factor that makes these shapes"),
+        Row(lokr, "as trained", "computes what was trained, if one decompose_factor fits all layers of the file"),
+        *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only, in some of their formats"),
         *instead(no_other_than("lora"), "not at all", "reads LoRA only"),
-        Row(dora, "as trained", f"{STRENGTH}; of dora_scale in files of other formats it leaves the lengths out"),
+        *instead(
+            all_of(on("flux2"), written_as("lycoris", "comfyui", "onetrainer-comfy")),
+            "not at all",
+            "reads LoKr only from this format for Flux.2",
+        ),
+        *instead(
+            all_of(dora_in, square),
+            "differently",
+            "takes DoRA's lengths of inputs for those of outputs, and how far off that is depends on the base weight",
+        ),
+        *instead(dora_in, "not at all", "knows DoRA's lengths of outputs only"),
+        Row(all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here"),
+        Row(cored, "not at all", "knows no cores of LoRA", "no core"),
+        Row(resized, "not at all", "leaves the dilation out, and the outputs differ in size"),
+        Row(
+            dilated,
+            "differently",
+            "leaves the dilation of the convolution out; how far off that is depends on the input",
+        ),
+        Row(padded_otherwise, "differently", PADDING),
+        Row(dora, "as trained", STRENGTH),
     ),
     kinds=("linear", "conv"),
 )

@@ -1,54 +1,246 @@
-"""Which dialects a program knows the keys of, and for which architectures; an empty list means all."""
+"""Which keys a program knows: dialect → architecture → what of it. The function that says so stands beside each.
+
+A dialect is listed for the names that it usually has there; the first one is what to write for the program.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-Keys = Mapping[str, tuple[str, ...]]
+from lycoris.files.families import FAMILIES
 
+
+class Known(NamedTuple):
+    """What a program knows of the keys for one architecture: all but what is named here.
+
+    Each is a regular expression for a whole key without the tensor's own name, such as lora_unet_img_in.
+    """
+
+    lost: str = ""
+    """Keys that it passes over."""
+    bent: str = ""
+    """Keys whose adapters it puts on other rows of the weight."""
+    stops: str = ""
+    """Keys for which it rejects the file."""
+    named: str = ""
+    """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
+    needs: str = ""
+    """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
+
+
+Keys = Mapping[str, Mapping[str, Known]]
+ALL = "*"
+"""In place of an architecture: every one, known here or not."""
+
+
+def wholly(*architectures: str) -> dict[str, Known]:
+    return dict.fromkeys(architectures, Known())
+
+
+def partly(*architectures: str, lost: str) -> dict[str, Known]:
+    return dict.fromkeys(architectures, Known(lost))
+
+
+EVERY = wholly(ALL)
 UNETS = ("sd1.5-unet", "sd2-unet", "sdxl-unet")
+CLIPS = ("clip", "clip-with-projection")
+DENOISERS = tuple(
+    name for name in dict.fromkeys(family.components[""] for family in FAMILIES.values()) if name != "language-model"
+)
+_FLAT_CLIP = r"(lora|oft)_te\d?_(?!text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])$).*"
+_DOTTED_CLIP = r"text_encoder\w*\.(?!text_model\.encoder\.layers\.\d+\.(self_attn\.(k|q|v|out)_proj|mlp\.fc[12])$).*"
+_ATTENTION = r".*\.attn\d\.to_.*"
+"""A UNet's projections."""
 
-COMFYUI: Mapping[str, tuple[str, ...]] = {
-    "comfyui": (),
-    "kohya": (),
-    "kohya-diffusers": UNETS,
-    "lycoris": (*UNETS, "sd3", "flux1", "qwen-image", "z-image", "lumina2"),
-    "diffusers": (*UNETS, "sd3", "flux1", "qwen-image", "z-image", "lumina2"),
-    "musubi": (),
-    "musubi-other": (),
-    "onetrainer-comfy": (),
-    "onetrainer-kohya": (),
-    "onetrainer-diffusers": (*UNETS, "sd3", "flux1", "qwen-image", "z-image", "lumina2"),
-    "ai-toolkit": (),
+
+# The names that ComfyUI gives the layers of a denoiser.
+_COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
+
+# ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
+# before its own names; the others are named there for one class of models each.
+_COMFYUI_CLIP = partly(*CLIPS, lost=_FLAT_CLIP) | wholly("t5")
+# UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
+# own names in diffusers are not in that table.
+_COMFYUI_DOTTED = (
+    partly(*UNETS, lost=_ATTENTION)
+    | wholly("sd3", "flux1", "qwen-image", "z-image")
+    | partly(*CLIPS, lost=_DOTTED_CLIP)
+)
+COMFYUI: Mapping[str, Mapping[str, Known]] = {
+    "comfyui": EVERY,
+    "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
+    "kohya-diffusers": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
+    # unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers, QwenImage, z_image_to_diffusers
+    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image"),
+    "diffusers": _COMFYUI_DOTTED,
+    "musubi": _COMFYUIS,
+    # HunyuanVideo: "diffusion-pipe lora format", the blocks' original names.
+    "musubi-other": _COMFYUIS
+    | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*")
+    | wholly("z-image"),
+    "onetrainer-comfy": EVERY,
+    "onetrainer-kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
+    "onetrainer-diffusers": _COMFYUI_DOTTED,
+    # `lora_transformer_` of SD3 and Flux
+    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
+    | partly("sd3", "flux1", lost="lora_unet_.*")
+    | _COMFYUI_CLIP,
+    # `transformer.` as diffusers'; `diffusion_model.` before diffusers' names of Z-Image, and of Qwen-Image, its own
+    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*") | wholly("qwen-image", "z-image"),
+    # QwenImage and z_image_to_diffusers: without a prefix
+    "bare": wholly("qwen-image", "z-image"),
+    "onetrainer-original": wholly("qwen-image", "z-image"),
+    # SD3: "format for flash-sd3 lora". Without the folder's config its scale is that of alpha = rank.
+    "peft": wholly("sd3"),
 }
-"""It keeps a table from every accepted name to its own; for DiTs `lora_unet_` means the original names."""
-FORGE: Mapping[str, tuple[str, ...]] = {
-    "kohya": (),
-    "kohya-diffusers": UNETS,
-    "comfyui": (),
-    "diffusers": (*UNETS, "flux1"),
+
+# Forge: the same functions in packages_3rdparty/comfyui_lora_collection/lora.py, as of 2024, for the models in
+# backend/diffusion_engine.
+_FORGE = (*UNETS, "sd3", "flux1")
+_FORGE_DOTTED = partly(*UNETS, lost=_ATTENTION) | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+FORGE: Mapping[str, Mapping[str, Known]] = {
+    "kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
+    "kohya-diffusers": wholly(*UNETS) | _COMFYUI_CLIP,
+    "comfyui": wholly(*_FORGE),
+    "diffusers": _FORGE_DOTTED,
+    "onetrainer-comfy": wholly(*_FORGE),
+    "onetrainer-kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
+    "onetrainer-diffusers": _FORGE_DOTTED,
+    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | _COMFYUI_CLIP,
+    "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
+    "musubi": wholly("flux1"),
+    "musubi-other": wholly("flux1"),
 }
-WEBUI: Mapping[str, tuple[str, ...]] = {
-    "kohya": (*UNETS, "sd3"),
-    "kohya-diffusers": UNETS,
-    "onetrainer-kohya": (*UNETS, "sd3"),
-    "onetrainer-legacy": UNETS,
+
+# WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
+# extensions-builtin/Lora/networks.py. Of SD3's keys it takes the last two dots for the end of the layer's name.
+_WEBUI = wholly(*UNETS) | partly(*CLIPS, lost=_FLAT_CLIP)
+WEBUI: Mapping[str, Mapping[str, Known]] = {
+    "kohya": _WEBUI,
+    "kohya-diffusers": _WEBUI,
+    "onetrainer-kohya": _WEBUI,
+    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | partly(*CLIPS, lost=_FLAT_CLIP),
 }
-INVOKEAI: Mapping[str, tuple[str, ...]] = {
-    "kohya": (*UNETS, "flux1", "flux2", "qwen-image"),
-    "kohya-diffusers": UNETS,
-    "diffusers": ("flux1", "flux2", "z-image", "qwen-image"),
-    "onetrainer-kohya": (*UNETS, "flux1"),
-    "onetrainer-diffusers": ("flux1",),
+
+# InvokeAI: invokeai/backend/patches/lora_conversions, one file for each of these.
+_INVOKEAI_FLUX = Known(
+    # FLUX_KOHYA_TRANSFORMER_KEY_REGEX
+    lost="lora_unet_final_layer_.*",
+    stops=r"lora_unet_(?!final_layer_|\w+_blocks_\d+_(img|txt)_(attn|mlp|mod)|\w+_blocks_\d+_(linear[12]|modulation)).*",
+)
+# FLUX_KOHYA_T5_KEY_REGEX
+_INVOKEAI_ENCODERS = partly(*CLIPS, lost=_FLAT_CLIP) | {"t5": Known(stops="lora_te(?!2_).*")}
+# _KOHYA_SUBMODULE_MAP and _NATIVE_TO_DIFFUSERS_PATH_RULES
+_INVOKEAI_WAN = r"(?!lora_unet_blocks_\d+_((self|cross)_attn_[qkvo]|ffn_[02])$).*"
+_INVOKEAI_DOTTED_WAN = r"(?!diffusion_model\.blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])$).*"
+_INVOKEAI_DIFFUSERS = wholly("flux1", "flux2", "z-image", "qwen-image") | partly(
+    "wan", lost=r"transformer\.(?!blocks\.).*"
+)
+INVOKEAI: Mapping[str, Mapping[str, Known]] = {
+    "kohya": wholly(*UNETS, "flux2", "qwen-image")
+    | {"flux1": _INVOKEAI_FLUX}
+    | partly("wan", lost=_INVOKEAI_WAN)
+    | _INVOKEAI_ENCODERS,
+    "kohya-diffusers": wholly(*UNETS, "qwen-image") | _INVOKEAI_ENCODERS,
+    "diffusers": _INVOKEAI_DIFFUSERS,
+    "musubi": wholly("flux2", "qwen-image") | {"flux1": _INVOKEAI_FLUX} | partly("wan", lost=_INVOKEAI_WAN),
+    # is_state_dict_likely_in_flux_bfl_peft_format: lora_A and lora_B, or LyCORIS' tensors
+    "musubi-other": wholly("flux1", "flux2") | partly("wan", lost=_INVOKEAI_DOTTED_WAN),
+    "onetrainer-comfy": wholly("flux1", "flux2") | partly("wan", lost=_INVOKEAI_DOTTED_WAN),
+    "onetrainer-kohya": wholly(*UNETS) | {"flux1": _INVOKEAI_FLUX} | _INVOKEAI_ENCODERS,
+    "onetrainer-diffusers": _INVOKEAI_DIFFUSERS,
+    # FLUX_ONETRAINER_TRANSFORMER_KEY_REGEX
+    "onetrainer-legacy": {"flux1": Known(stops=r"(?!lora_transformer_(single_)?transformer_blocks_\d+_).*")}
+    | _INVOKEAI_ENCODERS,
 }
-DIFFUSERS: Mapping[str, tuple[str, ...]] = {
-    "diffusers": (),
-    "kohya": (*UNETS, "flux1", "wan", "qwen-image", "z-image"),
-    "kohya-diffusers": UNETS,
-    "musubi": ("wan", "qwen-image", "z-image"),
-    "onetrainer-diffusers": (),
-    "ai-toolkit": (),
+
+# diffusers: lora_state_dict of the pipelines, and lora_conversion_utils.
+_DIFFUSERS = tuple(name for name in DENOISERS if name != "hunyuanvideo-1.5")
+"""The pipeline of HunyuanVideo-1.5 has no load_lora_weights."""
+_DIFFUSERS_ENCODERS = partly(*CLIPS, lost=_FLAT_CLIP)
+_WAN_BLOCKS = r"lora_unet_(blocks)_\d+_(?:(?:self|cross)_attn_[qkvo]|ffn_[02])"
+_WAN_IMAGE = r"lora_unet_blocks_\d+_cross_attn_[kv](_img)"
+_FLUX_TURNED = r"diffusion_model\.final_layer\.adaLN_modulation\.1"
+_FLAT_FAMILIES = {
+    # _convert_kohya_flux_lora_to_diffusers, _convert_kohya_flux2_lora_to_diffusers
+    "flux1": Known(lost=r"lora_unet_(?!(double|single)_blocks_).*"),
+    "flux2": Known(lost=r"lora_unet_(double_stream_|single_stream_|final_layer_adaLN_).*"),
+    # _convert_musubi_wan_lora_to_diffusers
+    "wan": Known(needs=rf"{_WAN_BLOCKS}|{_WAN_IMAGE}", stops=rf"(?!(?:{_WAN_BLOCKS}|{_WAN_IMAGE})$).*"),
+} | wholly("qwen-image", "z-image")
+# _convert_non_diffusers_wan_lora_to_diffusers, which has no alpha for what is not in a block
+_DOTTED_WAN = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
+_WAN_WITH_ALPHA = Known(stops=rf"diffusion_model\.(?!{_DOTTED_WAN}$).*")
+_WAN_WITHOUT = Known(
+    stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|(text|time)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])$).*",
+)
+DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
+    "diffusers": wholly(*_DIFFUSERS, *CLIPS),
+    "kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
+    # _convert_unet_lora_key knows add_embedding by sgm's name only.
+    "kohya-diffusers": wholly("sd1.5-unet", "sd2-unet", "qwen-image", "z-image")
+    | partly("sdxl-unet", lost="lora_unet_add_embedding_.*")
+    | _DIFFUSERS_ENCODERS,
+    "musubi": _FLAT_FAMILIES,
+    # _convert_non_diffusers_flux2_lora_to_diffusers, _convert_hunyuan_video_lora_to_diffusers,
+    # _convert_non_diffusers_lumina2_lora_to_diffusers
+    "musubi-other": {
+        "flux2": Known(bent=_FLUX_TURNED),
+        "wan": _WAN_WITHOUT,
+        # by the first block that is there
+        "hunyuanvideo": Known(
+            bent=_FLUX_TURNED,
+            stops=r"diffusion_model\.txt_in\.individual_token_refiner\.blocks\.\d+\.self_attn_qkv",
+        ),
+        "lumina2": Known(
+            needs=r"diffusion_model\.(layers|noise_refiner|context_refiner)\.\d+\.(?:attention\.(?:qkv|out)|feed.*|adaLN.*)",
+            stops=r"diffusion_model\.(?!(layers|noise_refiner|context_refiner)\.).*",
+        ),
+    }
+    | wholly("qwen-image", "z-image"),
+    "onetrainer-diffusers": wholly(*_DIFFUSERS, *CLIPS),
+    "onetrainer-kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
+    # _convert_lycoris_flux2_lokr_to_diffusers: blocks only
+    "lycoris": {"flux2": Known(stops=r"lycoris_(?!(single_)?transformer_blocks_).*")},
+    # lora_up and lora_down: Flux.1's go through the converter of kohya's names.
+    "comfyui": {
+        "flux1": Known(lost=r"diffusion_model\.(?!(double|single)_blocks\.).*"),
+        "wan": _WAN_WITH_ALPHA,
+        "z-image": Known(lost=r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"),
+    }
+    | wholly("qwen-image", "flux2"),
+    "onetrainer-comfy": {"wan": _WAN_WITH_ALPHA} | wholly("qwen-image", "flux2"),
+    # _convert_mixture_state_dict_to_diffusers
+    "onetrainer-legacy": {
+        "flux1": Known(
+            lost=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*|lora_unet_.*"
+        )
+    }
+    | partly("sd1.5-unet", "sd2-unet", lost="lora_transformer_.*")
+    | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
+    | _DIFFUSERS_ENCODERS,
+    "bare": wholly("qwen-image", "z-image"),
+    "onetrainer-original": wholly("qwen-image", "z-image"),
+    "ai-toolkit": wholly("qwen-image", "z-image")
+    | partly("sd3", "flux1", "flux2", "hunyuanvideo", "framepack", "lumina2", lost=r"diffusion_model\..*")
+    | {"wan": Known(stops=r"diffusion_model\..*")},
 }
-PEFT: Mapping[str, tuple[str, ...]] = {"peft": ()}
-SIMPLETUNER: Mapping[str, tuple[str, ...]] = {"lycoris": ()}
-MUSUBI: Mapping[str, tuple[str, ...]] = {"musubi": (), "kohya": ()}
+# Both walk the model's own modules.
+PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
+SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
+
+# musubi-tuner: create_arch_network of each architecture, by the classes of its blocks
+_BLOCKS = r"(double|single)_blocks|blocks|(single_)?transformer_blocks|layers|noise_refiner|context_refiner"
+_MUSUBI = partly(
+    "hunyuanvideo",
+    "hunyuanvideo-1.5",
+    "framepack",
+    "wan",
+    "flux1",
+    "flux2",
+    "qwen-image",
+    "z-image",
+    lost=rf"lora_unet_(?!({_BLOCKS})_\d+_).*",
+)
+MUSUBI: Mapping[str, Mapping[str, Known]] = {"musubi": _MUSUBI, "kohya": _MUSUBI}

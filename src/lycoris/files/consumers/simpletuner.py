@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers.shared import WITHOUT_BIAS
 from lycoris.files.consumers.traits import (
     all_of,
     dora,
@@ -34,6 +35,7 @@ SIMPLETUNER = Consumer(
             "that is depends on the base weight",
             "plain",
         ),
+        WITHOUT_BIAS,
         Row(
             all_of(is_a("diag-oft"), lengths),
             "as trained",

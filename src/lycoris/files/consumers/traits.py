@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from lycoris.adapter import Matrix
+from lycoris.algorithm import Algorithm
 from lycoris.algorithms import IA3, DoRA, LoKr
 from lycoris.bundle import Entry
 from lycoris.files.consumers.consumer import Case, Test
-from lycoris.ops.factorization import factorize
+from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
 
 SAME = 1e-5
@@ -19,6 +18,10 @@ SAME = 1e-5
 
 def all_of(*tests: Test) -> Test:
     return lambda case: all(test(case) for test in tests)
+
+
+def any_of(*tests: Test) -> Test:
+    return lambda case: any(test(case) for test in tests)
 
 
 def is_a(*names: str) -> Test:
@@ -49,6 +52,35 @@ def square(case: Case) -> bool:
     return g.kind == "linear" and g.out_features == g.in_features
 
 
+def of_both_layouts(case: Case) -> bool:
+    """GLoRA of as many ranks as inputs and outputs, whose tensors fit its first layout too."""
+    g = case.entry.geometry
+    return case.name == "glora" and case.entry.tensors["a1"].shape[1] == g.in_features == g.out_features
+
+
+def beside(case: Case) -> bool:
+    """A change of the bias, or of single places of the weight, beside another algorithm."""
+    return bool(case.beside)
+
+
+def on(*architectures: str) -> Test:
+    return lambda case: case.architecture in architectures
+
+
+def written_as(*dialects: str) -> Test:
+    return lambda case: case.dialect in dialects
+
+
+def dotted(case: Case) -> bool:
+    """In a dialect whose paths have dots."""
+    return DIALECTS[case.dialect].style == "dotted"
+
+
+def scaled(case: Case) -> bool:
+    """DoRA's lengths under the name that PEFT does not know."""
+    return dora(case) and "dora_scale" not in DIALECTS[case.dialect].spelling
+
+
 def cored(case: Case) -> bool:
     """With a Tucker core."""
     return any(name in case.entry.tensors for name in ("mid", "t1", "t2"))
@@ -57,20 +89,6 @@ def cored(case: Case) -> bool:
 def off_pictures(case: Case) -> bool:
     """A convolution over one or three dimensions."""
     return case.dimensions in (1, 3)
-
-
-def line(case: Case) -> bool:
-    """A convolution over one dimension."""
-    return case.dimensions == 1
-
-
-def volume(case: Case) -> bool:
-    """A convolution over three."""
-    return case.dimensions == 3
-
-
-def transposed(case: Case) -> bool:
-    return case.entry.geometry.transposed
 
 
 def grouped(case: Case) -> bool:
@@ -130,7 +148,7 @@ def misplaced_alone(case: Case) -> float | None:
 
 def unbalanced(case: Case) -> bool:
     """A LoKr whose w1 has more rows than its w2."""
-    algorithm, g = _plain(case.entry), case.entry.geometry
+    algorithm, g = plain(case.entry), case.entry.geometry
     return isinstance(algorithm, LoKr) and algorithm.layout_for(g).ol ** 2 > g.out_features
 
 
@@ -178,14 +196,6 @@ def ia3_out_on_square_line(case: Case) -> bool:
     return ia3_out_on_conv(case) and case.dimensions == 1 and g.out_features == g.in_features > 1
 
 
-def ia3_out_with_bias(case: Case) -> bool:
-    """On a layer with a bias that is not, or may not be, zero."""
-    if not ia3_out(case) or not case.entry.geometry.has_bias:
-        return False
-    bias = None if case.base is None else case.base.bias
-    return bias is None or bool(bias.any())
-
-
 def ia3_in_on_groups(case: Case) -> bool:
     return case.name == "ia3" and not ia3_out(case) and grouped(case)
 
@@ -195,44 +205,26 @@ def kernel(case: Case) -> bool:
     return case.dimensions > 0 and not case.entry.geometry.pointwise
 
 
+def pointwise(case: Case) -> bool:
+    return not kernel(case)
+
+
 def starts_elsewhere(case: Case) -> bool:
     """A T-LoRA that did not start from the weight's largest singular triplets, or that may not have."""
     if case.name != "tlora" or case.base is None:
         return case.name == "tlora"
+    # The change is a small difference of two weights.
+    base = case.base.widened(torch.float64)
     short = {name: tensor for name, tensor in case.entry.tensors.items() if not name.endswith("0")}
     principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
-    again = principal.complete(short, Matrix(case.entry.geometry, case.base.weight))
+    again = principal.complete(short, Matrix(case.entry.geometry, base.weight))
     own, other = (
-        adapted(case.entry._replace(tensors=tensors), case.base).weight - case.base.weight
+        adapted(case.entry._replace(tensors=tensors), base).weight - base.weight
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
 
 
-def without_peft_factor(case: Case) -> bool:
-    """A LoKr whose shapes PEFT cannot make again, from one number for both dimensions and one rank for both factors."""
-    algorithm, g, p = _plain(case.entry), case.entry.geometry, case.entry.tensors
-    if not isinstance(algorithm, LoKr):
-        return False
-    ol, im, w1_split, w2_split = algorithm.layout_for(g)
-    ok, inner = g.out_features // ol, g.in_features // im
-    if w1_split or w2_split:
-        rank = p["w2_b" if w2_split else "w1_b"].shape[0]
-        fits = (rank < max(ok, inner) / 2) == w2_split and (not w1_split or rank < max(ol, im) / 2)
-    else:
-        fits = True
-    wanted = ((ol, ok), (im, inner))
-    # Above both roots a factor that divides neither dimension means what -1 does.
-    factors = (-1, ol, im, *range(max(ol, im), math.isqrt(max(g.out_features, g.in_features)) + 1))
-    return not fits or all((_unswapped(g.out_features, f), _unswapped(g.in_features, f)) != wanted for f in factors)
-
-
-def _unswapped(n: int, factor: int) -> tuple[int, int]:
-    """How PEFT splits a dimension: a factor that divides it comes first, whichever part is smaller."""
-    if factor > 0 and n % factor == 0:
-        return factor, n // factor
-    return factorize(n, factor)
-
-
-def _plain(entry: Entry) -> object:
+def plain(entry: Entry) -> Algorithm:
+    """The algorithm, or what DoRA's lengths are over."""
     return entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm

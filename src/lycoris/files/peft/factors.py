@@ -89,3 +89,12 @@ def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str
         )
     factor = decompose_factor(layers)
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": effective}, ranks
+
+
+def makes(layer: Factors) -> bool:
+    """Whether PEFT makes the shapes of a layer where it is the only one."""
+    try:
+        settings({"": layer})
+    except FileError:
+        return False
+    return True

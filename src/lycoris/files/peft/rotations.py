@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
+from lycoris.ops.rotation import cayley
 
 
 def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
@@ -30,7 +31,7 @@ def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
     if config.flag("use_cayley_neumann", True):
         turns = _neumann(skew, int(config.number("num_cayley_neumann_terms", 5)))
     else:
-        turns = _cayley(skew)
+        turns = _turned(skew)
     return _joined(turns.expand(blocks, -1, -1))
 
 
@@ -39,7 +40,7 @@ def boft_rotation(stages: Tensor) -> Tensor:
     if stages.dim() != 4 or stages.shape[2] != stages.shape[3]:
         raise FileError(f"boft_R of shape {tuple(stages.shape)} makes no stages of square blocks")
     count, blocks, size, _ = stages.shape
-    turns = _cayley(0.5 * (stages - stages.mT))
+    turns = _turned(0.5 * (stages - stages.mT))
     whole = torch.eye(blocks * size, dtype=stages.dtype)
     for at, stage in enumerate(turns):
         turned = _joined(stage)
@@ -63,17 +64,13 @@ def _butterfly(n: int, size: int, stage: int) -> Tensor:
 
 def _joined(blocks: Tensor) -> Tensor:
     """Along the diagonal of one matrix."""
-    count, size, _ = blocks.shape
-    whole = blocks.new_zeros(count, size, count, size)
-    at = torch.arange(count)
-    whole[at, :, at] = blocks
-    return whole.reshape(count * size, count * size)
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return whole
 
 
-def _cayley(skew: Tensor) -> Tensor:
+def _turned(skew: Tensor) -> Tensor:
     """(I - Q)·(I + Q)⁻¹."""
-    one = torch.eye(skew.shape[-1], dtype=skew.dtype)
-    return torch.linalg.solve(one + skew, one - skew, left=False)
+    return torch.eye(skew.shape[-1], dtype=skew.dtype) + cayley(-skew / 2)
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:

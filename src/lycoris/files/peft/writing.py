@@ -21,7 +21,7 @@ from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files.peft.config import CONFIG, WEIGHTS
-from lycoris.files.peft.factors import Factors, settings
+from lycoris.files.peft.factors import Factors, makes, settings
 from lycoris.files.peft.layers import base_of, unlike
 from lycoris.files.peft.reading import PREFIX
 from lycoris.files.storage import save_tensors
@@ -53,15 +53,20 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
     layers = {path: encoder(path, stack) for path, stack in bundle.entries.items()}
-    config = {"peft_type": type_, "target_modules": _targets(layers), **_SETTINGS[type_](layers)}
+    config = {"peft_type": type_, "target_modules": _targets(bundle, model), **_SETTINGS[type_](layers)}
     tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     return tensors, config
 
 
-def _targets(layers: Mapping[str, _Layer]) -> list[str] | str:
-    """The paths. A path of one step would in a list stand for every layer with that last step: then a pattern."""
-    paths = sorted(layers)
-    return paths if all("." in path for path in paths) else "|".join(map(re.escape, paths))
+def _targets(bundle: Bundle, model: nn.Module | None) -> list[str] | str:
+    """The paths. In a list each stands for every module that it is the end of: if there may be others, a pattern."""
+    paths = set(bundle.entries)
+    there = dict(model.named_modules()) if model is not None else bundle.base.layers if bundle.base else {}
+    ends = {other[at + 1 :] for other in there.keys() - paths for at, letter in enumerate(other) if letter == "."}
+    # A path of one step may be the end of modules that are no layers.
+    if paths & ends or any("." not in path for path in paths):
+        return "|".join(map(re.escape, sorted(paths)))
+    return sorted(paths)
 
 
 def write_peft(
@@ -104,6 +109,14 @@ def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
             raise FileError(f"{component}: diffusers' pipelines read LoRA alone, and this is {bundle}")
         told |= {f"{component}.{name}": value for name, value in config.items()}
     return json.dumps(told, sort_keys=True)
+
+
+def refusal(stack: tuple[Entry, ...]) -> str:
+    """What of a layer's adapters PEFT has no counterpart for, written by themselves; "" where it has one."""
+    name, why = _type("", stack, None)
+    if name == "LOKR" and not makes(_factors(stack[0])):
+        return "lokr: no decompose_factor makes its shapes"
+    return why
 
 
 def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
@@ -236,9 +249,14 @@ def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoKr)
     tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    return _Layer(g, _flat_cores(tensors, g), extra={"factors": _factors(stack[0]), "scale": algorithm.scale(g)})
+
+
+def _factors(entry: Entry) -> Factors:
+    algorithm, g, p = entry
+    assert isinstance(algorithm, LoKr)
     ol, im, w1_split, w2_split = algorithm.layout_for(g)
-    factors = Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
-    return _Layer(g, _flat_cores(tensors, g), extra={"factors": factors, "scale": algorithm.scale(g)})
+    return Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
 
 
 def _lokr_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
