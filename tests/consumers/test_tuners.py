@@ -9,7 +9,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+import tiny
+from cases import perturb
 from consumers import Refused, tuners
+from lycoris import AdapterSet, LoRA, Rule, plan
+from lycoris.files.consumers import CONSUMERS
+from lycoris.files.writing import compose
 from tiny import sdxl_unet
 
 FLAT = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -81,3 +86,28 @@ def test_peft_does_not_take_a_part_of_the_tensors() -> None:
         tuners.output({"lora_up.weight": torch.randn(24, 2)}, layer, x)
     with pytest.raises(Refused, match="no factor"):
         tuners.output({"lokr_w1": torch.randn(8, 4), "lokr_w2": torch.randn(3, 4)}, layer, x)
+
+
+@pytest.mark.filterwarnings("ignore:::peft", "ignore:::diffusers", "ignore:::transformers")
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_diffusers_reads_clip(component: str, dialect: str) -> None:
+    pipeline = StableDiffusionXLPipeline(**tiny.sdxl_parts())
+    encoder = getattr(pipeline, component).eval()
+    lora = Rule(LoRA(rank=2, alpha=1.0 if dialect == "kohya" else 2.0), path="*self_attn*")
+    adapters = AdapterSet.build(encoder, plan(encoder, lora, strict=False))
+    perturb(adapters)
+    x = torch.randint(0, 50, (1, 8))
+    with torch.no_grad():
+        plain = encoder(x)[0]
+        adapters.attach()
+        expected = encoder(x)[0]
+        adapters.detach()
+    written = compose({component: adapters.bundle()}, dialect, model={component: encoder}, family="sdxl")
+    pipeline.load_lora_weights(dict(written.tensors))
+    with torch.no_grad():
+        found = encoder(x)[0]
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-4)
+    architecture = "clip" if component == "text_encoder" else "clip-with-projection"
+    assert CONSUMERS["diffusers"].known(dialect, architecture) is not None

@@ -253,3 +253,15 @@ def test_what_has_no_place_is_left_out_only_when_asked(flux: nn.Module, tmp_path
     done = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux, strict=False)
     assert "unused: lora_unet_nowhere.lora_up.weight" in str(done)
     assert load_file(tmp_path / "c.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("to", "name"), [("kohya", "lora"), ("diffusers", "dora")])
+def test_an_export_depends_on_the_dialect(to: str, name: str, flux: nn.Module, tmp_path: Path) -> None:
+    """diffusers leaves DoRA's lengths out of kohya's files, and reads them in its own."""
+    write(adapted(flux, DoRA(over=LoRA(rank=2)), "*transformer_blocks.0.attn.*").bundle(), tmp_path / "a.safetensors")
+    save_file({k: v.contiguous() for k, v in flux.state_dict().items()}, tmp_path / "base.safetensors")
+    base = BaseWeights.open(tmp_path / "base.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to, portable="diffusers", base=flux, weights=base)
+    entries = read(tmp_path / "b.safetensors", flux).entries
+    assert {entry.algorithm.name for (entry,) in entries.values()} == {name}
+    assert check(tmp_path / "b.safetensors", "diffusers", base=flux).as_trained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -225,16 +225,18 @@ class Part:
     def _as_written(self, layer: str) -> str:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
 
+    @cached_property
+    def _named(self) -> Collection[str] | None:
+        """The layers' names, as written, that the program knows; None: any."""
+        architecture, named = self.layout.architecture, self.known.named if self.known else ""
+        if architecture is None or not named:
+            return None
+        return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
+
     def _lost(self, written: str) -> bool:
         """Whether the program passes a layer's keys over."""
-        if self.known is None:
-            return False
-        if re.fullmatch(self.known.lost, self.written[written].key):
-            return True
-        architecture, own = self.layout.architecture, DIALECTS[self.own]
-        if not self.known.named or architecture is None:
-            return False
-        return written not in self.layout.written(DIALECTS[self.known.named].naming_for(architecture), own.style)
+        unnamed = self._named is not None and written not in self._named
+        return unnamed or (self.known is not None and bool(re.fullmatch(self.known.lost, self.written[written].key)))
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lycoris import recast
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError, unknown
 from lycoris.files import placing
 from lycoris.files.consumers import CONSUMERS
@@ -97,7 +98,7 @@ def convert(
     if portable is not None:
         _check_known(to, portable, found)
         bundles = {
-            name: _portable(bundle, portable, layouts[name], None if name else weights, done)
+            name: _portable(bundle, portable, to, layouts[name], None if name else weights, done)
             for name, bundle in bundles.items()
         }
     if weights is not None and "" in bundles and not DIALECTS[to].folder:
@@ -142,7 +143,7 @@ def _check_known(to: str, program: str, found: Opened) -> None:
 
 
 def _portable(
-    bundle: Bundle, program: str, layout: Layout, weights: BaseWeights | None, done: dict[str, str]
+    bundle: Bundle, program: str, to: str, layout: Layout, weights: BaseWeights | None, done: dict[str, str]
 ) -> Bundle:
     """Every adapter as a program reads it as trained; what was done to which is put into `done`."""
     entries, problems = {}, {}
@@ -150,7 +151,7 @@ def _portable(
         made = []
         for entry in stack:
             try:
-                one, what = _exported(entry, program, layer, layout, weights)
+                one, what = _exported(entry, program, to, layer, layout, weights)
             except FileError as error:
                 problems[layer] = str(error)
                 break
@@ -162,6 +163,22 @@ def _portable(
         first, why = next(iter(problems.items()))
         raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
     return replace(bundle, entries=entries)
+
+
+def _exported(
+    entry: Entry, program: str, to: str, layer: str, layout: Layout, weights: BaseWeights | None
+) -> tuple[Entry, str]:
+    architecture = None if layout.architecture is None else layout.architecture.name
+    export = partial(portable_entry, entry, program, dialect=to, architecture=architecture)
+    try:
+        return export()
+    except PlanError as error:
+        if weights is None:
+            raise FileError(
+                f"what {program} would need of {entry.algorithm.name} depends on the base model's weights: give the "
+                "folder that they are in (--base)"
+            ) from error
+        return export(base=weights.affine(layer, layout))
 
 
 def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
@@ -179,18 +196,6 @@ def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: d
             entries[layer] = tuple(plain(entry, weights.affine(layer, layout)) for entry in stack)
             done[layer] = f"{stack[0].algorithm.name} written as a LoRA or a difference, for its layer is cut or joined"
     return replace(bundle, entries=entries)
-
-
-def _exported(entry: Entry, program: str, layer: str, layout: Layout, weights: BaseWeights | None) -> tuple[Entry, str]:
-    try:
-        return portable_entry(entry, program)
-    except PlanError as error:
-        if weights is None:
-            raise FileError(
-                f"what {program} would need of {entry.algorithm.name} depends on the base model's weights: give the "
-                "folder that they are in (--base)"
-            ) from error
-        return portable_entry(entry, program, weights.affine(layer, layout))
 
 
 def _write_folder(bundles: Mapping[str, Bundle], target: str | os.PathLike[str], dtype: torch.dtype | None) -> Encoded:

@@ -31,8 +31,17 @@ from lycoris.recast import dense, low_rank
 Form = TypeVar("Form", LoRA, LoKr)
 
 
-def portable(entry: Entry, consumer: str, base: Affine | None = None) -> tuple[Entry, str]:
+def portable(
+    entry: Entry,
+    consumer: str,
+    base: Affine | None = None,
+    *,
+    dialect: str | None = None,
+    architecture: str | None = None,
+) -> tuple[Entry, str]:
     """The adapter as a program evaluates it as trained, and what was done to it ("nothing" where it is so already).
+
+    `dialect` and `architecture` are what it is written as and for; see `Consumer.verdict`.
 
     Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
     """
@@ -40,7 +49,7 @@ def portable(entry: Entry, consumer: str, base: Affine | None = None) -> tuple[E
         raise FileError(unknown("consumer", consumer, CONSUMERS))
     done: dict[Remedy, str] = {}
     while True:
-        verdict = CONSUMERS[consumer].verdict(entry, base)
+        verdict = CONSUMERS[consumer].verdict(entry, base, dialect=dialect, architecture=architecture)
         if verdict.reads == "as trained":
             return entry, ", then ".join(done.values()) or "nothing"
         if verdict.remedy is None or verdict.remedy in done:
