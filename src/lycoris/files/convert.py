@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lycoris import recast
-from lycoris.bundle import Bundle
+from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError, unknown
 from lycoris.files import placing
 from lycoris.files.consumers import CONSUMERS

@@ -6,7 +6,7 @@ import torch
 
 from lycoris.adapter import Matrix
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import IA3, DoRA, LoKr
+from lycoris.algorithms import IA3, MAGNITUDE, DoRA, LoKr
 from lycoris.bundle import Entry
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
@@ -78,7 +78,7 @@ def dotted(case: Case) -> bool:
 
 def scaled(case: Case) -> bool:
     """DoRA's lengths under the name that PEFT does not know."""
-    return dora(case) and "dora_scale" not in DIALECTS[case.dialect].spelling
+    return DIALECTS[case.dialect].lengths.get(case.dora) == MAGNITUDE
 
 
 def cored(case: Case) -> bool:
