@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, merging, sharding
+from lycoris import attach, bases, filling, fingerprint, merging, sharding
 from lycoris.adapter import Adapter
-from lycoris.bundle import Base, Bundle, Entry
+from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError, ConfigError, unknown
 from lycoris.geometry import class_name, site, sites
 from lycoris.merging import Merge, MergeReport
@@ -385,11 +385,9 @@ class AdapterSet:
 
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
-        entries = {
-            path: tuple(Entry(a.algorithm, a.geometry, a.whole()) for a in stack) for path, stack in self.stacks.items()
-        }
         layers = {place.path: place.geometry for place in sites(self.model)}
-        return Bundle(entries, dict(self.metadata), Base(class_name(self.model), layers))
+        signs = "" if self.merged else fingerprint.of_weights(self.model)
+        return Bundle(filling.entries(self.stacks), dict(self.metadata), Base(class_name(self.model), layers, signs))
 
     def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
         those = self.stacks if paths is None else paths

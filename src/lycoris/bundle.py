@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lycoris.algorithm import Entry
@@ -14,12 +14,14 @@ __all__ = ["Base", "Bundle", "Entry"]
 
 
 class Base(NamedTuple):
-    """The model that adapters are for, as far as names and shapes go."""
+    """The model that adapters are for."""
 
     model: str
     """Name of its class."""
     layers: Mapping[str, Geometry]
     """Of all its layers, by dotted path."""
+    signs: str = ""
+    """Of its weights; see `lycoris.fingerprint`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Bundle:
     def remarks(self) -> tuple[str, ...]:
         """What reading the file brought up that is no error, such as keys for a component that was not given."""
         return tuple(self.report.notes())
+
+    def remarked(self, remark: str) -> Bundle:
+        """With one more of these."""
+        return replace(self, report=replace(self.report, remarks=(*self.report.remarks, remark)))
 
     def __str__(self) -> str:
         names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})

@@ -121,6 +121,14 @@ def _made(entry: Entry, place: Site) -> Adapter:
     return adapter
 
 
+def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
+    """Adapters as values, whole."""
+    return {
+        path: tuple(Entry(each.algorithm, each.geometry, each.whole()) for each in stack)
+        for path, stack in stacks.items()
+    }
+
+
 def state(stacks: Stacks) -> dict[str, Tensor]:
     """Every tensor under `path/index/slot`, detached and whole."""
     return {

@@ -93,7 +93,9 @@ def resolve(
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
     """
     layout = model if isinstance(model, Layout) else Layout.of(model)
-    return _resolve(tensors, layout, dialect, metadata or {}, component, prefix, strict, family, as_written=False)[0]
+    found, _ = _resolve(tensors, layout, dialect, metadata or {}, component, prefix, strict, family, as_written=False)
+    other = "" if component or isinstance(model, Layout) else fingerprint.other_weights(metadata or {}, model)
+    return found.remarked(other) if other else found
 
 
 def resolve_as_written(
@@ -139,7 +141,7 @@ def _resolve(
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused
-    remark = _of_another_base(header, layout) if component == "" else ""
+    remark = "" if component else fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle)
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
@@ -176,15 +178,6 @@ def _unused(match: _Match, layout: Layout) -> dict[str, str]:
         if layer not in match.names:
             unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}")
     return unused
-
-
-def _of_another_base(header: Mapping[str, str], layout: Layout) -> str:
-    """What is to be said where a file tells of another base than this; "" where it does not."""
-    made_for = fingerprint.told_by(header)
-    own = {fingerprint.of_layers("", layers).layers for layers in (layout.layers, layout.middle)}
-    if made_for is None or made_for.layers in own:
-        return ""
-    return f"it was made for another base, a {made_for.model} of other layers than this {layout.owner}"
 
 
 @dataclass

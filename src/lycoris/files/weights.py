@@ -40,13 +40,18 @@ class BaseWeights:
         """
         span = layout.spans(layout.naming)[name]
         weights = [self._read(f"{part}.weight") for part in span.parts]
-        biases = [self._read(f"{part}.bias") for part in span.parts if f"{part}.bias" in self.files]
-        weight = torch.cat(weights)
-        bias = torch.cat(biases) if len(biases) == len(weights) else None
+        weight, bias = torch.cat(weights), None
+        if any(f"{part}.bias" in self.files for part in span.parts):
+            bias = torch.cat([self._bias(part, own) for part, own in zip(span.parts, weights, strict=True)])
         if span.swaps(layout.layers[name]):
             half = len(weight) // 2
             weight, bias = weight.roll(half, 0), None if bias is None else bias.roll(half, 0)
         return Affine(weight, bias)
+
+    def _bias(self, part: str, weight: Tensor) -> Tensor:
+        """Of a part without one, zeros: another part of its module has one."""
+        name = f"{part}.bias"
+        return self._read(name) if name in self.files else weight.new_zeros(len(weight))
 
     def _read(self, name: str) -> Tensor:
         if name not in self.files:

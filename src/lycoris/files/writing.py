@@ -195,7 +195,7 @@ def _layout(bundle: Bundle, dialect: Dialect, model: nn.Module | Layout | None) 
     if model is not None:
         return Layout.of(model)
     if bundle.base is not None:
-        return Layout.all_of(*bundle.base)
+        return Layout.all_of(bundle.base.model, bundle.base.layers)
     layers = {path: stack[0].geometry for path, stack in bundle.entries.items()}
     return Layout("the model", layers, middle=layers) if dialect.alike else Layout.around(layers)
 
