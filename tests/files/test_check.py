@@ -221,7 +221,7 @@ def test_a_bias_beside_a_lora(tmp_path: Path) -> None:
 
 def test_a_scale_that_is_not_what_was_trained(tmp_path: Path) -> None:
     layout, path = layout_of("flux1"), tmp_path / "a.safetensors"
-    tensors = compose(bundle_of(layout, layers=BLOCK), "kohya", model=layout).tensors
+    tensors = compose(bundle_of(layout, (LoRA(rank=2),), BLOCK), "kohya", model=layout).tensors
     save_file(tensors, path, metadata={"ss_network_args": '{"algo": "dylora", "block_size": "2"}'})
     found = check(path, "comfyui")
     assert {each.reads for each in found.layers.values()} == {"differently"}

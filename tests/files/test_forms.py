@@ -113,6 +113,43 @@ class TestOldForms:
         )
         assert entry.algorithm.scale(entry.geometry) == pytest.approx(0.3)
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("alpha", [1.3, 1e5, 2.0])
+    def test_the_scale_of_a_bias_is_not_rounded(self, alpha: float, dtype: torch.dtype) -> None:
+        factors = {"lora_up__weight": torch.ones(6, 2, dtype=dtype), "lora_down__weight": torch.ones(2, 5, dtype=dtype)}
+        bias = torch.full((6,), 0.5).to(dtype)
+        _, moved = self.entries(**factors, lora_up__bias=bias, alpha=torch.tensor(alpha))
+        assert torch.allclose(moved.tensors["diff_b"].double(), bias.double() * alpha / 2, rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("changed", "words"),
+        [
+            ({"bias_size": torch.tensor([-6, -5])}, r"sparse entries of shape \(-6, -5\) do not fit"),
+            ({"bias_size": torch.tensor([6.0, 5.0])}, "integers are expected"),
+            ({"bias_indices": torch.tensor([[0.5], [1.0]])}, "integers are expected"),
+            ({"bias_indices": torch.zeros(2, 2, 1, dtype=torch.int64)}, "do not fit"),
+        ],
+    )
+    def test_sparse_places_that_are_none(self, changed: dict[str, Tensor], words: str) -> None:
+        good = {
+            "bias_indices": torch.tensor([[0], [1]]),
+            "bias_values": torch.ones(1),
+            "bias_size": torch.tensor([6, 5]),
+        }
+        small = {"bias_indices": torch.tensor([[0], [1]], dtype=torch.uint16)}
+        assert self.entries(**(good | small))[-1].tensors["diff"][0, 1] == 1
+        with pytest.raises(FileError, match=words):
+            self.entries(**(good | changed))
+
+    @pytest.mark.parametrize(
+        "alpha", [torch.ones(2), torch.tensor(1j), torch.tensor([])], ids=["two", "complex", "none"]
+    )
+    def test_alphas_that_are_none(self, alpha: Tensor) -> None:
+        factors = {"lora_up__weight": torch.ones(6, 2), "lora_down__weight": torch.ones(2, 5)}
+        for beside in ({}, {"lora_up__bias": torch.ones(6)}):
+            with pytest.raises(FileError, match=r"0\.alpha must be one finite number"):
+                self.entries(**factors, **beside, alpha=alpha)
+
     def test_sparse_places_and_a_bias(self) -> None:
         stack = self.entries(
             lora_up__weight=torch.randn(6, 2),
@@ -150,7 +187,7 @@ class TestOldForms:
     @pytest.mark.parametrize("scale", [torch.ones(6), torch.tensor(1j)], ids=["many", "complex"])
     def test_scales_that_are_none(self, scale: Tensor) -> None:
         """A control LoRA of Black Forest Labs has the scales of norms under that name."""
-        with pytest.raises(FileError, match=r"0\.scale has shape .* one number is expected"):
+        with pytest.raises(FileError, match=r"0\.scale must be one finite number"):
             self.entries(lora_up__weight=torch.randn(6, 2), lora_down__weight=torch.randn(2, 5), scale=scale)
         with pytest.raises(FileError, match=r"0\.scale is beside oft_blocks, which has no scale"):
             self.entries(oft_blocks=torch.zeros(3, 2, 2), scale=torch.tensor(1.0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lycoris import outline
 from lycoris.errors import FileError
-from lycoris.files import convert, detect, header, judge, resolve
+from lycoris.files import check, convert, detect, header, judge, resolve
 from lycoris.files.layout import Layout
 
 BLOCKS = {f"lora_unet_double_blocks_{at}_img_attn_qkv": (9216, 3072) for at in range(2)}
@@ -68,6 +68,27 @@ def test_a_model_that_is_given_counts_for_the_header_too(tmp_path: Path) -> None
     source = written(tmp_path / "a.safetensors", BLOCKS, "flux1")
     convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.known("hunyuanvideo"))
     assert header(tmp_path / "b.safetensors").metadata["lycoris_family"] == "hunyuanvideo"
+
+
+def test_a_header_of_another_base_is_not_handed_on(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.safetensors", BLOCKS)
+    said = {"lycoris_family": "sdxl", "lycoris_base": '{"model": "X", "layers": "0"}', "ss_output_name": "x"}
+    save_file(load_file(source), source, said)
+    done = convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.known("hunyuanvideo"))
+    after = header(tmp_path / "b.safetensors").metadata
+    assert after["lycoris_family"] == "hunyuanvideo"
+    assert after["ss_output_name"] == "x"
+    assert '"X"' not in after["lycoris_base"]
+    assert "made for another base, a X" in str(done)
+
+
+def test_text_encoders_are_counted_as_the_given_model_s_family_does(tmp_path: Path) -> None:
+    layers = {"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072)}
+    layers |= {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}
+    source = written(tmp_path / "a.safetensors", layers)
+    convert(source, tmp_path / "b.safetensors", "diffusers", base=outline.known("flux.1-dev"))
+    assert any(key.startswith("text_encoder_2.encoder.") for key in load_file(tmp_path / "b.safetensors"))
+    assert check(source, "comfyui", base=outline.known("flux.1-dev")).as_trained
 
 
 def test_one_layer_of_a_unet_is_of_the_model_that_the_header_names(tmp_path: Path) -> None:

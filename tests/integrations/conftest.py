@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from pipelines import PIPELINES
+from stock_pipelines import PIPELINES
 
 
 @pytest.fixture(scope="session")

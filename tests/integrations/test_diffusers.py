@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stock_pipelines import DENOISER, adapters, bundles, draw, kohya, merged, pipeline, state
 from torch import nn
 
 from cases import relative
@@ -16,7 +17,6 @@ from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files import save_tensors
 from lycoris.integrations.diffusers import load, models
 from lycoris.schedule import RankSchedule
-from pipelines import DENOISER, adapters, bundles, draw, kohya, merged, pipeline, state
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:::diffusers", "ignore:::transformers", "ignore:::peft", "ignore:::torch"

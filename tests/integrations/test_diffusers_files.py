@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from stock_pipelines import DENOISER, adapters, bundles, diffusers_file, draw, kohya, mixed, pipeline, state
 
 from cases import relative
 from lycoris import DoRA, LoKr, LoRA, write
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.peft import lora_adapter_metadata, write_peft
 from lycoris.integrations.diffusers import load, models
-from pipelines import DENOISER, adapters, bundles, diffusers_file, draw, kohya, mixed, pipeline, state
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:::diffusers", "ignore:::transformers", "ignore:::peft", "ignore:::torch"

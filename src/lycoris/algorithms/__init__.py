@@ -52,6 +52,7 @@ __all__ = [
     "LoRA",
     "Norm",
     "TLoRA",
+    "number",
     "read_tensors",
     "write_tensors",
 ]
@@ -85,7 +86,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
         return _read_stack(tensors, g, where)
     rest = dict(tensors)
     alpha, magnitude = rest.pop(ALPHA, None), rest.pop(MAGNITUDE, None)
-    scale = None if alpha is None else _number(alpha, f"{where}.alpha")
+    scale = None if alpha is None else number(alpha, f"{where}.alpha")
     kind = _recognise(rest, g, where)
     slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
     p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
@@ -157,7 +158,8 @@ def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str)
     return fitted
 
 
-def _number(tensor: Tensor, where: str) -> float:
-    if tensor.numel() != 1 or not torch.isfinite(tensor.float()).all():
+def number(tensor: Tensor, where: str) -> float:
+    """The number that a tensor holds. Raises `FileError` for anything but one, finite and real."""
+    if tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.float()).all():
         raise FileError(f"{where} must be one finite number, not {tensor.tolist()!r:.80}")
     return float(tensor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from lycoris import outline
 from lycoris.errors import ConfigError, nearest, unknown
+from lycoris.jsons import json_object
 
 
 def empty(model: str) -> nn.Module:
@@ -38,16 +38,13 @@ def empty(model: str) -> nn.Module:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        return json_object(path.read_text())
     except FileNotFoundError:
         parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
         hint = f"; folders in it that have one: {', '.join(parts)}" if parts else ""
         raise ConfigError(f"{path.parent} has no config.json{hint}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is to be a JSON object that describes a model, not {type(config).__name__}")
-    return config
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a JSON object that describes a model: {error}") from error
 
 
 def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lycoris.cli.outcome import plain_errors
 from lycoris.errors import ConfigError, unknown
+from lycoris.jsons import json_object
 
 if TYPE_CHECKING:
     from lycoris.explain import Explanation
@@ -71,12 +72,9 @@ def _config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path} is to be a JSON object of options, not {type(given).__name__}")
-    return given
+        return json_object(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a JSON object of options: {error}") from error
 
 
 def _set(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def _set(settings: Sequence[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set takes NAME=VALUE, such as --set dora_wd=true, not {setting!r}")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lycoris import recast
+from lycoris import fingerprint, recast
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, PlanError, unknown
 from lycoris.files import placing
+from lycoris.files.components import FAMILY
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.detect import Detection, ambiguous
 from lycoris.files.dialect import Style, flatten
@@ -106,9 +107,18 @@ def convert(
     if DIALECTS[to].folder:
         written = _write_folder(bundles, target, dtype)
     else:
-        header = kept(found.header)
+        header = _header(found)
         written = write(bundles, target, to, dtype=dtype, metadata=header, model=layouts, family=found.family)
     return Conversion(found.detection, reports, found.assumed, written._replace(notes={**done, **written.notes}))
+
+
+def _header(found: Opened) -> dict[str, str]:
+    """What of the file's header stays true; which base it says that it is for, if it is for that."""
+    header = {key: value for key, value in kept(found.header).items() if key != FAMILY}
+    layout = found.layouts.get("")
+    if layout is not None and fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle):
+        del header[fingerprint.KEY]
+    return header
 
 
 def _check_asked(to: str | None, portable: str | None) -> None:

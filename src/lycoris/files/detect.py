@@ -90,9 +90,9 @@ def detect(path: str | os.PathLike[str]) -> Detection:
         raise FileError(f"{path}: {error}") from error
 
 
-def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Detection:
-    """The same from names and shapes."""
-    readings = [_reading(dialect, shapes, metadata) for dialect in DIALECTS.values()]
+def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None) -> Detection:
+    """The same from names and shapes; of a `family`, if the caller knows it."""
+    readings = [_reading(dialect, shapes, metadata, family) for dialect in DIALECTS.values()]
     best = max((each for each in readings if each.layers), key=_Reading.score, default=None)
     if best is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
@@ -134,18 +134,20 @@ class _Reading:
         return -len(self.strange), named, self.marked, usual, self.spelled
 
 
-def _reading(dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> _Reading:
+def _reading(
+    dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[str, str], known: Family | None
+) -> _Reading:
     keys = {name: dialect.split(name) for name in shapes}
     parted = {name: key for name, key in keys.items() if key is not None}
     flat = dialect.style == "flat"
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
     found = sorted(candidates(denoiser, flat), key=lambda each: _rank(each, dialect))
-    told = family_in(metadata)
+    told = known or family_in(metadata)
     fitting = _only(found, told, "")
     family, remark = told, ""
-    if told is None or (found and not fitting):
+    if told is None or (known is None and found and not fitting):
         family = family_of({"": found[0].architecture}) if found and not ambiguous(found) else None
-    if told is not None and found and not fitting:
+    if known is None and told is not None and found and not fitting:
         remark = f"its header says {told.name}, which has no such layers; taken for what they are"
     layers = _grouped(parted, shapes, component_of(family))
     suffixes: dict[tuple[str, str], set[str]] = {}

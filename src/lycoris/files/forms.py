@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import ALPHA, Full, LoRA, Norm
+from lycoris.algorithms import ALPHA, Full, LoRA, Norm, number
 from lycoris.errors import FileError
 from lycoris.geometry import Geometry
 from lycoris.ops.rounding import widened
@@ -77,15 +77,13 @@ def _scale(own: Group, g: Geometry, where: str) -> None:
     """A number that stands for alpha / rank, and scales what has no ranks."""
     if "scale" not in own:
         return
-    scale = own.pop("scale")
-    if scale.numel() != 1 or scale.is_complex():
-        raise FileError(f"{where}.scale has shape {tuple(scale.shape)}; one number is expected, for alpha / rank")
+    scale = number(own.pop("scale"), f"{where}.scale")
     ranked = next((own[key] for key in RANKED if key in own and own[key].dim()), None)
     whole = next((key for key in (DIFF, "lokr_w1") if key in own), None)
     if ranked is not None:
-        own[ALPHA] = scale.double() * ranked.shape[0]
+        own[ALPHA] = torch.tensor(scale * ranked.shape[0], dtype=torch.float64)
     elif whole is not None:
-        own[whole] = widened(own[whole]) * float(scale)
+        own[whole] = widened(own[whole]) * scale
     else:
         raise FileError(f"{where}.scale is beside {', '.join(sorted(own)) or 'nothing'}, which has no scale")
 
@@ -131,8 +129,10 @@ def _bias_of_up(own: Group, g: Geometry, where: str) -> Group | None:
     """PEFT's `lora_bias`: a bias behind the second factor, under the same scale."""
     if "lora_up.bias" not in own:
         return None
-    bias, rank = own.pop("lora_up.bias"), own[DOWN].shape[0] if DOWN in own else 1
-    return {DIFF_B: bias * (own[ALPHA].to(bias) / rank if ALPHA in own else 1.0)}
+    bias, down = own.pop("lora_up.bias"), own.get(DOWN)
+    rank = len(down) if down is not None and down.dim() else 1
+    scale = number(own[ALPHA], f"{where}.alpha") / rank if ALPHA in own else 1.0
+    return {DIFF_B: bias if scale == 1 else widened(bias) * scale}
 
 
 def _bias(own: Group, g: Geometry, where: str) -> Group | None:
@@ -151,11 +151,14 @@ def _sparse(own: Group, g: Geometry, where: str) -> Group | None:
     if missing:
         raise FileError(f"{where} has {' and '.join(n for n in names if n in own)}, and no {' and '.join(missing)}")
     at, values, size = (own.pop(name) for name in names)
-    shape = tuple(int(n) for n in size.flatten().tolist())
-    if at.dim() != 2 or at.shape[0] != len(shape) or at.shape[1] != values.numel() or math.prod(shape) != g.size:
+    if at.is_floating_point() or size.is_floating_point():
+        raise FileError(f"{where}: bias_indices and bias_size are {at.dtype} and {size.dtype}; integers are expected")
+    at, shape = at.long(), tuple(int(n) for n in size.flatten().tolist())
+    fits = min(shape, default=0) > 0 and math.prod(shape) == g.size
+    if not fits or at.dim() != 2 or tuple(at.shape) != (len(shape), values.numel()):
         raise FileError(f"{where}: sparse entries of shape {shape} do not fit a {g}")
     if at.numel() and (bool((at < 0).any()) or bool((at >= torch.tensor(shape)[:, None]).any())):
         raise FileError(f"{where}.bias_indices points outside of {shape}")
     dense = torch.zeros(shape, dtype=values.dtype)
-    dense[tuple(at.long())] = values
+    dense[tuple(at)] = values
     return {DIFF: g.turned(dense.reshape(g.shape))}

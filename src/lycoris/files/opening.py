@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from lycoris import outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.files.components import family_of
+from lycoris.files.components import family_in, family_of
 from lycoris.files.detect import Detection, ambiguous, detect, judge
 from lycoris.files.families import FAMILIES
+from lycoris.files.family import Family
 from lycoris.files.headers import header
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
@@ -46,16 +48,13 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
     """
     folder = peft_folder(source)
     if folder is not None:
-        found = detect(folder)
-        model = outline.known(_outline(found, "")) if base is None else base
-        layout, assumed = Layout.of(model), found.models if base is None else {}
-        family = found.family if base is None else _family(found, layout)
-        bundle = _certain(read_peft(folder, model), found, assumed, "")
-        return Opened(found, (*header(folder / WEIGHTS).tensors,), {}, {"": bundle}, {"": layout}, family, assumed)
+        return _folder(folder, base)
+    given = None if base is None else Layout.of(base)
     tensors, metadata = load_tensors(source)
     try:
-        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
-        return _opened(tensors, metadata, found, base, strict)
+        family = None if given is None else _family(metadata, given)
+        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, family)
+        return _opened(tensors, metadata, found, given, strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
@@ -66,23 +65,30 @@ def known(fit: Fit) -> Layout:
     return Layout.known(fit.architecture, fit.outline)
 
 
+def _folder(folder: Path, base: nn.Module | None) -> Opened:
+    found = detect(folder)
+    model = outline.known(_outline(found, "")) if base is None else base
+    layout, assumed = Layout.of(model), found.models if base is None else {}
+    family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
+    bundle = _certain(read_peft(folder, model), found, assumed, "")
+    names = (*header(folder / WEIGHTS).tensors,)
+    return Opened(found, names, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
+
+
 def _opened(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], found: Detection, base: nn.Module | None, strict: bool
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], found: Detection, denoiser: Layout | None, strict: bool
 ) -> Opened:
-    bundles, layouts = {}, {}
-    given = None if base is None else Layout.of(base)
-    family = found.family if given is None else _family(found, given)
-    assumed = {}
+    bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
-        layout = given
+        layout = denoiser
         if layout is None or component:
             assumed[component] = _outline(found, component)
             layout = known(found.fits[component][0])
         bundle, layouts[component] = resolve_as_written(
-            tensors, layout, found.dialect, metadata, component, family, strict=strict
+            tensors, layout, found.dialect, metadata, component, found.family, strict=strict
         )
         bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, (*tensors,), metadata, bundles, layouts, family, assumed)
+    return Opened(found, (*tensors,), metadata, bundles, layouts, found.family, assumed)
 
 
 def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:
@@ -91,14 +97,12 @@ def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], compo
     return replace(bundle, base=None) if guessed else bundle
 
 
-def _family(found: Detection, denoiser: Layout) -> str | None:
-    """The family of a file whose denoiser is known."""
-    architecture = denoiser.architecture
-    named = FAMILIES.get(found.family or "")
-    if named is not None and (architecture is None or named.components.get("") == architecture.name):
-        return named.name
-    family = family_of({"": architecture})
-    return None if family is None else family.name
+def _family(metadata: Mapping[str, str], denoiser: Layout) -> Family | None:
+    """The family of a file whose denoiser is known: that of its header, unless that has other denoisers."""
+    architecture, told = denoiser.architecture, family_in(metadata)
+    if told is not None and (architecture is None or told.components.get("") == architecture.name):
+        return told
+    return family_of({"": architecture})
 
 
 def _outline(found: Detection, component: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lycoris.errors import FileError, unknown
+from lycoris.jsons import json_object
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST = 4 * 2**20
@@ -184,12 +184,9 @@ def load_config(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST:
         raise FileError(f"{path} has {path.stat().st_size} bytes; a config has at most {LARGEST}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FileError(f"{path} holds {type(values).__name__}, not settings by name")
-    return values
+        return json_object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"{path} is not JSON with settings by name: {error}") from error
 
 
 def inside(folder: Path, name: str) -> Path:
