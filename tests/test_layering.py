@@ -14,7 +14,7 @@ ORDER = (
     {"algorithms"},
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "filling", "adapters"},
+    {"preset", "options", "recipe", "strengths", "filling", "adapters"},
     {"explain", "memory", "outline"},
     {"files"},
     {"generation", "training"},

@@ -33,7 +33,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.algorithm, self.geometry = algorithm, geometry
         self.set_call(1.0, None)
-        self.silent = False
+        self.merged = False
+        """Whether it is part of the layer's weight."""
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
         self._dropping = torch.tensor(1.0)
@@ -71,6 +72,11 @@ class Adapter(nn.Module):
         self.call = Call(strength, keep)
         # A compiled graph takes the strength as a tensor, so that it serves every value.
         self._traced = Call(torch.tensor(strength, dtype=torch.float64), keep)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it lets passes through: merged, and no mask asks for a part of that to be taken away again."""
+        return self.merged and self.call.keep is None
 
     def train(self, mode: bool = True) -> Adapter:
         """Training draws dropout, evaluation is deterministic."""

@@ -20,6 +20,7 @@ from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
+from lycoris.strengths import Strengths, finite
 
 logger = logging.getLogger("LyCORIS")
 
@@ -29,6 +30,7 @@ class AdapterSet:
 
     States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
     Sets that are attached at the same time need different names; with None a set takes a free one when attached.
+    Of sets that have the same adapters one at a time is attached or merged; what is set on the others waits.
     """
 
     def __init__(
@@ -42,8 +44,7 @@ class AdapterSet:
         self.metadata: dict[str, str] = {}
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
-        self._strength, self._merged_at = 1.0, 0.0
-        self._blocks: Mapping[str, float] = {}
+        self._strengths, self._merged_at = Strengths(), Strengths()
         self._attached_by_merge = False
         self._keep: Tensor | None = None
         self._attached = False
@@ -69,17 +70,7 @@ class AdapterSet:
         """
         if not stochastic_rounding:
             filling.warn_of_rounding(dtype, stacklevel=2)
-        stacks = {}
-        for placement in plan.placements:
-            place = site(model, placement.path)
-            own = filling.home(place) if dtype is None else filling.home(place) | {"dtype": dtype}
-            stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
-            below = attach.top(place.module, place.attribute)
-            for adapter in stack:
-                adapter.attribute = place.attribute
-                adapter.initialise(below)
-            stacks[placement.path] = tuple(stack)
-        return cls(model, stacks, name)
+        return cls(model, filling.built(model, plan, dtype), name)
 
     @classmethod
     def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
@@ -96,6 +87,8 @@ class AdapterSet:
     def attach(self) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
 
+        Raises `AttachError` while another set has some of them attached or merged.
+
         While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
         "LyCORIS" says what works on them, which `capabilities` has as a value.
         """
@@ -110,6 +103,7 @@ class AdapterSet:
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
+        self.refresh()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
         return self
@@ -161,18 +155,24 @@ class AdapterSet:
                 raise AttachError(
                     f"{path} was replaced by another module since these adapters were made; make them anew"
                 )
+            if any(self._is_elsewhere(path, adapter) for adapter in self.stacks[path]):
+                raise AttachError(f"another set has the adapter of {path} attached or merged; take it off there first")
+
+    def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
+        """Whether another set has put an adapter on or merged it."""
+        return not (self._attached or self.merged) and (adapter.merged or attach.is_on(self._layers[path], adapter))
 
     # -- in force ----------------------------------------------------------------------------------------------------
 
     @property
     def strength(self) -> float:
         """In force; of a merged set, the one it was merged at."""
-        return self._merged_at if self.merged else self._strength
+        return (self._merged_at if self.merged else self._strengths).whole
 
     @property
     def blocks(self) -> Mapping[str, float]:
         """Factors by path of a block; see `set_strength`."""
-        return self._blocks
+        return self._strengths.blocks
 
     def set_strength(self, strength: float, blocks: Mapping[str, float] | None = None) -> None:
         """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`.
@@ -181,13 +181,8 @@ class AdapterSet:
         longest counts. None: the same everywhere. Raises `ConfigError` for a block without adapters.
         """
         self._check_unmerged()
-        known = set(filling.blocks_of(self.stacks))
-        for block in blocks or {}:
-            if block not in known:
-                raise ConfigError(unknown("block of layers with adapters", block, known))
-        factors = {block: filling.finite(factor) for block, factor in (blocks or {}).items()}
-        self._strength, self._blocks = filling.finite(strength), factors
-        self._refresh()
+        self._strengths = Strengths.of(strength, blocks or {}, self.stacks)
+        self.refresh()
 
     def set_strength_at(self, path: str, strength: float) -> None:
         """Another strength at one layer than at the rest, until `set_strength`; `blocks` then has all of every layer's.
@@ -197,27 +192,25 @@ class AdapterSet:
         self._check_unmerged()
         if path not in self.stacks:
             raise ConfigError(unknown("layer with adapters", path, self.stacks))
-        own = self._blocks if self._strength == 1 else {p: self._strength * self.factor(p) for p in self.stacks}
-        self._strength, self._blocks = 1.0, {**own, path: filling.finite(strength)}
-        self._refresh([path])
+        self._strengths = self._strengths.with_one(path, finite(strength), self.stacks.keys())
+        self.refresh([path])
 
     def strength_at(self, path: str) -> float:
         """What is set at a layer, whatever the adapters are merged at."""
-        return self._strength * self.factor(path)
+        return self._strengths.at(path)
 
     def _check_unmerged(self) -> None:
         if self.merged:
-            raise AttachError(f"the adapters are merged at strength {self._merged_at}; unmerge them to change it")
+            raise AttachError(f"the adapters are merged at strength {self._merged_at.whole}; unmerge them to change it")
 
     def factor(self, path: str) -> float:
         """What the strength is multiplied by at a layer."""
-        around = [block for block in filling.blocks_of([path]) if block in self._blocks] if self._blocks else []
-        return self._blocks[max(around, key=len)] if around else 1.0
+        return self._strengths.factor(path)
 
     def set_keep(self, keep: Tensor | None) -> None:
         """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
         self._keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
-        self._refresh()
+        self.refresh()
 
     def set_timesteps(self, timesteps: Tensor | None) -> None:
         """Timesteps on 0..T, one for all or one per sample, for algorithms that follow them; None: all ranks.
@@ -231,16 +224,16 @@ class AdapterSet:
     @contextmanager
     def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[AdapterSet]:
         """Strength and timestep for the forward passes inside; what was in force before is put back."""
-        before = self._strength, self._keep
+        before = self._strengths, self._keep
         try:
             if strength is not None:
-                self.set_strength(strength, self._blocks)
+                self.set_strength(strength, self.blocks)
             if timestep is not None:
                 self.set_timesteps(torch.as_tensor(timestep))
             yield self
         finally:
-            self._strength, self._keep = before
-            self._refresh()
+            self._strengths, self._keep = before
+            self.refresh()
 
     def follow_timesteps(self) -> None:
         """Read the timestep off every call of the model, in any pipeline, and mask ranks by `schedule`.
@@ -267,16 +260,21 @@ class AdapterSet:
         if not self._by_hand:
             self.set_keep(None)
 
-    def _refresh(self, paths: Iterable[str] | None = None) -> None:
-        """Give every adapter what is in force; on a merged model, the part that should be off is taken away again."""
+    def refresh(self, paths: Iterable[str] | None = None) -> None:
+        """Give the adapters what is set here, those that another set has in use left alone.
+
+        On a merged model, the part that should be off is taken away again.
+        """
         for path, _, adapter in self._each(paths):
+            if self._is_elsewhere(path, adapter):
+                continue
             keep = None
             if self._keep is not None and adapter.algorithm.rank_masked:
                 keep = adapter.algorithm.fit_keep(self._keep)
                 keep = 1 - keep if self.merged else keep
-            adapter.silent = self.merged and keep is None
-            taken = self.merged and not adapter.silent
-            adapter.set_call(-self._merged_at * self.factor(path) if taken else self.strength_at(path), keep)
+            adapter.merged = self.merged
+            taken = self.merged and keep is not None
+            adapter.set_call(-self._merged_at.at(path) if taken else self.strength_at(path), keep)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -292,20 +290,14 @@ class AdapterSet:
 
         Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it.
         """
-        if self.merged:
-            raise AttachError("these adapters are merged already")
-        self._check_layers()
+        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None)
+        at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
         holders = self._holders()
-        for path, holder in holders.items():
-            merging.check_order(path, self._layers[path], self.stacks[path])
-            merging.check_writable(path, holder, into_low_bit, stochastic_seed is not None)
-            sharding.check_own(path, self._layers[path])
-        strength = self._strength if strength is None else filling.finite(strength)
         merges = {
-            path: merging.fold(path, holder, self.stacks[path], strength * self.factor(path), stochastic_seed)
+            path: merging.fold(path, holder, self.stacks[path], at.at(path), stochastic_seed)
             for path, holder in holders.items()
         }
-        report = merging.report(holders, merges, strength)
+        report = merging.report(holders, merges, at.whole)
         report.warn(stacklevel=2)
         if self.rank_masked and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
@@ -317,10 +309,18 @@ class AdapterSet:
                 self._attached_by_merge = True
             for path, merge in merges.items():
                 bases.install(self._layers[path], merge.new, merge.attribute)
-            self._merges, self._merged_at = merges, strength
-            self._refresh()
+            self._merges, self._merged_at = merges, at
+            self.refresh()
             undo.pop_all()
         return report
+
+    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False) -> None:
+        """Raise `AttachError` where `merge` would, and change nothing."""
+        if self.merged:
+            raise AttachError("these adapters are merged already")
+        self._check_layers()
+        for path, holder in self._holders().items():
+            merging.check(path, self._layers[path], holder, self.stacks[path], into_low_bit, stochastic)
 
     def _holders(self) -> dict[str, nn.Module]:
         """What has a weight, by path: the layers, and stand-ins for bare parameters."""
@@ -343,8 +343,10 @@ class AdapterSet:
         """Give layers their own parameters again, whether or not they have got those of the merge yet."""
         for path, merge in merges.items():
             merging.restore(self._layers[path], merge)
+        for _, _, adapter in self._each(merges):
+            adapter.merged = False
         self._merges = {}
-        self._refresh()
+        self.refresh()
         if self._attached_by_merge:
             self._attached_by_merge = False
             self.detach()
@@ -367,14 +369,14 @@ class AdapterSet:
         return filling.state(self.stacks)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave. Raises `FileError` unless names and shapes are the same.
+        """Copy in what `state_dict` gave. Raises `FileError` unless that fits, `AttachError` while merged.
 
         On a sharded model collective, and the first process's values go to all.
         """
         filling.load_state(self.stacks, state)
 
     def fill(self, bundle: Bundle) -> None:
-        """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit.
+        """Copy in tensors for layers that these adapters have. Raises as `load_state_dict` does.
 
         On a sharded model collective, and the first process's values go to all.
         """

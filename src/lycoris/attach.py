@@ -163,6 +163,11 @@ def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:
     return (child for child in children if isinstance(child, Adapter) and child.attribute == attribute)
 
 
+def is_on(layer: nn.Module, adapter: Adapter) -> bool:
+    """Whether an adapter is on a layer, or on a parameter of it."""
+    return any(other is adapter for other in adapters_on(layer, adapter.attribute))
+
+
 def base_class(layer: nn.Module) -> type[nn.Module]:
     """The class a layer had before adapters came onto it."""
     found: type[nn.Module] = getattr(type(layer), BASE, type(layer))

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, merging, sharding
+from lycoris import attach, bases, merging
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
-from lycoris.errors import ConfigError, FileError, nearest
+from lycoris.errors import AttachError, FileError, nearest
 from lycoris.geometry import Site, site, sites
+from lycoris.planning import Plan
 
 
 def home(place: Site) -> dict[str, Any]:
@@ -33,13 +34,6 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
             "for float32, or pass stochastic_rounding=True if your optimizer rounds stochastically",
             stacklevel=stacklevel + 1,
         )
-
-
-def finite(strength: float) -> float:
-    """Raises `ConfigError` for a strength that is none."""
-    if not math.isfinite(strength):
-        raise ConfigError(f"strength must be a finite number, not {strength!r}; 0 is off, 1 the trained strength")
-    return float(strength)
 
 
 def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
@@ -84,6 +78,21 @@ def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor],
 
 Stacks = Mapping[str, tuple[Adapter, ...]]
 """Adapters by layer path, lowest first."""
+
+
+def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
+    """New adapters for a plan, initialised; None: parameters as fine as their layer's, and float32 at least."""
+    stacks = {}
+    for placement in plan.placements:
+        place = site(model, placement.path)
+        own = home(place) if dtype is None else home(place) | {"dtype": dtype}
+        stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
+        below = attach.top(place.module, place.attribute)
+        for adapter in stack:
+            adapter.attribute = place.attribute
+            adapter.initialise(below)
+        stacks[placement.path] = tuple(stack)
+    return stacks
 
 
 def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
@@ -136,7 +145,17 @@ def state(stacks: Stacks) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
+def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
+    """Copy tensors into adapters. Raises `AttachError`, and changes nothing, if one of them is merged."""
+    if any(adapter.merged for adapter, _ in values):
+        raise AttachError(
+            "the adapters are merged, and the weights would keep what was merged: undo the merge (a network's or "
+            "module's restore() or onfly_restore(), a set's unmerge()), load, and merge again"
+        )
+    for adapter, tensors in values:
+        adapter.fill(tensors)
+
+
 def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     """Copy in what `state` gave. Raises `FileError` unless names and shapes are the same."""
     own = {f"{path}/{at}/{slot}": t for path, at, adapter in _each(stacks) for slot, t in adapter.kept().items()}
@@ -144,17 +163,18 @@ def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     off = sorted(own.keys() ^ values.keys()) + sorted(wrong)
     if off:
         raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
-    for key, tensor in own.items():
-        sharding.assign(tensor, values[key])
+    put(
+        [
+            (adapter, {slot: values[f"{path}/{at}/{slot}"] for slot in adapter.kept()})
+            for path, at, adapter in _each(stacks)
+        ]
+    )
 
 
-@torch.no_grad()
 def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
     """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
     values = {path: _values(model, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
-    for path, stack in values.items():
-        for adapter, tensors in zip(stacks[path], stack, strict=True):
-            adapter.fill(tensors)
+    put([pair for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)])
 
 
 def _values(
@@ -168,10 +188,3 @@ def _values(
 
 def _each(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
     return ((path, at, adapter) for path, stack in stacks.items() for at, adapter in enumerate(stack))
-
-
-def blocks_of(paths: Iterable[str]) -> Iterator[str]:
-    """Every module that holds one of these layers, the layers themselves among them, as dotted paths."""
-    for path in paths:
-        steps = path.split(".")
-        yield from (".".join(steps[: at + 1]) for at in range(len(steps)))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases
+from lycoris import attach, bases, sharding
 from lycoris.adapter import Adapter
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Call
@@ -179,6 +179,15 @@ def _where(affine: Affine) -> str:
 def _versions(affine: Affine) -> tuple[int, ...]:
     # Tensors made in inference mode do not count their writes.
     return tuple(t._version for t in affine if t is not None and not t.is_inference())
+
+
+def check(
+    path: str, layer: nn.Module, holder: nn.Module, stack: Sequence[Adapter], into_low_bit: bool, stochastic: bool
+) -> None:
+    """Raise `AttachError` unless a stack can be folded into a layer's weight as asked."""
+    check_order(path, layer, stack)
+    check_writable(path, holder, into_low_bit, stochastic)
+    sharding.check_own(path, layer)
 
 
 def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:

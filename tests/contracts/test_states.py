@@ -280,3 +280,79 @@ def test_an_interrupted_merge_leaves_everything_as_it_was(
     adapters.unmerge()
     assert adapters.attached == attached
     assert torch.equal(model(x), y)
+
+
+class Nested(nn.Linear):
+    """A layer that holds another."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.inside = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(super().forward(x))
+
+
+@pytest.mark.parametrize("all_at", [1.0, 0.5])
+def test_the_strength_of_a_layer_is_not_that_of_layers_inside_it(all_at: float) -> None:
+    model = One(Nested())
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))))
+    adapters.set_strength(all_at)
+    adapters.set_strength_at("layer", 0.25)
+    assert [adapters.strength_at(path) for path in ("layer", "layer.inside")] == [0.25, all_at]
+
+
+@pytest.mark.parametrize("name", ["lora", "tlora"])
+def test_nothing_is_loaded_into_merged_adapters(name: str) -> None:
+    _, adapters, _ = made(name, rank_schedule=True)
+    state, bundle = {key: t.clone() for key, t in adapters.state_dict().items()}, adapters.bundle()
+    adapters.merge()
+    with adapters.at(timestep=500 if name == "tlora" else None):
+        for load in (
+            lambda: adapters.load_state_dict({k: t + 1 for k, t in state.items()}),
+            lambda: adapters.fill(bundle),
+        ):
+            with pytest.raises(AttachError, match="merged"):
+                load()
+    assert all(torch.equal(t, state[key]) for key, t in adapters.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["lora", "tlora"])
+@pytest.mark.parametrize("use", ["attach", "merge"])
+def test_of_sets_with_the_same_adapters_one_is_in_force(name: str, use: str) -> None:
+    model, adapters, x = made(name, rank_schedule=True)
+    adapters.detach()
+    other = AdapterSet(model, adapters.stacks, name=None)
+    other.schedule = adapters.schedule
+    other.set_strength(0.5)
+    getattr(other, use)()
+    y = model(x)
+    for call in (adapters.attach, adapters.merge):
+        with pytest.raises(AttachError, match="another set has the adapter of layer"):
+            call()
+    adapters.set_strength(2.0)
+    adapters.set_keep(torch.tensor([[1.0, 0.0, 0.0]]))
+    adapters.detach()
+    assert torch.equal(model(x), y)
+    other.detach()
+    adapters.set_keep(None)
+    adapters.attach()
+    double = model(x)
+    adapters.set_strength(1.0)
+    adapters.set_strength(2.0)
+    assert torch.equal(model(x), double)
+
+
+def test_blocks_at_which_a_set_was_merged_count_until_it_is_unmerged() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    adapters = adapt(model, TLoRA(rank=3))
+    adapters.schedule, x = RankSchedule(max_rank=3), torch.randn(2, 8).double()
+    nothing = torch.zeros(1, 3)
+    adapters.set_strength(0.0)
+    base = model(x)
+    adapters.set_strength(1.0)
+    with adapters.at(strength=0.5):
+        adapters.set_strength_at("0", -1.5)
+        adapters.merge()
+    adapters.set_keep(nothing)
+    assert relative(model(x), base) < 1e-9

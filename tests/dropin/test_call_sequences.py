@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from cases import perturb, relative
 from hosts import Transformer, block
-from lycoris import AttachError, clear_timestep_mask, create_lycoris, set_timestep_mask
+from lycoris import AttachError, ConfigError, clear_timestep_mask, create_lycoris, set_timestep_mask
 from lycoris.kohya import create_network, create_network_from_weights
 from lycoris.modules import LoConModule
 from pipelines import Host, made
@@ -136,10 +138,13 @@ class Life:
     def expected(self) -> Tensor:
         """Of layers of their own: W + s (α / r) ΔW, s the strength times that of the merge."""
         for name, twin in self.twins.items():
-            s = self.strengths[name] * (self.merged or self.applied)
+            s = self.acting(name)
             own = {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
             twin.weight.copy_(self.weights[name] + s * ALPHA / RANK * delta(own, MASK if self.masked else None))
         return torch.cat([model(self.x) for model in self.bare])
+
+    def acting(self, name: str) -> float:
+        return self.strengths[name] * (self.merged or self.applied)
 
 
 def delta(t: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
@@ -172,6 +177,144 @@ def test_every_sequence_of_calls_gives_the_formula_of_its_state(kind: str, data:
         assert relative(life(), life.expected()) < 1e-9, call
     shown = {name: module.multiplier for name, module in life.members.items()}
     assert life.merged is not None or shown == pytest.approx(life.strengths)
+    life.subject.restore()
+    clear_timestep_mask()
+    assert all(type(layer) is nn.Linear for layer in (m.org_module[0] for m in life.members.values()))
+    assert not any(model._forward_pre_hooks or model._forward_hooks for model in life.models)
+
+
+@dataclass
+class Alone:
+    """What a module of a network is while it is used by itself."""
+
+    strength: float
+    applied: bool = False
+    merged: float | None = None
+
+
+class Together(Life):
+    """A network, and its modules by themselves."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.masks = "T-LoRA" in kind
+        self.whole = 1.0
+        self.alone: dict[str, Alone] = {}
+
+    def acting(self, name: str) -> float:
+        own = self.alone.get(name)
+        return super().acting(name) if own is None else own.strength * (own.merged or own.applied)
+
+    def shown(self) -> dict[str, float]:
+        return {name: self.alone[name].strength if name in self.alone else s for name, s in self.strengths.items()}
+
+    def refuses(self, call: str, name: str) -> bool:
+        in_use, merged = self.applied or self.merged is not None, self.merged is not None
+        own = name in self.alone and self.alone[name].merged is not None
+        return {
+            "single_apply_to": merged and not self.applied and not self.masks,
+            "single_merge_to": in_use or own,
+            "single_restore": in_use,
+            "single_onfly_restore": merged,
+            "member": merged or own,
+            "at": merged or own,
+            "native": merged,
+            "merge_to": merged,
+        }.get(call, call in ("half", "load") and (merged or any(each.merged for each in self.alone.values())))
+
+    def make(self, call: str, name: str) -> None:
+        """Make a call and note what it should have done; one that is refused changes nothing."""
+        if self.refuses(call, name):
+            with pytest.raises((AttachError, ConfigError), match=r"merged|by its network"):
+                self.run(call, name)
+        else:
+            self.run(call, name)
+
+    def run(self, call: str, name: str = "") -> None:
+        if (own := getattr(self, f"_{call}_of", None)) is not None:
+            own(name)
+            return
+        super().run(call)
+        if call in ("apply_to", "merge_to", "restore"):
+            self.alone = {}
+        if call == "half":
+            self.whole = 0.5
+            for each in self.alone.values():
+                each.strength = 0.5
+
+    def _single_apply_to_of(self, name: str) -> None:
+        self.members[name].apply_to()
+        if not self.applied and self.merged is None:
+            self.alone.setdefault(name, Alone(self.strengths[name])).applied = True
+
+    def _single_merge_to_of(self, name: str) -> None:
+        self.members[name].merge_to(0.25)
+        self.alone.setdefault(name, Alone(self.strengths[name])).merged = 0.25
+
+    def _single_restore_of(self, name: str) -> None:
+        self.members[name].restore()
+        self.alone.pop(name, None)
+
+    def _single_onfly_restore_of(self, name: str) -> None:
+        self.members[name].onfly_restore()
+        if name in self.alone:
+            self.alone[name].merged = None
+            if not self.alone[name].applied:
+                del self.alone[name]
+
+    def _member_of(self, name: str) -> None:
+        self.members[name].multiplier = 0.7
+        self.whole, self.strengths = 1.0, self.strengths | {name: 0.7}
+        if name in self.alone:
+            self.alone[name].strength = 0.7
+
+    def _native_of(self, _: str) -> None:
+        for part in self.subject.parts:
+            part.adapters.set_strength(0.3)
+        self.whole, self.strengths = 0.3, dict.fromkeys(self.members, 0.3)
+
+    def _at_of(self, name: str) -> None:
+        before = self.whole, self.strengths
+        try:
+            with ExitStack() as stack:
+                for part in self.subject.parts:
+                    stack.enter_context(part.adapters.at(strength=2.0))
+                self.whole, self.strengths = 2.0, {n: 2 * s / self.whole for n, s in self.strengths.items()}
+                assert relative(self(), self.expected()) < 1e-9
+                self._member_of(name)
+                assert relative(self(), self.expected()) < 1e-9
+        finally:
+            self.whole, self.strengths = before
+
+    @torch.no_grad()
+    def check(self) -> None:
+        assert relative(self(), self.expected()) < 1e-9
+        shown = self.shown()
+        assert {name: module.multiplier for name, module in self.members.items()} == pytest.approx(shown)
+        for name, module in self.members.items():
+            if not self.masks and self.merged is None and not (name in self.alone and self.alone[name].merged):
+                t = {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+                weight = self.weights[name] + shown[name] * ALPHA / RANK * delta(t, None)
+                assert relative(module(self.x), nn.functional.linear(self.x, weight, self.twins[name].bias)) < 1e-9
+
+
+SINGLE = ["single_apply_to", "single_merge_to", "single_restore", "single_onfly_restore", "member", "native", "at"]
+
+
+@pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a module by itself"])
+@settings(derandomize=True, max_examples=200)
+@given(data=st.data())
+def test_modules_used_by_themselves_and_their_network_keep_out_of_each_others_way(
+    kind: str, data: st.DataObject
+) -> None:
+    clear_timestep_mask()
+    life = Together(kind)
+    own = ["apply_to", "restore", "merge_to", "onfly_restore", "half", "load"] + ["mask", "clear"] * life.masks
+    calls = st.tuples(st.sampled_from([*own, *SINGLE]), st.sampled_from(list(life.members)))
+    for call, name in data.draw(st.lists(calls, max_size=10)):
+        life.make(call, name)
+        life.check()
     life.subject.restore()
     clear_timestep_mask()
     assert all(type(layer) is nn.Linear for layer in (m.org_module[0] for m in life.members.values()))

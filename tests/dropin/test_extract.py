@@ -114,6 +114,16 @@ def test_mistakes() -> None:
     base, tuned = pair()
     with pytest.raises(ConfigError, match="unknown mode 'fix'; did you mean 'fixed'"):
         extract_diff([], [], base, tuned, "fix")  # type: ignore[arg-type]
+    nan = float("nan")
+    for mode, wrong in (
+        ("fixed", {"linear_mode_param": nan}),
+        ("threshold", {"conv_mode_param": -1}),
+        ("ratio", {"linear_mode_param": 1.5}),
+        ("full", {"sparsity": -1}),
+        ("full", {"sparsity": 1.5}),
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
+            extract_diff([], [], base, tuned, mode, **wrong)  # type: ignore[arg-type]
     tuned.a = nn.Linear(12, 17)
     with pytest.raises(FileError, match=r"a is linear \(16, 12\) with bias in the base and linear \(17, 12\)"):
         extract_diff([], [], base, tuned)
@@ -130,6 +140,20 @@ def test_alpha_is_exact_and_what_half_precision_cannot_hold_is_not_lost() -> Non
     whole = extract_diff([], [], nn.ModuleList([base]), nn.ModuleList([tuned]), "full")["lora_unet_0.diff"]
     assert whole.dtype == torch.float32
     assert relative(base.weight + whole, tuned.weight) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-9])
+def test_small_and_large_changes_survive_as_a_lora(size: float) -> None:
+    base, tuned = (nn.ModuleList([nn.Linear(12, 16)]) for _ in range(2))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.zero_()
+        tuned[0].weight.copy_(size * torch.outer(torch.randn(16), torch.randn(12)))
+        tuned[0].bias.copy_(size * torch.randn(16))
+    tensors = extract_diff([], [], base, tuned, "fixed", 1)
+    assert "lora_unet_0.lora_up.weight" in tensors
+    merge([], base, tensors)
+    same(base, tuned)
 
 
 def test_what_has_changed_beside_layers_is_told(caplog: pytest.LogCaptureFixture) -> None:

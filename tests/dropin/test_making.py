@@ -169,9 +169,10 @@ def test_a_preset_in_a_file_and_names_that_were_replaced(model: MyModel, tmp_pat
     assert caplog.messages == ["use_cp is called use_tucker now"]
     with pytest.raises(ConfigError, match="neither a built-in preset nor a file"):
         create_lycoris(model, preset="nowhere.toml")
-    (tmp_path / "broken.toml").write_text("target_module = [")
-    with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
-        create_lycoris(model, preset=str(tmp_path / "broken.toml"))
+    for name, text in (("a.toml", "target_module = ["), ("b.toml", "a=" + "[" * 10**5), ("c.json", "[" * 10**5)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=f"{name} is no preset"):
+            create_lycoris(model, preset=str(tmp_path / name))
 
 
 def test_known_but_unused_options_are_reported_once(model: MyModel, caplog: Any) -> None:

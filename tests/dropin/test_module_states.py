@@ -314,3 +314,59 @@ def test_a_member_on_a_bare_parameter() -> None:
     assert torch.equal(model[0].weight_in, weight)
     member.apply_to()
     assert relative(model[0].weight_in, member.get_merged_weight(0.5)[0]) < 1e-6
+
+
+@MASKED
+@pytest.mark.parametrize("member", [False, True])
+def test_a_mask_set_by_hand_before_a_module_is_applied_stays(member: bool) -> None:
+    layer, x = nn.Linear(12, 8).double(), torch.randn(3, 12, dtype=torch.float64)
+    if member:
+        network = create_lycoris(layer, 1.0, 4, 4.0, algo="tlora")
+        net: Any = network.loras[0]
+    else:
+        net = TLoraModule("a", layer, 1.0, 4, 4.0)
+    stir(net)
+    whole = net(x)
+    net.set_keep(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    masked = net(x)
+    assert relative(masked, whole) > 1e-3
+    net.apply_to()
+    assert torch.equal(layer(x), masked)
+    net.restore()
+    net.set_keep(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    net.merge_to()
+    assert relative(layer(x), masked) < 1e-9
+
+
+def test_nothing_is_loaded_into_a_merged_module() -> None:
+    layer, parameter = nn.Linear(12, 8), nn.Linear(12, 8)
+    for net in (made(LoConModule, layer), LoConModule.parametrize(parameter, "weight")):
+        stir(net)
+        state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+        net.merge_to()
+        other = {key: tensor if key == "alpha" else tensor + 1 for key, tensor in state.items()}
+        with pytest.raises(AttachError, match="merged"):
+            net.load_state_dict(other)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
+        net.onfly_restore()
+        net.load_state_dict(other)
+
+
+def test_a_parametrisation_is_still_on_after_a_merge_that_a_warning_stopped() -> None:
+    base = nn.Linear(12, 8).bfloat16()
+    net: Any = LoConModule.parametrize(base, "weight")
+    nn.init.constant_(net.lora_up.weight, 1e-6)
+    with pytest.raises(UserWarning, match="below the quantisation step"):
+        net.merge_to()
+    assert parametrize.is_parametrized(base, "weight")
+    net.restore()
+
+
+def test_what_no_module_can_take_is_told() -> None:
+    net: Any = FullModule("a", nn.Linear(12, 8, bias=False))
+    with pytest.raises(ConfigError, match="has no tensor bias"):
+        net.bias = nn.Parameter(torch.ones(8))
+    lora = LoConModule("a", nn.Linear(12, 8))
+    with pytest.raises(ConfigError, match="finite"):
+        lora.multiplier = float("nan")
+    assert lora.multiplier == 1.0

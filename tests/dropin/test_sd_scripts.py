@@ -13,10 +13,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from cases import perturb, relative
+from cases import Fused, perturb, relative
 from hosts import TEXT, UNET
-from lycoris import AttachError, ConfigError
-from lycoris.kohya import create_network, create_network_from_weights
+from lycoris import AdapterSet, AttachError, ConfigError, LoRA, Rule, plan
+from lycoris.dropin.network import Part
+from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_from_weights
 from pipelines import ARGS, Host, made, sd_scripts_header
 
 
@@ -279,3 +280,52 @@ def test_wrong_numbers_are_told(host: Host) -> None:
         network.prepare_optimizer_params("fast")
     with pytest.raises(ConfigError, match="multiplier must be a number, not 'much'"):
         create_network_from_weights("much", None, None, None, host.unet, weights_sd=network.state_dict())
+
+
+def test_a_side_that_leaves_takes_modules_along_that_were_used_by_themselves(host: Host) -> None:
+    base = host()
+    network = made(host, "lora")
+    first, last = network.text_encoder_loras[0], network.text_encoder_loras[-1]
+    first.apply_to()
+    last.merge_to()
+    before, layer = host(), first.org_module[0]
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    for leave in (lambda: network.apply_to(None, None, False, True), network.restore):
+        with pytest.raises(AttachError, match="after its adapters were attached"):
+            leave()
+        assert torch.equal(host(), before), "all or none"
+        assert network.text_encoder_loras
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    network.apply_to(host.encoders, host.unet, apply_text_encoder=False)
+    assert type(layer) is nn.Linear
+    assert relative(host(), before) > 1e-6
+    network.restore()
+    assert torch.equal(host(), base)
+
+
+def for_good(network: Any) -> Any:
+    network.for_inference = True
+    return network
+
+
+def test_a_merge_for_good_is_whole_or_not_at_all() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Fused(8, 8))
+    rules = [Rule(LoRA(rank=2)), Rule(LoRA(rank=2), kind="parameter")]
+    adapters = AdapterSet.build(model, plan(model, rules), name=None)
+    perturb(adapters)
+    weight = model[0].weight.detach().clone()
+    model[1].weight_in.data = model[1].weight_in.data.to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="weight_in stores its weight as"):
+        for_good(LycorisNetworkKohya([Part("lora_unet", adapters)])).merge_to()
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_a_merge_for_good_is_whole_where_warnings_are_errors() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))), name=None)
+    perturb(adapters)
+    adapters.stacks["0"][0].up.data.fill_(1e-6)
+    weight = model[1].weight.detach().clone()
+    with pytest.raises(UserWarning, match="the update is below"):
+        for_good(LycorisNetworkKohya([Part("lora_unet", adapters)])).merge_to()
+    assert not torch.equal(model[1].weight, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -51,11 +52,10 @@ def extract_diff(
     Weights are read as they act: quantised ones decoded, adapters on them included. What has changed and has no place
     in such a file (bare parameters, buffers, embeddings unless "full") is warned about on the logger "LyCORIS".
 
-    Raises `ConfigError` for an unknown mode, or a model without its counterpart, and `FileError` when two models do
-    not have the same layers.
+    Raises `ConfigError` for an unknown mode, numbers that say nothing in it, or a model without its counterpart, and
+    `FileError` when two models do not have the same layers.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(unknown("mode", mode, get_args(Mode)))
+    _check(mode, linear_mode_param=linear_mode_param, conv_mode_param=conv_mode_param, sparsity=sparsity)
     befores, afters = [*(base_tes or ()), base_unet], [*(db_tes or ()), db_unet]
     if [model is None for model in befores] != [model is None for model in afters]:
         base, tuned = (", ".join("none" if m is None else type(m).__name__ for m in each) for each in (befores, afters))
@@ -76,7 +76,18 @@ def extract_diff(
         if lost:
             logger.warning("%s: changed and not kept: %s", component.prefix, some(lost))
         found |= files.encode(Bundle(entries), prefix=component.prefix)
-    return {key: tensor if key.endswith(f".{ALPHA}") else _half(tensor) for key, tensor in found.items()}
+    whole = {key: tensor if key.endswith(f".{ALPHA}") else _half(tensor) for key, tensor in found.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in whole.items()}
+
+
+def _check(mode: str, **numbers: float) -> None:
+    if mode not in get_args(Mode):
+        raise ConfigError(unknown("mode", mode, get_args(Mode)))
+    for name, number in numbers.items():
+        most = 1.0 if name == "sparsity" or mode in ("ratio", "quantile", "percentile") else math.inf
+        if not (0 <= number <= most and math.isfinite(number)):
+            what = "a finite number from 0" if most > 1 else "a part, from 0 to 1"
+            raise ConfigError(f"{name} must be {what}, not {number!r}; mode is {mode!r}")
 
 
 class _Wanted(NamedTuple):
@@ -165,7 +176,7 @@ def _stack(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Wan
         u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
         rank = wanted.rank(g, s)
         if rank < g.out_features / 2:
-            up, down = (u[:, :rank] * s[:rank]).half(), v[:rank].half()
+            up, down = _half(u[:, :rank] * s[:rank]), _half(v[:rank])
             tensors = {"up": up.reshape(-1, rank, *(1,) * len(g.kernel)), "down": down.reshape(rank, *g.shape[1:])}
             return (Entry(LoRA(rank=rank), g, tensors), *beside)
     return (Entry(Full(bias=bool(shift)), g, {"diff": g.turned(weight), **shift}),)
@@ -186,5 +197,7 @@ def _left(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None
 
 
 def _half(tensor: Tensor) -> Tensor:
+    """In half precision, or in float32 what would overflow there, or vanish."""
     half = tensor.half() if tensor.is_floating_point() else tensor
-    return (half if half.isfinite().all() else tensor.float()).cpu().contiguous()
+    holds = half.isfinite().all() and (half.any() or not tensor.any())
+    return half if holds else tensor.float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lycoris.errors import ConfigError
+from lycoris.jsons import json_object
 from lycoris.options import parse_number
 from lycoris.planning import Remark
 from lycoris.preset import PRESETS_WITH_CONV
@@ -44,15 +44,12 @@ def read_preset(path: str) -> dict[str, Any]:
             f"{path!r} is neither a built-in preset nor a file. Built in: {', '.join(sorted(PRESETS_WITH_CONV))}"
         )
     try:
-        found = json.loads(file.read_text()) if file.suffix == ".json" else _toml(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} must hold an object with keys such as target_module, not {found!r:.80}")
-    return found
+        return json_object(file.read_text()) if file.suffix == ".json" else _toml(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no preset, an object with keys such as target_module: {error}") from error
 
 
-def _toml(text: str) -> Any:
+def _toml(text: str) -> dict[str, Any]:
     if sys.version_info < (3, 11):
         try:
             import tomli as reader
@@ -60,7 +57,8 @@ def _toml(text: str) -> Any:
             raise ConfigError("this Python reads TOML with the package tomli; install it, or write JSON") from None
     else:
         import tomllib as reader
-    return reader.loads(text)
+    found: dict[str, Any] = reader.loads(text)
+    return found
 
 
 def tell(remarks: Iterable[Remark], *, unmatched: bool = True) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import merging
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import LoRA
 from lycoris.dropin import tlora
@@ -19,7 +19,6 @@ from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.quantised import check_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
-from lycoris.geometry import site
 from lycoris.options import parse_optional
 
 logger = logging.getLogger("LyCORIS")
@@ -132,17 +131,22 @@ class LycorisNetworkKohya(LycorisNetwork):
 
     def _merge_for_good(self) -> None:
         check_mergeable(self._layers())
-        self._restore_singles()
         if any(part.adapters.attached or part.adapters.merged for part in self.parts):
             raise AttachError("these adapters are applied or merged already")
-        layers = [(part, path, stack) for part in self.parts for path, stack in part.adapters.stacks.items()]
-        for part, path, stack in layers:
-            merging.check_order(path, site(part.adapters.model, path).module, stack)
+        self._restore_singles(self.loras)
+        for part in self.parts:
+            part.adapters.check_mergeable()
         self._merged_for_good = True
-        for part, path, stack in layers:
-            # The set keeps the weight from before, and goes with it.
-            strength = part.adapters.strength * part.adapters.factor(path)
-            AdapterSet(part.adapters.model, {path: stack}, name=None).merge(strength)
+        # Told at the end: where warnings are errors, the first would leave the model half merged.
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for part in self.parts:
+                for path, stack in part.adapters.stacks.items():
+                    # The set keeps the weight from before, and goes with it.
+                    alone = AdapterSet(part.adapters.model, {path: stack}, name=None)
+                    alone.merge(part.adapters.strength_at(path))
+        for each in told:
+            warnings.warn(each.message, stacklevel=3)
 
     def _check_undoable(self) -> None:
         if self._merged_for_good:
@@ -161,6 +165,9 @@ class LycorisNetworkKohya(LycorisNetwork):
                 f"no adapters would be left: this network has those of {have} only, and wanted are those of "
                 f"{' and '.join(wanted) or 'no model'}"
             )
+        for part in gone:
+            part.adapters.check_detachable()
+        self._restore_singles([module for part in gone for module in self._modules_of(part)])
         for part in gone:
             part.adapters.detach()
             for module in self._modules_of(part):

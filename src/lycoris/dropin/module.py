@@ -30,6 +30,7 @@ from lycoris.filling import completed
 from lycoris.geometry import Geometry, Site, describe, site
 from lycoris.options import TOP, UNUSED_SIZES, parse_optional
 from lycoris.recipe import Recipe
+from lycoris.strengths import finite
 
 logger = logging.getLogger("LyCORIS")
 
@@ -139,14 +140,17 @@ class LycorisBaseModule(AdapterView):
 
     @multiplier.setter
     def multiplier(self, multiplier: float) -> None:
-        if self._parameter is not None and self._parameter.merged:
-            raise AttachError(f"{self.lora_name or 'this module'} is merged; restore it to change its multiplier")
+        self._check_unmerged()
         if self._alone is not None and self._on_its_own:
             self._alone.set_strength(multiplier)
-        elif self._member is not None:
+        if self._member is not None:
             self._member[0].set_strength_at(self._member[1], multiplier)
-        else:
-            self.adapter.set_call(float(multiplier), self.adapter.call.keep)
+        elif not self._on_its_own:
+            self.adapter.set_call(finite(multiplier), self.adapter.call.keep)
+
+    def _check_unmerged(self) -> None:
+        if self.adapter.merged:
+            raise AttachError(f"{self.lora_name or 'this module'} is merged; restore it to change its multiplier")
 
     def set_keep(self, keep: Tensor | None) -> None:
         """Which ranks count, for algorithms that follow the timestep; see `AdapterSet.set_keep`."""
@@ -161,18 +165,19 @@ class LycorisBaseModule(AdapterView):
         if self._parameter is not None:
             if not self._parameter.merged:
                 self._parameter.put(self)
-        elif not self._applied():
+        elif self._on_its_own or not self._applied():
             self._own().attach()
 
     def restore(self) -> None:
         """Take it off, and undo a merge; the layer is as it was."""
         if self._parameter is not None:
-            self._parameter.unmerge(self, put=False)
+            self._parameter.unmerge(self, self.adapter, put=False)
             self._parameter.take(self)
         elif self._by_network:
             raise ConfigError(f"{self.lora_name} was applied by its network; call restore() of that")
         elif self._alone is not None:
             self._alone.detach()
+            self._hand_back()
 
     def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
         """Fold it into the weight at `multiplier` times its own, without dropout; computed in float32 and rounded
@@ -197,14 +202,25 @@ class LycorisBaseModule(AdapterView):
     def onfly_restore(self) -> None:
         """Undo `onfly_merge`; an applied module acts again."""
         if self._parameter is not None:
-            self._parameter.unmerge(self, put=True)
-        elif self._by_network and self.adapter.silent:
+            self._parameter.unmerge(self, self.adapter, put=True)
+        elif self._by_network and self.adapter.merged:
             raise ConfigError(f"{self.lora_name} was merged by its network; call onfly_restore() of that")
         elif self._alone is not None and self._on_its_own:
             self._alone.unmerge()
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Let what its network has set count again, unless it is still applied by itself."""
+        if self._member is not None:
+            self._member[0].refresh([self._member[1]])
+
+    def _check_restorable(self) -> None:
+        """Raise `AttachError` where `restore` would, for a module that was applied or merged by itself."""
+        if self._alone is not None:
+            self._alone.check_detachable()
 
     def _applied(self) -> bool:
-        return any(other is self.adapter for other in attach.adapters_on(self.org_module[0], self.adapter.attribute))
+        return attach.is_on(self.org_module[0], self.adapter)
 
     @property
     def _on_its_own(self) -> bool:
@@ -214,19 +230,20 @@ class LycorisBaseModule(AdapterView):
     @property
     def _by_network(self) -> bool:
         """Whether its network applied or merged it."""
-        return not self._on_its_own and (self._applied() or self.adapter.silent)
+        return not self._on_its_own and (self._applied() or self.adapter.merged)
 
     def _own(self) -> AdapterSet:
         """The set of this module alone, with what is in force."""
         if self._by_network:
             raise ConfigError(f"{self.lora_name} is applied by its network; merge and restore that")
-        strength = self.multiplier
+        strength, keep = self.multiplier, self.adapter.call.keep
         if self._alone is None:
             self._alone = AdapterSet(self.org_module[0], {self.adapter.attribute: (self.adapter,)}, name=None)
         if not self._on_its_own:
-            self._alone.set_strength(strength)
-            self._alone.set_keep(tlora.get_timestep_mask())
             self._follow_masks()
+            mask = tlora.get_timestep_mask()
+            self._alone.set_strength(strength)
+            self._alone.set_keep(keep if mask is None else mask)
         return self._alone
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

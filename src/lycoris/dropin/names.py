@@ -89,6 +89,7 @@ def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
         write(name, own, value)
         return True
     known = {key.removesuffix(".weight") for key in file_names(adapter.algorithm).values()}
+    known |= {"weight", "bias"} if isinstance(inner(adapter.algorithm), Full) else set()
     if name in ("alpha", *SETTINGS):
         raise ConfigError(f"{name} belongs to {adapter.algorithm}, which does not change; make a new module with it")
     if name in known:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lycoris import files, fingerprint
+from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin import tlora
@@ -25,10 +26,12 @@ from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.components import family_of
 from lycoris.files.dialect import flatten
 from lycoris.files.layout import Layout
+from lycoris.filling import put
 from lycoris.geometry import site
 from lycoris.options import parse_number, parse_optional
 from lycoris.preset import Preset
 from lycoris.schedule import WITHOUT_SCHEDULE
+from lycoris.strengths import finite
 
 logger = logging.getLogger("LyCORIS")
 
@@ -123,7 +126,7 @@ class LycorisNetwork(nn.Module):
         Modules that were applied or merged by themselves are restored first.
         """
         self._check_undoable()
-        self._restore_singles()
+        self._restore_singles(self.loras)
         with ExitStack() as undo:
             for part in self.parts:
                 self._warn_of_schedule(part)
@@ -135,8 +138,11 @@ class LycorisNetwork(nn.Module):
         self._track()
 
     def restore(self) -> None:
-        """Take the adapters off and undo a merge; the model is as it was."""
+        """Take the adapters off and undo a merge, those of modules by themselves too; the model is as it was."""
         self._check_undoable()
+        for part in self.parts:
+            part.adapters.check_detachable()
+        self._restore_singles(self.loras)
         for part in self.parts:
             part.adapters.detach()
             tlora.untrack(part.adapters)
@@ -155,7 +161,7 @@ class LycorisNetwork(nn.Module):
         check_mergeable(self._layers())
         if any(part.adapters.merged for part in self.parts):
             raise AttachError("these adapters are merged already; call restore() or onfly_restore() first")
-        self._restore_singles()
+        self._restore_singles(self.loras)
         with ExitStack() as undo:
             for part in self.parts:
                 part.adapters.merge(weight * part.adapters.strength)
@@ -180,23 +186,36 @@ class LycorisNetwork(nn.Module):
         return is_mergeable(self._layers())
 
     def set_multiplier(self, multiplier: float | str) -> None:
-        """Strength of all adapters; 0 is exactly the base model. Raises `AttachError` while they are merged."""
+        """Strength of all adapters, those of modules that were applied by themselves too; 0 is exactly the base model.
+
+        Raises `AttachError`, and changes nothing, while one of them is merged.
+        """
         self._check_undoable()
-        strength: float = parse_number(multiplier, "multiplier", float)
+        strength: float = finite(parse_number(multiplier, "multiplier", float))
+        for module in self.loras:
+            module._check_unmerged()
         for part in self.parts:
             part.adapters.set_strength(strength)
+        for module in self.loras:
+            if module._alone is not None:
+                module._alone.set_strength(strength)
         self._multiplier = strength
 
     def _check_undoable(self) -> None:
         """Raise `AttachError` once the adapters were merged for good."""
 
-    def _restore_singles(self) -> None:
-        for module in self.loras:
-            if module._on_its_own:
-                module.restore()
+    @staticmethod
+    def _restore_singles(modules: Sequence[LycorisBaseModule]) -> None:
+        """Restore those that were applied or merged by themselves. All or none."""
+        alone = [module for module in modules if module._on_its_own]
+        for module in alone:
+            module._check_restorable()
+        for module in alone:
+            module.restore()
 
     def _layers(self) -> dict[str, nn.Module]:
-        return {module.lora_name: module.org_module[0] for module in self.loras if not module.adapter.attribute}
+        """What has a weight, by module."""
+        return {module.lora_name: module._holder for module in self.loras}
 
     def _track(self) -> None:
         for part in self.parts:
@@ -311,12 +330,7 @@ class LycorisNetwork(nn.Module):
     def _load(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Fill the adapters from tensors by file name; nothing changes unless every layer's tensors are usable."""
         self._check_undoable()
-        if any(part.adapters.merged for part in self.parts):
-            raise AttachError(
-                "the adapters are merged, and the weights would keep what was merged: call restore() or "
-                "onfly_restore() first, load, and merge again"
-            )
-        values: list[tuple[LycorisBaseModule, dict[str, Tensor]]] = []
+        values: list[tuple[Adapter, dict[str, Tensor]]] = []
         own: set[str] = set()
         for part in self.parts:
             names = set(_encoded(part))
@@ -328,9 +342,8 @@ class LycorisNetwork(nn.Module):
             for path, stack in bundle.entries.items():
                 for at, entry in enumerate(stack):
                     module: Any = self._modules[_module_name(part.prefix, path, at)]
-                    values.append((module, module.fitted(entry)))
-        for module, fitting in values:
-            module.adapter.fill(fitting)
+                    values.append((module.adapter, module.fitted(entry)))
+        put(values)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)
 
 

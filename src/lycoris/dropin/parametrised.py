@@ -100,12 +100,13 @@ class Parametrised:
                 undo.callback(self.put, by)
             holder = bases.holder(self.module, self.name)
             merge = merging.fold(self.name, holder, (adapter,), strength)._replace(attribute=self.name)
+            # Before anything is settled: a warning may be an error.
+            merging.report({self.name: holder}, {self.name: merge}, strength).warn(stacklevel=3)
+            bases.install(self.module, merge.new, self.name)
             undo.pop_all()
-        merging.report({self.name: holder}, {self.name: merge}, strength).warn(stacklevel=3)
-        bases.install(self.module, merge.new, self.name)
-        self._merge, self._was_on = merge, was_on
+        self._merge, self._was_on, adapter.merged = merge, was_on, True
 
-    def unmerge(self, by: nn.Module, *, put: bool) -> None:
+    def unmerge(self, by: nn.Module, adapter: Adapter, *, put: bool) -> None:
         """Put the very parameter back that was there before the merge and, if asked for, what was on it.
 
         Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
@@ -114,7 +115,7 @@ class Parametrised:
             return
         merging.check_untouched(self.name, self.module, self._merge)
         merging.restore(self.module, self._merge)
-        self._merge = None
+        self._merge, adapter.merged = None, False
         if put and self._was_on:
             self.put(by)
 

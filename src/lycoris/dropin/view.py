@@ -19,7 +19,7 @@ from lycoris.dropin.norms import shrink
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import is_substitute
 from lycoris.errors import AttachError, FileError
-from lycoris.filling import fitted, matched
+from lycoris.filling import fitted, matched, put
 from lycoris.geometry import Geometry, Site
 
 
@@ -139,7 +139,7 @@ class AdapterView(nn.Module):
 
     def _unmerged(self) -> Base:
         """The same, for what depends on the weight from before a merge."""
-        if self.adapter.silent:
+        if self.adapter.merged and self._parameter is None:
             raise AttachError(f"{self.lora_name} is merged into the weight that this depends on; restore it first")
         return self._below()
 
@@ -215,11 +215,10 @@ class AdapterView(nn.Module):
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         algorithm, values = read_tensors(tensors, self.geometry, self.lora_name)
-        self.adapter.fill(self.fitted(Entry(algorithm, self.geometry, values)))
+        put([(self.adapter, self.fitted(Entry(algorithm, self.geometry, values)))])
 
     def fitted(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
         if self._parameter is None:
             return fitted(self.adapter, entry, self._place)
-        whole = entry.algorithm.complete(entry.tensors, self._below())
-        return matched(self.adapter, entry.algorithm, whole, self._parameter.name)
+        return matched(self.adapter, entry.algorithm, entry.tensors, self._parameter.name)

@@ -18,9 +18,9 @@ from lycoris.dropin.tlora import pipeline_schedule
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
-from lycoris.filling import blocks_of
 from lycoris.merging import MergeReport
 from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
+from lycoris.strengths import blocks_of
 
 Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
 DENOISERS = ("unet", "transformer")
