@@ -28,8 +28,8 @@ class Opened(NamedTuple):
     """What a file has for each component of a pipeline, under the names of layers that it has itself."""
 
     detection: Detection
-    names: tuple[str, ...]
-    """Of its tensors."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its tensors, by name."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
     layouts: dict[str, Layout]
@@ -51,24 +51,21 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
         layout, assumed = Layout.of(model), found.models if base is None else {}
         family = found.family if base is None else _family(found, layout)
         bundle = _certain(read_peft(folder, model), found, assumed, "")
-        return Opened(found, (*header(folder / WEIGHTS).tensors,), {}, {"": bundle}, {"": layout}, family, assumed)
+        shapes = {name: info.shape for name, info in header(folder / WEIGHTS).tensors.items()}
+        return Opened(found, shapes, {}, {"": bundle}, {"": layout}, family, assumed)
     tensors, metadata = load_tensors(source)
     try:
-        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
-        return _opened(tensors, metadata, found, base, strict)
+        return understood(tensors, metadata, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
 
-def known(fit: Fit) -> Layout:
-    """The layers of a model that a file may be for."""
-    assert fit.outline is not None
-    return Layout.known(fit.architecture, fit.outline)
-
-
-def _opened(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], found: Detection, base: nn.Module | None, strict: bool
+def understood(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
 ) -> Opened:
+    """The same from what a file holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = judge(shapes, metadata)
     bundles, layouts = {}, {}
     given = None if base is None else Layout.of(base)
     family = found.family if given is None else _family(found, given)
@@ -82,7 +79,13 @@ def _opened(
             tensors, layout, found.dialect, metadata, component, family, strict=strict
         )
         bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, (*tensors,), metadata, bundles, layouts, family, assumed)
+    return Opened(found, shapes, metadata, bundles, layouts, family, assumed)
+
+
+def known(fit: Fit) -> Layout:
+    """The layers of a model that a file may be for."""
+    assert fit.outline is not None
+    return Layout.known(fit.architecture, fit.outline)
 
 
 def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:

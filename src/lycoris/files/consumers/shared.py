@@ -42,7 +42,7 @@ LENGTHS_OF_COLUMNS = Row(
     "base weight",
     "plain",
 )
-WITHOUT_BIAS = Row(beside, "differently", "leaves out the change of the bias that is beside it")
+WITHOUT_BIAS = Row(beside, "differently", "leaves out the change of the bias that is beside it", "joined")
 
 
 def cores(why: str) -> tuple[Row, ...]:
