@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cases import relative
@@ -21,7 +23,10 @@ from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.recast import adapted
 
-ATTENTION = r"(?!(up|mid)_block|down_blocks\.[02]).*\b(blocks|layers|block|transformer_blocks)\.0\..*(attn|attention|SelfAttention).*"
+ATTENTION = (
+    r"(?!(up|mid)_block|down_blocks\.[02])"
+    r".*\b(blocks|layers|block|transformer_blocks)\.0\..*(attn|attention|SelfAttention).*"
+)
 ENDS = r"(?!.*\d\.).*"
 """What is in no block."""
 BLOCK = r"(single_)?transformer_blocks\.0\..*"
@@ -102,9 +107,9 @@ def test_the_first_dialect_that_passes(tmp_path: Path) -> None:
         convert(path, tmp_path / "no.safetensors", "kohya", portable="invokeai")
     assert "kohya: InvokeAI rejects the file for lora_unet_guidance_in" in str(caught.value)
     assert "\nAs diffusers or musubi-other or " in str(caught.value)
-    with pytest.raises(FileError, match="musubi-tuner has no place for such keys"):
+    with pytest.raises(FileError, match=r"musubi-tuner has no place for such keys"):
         convert(path, tmp_path / "no.safetensors", portable="musubi")
-    with pytest.raises(FileError, match="(?s)has no place for such keys.*Nor does it in any other format"):
+    with pytest.raises(FileError, match=r"(?s)has no place for such keys.*Nor does it in any other format"):
         convert(path, tmp_path / "no.safetensors", "kohya", portable="musubi")
     assert not (tmp_path / "no.safetensors").exists()
 
@@ -129,3 +134,111 @@ def test_a_folder_of_pefts_has_the_models_own_names(tmp_path: Path) -> None:
     )}  # fmt: skip
     layout = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev")
     assert layers == {name for name, g in layout.layers.items() if re.fullmatch(BLOCK, name) and g.kind == "linear"}
+
+
+def pruned(path: Path, spare: str, renamed: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """The file without the tensors of a name, and with others called otherwise."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {}
+    for key, tensor in load_file(path).items():
+        layer, _, suffix = key.partition(".")
+        if suffix != spare:
+            tensors[f"{layer}.{renamed.get(suffix, suffix)}"] = tensor
+    save_file(tensors, path, metadata)
+    return path
+
+
+UNET = r"down_blocks\.1\.attentions\.0\..*"
+
+
+@pytest.mark.parametrize("spare", ["b_norm", "w_norm"])
+def test_half_of_a_norm(spare: str, tmp_path: Path) -> None:
+    """WebUI wants both; that reading puts the other half there says nothing about the file."""
+    path = source(tmp_path, "sd1.5-unet", Norm(), layers=UNET, kind="norm", dialect="kohya")
+    assert check(path, "webui").as_trained
+    assert not check(pruned(path, spare), "webui").as_trained
+    assert check(path, "comfyui").as_trained
+    assert agrees(path, "webui")
+
+
+def test_a_norm_without_a_shift_gets_one_of_zeros(tmp_path: Path) -> None:
+    """Reading drops the zeros again where the layer has no shift, and they are in the file all the same."""
+    torch.manual_seed(0)
+    path = source(tmp_path, "sd1.5-unet", Norm(), layers=UNET, kind="norm", dialect="kohya")
+    names = {"w_norm": "diff", "b_norm": "diff_b"}
+    assert check(pruned(path, "", names), "webui").as_trained
+    assert not check(pruned(path, "diff"), "webui").as_trained
+    assert agrees(path, "webui")
+
+
+@pytest.mark.parametrize(("alpha", "reads"), [(2.0, "as trained"), (1.0, "differently")])
+def test_the_first_layout_of_glora(alpha: float, reads: str, tmp_path: Path) -> None:
+    """It is the one that WebUI knows, without its scale; the later one costs the file."""
+    path = source(tmp_path, "sd1.5-unet", GLoRA(rank=2, alpha=alpha), layers=f"{UNET}attn2.to_k", dialect="kohya")
+    (later,) = check(path, "webui").layers.values()
+    swapped = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+    pruned(path, "", {f"{one}.weight": f"{other}.weight" for one, other in swapped.items()})
+    (first,) = check(path, "webui").layers.values()
+    assert (later.reads, first.reads) == ("not at all", reads)
+    assert check(path, "comfyui").as_trained
+
+
+def with_bias(folder: Path, algorithm: Algorithm) -> tuple[Path, Layout]:
+    path = source(folder, "sd1.5-unet", algorithm, Full(weight=False), layers=f"{UNET}to_out.0", dialect="kohya")
+    return path, Layout.known(ARCHITECTURES["sd1.5-unet"], "sd-1.5")
+
+
+@pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2)], ids=lambda a: a.name)
+@pytest.mark.parametrize("program", ["webui", "invokeai", "simpletuner", "comfyui"])
+def test_a_change_of_the_bias_goes_along(algorithm: Algorithm, program: str, tmp_path: Path) -> None:
+    path, layout = with_bias(tmp_path, algorithm)
+    out = tmp_path / "out.safetensors"
+    convert(path, out, portable=program)
+    assert check(out, program).as_trained
+    before, after = (read(each, layout).entries for each in (path, out))
+    for layer, stack in before.items():
+        assert len(after[layer]) == (2 if program == "comfyui" else 1)
+        g = stack[0].geometry
+        below = Affine(torch.zeros(g.shape), torch.zeros(g.out_features))
+        made = below
+        for entry in stack:
+            made = adapted(entry, made)
+        found = below
+        for entry in after[layer]:
+            found = adapted(entry, found)
+        assert made.bias is not None
+        assert found.bias is not None
+        assert relative(found.weight, made.weight) < 1e-6
+        assert torch.equal(found.bias, made.bias)
+
+
+@pytest.mark.parametrize("program", ["diffusers", "musubi"])
+def test_a_change_of_the_bias_that_has_no_counterpart(program: str, tmp_path: Path) -> None:
+    path = source(tmp_path, "qwen-image", LoRA(rank=1), Full(weight=False), layers=BLOCK)
+    with pytest.raises(FileError, match=r"a bias.*; no export of lora on a"):
+        convert(path, tmp_path / "out.safetensors", portable=program)
+
+
+def test_lengths_beside_a_bias_need_the_weights(tmp_path: Path) -> None:
+    path, _ = with_bias(tmp_path, DoRA(over=LoRA(rank=1)))
+    with pytest.raises(FileError, match="--base"):
+        convert(path, tmp_path / "out.safetensors", portable="webui")
+
+
+def test_single_places_of_the_weight(tmp_path: Path) -> None:
+    """No program reads them; a conversion puts them into the difference."""
+    path = source(tmp_path, "sd1.5-unet", LoRA(rank=1), layers=f"{UNET}attn2.to_k", dialect="kohya")
+    tensors = load_file(path)
+    key = next(iter(tensors)).partition(".")[0]
+    shape = [tensors[f"{key}.lora_up.weight"].shape[0], tensors[f"{key}.lora_down.weight"].shape[1]]
+    more = {
+        f"{key}.bias_indices": torch.tensor([[0], [1]], dtype=torch.int16),
+        f"{key}.bias_values": torch.ones(1),
+        f"{key}.bias_size": torch.tensor(shape, dtype=torch.int16),
+    }
+    save_file(tensors | more, path)
+    (found,) = check(path, "comfyui").layers.values()
+    assert (found.reads, found.remedy) == ("differently", "joined")
+    assert agrees(path, "comfyui")
+    assert agrees(path, "diffusers")

@@ -82,12 +82,14 @@ def convert(
     """Write an adapter file anew in another dialect, exactly, or not at all.
 
     `portable` names a program that reads it as trained then: adapters that it would take for something else are written
-    otherwise, and where that depends on the base model, by its `weights`. `check` of the result says
-    that it does, or nothing is written. `to` is the dialect, None: the first one in which it does. `base` is the denoiser that
-    the file is for (one on the meta device serves); None: a known model, recognised by names and sizes. With `strict=False` what has no place is left out, and the report tells it.
+    otherwise, and where that depends on the base model, by its `weights`. Unless `check` of the result says that it
+    does, nothing is written. `to` is the dialect, None: the first one of that program's in which it does. `base` is the
+    denoiser that the file is for (one on the meta device serves); None: a known model, recognised by names and sizes.
+    With `strict=False` what has no place is left out, and the report tells it.
 
     Raises `FileError` when the file fits no model, when something in it has no place, when it may be for several models
-    whose names differ, or when the dialect or the program cannot hold what it has.
+    whose names differ, or when the dialect cannot hold what it has or the program does not read it as trained; then it
+    says why, and of which dialects it does.
     """
     _check_asked(to, portable)
     order = _Order(opened(source, base, strict=strict), base, weights, dtype)
