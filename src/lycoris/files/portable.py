@@ -212,10 +212,11 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
         "flat w2": Export("its w2 written as a product of two matrices", flat_w2),
         "whole w1": Export("its w1 multiplied out", whole_w1),
         "unlimited": Export("its constraint applied to the rotations", without_limit),
-        "both norms": Export("a b_norm of zeros put beside w_norm", both_norms),
+        "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", both_norms),
         "both diffs": Export("a diff of zeros put beside diff_b", both_diffs),
         "joined": Export("written with what is beside it as one difference stored whole", dense),
-        # Reading a file has it already.
+        # Reading a file has these already.
+        "anew": Export("written as such adapters are today", lambda entry, base: entry),
         "scale": Export("written with the scale that was trained", lambda entry, base: entry),
     }
 )

@@ -25,6 +25,7 @@ Remedy = Literal[
     "both norms",
     "both diffs",
     "joined",
+    "anew",
     "scale",
 ]
 """Names of exports, which `lycoris.files.portable` makes."""

@@ -70,6 +70,11 @@ def first_layout(case: Case) -> bool:
     )
 
 
+def old_rotation(case: Case) -> bool:
+    """Rotations themselves in the file, instead of what generates them."""
+    return "oft_diag" in case.stored
+
+
 def unscaled(case: Case) -> bool:
     return case.entry.algorithm.scale(case.entry.geometry) == 1
 
@@ -195,6 +200,11 @@ def lone_bias(case: Case) -> bool:
 
 def moves_bias(case: Case) -> bool:
     return bool(case.entry.tensors.keys() & {"diff_b", "b"})
+
+
+def lone_shift(case: Case) -> bool:
+    """A norm's shift without its scale in the file."""
+    return case.name == "norm" and "b_norm" in case.stored and "w_norm" not in case.stored
 
 
 def half_norm(case: Case) -> bool:
