@@ -41,6 +41,8 @@ def _change(tensors: Tensors, weight: Tensor) -> Tensor | None:
         return _lokr(tensors, weight)
     if "a1.weight" in tensors:
         a1, a2, b1, b2 = (tensors[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+        if len(a1) != weight.shape[1]:
+            raise Refused("the first layout does not fit the module's own factors")
         bent = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2)
         return _scale(tensors, len(a2)) * (bent + (b1 @ b2).reshape(weight.shape))
     if "q_layer.weight" in tensors:

@@ -56,7 +56,12 @@ def test_a_hostile_folder_is_refused(tmp_path: Path) -> None:
         read_peft(folder, net())
     trained(peft.LoraConfig(r=3, target_modules=at("linear"))).save_pretrained(folder)
     good = config.read_text()
-    for text, told in (("[" * 100_000, "not JSON"), ("[1]", "it is list, not an object"), (" " * (5 * 2**20), "bytes"), ("{", "JSON")):
+    for text, told in (
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "it is list, not an object"),
+        (" " * (5 * 2**20), "bytes"),
+        ("{", "JSON"),
+    ):
         config.write_text(text)
         with pytest.raises(FileError, match=told):
             read_peft(folder, net())

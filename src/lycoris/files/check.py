@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.layout import Layout
-from lycoris.files.opening import opened
+from lycoris.files.opening import Opened, opened
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
 
@@ -46,6 +46,13 @@ class Check:
     def as_trained(self) -> bool:
         """Whether all of it is read as it was trained."""
         return not self.keys and all(each.reads == "as trained" for each in self.layers.values())
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why not all of it is."""
+        bad = [row for row in self.rows() if row[2] != "as trained"]
+        found = [f"{count} layers of {algorithm} are read {reads}: {why}" for algorithm, count, reads, _, why in bad]
+        return [*filter(None, [self.keys]), *found]
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -92,10 +99,14 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
     """
     if consumer not in CONSUMERS:
         raise FileError(unknown("program", consumer, CONSUMERS))
+    return judged(opened(path, base), consumer)
+
+
+def judged(found: Opened, consumer: str) -> Check:
+    """The same of a file that is open."""
     program = CONSUMERS[consumer]
-    found = opened(path, base)
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
-    written = _written(found.names, detection)
+    written = _written(found.shapes, detection)
     parts = [
         Part(program, name, detection.dialect, layouts[name], bundles[name], written[name])
         for name in detection.components
@@ -120,19 +131,20 @@ class Written(NamedTuple):
 
     key: str
     """What the names of its tensors have in common."""
-    tensors: int
+    tensors: Mapping[str, tuple[int, ...]]
+    """Their shapes, by name in LyCORIS' spelling."""
 
 
-def _written(names: Iterable[str], detection: Detection) -> dict[str, dict[str, Written]]:
+def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
     """Component → layer as written → what the file has."""
     whose = component_of(FAMILIES[detection.family] if detection.family else None)
     found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
-    for name in names:
+    for name, shape in shapes.items():
         key = DIALECTS[detection.dialect].split(name)
         if key is not None:
             layers = found.setdefault(whose(key), {})
-            before = layers.get(key.layer, Written(key.prefix + key.layer, 0))
-            layers[key.layer] = before._replace(tensors=before.tensors + 1)
+            before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
+            layers[key.layer] = before._replace(tensors={**before.tensors, key.suffix: shape})
     return found
 
 
@@ -213,9 +225,9 @@ class Part:
     def passed_over(self) -> int:
         """How many tensors the program has no use for."""
         if self.known is None:
-            return sum(each.tensors for each in self.written.values())
+            return sum(len(each.tensors) for each in self.written.values())
         lost = (layer for layer, verdict in self.verdicts.items() if verdict.reads == "not at all")
-        return sum(self.written[self._as_written(layer)].tensors for layer in lost)
+        return sum(len(self.written[self._as_written(layer)].tensors) for layer in lost)
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
@@ -240,9 +252,11 @@ class Part:
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key = self.written[written].key
+        key, stored = self.written[written]
         if self._lost(written) or (self.known is not None and re.fullmatch(self.known.stops, key)):
             return Verdict("not at all", f"{title} has no place for such keys")
+        if "bias_indices" in stored:
+            return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         first, *rest = stack
         verdict = self.program.verdict(
             first,
@@ -250,6 +264,7 @@ class Part:
             dialect=self.dialect or self.own,
             architecture=self.architecture,
             key=key,
+            stored=stored,
         )
         if verdict.reads != "as trained":
             return verdict

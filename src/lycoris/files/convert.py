@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lycoris import fingerprint, recast
-from lycoris.bundle import Bundle, Entry
-from lycoris.errors import FileError, PlanError, unknown
+from lycoris.bundle import Bundle
+from lycoris.errors import FileError, unknown
 from lycoris.files import placing
+from lycoris.files.check import Check, judged
 from lycoris.files.components import FAMILY
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.detect import Detection, ambiguous
 from lycoris.files.dialect import Style, flatten
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.exporting import dialects_of, exported
 from lycoris.files.layout import Layout
-from lycoris.files.opening import Opened, known, opened
+from lycoris.files.naming import DIFFUSERS as MIDDLE
+from lycoris.files.opening import Opened, known, opened, understood
 from lycoris.files.peft import write_peft
 from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.portable import plain
-from lycoris.files.portable import portable as portable_entry
 from lycoris.files.recognise import Fit
 from lycoris.files.skeleton import namings
-from lycoris.files.storage import load_tensors
+from lycoris.files.storage import load_tensors, save_tensors
 from lycoris.files.weights import BaseWeights
-from lycoris.files.writing import Encoded, kept, write
-from lycoris.report import Report
+from lycoris.files.writing import Encoded, compose, kept, stored
+from lycoris.report import Report, some
 
 
 @dataclass(frozen=True)
@@ -79,46 +83,33 @@ def convert(
     """Write an adapter file anew in another dialect, exactly, or not at all.
 
     `portable` names a program that reads it as trained then: adapters that it would take for something else are written
-    otherwise, and where that depends on the base model, by its `weights`. `to` is the dialect, None: the usual one of
-    that program. `base` is the denoiser that the file is for (one on the meta device serves); None: a known model,
-    recognised by names and sizes. With `strict=False` what has no place is left out, and the report tells it.
+    otherwise, and where that depends on the base model, by its `weights`. Unless `check` of the result says that it
+    does, nothing is written. `to` is the dialect, None: the first one of that program's in which it does. `base` is the
+    denoiser that the file is for (one on the meta device serves); None: a known model, recognised by names and sizes.
+    With `strict=False` what has no place is left out, and the report tells it.
 
     Raises `FileError` when the file fits no model, when something in it has no place, when it may be for several models
-    whose names differ, or when the dialect or the program cannot hold what it has.
+    whose names differ, or when the dialect cannot hold what it has or the program does not read it as trained; then it
+    says why, and of which dialects it does.
     """
     _check_asked(to, portable)
-    found = opened(source, base, strict=strict)
-    to = to or _usual(portable or "", found)
-    bundles, layouts, done = found.bundles, found.layouts, dict[str, str]()
+    order = _Order(opened(source, base, strict=strict), base, weights, dtype)
     try:
-        for name in found.assumed:
-            _check_sure(found.detection, name, bundles[name], to)
+        if portable is not None:
+            made = order.for_program(portable, to)
+        else:
+            assert to is not None
+            made = order.made(to)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
-    reports = {name: bundle.report for name, bundle in bundles.items()}
-    if portable is not None:
-        _check_known(to, portable, found)
-        bundles = {
-            name: _portable(bundle, portable, to, layouts[name], None if name else weights, done)
-            for name, bundle in bundles.items()
-        }
-    if weights is not None and "" in bundles and not DIALECTS[to].folder:
-        bundles[""] = _free(bundles[""], to, layouts[""], weights, done)
-    if DIALECTS[to].folder:
-        written = _write_folder(bundles, target, dtype)
+    if made.folder is None:
+        save_tensors(made.written.tensors, target, made.written.header)
     else:
-        header = _header(found)
-        written = write(bundles, target, to, dtype=dtype, metadata=header, model=layouts, family=found.family)
-    return Conversion(found.detection, reports, found.assumed, written._replace(notes={**done, **written.notes}))
-
-
-def _header(found: Opened) -> dict[str, str]:
-    """What of the file's header stays true; which base it says that it is for, if it is for that."""
-    header = {key: value for key, value in kept(found.header).items() if key != FAMILY}
-    layout = found.layouts.get("")
-    if layout is not None and fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle):
-        del header[fingerprint.KEY]
-    return header
+        write_peft(made.folder, target, dtype=dtype)
+        made.written.tensors.update(load_tensors(Path(target) / WEIGHTS)[0])
+    found = order.found
+    reports = {name: bundle.report for name, bundle in found.bundles.items()}
+    return Conversion(found.detection, reports, found.assumed, made.written)
 
 
 def _check_asked(to: str | None, portable: str | None) -> None:
@@ -130,65 +121,101 @@ def _check_asked(to: str | None, portable: str | None) -> None:
         raise FileError(unknown("dialect", to, DIALECTS))
 
 
-def _usual(program: str, found: Opened) -> str:
-    """The dialect to write for a program."""
-    return next(iter(_known_to(program, found)), next(iter(CONSUMERS[program].keys)))
+class _Made(NamedTuple):
+    """A file, not yet written."""
+
+    written: Encoded
+    folder: Bundle | None = None
+    """What a folder of PEFT's is to hold instead."""
 
 
-def _known_to(program: str, found: Opened) -> list[str]:
-    """The dialects in which a program knows the keys of a file's denoiser."""
-    architecture = found.layouts[""].architecture if "" in found.layouts else None
-    keys = CONSUMERS[program].keys
-    return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
+@dataclass(frozen=True)
+class _Order:
+    """What to convert, and with what."""
 
+    found: Opened
+    base: nn.Module | None
+    weights: BaseWeights | None
+    dtype: torch.dtype | None
 
-def _check_known(to: str, program: str, found: Opened) -> None:
-    """Raise `FileError` when a program does not know the keys that a dialect has for a model."""
-    dialects = _known_to(program, found)
-    if to not in dialects:
-        raise FileError(
-            f"{CONSUMERS[program].title} does not know keys of the format {to} for this model; it knows "
-            f"{', '.join(dialects) or 'no format for it'}"
-        )
-
-
-def _portable(
-    bundle: Bundle, program: str, to: str, layout: Layout, weights: BaseWeights | None, done: dict[str, str]
-) -> Bundle:
-    """Every adapter as a program reads it as trained; what was done to which is put into `done`."""
-    entries, problems = {}, {}
-    for layer, stack in bundle.entries.items():
-        made = []
-        for entry in stack:
-            try:
-                one, what = _exported(entry, program, to, layer, layout, weights)
-            except FileError as error:
-                problems[layer] = str(error)
-                break
-            made.append(one)
-            if what != "nothing":
-                done[layer] = f"{entry.algorithm.name} {what}"
-        entries[layer] = tuple(made)
-    if problems:
-        first, why = next(iter(problems.items()))
-        raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
-    return replace(bundle, entries=entries)
-
-
-def _exported(
-    entry: Entry, program: str, to: str, layer: str, layout: Layout, weights: BaseWeights | None
-) -> tuple[Entry, str]:
-    architecture = None if layout.architecture is None else layout.architecture.name
-    export = partial(portable_entry, entry, program, dialect=to, architecture=architecture)
-    try:
-        return export()
-    except PlanError as error:
-        if weights is None:
+    def for_program(self, program: str, to: str | None) -> _Made:
+        """In the dialect, or the first one, in which a program reads all of it as trained."""
+        title, known = CONSUMERS[program].title, dialects_of(program, self.found)
+        if to is not None and to not in known:
             raise FileError(
-                f"what {program} would need of {entry.algorithm.name} depends on the base model's weights: give the "
-                "folder that they are in (--base)"
-            ) from error
-        return export(base=weights.affine(layer, layout))
+                f"{title} does not know keys of the format {to} for this model; it knows "
+                f"{', '.join(known) or 'no format for it'}"
+            )
+        if not known:
+            raise FileError(f"{title} knows no format for this model")
+        reasons: dict[str, list[str]] = {}
+        for dialect in known if to is None else [to]:
+            try:
+                made = self.made(dialect, program)
+                check = self._check(made, program)
+            except FileError as error:
+                reasons.setdefault(str(error), []).append(dialect)
+                continue
+            if check.as_trained:
+                return made
+            reasons.setdefault("; ".join(check.reasons), []).append(dialect)
+        told = "\n".join(f"  {', '.join(dialects)}: {why}" for why, dialects in reasons.items())
+        others = "" if to is None else self._others(program, [each for each in known if each != to])
+        raise FileError(f"no file of it that {title} reads as trained was written:\n{told}{others}")
+
+    def made(self, to: str, program: str | None = None) -> _Made:
+        """In a dialect, and for a program where one is given. Raises `FileError`."""
+        found, done = self.found, dict[str, str]()
+        bundles = found.bundles
+        for name in found.assumed:
+            _check_sure(found.detection, name, bundles[name], to)
+        if program is not None:
+            bundles, done = exported(found, program, to, self.weights)
+        if self.weights is not None and "" in bundles and not DIALECTS[to].folder:
+            bundles = bundles | {"": _free(bundles[""], to, found.layouts[""], self.weights, done)}
+        if DIALECTS[to].folder:
+            return self._folder(bundles, done)
+        encoded = compose(bundles, to, model=found.layouts, family=found.family)
+        written = stored(encoded, self.dtype, {**encoded.header, **_header(found)})
+        return _Made(written._replace(notes={**done, **written.notes}))
+
+    def _folder(self, bundles: Mapping[str, Bundle], done: dict[str, str]) -> _Made:
+        if set(bundles) != {""}:
+            names = ", ".join(name or "the denoiser" for name in bundles)
+            raise FileError(f"a folder of PEFT's holds the adapters of one model, and this file has those of {names}")
+        # PEFT knows a model by the names of its own modules.
+        layout = self.found.layouts[""]
+        own = layout.renamed(MIDDLE) if self.base is None else Layout.of(self.base)
+        places = placing.place(bundles[""].entries, own, layout.naming, dense=False)
+        if places.refused:
+            raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
+        return _Made(Encoded({}, {}, done | places.notes), replace(bundles[""], entries=places.entries))
+
+    def _check(self, made: _Made, program: str) -> Check:
+        """What a program makes of it once it is written."""
+        if made.folder is None:
+            return judged(understood(made.written.tensors, made.written.header, self.base), program)
+        with tempfile.TemporaryDirectory() as folder:
+            write_peft(made.folder, folder, dtype=self.dtype)
+            return judged(opened(folder, self.base), program)
+
+    def _others(self, program: str, dialects: list[str]) -> str:
+        """Of some dialects those that a program does read as trained, as the end of a message."""
+        good = []
+        for dialect in dialects:
+            with contextlib.suppress(FileError):
+                if self._check(self.made(dialect, program), program).as_trained:
+                    good.append(dialect)
+        return f"\nAs {' or '.join(good)} it does" if good else "\nNor does it in any other format"
+
+
+def _header(found: Opened) -> dict[str, str]:
+    """What of the file's header stays true; which base it says that it is for, if it is for that."""
+    header = {key: value for key, value in kept(found.header).items() if key != FAMILY}
+    layout = found.layouts.get("")
+    if layout is not None and fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle):
+        del header[fingerprint.KEY]
+    return header
 
 
 def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
@@ -206,14 +233,6 @@ def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: d
             entries[layer] = tuple(plain(entry, weights.affine(layer, layout)) for entry in stack)
             done[layer] = f"{stack[0].algorithm.name} written as a LoRA or a difference, for its layer is cut or joined"
     return replace(bundle, entries=entries)
-
-
-def _write_folder(bundles: Mapping[str, Bundle], target: str | os.PathLike[str], dtype: torch.dtype | None) -> Encoded:
-    if set(bundles) != {""}:
-        names = ", ".join(name or "the denoiser" for name in bundles)
-        raise FileError(f"a folder of PEFT's holds the adapters of one model, and this file has those of {names}")
-    write_peft(bundles[""], target, dtype=dtype)
-    return Encoded(load_tensors(Path(target) / WEIGHTS)[0], {}, {})
 
 
 def _check_sure(detection: Detection, component: str, bundle: Bundle, to: str) -> None:

@@ -30,8 +30,8 @@ class Opened(NamedTuple):
     """What a file has for each component of a pipeline, under the names of layers that it has itself."""
 
     detection: Detection
-    names: tuple[str, ...]
-    """Of its tensors."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its tensors, by name."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
     layouts: dict[str, Layout]
@@ -49,14 +49,31 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
     folder = peft_folder(source)
     if folder is not None:
         return _folder(folder, base)
-    given = None if base is None else Layout.of(base)
     tensors, metadata = load_tensors(source)
     try:
-        family = None if given is None else _family(metadata, given)
-        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, family)
-        return _opened(tensors, metadata, found, given, strict)
+        return understood(tensors, metadata, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
+
+
+def understood(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
+) -> Opened:
+    """The same from what a file holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    denoiser = None if base is None else Layout.of(base)
+    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser))
+    bundles, layouts, assumed = {}, {}, {}
+    for component in found.components:
+        layout = denoiser
+        if layout is None or component:
+            assumed[component] = _outline(found, component)
+            layout = known(found.fits[component][0])
+        bundle, layouts[component] = resolve_as_written(
+            tensors, layout, found.dialect, metadata, component, found.family, strict=strict
+        )
+        bundles[component] = _certain(bundle, found, assumed, component)
+    return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed)
 
 
 def known(fit: Fit) -> Layout:
@@ -71,24 +88,8 @@ def _folder(folder: Path, base: nn.Module | None) -> Opened:
     layout, assumed = Layout.of(model), found.models if base is None else {}
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
     bundle = _certain(read_peft(folder, model), found, assumed, "")
-    names = (*header(folder / WEIGHTS).tensors,)
-    return Opened(found, names, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
-
-
-def _opened(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], found: Detection, denoiser: Layout | None, strict: bool
-) -> Opened:
-    bundles, layouts, assumed = {}, {}, {}
-    for component in found.components:
-        layout = denoiser
-        if layout is None or component:
-            assumed[component] = _outline(found, component)
-            layout = known(found.fits[component][0])
-        bundle, layouts[component] = resolve_as_written(
-            tensors, layout, found.dialect, metadata, component, found.family, strict=strict
-        )
-        bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, (*tensors,), metadata, bundles, layouts, found.family, assumed)
+    shapes = {name: info.shape for name, info in header(folder / WEIGHTS).tensors.items()}
+    return Opened(found, shapes, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
 
 
 def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:

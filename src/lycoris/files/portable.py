@@ -29,6 +29,7 @@ from lycoris.ops.tucker import tucker
 from lycoris.recast import dense, low_rank
 
 Form = TypeVar("Form", LoRA, LoKr)
+Stack = tuple[Entry, ...]
 
 
 def portable(
@@ -45,19 +46,51 @@ def portable(
 
     Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
     """
+    (made, *_), what = portable_stack((entry,), consumer, base, dialect=dialect, architecture=architecture)
+    return made, what
+
+
+def portable_stack(
+    stack: Stack,
+    consumer: str,
+    base: Affine | None = None,
+    *,
+    dialect: str | None = None,
+    architecture: str | None = None,
+    key: str = "",
+) -> tuple[Stack, str]:
+    """The same of all that a file has for a layer: an algorithm, and changes of its bias or of single places beside it.
+
+    `key` is what the file calls the layer.
+    """
     if consumer not in CONSUMERS:
         raise FileError(unknown("consumer", consumer, CONSUMERS))
     done: dict[Remedy, str] = {}
+    # Nothing but this library reads places of the weight that are beside another algorithm.
+    if any(isinstance(each.algorithm, Full) and each.algorithm.weight for each in stack[1:]):
+        stack, done["joined"] = joined(stack, base), EXPORTS["joined"].does
     while True:
-        verdict = CONSUMERS[consumer].verdict(entry, base, dialect=dialect, architecture=architecture)
+        first, *beside = stack
+        verdict = CONSUMERS[consumer].verdict(
+            first, base, beside=tuple(beside), dialect=dialect, architecture=architecture, key=key
+        )
         if verdict.reads == "as trained":
-            return entry, ", then ".join(done.values()) or "nothing"
+            return stack, ", then ".join(done.values()) or "nothing"
         if verdict.remedy is None or verdict.remedy in done:
-            name, g = entry.algorithm.name, entry.geometry
+            name, g = first.algorithm.name, first.geometry
             raise FileError(f"{verdict.why}; no export of {name} on a {g} is known that it reads as trained")
         export = EXPORTS[verdict.remedy]
         done[verdict.remedy] = export.does
-        entry = export.make(entry, base)
+        stack = joined(stack, base) if verdict.remedy == "joined" else (export.make(first, base), *beside)
+
+
+def joined(stack: Stack, base: Affine | None = None) -> Stack:
+    """An algorithm and the changes beside it as one difference of the weight and the bias."""
+    tensors: dict[str, Tensor] = {}
+    for entry in stack:
+        for name, tensor in dense(entry, base).tensors.items():
+            tensors[name] = widened(tensors[name]) + widened(tensor) if name in tensors else tensor
+    return (Entry(Full(weight="diff" in tensors, bias="diff_b" in tensors), stack[0].geometry, tensors),)
 
 
 def plain(entry: Entry, base: Affine | None = None) -> Entry:
@@ -179,9 +212,11 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
         "flat w2": Export("its w2 written as a product of two matrices", flat_w2),
         "whole w1": Export("its w1 multiplied out", whole_w1),
         "unlimited": Export("its constraint applied to the rotations", without_limit),
-        "both norms": Export("a b_norm of zeros put beside w_norm", both_norms),
+        "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", both_norms),
         "both diffs": Export("a diff of zeros put beside diff_b", both_diffs),
-        # Reading a file has it already.
+        "joined": Export("written with what is beside it as one difference stored whole", dense),
+        # Reading a file has these already.
+        "anew": Export("written as such adapters are today", lambda entry, base: entry),
         "scale": Export("written with the scale that was trained", lambda entry, base: entry),
     }
 )

@@ -110,18 +110,23 @@ def write(
     tensors as they are stored and of the rest of the header.
     """
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
+    own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
+    made = stored(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
+    if describe is not None:
+        made.header.update(describe(plain(made.tensors), made.header))
+    save_tensors(made.tensors, path, made.header)
+    return made
+
+
+def stored(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[str, str]) -> Encoded:
+    """The same with its tensors as `write` stores them. Raises `FileError` where a dtype does not hold them."""
     tensors = encoded.tensors
     if dtype is not None:
         tensors = _cast(tensors, dtype)
     bad = next((key for key, tensor in tensors.items() if not finite(tensor)), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
-    own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
-    header = {**own, **encoded.header, **(metadata or {})}
-    if describe is not None:
-        header |= describe(plain(tensors), header)
-    save_tensors(tensors, path, header)
-    return Encoded(tensors, header, encoded.notes)
+    return Encoded(tensors, dict(header), encoded.notes)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
-from lycoris.files.consumers.shared import CORES, W2_ON_WRONG_AXES, cores
+from lycoris.files.consumers.shared import CORES, LONE_SHIFT, W2_ON_WRONG_AXES, cores
 from lycoris.files.consumers.traits import (
     all_of,
     core_without_contiguous,
@@ -15,6 +15,7 @@ from lycoris.files.consumers.traits import (
     lengths,
     limited_without_outputs,
     of_both_layouts,
+    old_rotation,
 )
 
 KRON = "contracts the core into a w2 that PyTorch's kron cannot use (seen with 2.13)"
@@ -44,6 +45,7 @@ SHARED = (
         "plain",
     ),
     W2_ON_WRONG_AXES,
+    LONE_SHIFT,
 )
 """What Forge took over."""
 
@@ -54,6 +56,7 @@ COMFYUI = Consumer(
     (
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
+        Row(old_rotation, "not at all", "knows no oft_diag, and passes it over", "anew"),
         Row(all_of(is_a("diag-oft"), lengths), "differently", "leaves the lengths of OFT's rows out", "plain"),
         Row(
             limited_without_outputs,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lycoris.algorithm import Affine
@@ -14,7 +15,18 @@ from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all"]
 Remedy = Literal[
-    "plain", "dense", "lora", "no core", "flat w2", "whole w1", "unlimited", "both norms", "both diffs", "scale"
+    "plain",
+    "dense",
+    "lora",
+    "no core",
+    "flat w2",
+    "whole w1",
+    "unlimited",
+    "both norms",
+    "both diffs",
+    "joined",
+    "anew",
+    "scale",
 ]
 """Names of exports, which `lycoris.files.portable` makes."""
 
@@ -43,6 +55,8 @@ class Case(NamedTuple):
     """None: not known."""
     key: str = ""
     """The layer as its keys call it, with what they begin with; "" not known."""
+    stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
 
     @property
     def name(self) -> str:
@@ -111,18 +125,19 @@ class Consumer:
         dialect: str | None = None,
         architecture: str | None = None,
         key: str = "",
+        stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer.
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
         if g.transposed and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)

@@ -12,6 +12,7 @@ from lycoris.files.consumers.traits import (
     ia3_out_on_conv,
     ia3_out_on_square_line,
     is_a,
+    lone_shift,
     misplaced_alone,
     off_pictures,
     w2_on_wrong_axes,
@@ -42,7 +43,8 @@ LENGTHS_OF_COLUMNS = Row(
     "base weight",
     "plain",
 )
-WITHOUT_BIAS = Row(beside, "differently", "leaves out the change of the bias that is beside it")
+LONE_SHIFT = Row(lone_shift, "not at all", "looks for w_norm, and knows no b_norm without it", "both norms")
+WITHOUT_BIAS = Row(beside, "differently", "leaves out the change of the bias that is beside it", "joined")
 
 
 def cores(why: str) -> tuple[Row, ...]:

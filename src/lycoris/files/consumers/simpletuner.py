@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
-from lycoris.files.consumers.shared import WITHOUT_BIAS
+from lycoris.files.consumers.shared import LONE_SHIFT, WITHOUT_BIAS
 from lycoris.files.consumers.traits import (
     all_of,
     dora,
     dora_in,
+    first_layout,
     is_a,
     kernel,
     lengths,
     lone_bias,
+    old_rotation,
     starts_elsewhere,
     unbalanced,
 )
@@ -24,6 +26,9 @@ SIMPLETUNER = Consumer(
     (
         Row(is_a("ia3"), "not at all", "stops when it loads an IA3 file", "plain"),
         Row(lone_bias, "not at all", "recognises no diff_b without diff, and passes it over", "both diffs"),
+        LONE_SHIFT,
+        Row(first_layout, "not at all", "knows the later layout of GLoRA only, and stops", "anew"),
+        Row(old_rotation, "not at all", "recognises no oft_diag, and passes it over", "anew"),
         Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
         Row(unbalanced, "not at all", "makes a LoKr of other shapes than an unbalanced one has, and stops", "plain"),
         Row(dora_in, "not at all", "cannot load DoRA's lengths of inputs", "plain"),

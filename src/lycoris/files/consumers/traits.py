@@ -58,6 +58,31 @@ def of_both_layouts(case: Case) -> bool:
     return case.name == "glora" and case.entry.tensors["a1"].shape[1] == g.in_features == g.out_features
 
 
+def first_layout(case: Case) -> bool:
+    """GLoRA that the file has in its first layout, a1 (r, I) and a2 (I, r), b1 (r, I) and b2 (O, r)."""
+    g, shapes = case.entry.geometry, case.stored
+    if case.name != "glora" or not shapes:
+        return False
+    return (shapes["a1.weight"][0], shapes["a2.weight"][1], shapes["b1.weight"][0]) != (
+        g.in_features,
+        g.in_features,
+        g.out_features,
+    )
+
+
+def old_rotation(case: Case) -> bool:
+    """Rotations themselves in the file, instead of what generates them."""
+    return "oft_diag" in case.stored
+
+
+def unscaled(case: Case) -> bool:
+    return case.entry.algorithm.scale(case.entry.geometry) == 1
+
+
+def linear(case: Case) -> bool:
+    return case.entry.geometry.kind == "linear"
+
+
 def beside(case: Case) -> bool:
     """A change of the bias, or of single places of the weight, beside another algorithm."""
     return bool(case.beside)
@@ -168,17 +193,26 @@ def limited_without_outputs(case: Case) -> bool:
 
 
 def lone_bias(case: Case) -> bool:
-    """A change of the bias without one of the weight."""
-    return "diff_b" in case.entry.tensors and "diff" not in case.entry.tensors
+    """A change of the bias without one of the weight, of a norm too where the file calls it so."""
+    names = case.stored.keys() if case.name == "norm" else case.entry.tensors.keys()
+    return "diff_b" in names and "diff" not in names
 
 
 def moves_bias(case: Case) -> bool:
     return bool(case.entry.tensors.keys() & {"diff_b", "b"})
 
 
-def without_shift(case: Case) -> bool:
-    """A norm's scale without its shift."""
-    return case.name == "norm" and "b" not in case.entry.tensors
+def lone_shift(case: Case) -> bool:
+    """A norm's shift without its scale in the file."""
+    return case.name == "norm" and "b_norm" in case.stored and "w_norm" not in case.stored
+
+
+def half_norm(case: Case) -> bool:
+    """A norm's scale without its shift, or its shift without its scale."""
+    if case.name != "norm":
+        return False
+    keys = case.entry.algorithm.keys
+    return len((case.stored.keys() or {keys[name] for name in case.entry.tensors}) & set(keys.values())) == 1
 
 
 def ia3_out(case: Case) -> bool:

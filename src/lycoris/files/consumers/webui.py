@@ -7,13 +7,16 @@ from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.shared import IA3_ON_CONVOLUTIONS, LENGTHS_OF_COLUMNS, WITHOUT_BIAS, cores
 from lycoris.files.consumers.traits import (
     all_of,
+    first_layout,
+    half_norm,
     is_a,
+    linear,
     lone_bias,
     of_both_layouts,
     off_pictures,
     pointwise,
+    unscaled,
     w2_on_wrong_axes,
-    without_shift,
 )
 
 WEBUI = Consumer(
@@ -29,9 +32,21 @@ WEBUI = Consumer(
             "out; how far off that is depends on the base weight",
             "plain",
         ),
+        Row(all_of(first_layout, linear, unscaled), "as trained", "computes what was trained"),
+        Row(
+            all_of(first_layout, linear),
+            "differently",
+            "leaves the scale of a GLoRA of the first layout out; how far off that is depends on the base weight",
+            "plain",
+        ),
         Row(is_a("glora"), "not at all", "reads GLoRA's tensors in another layout, and rejects the file", "plain"),
         Row(lone_bias, "not at all", "knows no diff_b without diff, and rejects the file", "both diffs"),
-        Row(without_shift, "not at all", "knows no w_norm without b_norm, and rejects the file", "both norms"),
+        Row(
+            half_norm,
+            "not at all",
+            "knows no w_norm without b_norm, nor the other way round, and rejects the file",
+            "both norms",
+        ),
         *IA3_ON_CONVOLUTIONS,
         Row(
             all_of(is_a("lora"), off_pictures),

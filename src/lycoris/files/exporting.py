@@ -1,0 +1,86 @@
+"""A file for a program: in a dialect of its own, with every adapter in a form that it evaluates as trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from lycoris.bundle import Bundle
+from lycoris.errors import FileError, PlanError
+from lycoris.files.components import prefix_of
+from lycoris.files.consumers import CONSUMERS
+from lycoris.files.dialect import flatten
+from lycoris.files.dialects import DIALECTS
+from lycoris.files.families import FAMILIES
+from lycoris.files.layout import Layout
+from lycoris.files.opening import Opened
+from lycoris.files.portable import Stack, portable_stack
+from lycoris.files.skeleton import namings
+from lycoris.files.weights import BaseWeights
+
+
+def dialects_of(program: str, found: Opened) -> list[str]:
+    """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    keys = CONSUMERS[program].keys
+    return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
+
+
+def exported(
+    found: Opened, program: str, to: str, weights: BaseWeights | None
+) -> tuple[dict[str, Bundle], dict[str, str]]:
+    """Every adapter as a program reads it as trained in a dialect, and what was done to which.
+
+    Raises `FileError` where no export is known, or one needs the base model's weights and there are none.
+    """
+    bundles, done, problems = {}, dict[str, str](), dict[str, str]()
+    for component, bundle in found.bundles.items():
+        layout, entries = found.layouts[component], dict[str, Stack]()
+        keys = _keys(bundle, layout, to, _prefix(found, component, to))
+        for layer, stack in bundle.entries.items():
+            try:
+                entries[layer], what = _exported(
+                    stack, program, to, layer, keys[layer], layout, None if component else weights
+                )
+            except FileError as error:
+                problems[layer] = str(error)
+                continue
+            if what != "nothing":
+                done[layer] = f"{stack[0].algorithm.name} {what}"
+        bundles[component] = replace(bundle, entries=entries)
+    if problems:
+        first, why = next(iter(problems.items()))
+        raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
+    return bundles, done
+
+
+def _exported(
+    stack: Stack, program: str, to: str, layer: str, key: str, layout: Layout, weights: BaseWeights | None
+) -> tuple[Stack, str]:
+    architecture = None if layout.architecture is None else layout.architecture.name
+    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key)
+    try:
+        return export()
+    except PlanError as error:
+        if weights is None:
+            raise FileError(
+                f"what {program} would need of {stack[0].algorithm.name} depends on the base model's weights: give the "
+                "folder that they are in (--base)"
+            ) from error
+        return export(base=weights.affine(layer, layout))
+
+
+def _prefix(found: Opened, component: str, to: str) -> str:
+    family = FAMILIES[found.family] if found.family else None
+    return prefix_of(DIALECTS[to], family, component) or ""
+
+
+def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, str]:
+    """Layer → what the first of its parts is called in a dialect."""
+    spelled = flatten if DIALECTS[to].style == "flat" else str
+    if layout.architecture is None:
+        return {layer: prefix + spelled(layer) for layer in bundle.entries}
+    home = namings(layout.architecture)[DIALECTS[to].naming_for(layout.architecture)].home
+    firsts = {layer: layout.spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
+    return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
