@@ -198,7 +198,8 @@ class Together(Life):
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.masks = "T-LoRA" in kind
-        self.whole = 1.0
+        self.whole = dict.fromkeys(self.members, 1.0)
+        """Strength of all of a model's layers, which `at` replaces; a layer's own one makes it 1."""
         self.alone: dict[str, Alone] = {}
 
     def acting(self, name: str) -> float:
@@ -238,7 +239,7 @@ class Together(Life):
         if call in ("apply_to", "merge_to", "restore"):
             self.alone = {}
         if call == "half":
-            self.whole = 0.5
+            self.whole = dict.fromkeys(self.members, 0.5)
             for each in self.alone.values():
                 each.strength = 0.5
 
@@ -264,14 +265,16 @@ class Together(Life):
 
     def _member_of(self, name: str) -> None:
         self.members[name].multiplier = 0.7
-        self.whole, self.strengths = 1.0, self.strengths | {name: 0.7}
+        model = name.split("_")[1]
+        self.whole = {each: 1.0 if each.split("_")[1] == model else whole for each, whole in self.whole.items()}
+        self.strengths = self.strengths | {name: 0.7}
         if name in self.alone:
             self.alone[name].strength = 0.7
 
     def _native_of(self, _: str) -> None:
         for part in self.subject.parts:
             part.adapters.set_strength(0.3)
-        self.whole, self.strengths = 0.3, dict.fromkeys(self.members, 0.3)
+        self.whole, self.strengths = (dict.fromkeys(self.members, 0.3) for _ in range(2))
 
     def _at_of(self, name: str) -> None:
         before = self.whole, self.strengths
@@ -279,7 +282,7 @@ class Together(Life):
             with ExitStack() as stack:
                 for part in self.subject.parts:
                     stack.enter_context(part.adapters.at(strength=2.0))
-                self.whole, self.strengths = 2.0, {n: 2 * s / self.whole for n, s in self.strengths.items()}
+                self.strengths = {each: 2 * strength / self.whole[each] for each, strength in self.strengths.items()}
                 assert relative(self(), self.expected()) < 1e-9
                 self._member_of(name)
                 assert relative(self(), self.expected()) < 1e-9
