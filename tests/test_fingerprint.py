@@ -47,16 +47,18 @@ def test_other_weights_are_remarked_upon(tmp_path: Path) -> None:
     assert 0.8 < share < fingerprint.SAME
 
 
-def test_what_is_merged_or_not_there_is_not_looked_at(tmp_path: Path) -> None:
+def test_the_weights_are_those_that_the_adapters_were_made_for(tmp_path: Path) -> None:
     model = base(0)
-    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), path="0")))
-    attached = adapters.attach().bundle().base
-    assert attached is not None
-    assert attached.signs == fingerprint.of_weights(base(0))
-    adapters.merge()
-    merged = adapters.bundle().base
-    assert merged is not None
-    assert merged.signs == ""
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), path="*")))
+    for parameter in adapters.parameters():
+        torch.nn.init.normal_(parameter)
+    adapters.attach().merge()
+    told = adapters.bundle().base
+    assert told is not None
+    assert told.signs == fingerprint.of_weights(base(0)) != fingerprint.of_weights(model)
+
+
+def test_what_is_not_there_is_not_looked_at(tmp_path: Path) -> None:
     assert fingerprint.of_weights(base(0).to("meta")) == ""
     assert read(made_for(base(0), tmp_path / "a.safetensors"), base(1).to("meta")).remarks == ()
 

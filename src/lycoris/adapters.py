@@ -37,7 +37,8 @@ class AdapterSet:
         self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
         sharding.check_unwrapped(model)
-        self.model, self.name = model, name
+        # Later the model may be sharded, or the weights merged.
+        self.model, self.name, self._signs = model, name, fingerprint.of_weights(model)
         self._attached_as = ""
         self.stacks = dict(stacks)
         self.schedule: RankSchedule | None = None
@@ -387,9 +388,8 @@ class AdapterSet:
 
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
-        layers = {place.path: place.geometry for place in sites(self.model)}
-        signs = "" if self.merged else fingerprint.of_weights(self.model)
-        return Bundle(filling.entries(self.stacks), dict(self.metadata), Base(class_name(self.model), layers, signs))
+        base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
+        return Bundle(filling.entries(self.stacks), dict(self.metadata), base)
 
     def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
         those = self.stacks if paths is None else paths

@@ -75,9 +75,9 @@ def test_unmatched_targets_are_warned_about_unless_told_otherwise(model: MyModel
 def test_options_for_a_file_are_known_or_warned_about(model: MyModel, tmp_path: Path, caplog: Any) -> None:
     trained(model, linear_dim=2).save_weights(tmp_path / "a.safetensors", None, {})
     whole = {"algo": "lora", "linear_dim": 2, "dropout": 0.1, "apply_preset": {"target_module": ["x"]}}
-    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", MyModel(), **whole)
+    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", model, **whole)
     assert not caplog.records
-    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", MyModel(), None, linear_dims=2)
+    create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", model, None, linear_dims=2)
     assert "unknown option 'linear_dims'; did you mean 'linear_dim'" in caplog.text
 
 
