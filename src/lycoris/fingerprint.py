@@ -57,7 +57,8 @@ def of_weights(model: nn.Module) -> str:
         weight = place.module._parameters.get(place.attribute or "weight")
         if weight is None or weight.is_meta or sharding.is_sharded(weight) or type(weight) is not nn.Parameter:
             return ""
-        if not weight.is_floating_point() or not weight.numel():
+        # Of eight bits, much is rounded to 0.
+        if not weight.is_floating_point() or weight.itemsize == 1 or not weight.numel():
             return ""
         flat = weight.detach().flatten()
         found.append((flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES] > 0).cpu())

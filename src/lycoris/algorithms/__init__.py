@@ -12,7 +12,7 @@ from torch import Tensor
 from lycoris.additive import Additive
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms.boft import BOFT
-from lycoris.algorithms.dora import DoRA
+from lycoris.algorithms.dora import DoRA, below_lengths
 from lycoris.algorithms.dylora import DyLoRA
 from lycoris.algorithms.full import Full
 from lycoris.algorithms.glora import GLoRA
@@ -52,6 +52,7 @@ __all__ = [
     "LoRA",
     "Norm",
     "TLoRA",
+    "below_lengths",
     "number",
     "read_tensors",
     "write_tensors",
@@ -65,7 +66,7 @@ def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) ->
         each = [write_tensors(algorithm, {name: t[at] for name, t in p.items()}, one) for at in range(g.stack)]
         shared = {ALPHA, *(algorithm.keys[mark] for mark in algorithm.marks)}
         return {key: t if key in shared else torch.stack([of[key] for of in each]) for key, t in each[0].items()}
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    inner = below_lengths(algorithm)
     stored = inner.stored({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
     tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
     alpha = inner.stored_alpha(g)
@@ -132,7 +133,7 @@ def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
 
 
 def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
-    inner = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    inner = below_lengths(algorithm)
     names = dict(inner.keys) | DoRA.keys
     try:
         slots = algorithm.slots(g)

@@ -213,3 +213,8 @@ def _without_length(p: Params) -> dict[str, Tensor]:
 def _over(part: Part) -> Additive:
     assert isinstance(part.entry.algorithm, DoRA)
     return part.entry.algorithm.over
+
+
+def below_lengths(algorithm: Algorithm) -> Algorithm:
+    """What DoRA is over; every other algorithm itself."""
+    return algorithm.over if isinstance(algorithm, DoRA) else algorithm

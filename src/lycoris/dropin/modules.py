@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
+from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA, below_lengths
 from lycoris.dropin.keywords import tell
 from lycoris.dropin.module import LycorisBaseModule, settings
-from lycoris.dropin.names import inner
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 from lycoris.options import TOP, parse_optional, parse_options
@@ -193,9 +192,9 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
     """The class of modules that have an algorithm."""
-    found = CLASSES.get(type(inner(algorithm)))
+    found = CLASSES.get(type(below_lengths(algorithm)))
     if found is None:
-        raise ConfigError(f"{inner(algorithm).name} has no module class; use AdapterSet")
+        raise ConfigError(f"{below_lengths(algorithm).name} has no module class; use AdapterSet")
     return found
 
 

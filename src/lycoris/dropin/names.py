@@ -10,7 +10,7 @@ from torch import Tensor
 from lycoris import sharding
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import DoRA, Full
+from lycoris.algorithms import DoRA, Full, below_lengths
 from lycoris.errors import ConfigError
 
 SETTINGS = ("dropout", "rank_dropout", "module_dropout", "rs_lora", "tucker", "block_size", "constraint")
@@ -42,19 +42,14 @@ def write(name: str, own: Tensor, value: Tensor) -> None:
     sharding.assign(own, value)
 
 
-def inner(algorithm: Algorithm) -> Algorithm:
-    """The algorithm, without the lengths of DoRA."""
-    return algorithm.over if isinstance(algorithm, DoRA) else algorithm
-
-
 def file_names(algorithm: Algorithm) -> dict[str, str]:
     """Slot → name as in files, for what a file has no name for too."""
-    return {**inner(algorithm).keys, **DoRA.keys, "gate": "scalar"}
+    return {**below_lengths(algorithm).keys, **DoRA.keys, "gate": "scalar"}
 
 
 def by_old_name(adapter: Adapter, name: str) -> Any:
     """A tensor by its name in files; None for other names. Of `lora_up.weight` the first part is asked for."""
-    algorithm = inner(adapter.algorithm)
+    algorithm = below_lengths(adapter.algorithm)
     if name == "alpha":
         alpha = algorithm.stored_alpha(adapter.geometry)
         return None if alpha is None else torch.tensor(alpha)
@@ -89,7 +84,7 @@ def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
         write(name, own, value)
         return True
     known = {key.removesuffix(".weight") for key in file_names(adapter.algorithm).values()}
-    known |= {"weight", "bias"} if isinstance(inner(adapter.algorithm), Full) else set()
+    known |= {"weight", "bias"} if isinstance(below_lengths(adapter.algorithm), Full) else set()
     if name in ("alpha", *SETTINGS):
         raise ConfigError(f"{name} belongs to {adapter.algorithm}, which does not change; make a new module with it")
     if name in known:

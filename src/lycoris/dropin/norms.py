@@ -6,7 +6,7 @@ import torch
 
 from lycoris.adapter import Adapter
 from lycoris.additive import Additive, Ranked
-from lycoris.algorithms import OFT, DoRA, TLoRA
+from lycoris.algorithms import OFT, TLoRA, below_lengths
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def shrink(adapter: Adapter, most: float) -> tuple[bool | None, float | None]:
     ΔW is shrunk through the gate, or through one factor, so exactly. T-LoRA is the difference of two products, one of
     them frozen: no tensor of it scales ΔW. IA3, GLoRA and `full` have no such norm in existing trainers either.
     """
-    algorithm = adapter.algorithm.over if isinstance(adapter.algorithm, DoRA) else adapter.algorithm
+    algorithm = below_lengths(adapter.algorithm)
     tensors = adapter.tensors()
     if isinstance(algorithm, OFT):
         part, norm = tensors["blocks"], tensors["blocks"].norm()

@@ -12,9 +12,9 @@ from lycoris import attach, bases, recast
 from lycoris.adapter import Adapter, Matrix
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm, Base, Call
-from lycoris.algorithms import DoRA, read_tensors, write_tensors
+from lycoris.algorithms import DoRA, below_lengths, read_tensors, write_tensors
 from lycoris.bundle import Entry
-from lycoris.dropin.names import by_old_name, file_names, inner, write, write_by_old_name
+from lycoris.dropin.names import by_old_name, file_names, write, write_by_old_name
 from lycoris.dropin.norms import shrink
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import is_substitute
@@ -43,7 +43,7 @@ class AdapterView(nn.Module):
     @property
     def inner(self) -> Algorithm:
         """The algorithm, without the lengths of DoRA."""
-        return inner(self.algorithm)
+        return below_lengths(self.algorithm)
 
     @property
     def geometry(self) -> Geometry:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm
-from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA
+from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, below_lengths
 from lycoris.algorithms.lokr import Layout
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
@@ -224,7 +224,7 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 
 def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     """The algorithm itself, or what DoRA is over, with its gate folded in."""
-    algorithm = entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm
+    algorithm = below_lengths(entry.algorithm)
     if not isinstance(algorithm, kind):
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
     p = dict(entry.tensors)

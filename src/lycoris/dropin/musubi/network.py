@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from lycoris import files, recast
 from lycoris.adapters import AdapterSet
 from lycoris.algorithm import Affine, Algorithm, Entry, interpolate
-from lycoris.algorithms import read_tensors
+from lycoris.algorithms import below_lengths, read_tensors
 from lycoris.attach import base_class
 from lycoris.dropin.functional.layer import geometry
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.names import inner
 from lycoris.dropin.network import Part
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.geometry import Geometry
@@ -124,7 +123,7 @@ def read(
     """
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
     bundle = files.resolve(tensors, unet, prefix=PREFIX)
-    others = sorted({inner(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
+    others = sorted({below_lengths(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, bundle, name=None)

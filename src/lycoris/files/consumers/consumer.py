@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lycoris.algorithm import Affine
-from lycoris.algorithms import DoRA
+from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, Keys, Known
 from lycoris.geometry import Kind
@@ -62,7 +62,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         """Of the algorithm, under DoRA's lengths if it has them; a file of DyLoRA is one of LoRA."""
         algorithm = self.entry.algorithm
-        name = algorithm.over.name if isinstance(algorithm, DoRA) else algorithm.name
+        name = below_lengths(algorithm).name
         return "lora" if name == "dylora" else name
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lycoris.algorithms import LoKr
+from lycoris.algorithms import LoKr, below_lengths
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Case, Consumer, Reads, Row, Test
 from lycoris.files.consumers.peft import STRENGTH, refused
@@ -22,7 +22,6 @@ from lycoris.files.consumers.traits import (
     no_other_than,
     on,
     padded_otherwise,
-    plain,
     resized,
     scaled,
     square,
@@ -51,7 +50,7 @@ def _of_lokr(case: Case) -> bool:
 
 def _without_factor(case: Case) -> bool:
     """A LoKr for which _create_lokr_config finds no decompose_factor, or PEFT then makes other shapes."""
-    lokr, g = plain(case.entry), case.entry.geometry
+    lokr, g = below_lengths(case.entry.algorithm), case.entry.geometry
     if not isinstance(lokr, LoKr):
         return False
     ol, im, *_ = lokr.layout_for(g)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithm import Algorithm
-from lycoris.algorithms import IA3, MAGNITUDE, DoRA, LoKr
-from lycoris.bundle import Entry
+from lycoris.algorithms import IA3, MAGNITUDE, LoKr, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
@@ -173,7 +171,7 @@ def misplaced_alone(case: Case) -> float | None:
 
 def unbalanced(case: Case) -> bool:
     """A LoKr whose w1 has more rows than its w2."""
-    algorithm, g = plain(case.entry), case.entry.geometry
+    algorithm, g = below_lengths(case.entry.algorithm), case.entry.geometry
     return isinstance(algorithm, LoKr) and algorithm.layout_for(g).ol ** 2 > g.out_features
 
 
@@ -257,8 +255,3 @@ def starts_elsewhere(case: Case) -> bool:
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
-
-
-def plain(entry: Entry) -> Algorithm:
-    """The algorithm, or what DoRA's lengths are over."""
-    return entry.algorithm.over if isinstance(entry.algorithm, DoRA) else entry.algorithm

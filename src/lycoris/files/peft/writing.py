@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
+from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files.peft.config import CONFIG, WEIGHTS
@@ -182,7 +182,7 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
 
 def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
-    inner: Any = algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    inner: Any = below_lengths(algorithm)
     # The Tucker core goes into `down`; a gate into `up`.
     up, down = inner.pair(inner.stored({name: t for name, t in p.items() if name != "magnitude"}, g), g)
     scale, rank = inner.scale(g), inner.rank
