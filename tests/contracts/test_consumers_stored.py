@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_consumers import BESIDE, READERS, SAME, change, error, made
+from test_consumers import BESIDE, READERS, SAME, change, check_told, error, made, read_as
 from torch import Tensor
 
-from consumers import Refused
 from lycoris.algorithm import Affine
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.bundle import Entry
@@ -75,18 +74,10 @@ def test_the_tables_say_what_becomes_of_other_forms(name: str) -> None:
     entry = Entry(read, entry.geometry, p)
     wanted = adapted(entry, case.base)
     for consumer in READERS.keys() - UNKNOWN.get(name, set()):
-        reader = READERS[consumer]
         stored = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         verdict = CONSUMERS[consumer].verdict(entry, case.base, stored=stored)
-        try:
-            found = reader.read(tensors, case.base.weight, case.base.bias, entry.geometry.kind)
-        except Refused:
-            found = None
-        if found is None:
-            assert verdict.reads == "not at all", consumer
-            continue
-        off = error(change(Affine(*found), case.base), change(wanted, case.base))
-        assert verdict.reads == ("as trained" if off <= SAME else "differently"), (consumer, off)
+        found = read_as(consumer, tensors, case.base, entry.geometry.kind)
+        check_told(verdict, found, wanted, case.base, consumer)
 
 
 @pytest.mark.parametrize("name", BESIDE)

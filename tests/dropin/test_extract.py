@@ -123,7 +123,7 @@ def test_mistakes() -> None:
         ("full", {"sparsity": 1.5}),
     ):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
-            extract_diff([], [], base, tuned, mode, **wrong)  # type: ignore[arg-type]
+            extract_diff([], [], base, tuned, mode, **wrong)  # type: ignore[arg-type]  # wrong on purpose
     tuned.a = nn.Linear(12, 17)
     with pytest.raises(FileError, match=r"a is linear \(16, 12\) with bias in the base and linear \(17, 12\)"):
         extract_diff([], [], base, tuned)

@@ -24,7 +24,7 @@ def test_a_header_tells_what_is_in_a_file(tmp_path: Path) -> None:
     assert head.size == path.stat().st_size
     assert head.tensors == {key: TensorInfo(t.dtype, tuple(t.shape), t.nbytes) for key, t in TENSORS.items()}
     with pytest.raises(TypeError):
-        head.tensors["d"] = head.tensors["a"]  # type: ignore[index]
+        head.tensors["d"] = head.tensors["a"]  # type: ignore[index]  # wrong on purpose
     tensors, metadata = load_tensors(path)
     assert metadata == head.metadata
     assert tensors.keys() == TENSORS.keys()

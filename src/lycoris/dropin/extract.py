@@ -157,7 +157,8 @@ def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor
 
 
 def _moved(affine: Affine, device: Any) -> Affine:
-    return Affine(*(None if t is None else t.to(device) for t in affine)).widened(torch.float32)  # type: ignore[arg-type]
+    bias = None if affine.bias is None else affine.bias.to(device)
+    return Affine(affine.weight.to(device), bias).widened(torch.float32)
 
 
 @torch.no_grad()
