@@ -65,3 +65,11 @@ def test_it_goes_on_by_itself_from_what_an_interruption_left(tmp_path: Path) -> 
     assert check(settings(tmp_path)).resume == tmp_path / "checkpoint-12"
     assert check(settings(tmp_path, resume="checkpoint-5")).resume == tmp_path / "checkpoint-5"
     assert settings(tmp_path / "other").resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "no")])
+def test_the_precision_is_one_that_the_machine_is_fast_in(
+    fast: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lycoris.demo.demo.fast_in_bfloat16", lambda: fast)
+    assert settings(tmp_path).mixed_precision == precision

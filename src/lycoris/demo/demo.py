@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lycoris.training import checkpoint
+from lycoris.training.inputs import fast_in_bfloat16
 from lycoris.training.settings import Settings, load
 
 ASSETS = Path(__file__).parent / "assets"
@@ -13,9 +14,17 @@ ASSETS = Path(__file__).parent / "assets"
 def settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
     """The demo's settings, `assets/config.json`, with what the user chose put over them.
 
+    In float32 where the machine is slow in bfloat16.
+
     With a checkpoint in `output_dir` it goes on from the latest, so that the same command finishes what it began.
     """
     if resume is None and checkpoint.existing(output_dir):
         resume = checkpoint.LATEST
-    chosen = {"output_dir": output_dir, "max_train_steps": steps, "resume_from_checkpoint": resume}
+    precision = None if fast_in_bfloat16() else "no"
+    chosen = {
+        "output_dir": output_dir,
+        "max_train_steps": steps,
+        "resume_from_checkpoint": resume,
+        "mixed_precision": precision,
+    }
     return load(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})
