@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "jsons", "finite", "ops", "geometry"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "recall", "bases", "adapter", "attach", "merging"},
+    {"sharding", "recomputation", "bases", "adapter", "attach", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "strengths", "filling", "adapters"},
     {"explain", "memory", "outline"},

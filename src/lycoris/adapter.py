@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,11 @@ from lycoris import sharding
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
-from lycoris.recall import Recall, in_backward, may_be_recomputed
+from lycoris.recomputation import PassHistory, PassState, replayed_random, values_of_pass
+
+
+_identities = itertools.count()
+"""Numbers that tell adapters apart in a graph, whatever becomes of the objects."""
 
 
 class Adapter(nn.Module):
@@ -32,13 +37,16 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.algorithm, self.geometry = algorithm, geometry
-        self.set_call(1.0, None)
+        self.call = Call()
+        """What is in force from now on."""
+        self._strength = torch.tensor(1.0, dtype=torch.float64)
         self.merged = False
         """Whether it is part of the layer's weight."""
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
         self._dropping = torch.tensor(1.0)
-        self._recall = Recall()
+        identity = next(_identities)
+        self._identity, self._history = torch.tensor(identity), PassHistory(identity)
         shapes = self._shapes()
         for name, slot in algorithm.slots(geometry).items():
             own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
@@ -68,15 +76,12 @@ class Adapter(nn.Module):
         return {name: g.stacked(slot.shape) for name, slot in self.algorithm.slots(g).items()}
 
     def set_call(self, strength: float, keep: Tensor | None) -> None:
-        """What is in force from now on."""
+        """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
+        if strength == self.call.strength and keep is self.call.keep:
+            return
         self.call = Call(strength, keep)
         # A compiled graph takes the strength as a tensor, so that it serves every value.
-        self._traced = Call(torch.tensor(strength, dtype=torch.float64), keep)
-
-    @property
-    def silent(self) -> bool:
-        """Whether it lets passes through: merged, and no mask asks for a part of that to be taken away again."""
-        return self.merged and self.call.keep is None
+        self._strength = torch.tensor(strength, dtype=torch.float64)
 
     def train(self, mode: bool = True) -> Adapter:
         """Training draws dropout, evaluation is deterministic."""
@@ -121,31 +126,40 @@ class Adapter(nn.Module):
             whole = self.algorithm.transform(tensors, base, self.geometry, keep)
         return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
 
-    def in_force(self, x: Tensor) -> Call:
+    @property
+    def state(self) -> PassState:
+        """What is in force for a pass that begins now and is no recomputation."""
+        return PassState(self.call, self.training and self.algorithm.drops, self.merged)
+
+    def state_of_pass(self, x: Tensor) -> PassState:
         """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
         if torch.compiler.is_compiling():
-            return self._traced
-        if in_backward():
-            # Not noted: of several passes before one backward, the first recomputed would hide the others.
-            return self._recall.of(self.call, x)
-        if may_be_recomputed():
-            self._recall.note(self.call, x)
-        return self.call
+            return self._compiled_state()
+        return self._history.state_of_pass(self.state, x)
 
-    def drawn(self, call: Call, x: Tensor) -> Call:
-        """A call with this pass's random choices made; the same call in evaluation."""
-        if not self.algorithm.drops or not (torch.compiler.is_compiling() or self.training):
-            return call
-        return self.algorithm.draw(replace(call, dropping=self._dropping), x)
+    def _compiled_state(self) -> PassState:
+        # Nothing here may depend on whether the layer trains: a graph serves both.
+        keep, draws = self.call.keep, self.algorithm.drops
+        if self.merged and keep is None:
+            return PassState(self.call, False, self.merged)
+        values = [self._strength, self._dropping, *(() if keep is None else (keep,))]
+        strength, dropping, *mask = values_of_pass(values, self._identity)
+        return PassState(Call(strength, mask[0] if mask else None, dropping if draws else None), draws, self.merged)
 
-    def forward(self, below: Base, x: Tensor) -> Tensor:
-        if self.silent:
+    def drawn(self, state: PassState, x: Tensor) -> Call:
+        """The call of a pass with its random choices made; the same call in evaluation."""
+        if not state.draws:
+            return state.call
+        call = state.call
+        return self.algorithm.draw(call if call.dropping is not None else replace(call, dropping=torch.ones(())), x)
+
+    def forward(self, below: Base, x: Tensor, state: PassState) -> Tensor:
+        if state.silent:
             return below(x)
-        call = self.in_force(x)
         # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
-        if not torch.compiler.is_compiling() and call.strength == 0:
+        if not torch.compiler.is_compiling() and state.call.strength == 0:
             return below(x)
-        return self.algorithm.forward(self.tensors(), below, x, self.drawn(call, x))
+        return self.algorithm.forward(self.tensors(), below, x, self.drawn(state, x))
 
     def extra_repr(self) -> str:
         return str(self.algorithm)

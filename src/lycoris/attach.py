@@ -19,6 +19,7 @@ from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Base
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe, describe_parameter
+from lycoris.recomputation import PassState, replayed_random
 
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
@@ -79,15 +80,15 @@ def _run_with(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, affin
 class _Stage:
     """An adapter on top of something is again such a thing."""
 
-    def __init__(self, adapter: Adapter, below: Base) -> None:
-        self.adapter, self.below, self.geometry = adapter, below, adapter.geometry
+    def __init__(self, adapter: Adapter, below: Base, state: PassState) -> None:
+        self.adapter, self.below, self.geometry, self.state = adapter, below, adapter.geometry, state
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter(self.below, x)
+        return self.adapter(self.below, x, self.state)
 
     def affine(self) -> Affine:
         below = self.below.affine()
-        return below if self.adapter.silent else self.adapter.adapted(below)
+        return below if self.state.silent else self.adapter.adapted(below, self.state.call)
 
     def bias(self) -> Tensor | None:
         return self.affine().bias if self.adapter.algorithm.moves_bias else self.below.bias()
@@ -130,16 +131,18 @@ class Adapted:
             # Taken off since, while another library's wrapper still holds this method.
             return base_class(self).forward(self, x, *args, **kwargs)
         below: Base = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
-        for adapter in adapters:
-            below = _Stage(adapter, below)
-        return below(x)
+        states = [adapter.state_of_pass(x) for adapter in adapters]
+        for adapter, state in zip(adapters, states, strict=True):
+            below = _Stage(adapter, below, state)
+        with replayed_random(states, x):
+            return below(x)
 
 
 def top(layer: nn.Module, attribute: str = "") -> Base:
     """A layer, or a parameter of a module, with the adapters it has now, as the next one will find it below itself."""
     below = bottom(layer, attribute)
     for adapter in adapters_on(layer, attribute):
-        below = _Stage(adapter, below)
+        below = _Stage(adapter, below, adapter.state)
     return below
 
 
@@ -258,8 +261,10 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
             return parameter
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
-            if not adapter.silent:
-                affine = adapter.adapted(affine, adapter.drawn(adapter.in_force(parameter), parameter))
+            state = adapter.state_of_pass(parameter)
+            if not state.silent:
+                with replayed_random([state], parameter):
+                    affine = adapter.adapted(affine, adapter.drawn(state, parameter))
         return affine.weight
 
     return read

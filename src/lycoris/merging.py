@@ -197,7 +197,7 @@ def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:
     """
     order = list(attach.adapters_on(layer, own[0].attribute))
     first = next((at for at, adapter in enumerate(order) if adapter is own[0]), len(order))
-    lower = [adapter for adapter in order[:first] if not adapter.silent]
+    lower = [adapter for adapter in order[:first] if not adapter.state.silent]
     moved = [adapter.algorithm for adapter in (*lower, *own)]
     if lower and not all(isinstance(algorithm, Additive) for algorithm in moved):
         names = ", ".join(algorithm.name for algorithm in moved)

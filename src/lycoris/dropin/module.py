@@ -30,6 +30,7 @@ from lycoris.filling import completed
 from lycoris.geometry import Geometry, Site, describe, site
 from lycoris.options import TOP, UNUSED_SIZES, parse_optional
 from lycoris.recipe import Recipe
+from lycoris.recomputation import replayed_random
 from lycoris.strengths import finite
 
 logger = logging.getLogger("LyCORIS")
@@ -248,10 +249,12 @@ class LycorisBaseModule(AdapterView):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer gives with this adapter on it. Of a parametrisation: the adapted weight."""
-        if self._parameter is not None:
-            call = self.adapter.drawn(self.adapter.in_force(x), x)
+        state = self.adapter.state_of_pass(x)
+        with replayed_random([state], x):
+            if self._parameter is None:
+                return self.adapter(self._below(), x, state)
+            call = self.adapter.drawn(state, x)
             return self.adapter.adapted(self._widened(Affine(x, None)), call).weight.to(x.dtype)
-        return self.adapter(self._below(), x)
 
     @classmethod
     def parametrize(cls, org_module: nn.Module, attr: str, *args: Any, **kwargs: Any) -> Self:
