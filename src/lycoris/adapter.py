@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,11 +13,7 @@ from lycoris import sharding
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
-from lycoris.recomputation import PassHistory, PassState, replayed_random, values_of_pass
-
-
-_identities = itertools.count()
-"""Numbers that tell adapters apart in a graph, whatever becomes of the objects."""
+from lycoris.recomputation import PassHistory, PassState, values_of_pass
 
 
 class Adapter(nn.Module):
@@ -45,8 +40,8 @@ class Adapter(nn.Module):
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
         self._dropping = torch.tensor(1.0)
-        identity = next(_identities)
-        self._identity, self._history = torch.tensor(identity), PassHistory(identity)
+        # A tensor, so that a graph compiled for one block serves the others.
+        self._identity, self._history = torch.tensor(id(self)), PassHistory(id(self))
         shapes = self._shapes()
         for name, slot in algorithm.slots(geometry).items():
             own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype

@@ -10,7 +10,7 @@ graph, and what was in force at each pass through the region is kept on that obj
   is on the call stack during the first run and is the node that autograd executes during the recomputation.
 - A compiled layer inside a checkpointed region looks the region up by an operator that stays in the graph.
 
-This is the only file that uses private functions of torch for that; `tests/test_recomputation.py` names them.
+This is the only file that uses private functions of torch for that; `tests/contracts/test_recomputation.py` names them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class PassHistory:
         """Autograd functions whose forward is on the call stack; autograd runs that without gradients."""
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
-        # A function takes a sequence number when it starts: where there were none, there are none until the next number.
+        # A function takes a sequence number when it starts: until the next number, none can have started.
         here = (threading.get_ident(), _sequence_number())
         if here == self._outside:
             return []
@@ -257,12 +257,23 @@ def _module(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-@torch.library.custom_op("lycoris::values_of_pass", mutates_args=())
+OPERATOR = "lycoris::values_of_pass"
+
+# Defined by its schema: an operator of `torch.library.custom_op` takes twice as long to call.
+torch.library.define(OPERATOR, "(Tensor[] values, Tensor adapter) -> Tensor[]")
+
+
 def values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
     """For compiled layers: the values (strength, dropout, mask) set now, or in a recomputation those set then.
 
     Raises `AttachError` where those had other shapes, which a compiled graph cannot take.
     """
+    found: list[Tensor] = torch.ops.lycoris.values_of_pass(values, adapter)
+    return found
+
+
+@torch.library.impl(OPERATOR, "CompositeExplicitAutograd")
+def _values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
     regions = _regions()
     if not torch.is_inference_mode_enabled():
         regions += [_Region(context, None) for context in _contexts_on_stack()]
@@ -270,14 +281,14 @@ def values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
     replayed = _replayed(regions, key)
     if replayed is not None and [value.shape for value in replayed] != [value.shape for value in values]:
         raise AttachError(
-            "a rank mask was set or cleared, or another batch size masked, between a checkpointed pass of a compiled "
-            "layer and its recomputation; leave the mask (timesteps) in force until backward() is done"
+            "a rank mask was set or cleared, or one for another batch size set, between a checkpointed pass of a "
+            "compiled layer and its recomputation; leave the mask (timesteps) in force until backward() is done"
         )
     current = values if replayed is None else replayed
     _remember(regions, key, current)
     return [value.clone() for value in current]
 
 
-@values_of_pass.register_fake
-def _(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
+@torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]  # torch's own has no types
+def _values_of_pass_shapes(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
     return [torch.empty_like(value) for value in values]

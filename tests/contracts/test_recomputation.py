@@ -1,0 +1,440 @@
+"""Gradients under gradient checkpointing are those without it, whatever is set between passes and before backward."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from cases import ALGORITHMS, PAIRS, adapt, relative
+from lycoris import OFT, AdapterSet, AttachError, DoRA, LoRA, RankSchedule, TLoRA, recomputation
+
+EVERY = sorted({name for name, layer in PAIRS if layer == "linear"})
+FORMS = pytest.mark.parametrize("reentrant", [False, True], ids=["frames", "reentrant"])
+
+
+class Block(nn.Module):
+    """A self-attention of a kind: layers that see latents, and one that sees text alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return x + torch.tanh(self.q(x)) * torch.tanh(self.text(text))
+
+
+class Net(nn.Module):
+    """Two blocks, each of them checkpointed in one form, in the other, or not at all (None)."""
+
+    def __init__(self, reentrant: bool | None, **options: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.reentrant, self.options = reentrant, options
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x, text)
+            else:
+                x = checkpoint(block, x, text, use_reentrant=self.reentrant, **self.options)
+        return x
+
+
+Pass = tuple[Tensor, Tensor]
+Steer = Callable[[AdapterSet, nn.Module, int], None]
+
+
+def gradients(model: nn.Module, passes: list[Pass], steer: Steer, *algorithms: Any, sets: int = 1) -> list[Tensor]:
+    """Of all adapters, after one backward over all passes, before each of which `steer` sets what is in force."""
+    torch.manual_seed(0)
+    for parameter in model.double().requires_grad_(False).parameters():
+        parameter.normal_(std=0.5)
+    made = [adapt(model, *algorithms, name=f"set{at}") for at in range(sets)]
+    for adapters in made:
+        adapters.schedule = RankSchedule(max_rank=3)
+    torch.manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for at, (x, text) in enumerate(passes):
+        for adapters in made:
+            steer(adapters, model, at)
+        loss = loss + (at + 1) * model(x, text).square().sum()
+    for adapters in made:
+        adapters.set_strength(7.0)
+        adapters.set_keep(None)
+    model.eval()
+    loss.backward()
+    return [torch.zeros(1) if p.grad is None else p.grad for adapters in made for p in adapters.parameters()]
+
+
+def check_same(found: list[Tensor], exact: list[Tensor]) -> None:
+    for one, other in zip(found, exact, strict=True):
+        assert relative(one, other) < 1e-10
+    assert any(one.abs().max() > 0 for one in exact)
+
+
+def inputs(passes: int, kind: str) -> list[Pass]:
+    torch.manual_seed(2)
+    text, x = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    found = []
+    for at in range(passes):
+        own = x.clone()
+        if kind == "different latents":
+            own = torch.randn_like(x)
+        elif kind == "one element":
+            own[0, 1, 3] += at
+        found.append((own.requires_grad_(), text.clone().requires_grad_()))
+    return found
+
+
+def steer_everything(adapters: AdapterSet, model: nn.Module, at: int) -> None:
+    model.train(at % 3 != 1)
+    adapters.set_strength((-1) ** at * (1 + at / 7), {"blocks.0": 0.5 + at} if at % 2 else None)
+    adapters.set_timesteps(torch.tensor([(at * 370) % 1000]))
+
+
+@pytest.mark.parametrize("kind", ["equal", "different latents", "one element"])
+@FORMS
+@pytest.mark.parametrize("name", EVERY)
+def test_every_algorithm_with_strengths_timesteps_and_modes_mixed(name: str, reentrant: bool, kind: str) -> None:
+    passes = inputs(5, kind)
+    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
+    check_same(gradients(Net(reentrant), passes, steer_everything, ALGORITHMS[name]), exact)
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora", "lokr-drops"])
+def test_forty_passes(name: str, reentrant: bool) -> None:
+    passes = inputs(40, "equal")
+    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
+    check_same(gradients(Net(reentrant), passes, steer_everything, ALGORITHMS[name]), exact)
+
+
+STACKS = [
+    (DoRA(over=LoRA(rank=2)), TLoRA(rank=3)),
+    (TLoRA(rank=3), DoRA(over=LoRA(rank=2))),
+    (OFT(block_size=2), LoRA()),
+]
+
+
+@FORMS
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("stack", STACKS, ids=["+".join(each.name for each in stack) for stack in STACKS])
+def test_stacks_read_the_adapters_below_as_they_were(stack: tuple[Any, ...], sets: int, reentrant: bool) -> None:
+    passes = inputs(4, "equal")
+    exact = gradients(Net(None), passes, steer_everything, *stack, sets=sets)
+    check_same(gradients(Net(reentrant), passes, steer_everything, *stack, sets=sets), exact)
+
+
+class Nested(Net):
+    """A checkpoint around everything, and the blocks' own within."""
+
+    def __init__(self, outer: bool | None, inner: bool | None) -> None:
+        super().__init__(inner)
+        self.outer = outer
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        inside = super().forward
+        return inside(x, text) if self.outer is None else checkpoint(inside, x, text, use_reentrant=self.outer)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-drops"])
+def test_checkpoints_within_checkpoints(name: str, outer: bool, inner: bool) -> None:
+    passes = inputs(4, "equal")
+    exact = gradients(Nested(None, None), passes, steer_everything, ALGORITHMS[name])
+    check_same(gradients(Nested(outer, inner), passes, steer_everything, ALGORITHMS[name]), exact)
+
+
+class Inside(Net):
+    """Sets the strength within the checkpointed part, whose layers it calls twice; one pass has no gradient."""
+
+    adapters: AdapterSet
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        def run(x: Tensor, text: Tensor) -> Tensor:
+            with self.adapters.at(strength=0.3):
+                y = self.blocks[0](x, text)
+            with torch.no_grad(), self.adapters.at(strength=-2.0):
+                teacher = self.blocks[0](x, text)
+            return y + self.blocks[0](x, text) - teacher
+
+        return run(x, text) if self.reentrant is None else checkpoint(run, x, text, use_reentrant=self.reentrant)
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["lora", "dora-lora", "loha-drops"])
+def test_what_changes_within_a_checkpointed_part(name: str, reentrant: bool) -> None:
+    def steer(adapters: AdapterSet, model: nn.Module, at: int) -> None:
+        model.adapters = adapters  # type: ignore[assignment]
+        steer_everything(adapters, model, at)
+
+    passes = inputs(3, "equal")
+    exact = gradients(Inside(None), passes, steer, ALGORITHMS[name])
+    check_same(gradients(Inside(reentrant), passes, steer, ALGORITHMS[name]), exact)
+
+
+@FORMS
+def test_a_pass_without_gradients_right_after_a_checkpointed_one_is_another_pass(reentrant: bool) -> None:
+    """Nothing that autograd counts lies between them."""
+    found = []
+    for form in (None, reentrant):
+        torch.manual_seed(0)
+        model = Net(form).double()
+        adapters = adapt(model, LoRA(rank=2))
+        ((x, text),) = inputs(1, "equal")
+        y = model(x, text)
+        with torch.no_grad(), adapters.at(strength=0.0):
+            base = model(x, text)
+        (y - base).square().sum().backward()
+        found.append([p.grad for p in adapters.parameters()])
+    check_same(found[1], found[0])
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["lora-drops", "oft-drops", "dora-drops", "dylora"])
+def test_dropout_is_drawn_as_in_the_pass_when_the_checkpoint_does_not_care(name: str, reentrant: bool) -> None:
+    passes = inputs(3, "equal")
+    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
+    unkept = Net(reentrant, preserve_rng_state=False)
+    check_same(gradients(unkept, passes, steer_everything, ALGORITHMS[name]), exact)
+
+
+@FORMS
+def test_a_recomputation_does_not_turn_random_numbers_back(reentrant: bool) -> None:
+    model = Net(reentrant, preserve_rng_state=False).double()
+    adapt(model, ALGORITHMS["lora-drops"])
+    ((x, text),) = inputs(1, "equal")
+    loss = model(x, text).square().sum()
+    torch.rand(3)
+    before = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    with torch.autograd.graph.save_on_cpu():
+        yield
+
+
+class Hooked(Net):
+    """Other hooks for saved tensors lie around the layers, within the checkpointed part."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        def run(x: Tensor, text: Tensor) -> Tensor:
+            with on_cpu():
+                return self.blocks[1](self.blocks[0](x, text), text)
+
+        return run(x, text) if self.reentrant is None else checkpoint(run, x, text, use_reentrant=self.reentrant)
+
+
+@FORMS
+def test_hooks_of_others_do_not_hide_the_region(reentrant: bool) -> None:
+    passes = inputs(3, "equal")
+    exact = gradients(Hooked(None), passes, steer_everything, ALGORITHMS["tlora"])
+    check_same(gradients(Hooked(reentrant), passes, steer_everything, ALGORITHMS["tlora"]), exact)
+
+
+@FORMS
+def test_two_backwards_through_one_graph(reentrant: bool) -> None:
+    found = []
+    for form in (None, reentrant):
+        torch.manual_seed(0)
+        model = Net(form).double()
+        adapters = adapt(model, TLoRA(rank=3))
+        adapters.set_keep(torch.tensor([[1.0, 1.0, 0.0]]))
+        ((x, text),) = inputs(1, "equal")
+        loss = model(x, text).square().sum()
+        adapters.set_keep(None)
+        loss.backward(retain_graph=True)
+        adapters.set_strength(2.0)
+        loss.backward()
+        found.append([p.grad for p in adapters.parameters()])
+    check_same(found[1], found[0])
+
+
+# torch looks at the gradient of every input of a compiled function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@FORMS
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora", "lora-drops"])
+def test_compiled_blocks_in_checkpoints(name: str, reentrant: bool) -> None:
+    """As diffusers compiles: block by block, with the checkpoint around them."""
+    torch._dynamo.reset()
+
+    def steer(adapters: AdapterSet, model: nn.Module, at: int) -> None:
+        # Compiled, dropout is drawn in another order.
+        model.train(not adapters.stacks["blocks.0.q"][0].algorithm.drops)
+        adapters.set_strength((-1) ** at * (1 + at / 7))
+        adapters.set_keep(torch.eye(3)[at : at + 1])
+
+    passes = inputs(3, "equal")
+    exact = gradients(Net(None), passes, steer, ALGORITHMS[name])
+    model = Net(reentrant)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    if name == "tlora":
+        with pytest.raises(AttachError, match="leave the mask"):
+            gradients(model, passes, steer, ALGORITHMS[name])
+        return
+    check_same(gradients(model, passes, steer, ALGORITHMS[name]), exact)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", ["compiled around", "sequential"])
+def test_other_ways_to_checkpoint(form: str) -> None:
+    """A compiled model with checkpoints in it, and `checkpoint_sequential`."""
+    found = []
+    for plain in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).double()
+        adapters = adapt(model, LoRA(rank=2))
+
+        def run(x: Tensor, model: nn.Sequential = model) -> Tensor:
+            return checkpoint(model, x, use_reentrant=False)
+
+        ways = {
+            "compiled around": torch.compile(run, backend="aot_eager"),
+            "sequential": lambda x, model=model: checkpoint_sequential(model, 2, x, use_reentrant=False),
+        }
+        loss = torch.zeros((), dtype=torch.float64)
+        x = torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
+        for strength in (1.0, -0.5, 2.0):
+            adapters.set_strength(strength)
+            loss = loss + strength * (model if plain else ways[form])(x).square().sum()
+        adapters.set_strength(0.0)
+        loss.backward()
+        found.append([p.grad for p in adapters.parameters()])
+    check_same(found[1], found[0])
+    torch._dynamo.reset()
+
+
+class Again(torch.autograd.Function):
+    """Recomputes like a checkpoint; what its first run knows of its graph is not to be seen from outside."""
+
+    @staticmethod
+    def forward(run: Any, x: Tensor) -> Tensor:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.run, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, gradient)
+        return None, x.grad
+
+
+class Classic(torch.autograd.Function):
+    """The same in the form that DeepSpeed's, Megatron's and Unsloth's have."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    backward = Again.backward
+
+
+def recomputed_by(function: type[torch.autograd.Function], strengths: list[float]) -> list[list[Tensor]]:
+    found = []
+    for run in (lambda model, x: model(x), function.apply):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+        adapters = adapt(model, LoRA(rank=2))
+        x = torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
+        loss = torch.zeros((), dtype=torch.float64)
+        for strength in strengths:
+            adapters.set_strength(strength)
+            loss = loss + strength * run(model, x).square().sum()
+        loss.backward()
+        found.append([p.grad for p in adapters.parameters()])
+    return found
+
+
+def test_functions_of_other_libraries_that_recompute() -> None:
+    check_same(*recomputed_by(Classic, [1.0, -1.0, 0.5]))
+
+
+def test_a_recomputation_that_cannot_be_told_apart_is_refused_once_it_matters() -> None:
+    check_same(*recomputed_by(Again, [1.5, 1.5]))
+    with pytest.raises(AttachError, match=r"use torch\.utils\.checkpoint\.checkpoint"):
+        recomputed_by(Again, [1.0, -1.0])
+
+
+@FORMS
+@pytest.mark.parametrize("merged_first", [False, True])
+def test_merging_before_the_recomputation_is_refused(merged_first: bool, reentrant: bool) -> None:
+    model = Net(reentrant).double()
+    adapters = adapt(model, LoRA(rank=2))
+    if merged_first:
+        adapters.merge()
+    ((x, text),) = inputs(1, "equal")
+    loss = model(x, text).square().sum()
+    adapters.unmerge() if merged_first else adapters.merge()
+    with pytest.raises(AttachError, match=r"call backward\(\) first"):
+        loss.backward()
+
+
+@FORMS
+def test_attaching_before_the_recomputation_is_refused(reentrant: bool) -> None:
+    model = Net(reentrant).double()
+    first = adapt(model, LoRA(rank=2), name="first")
+    ((x, text),) = inputs(1, "equal")
+    loss = model(x, text).square().sum()
+    adapt(model, LoRA(rank=2), name="second")
+    with pytest.raises((AttachError, RuntimeError), match=r"adapters are attached|different number of tensors"):
+        loss.backward()
+    first.detach()
+
+
+def test_nothing_is_left_of_a_pass_when_its_graph_is_gone() -> None:
+    import gc
+    import weakref
+
+    model = Net(False).double()
+    adapters = adapt(model, TLoRA(rank=3))
+    keep = torch.ones(1, 3)
+    adapters.set_keep(keep)
+    call = weakref.ref(adapters.stacks["blocks.0.q"][0].call)
+    ((x, text),) = inputs(1, "equal")
+    loss = model(x, text).square().sum()
+    adapters.set_keep(None)
+    model(x, text)
+    assert call() is not None
+    loss.backward()
+    del loss
+    gc.collect()
+    adapters.stacks["blocks.0.q"][0]._history.__init__(0)  # type: ignore[misc]  # it remembers the first state
+    assert call() is None
+
+
+def test_the_private_functions_of_torch_that_this_depends_on() -> None:
+    source = inspect.getsource(recomputation)
+    used = {line.split("=")[1].strip() for line in source.splitlines() if "= torch._C." in line}
+    autograd = "torch._C._autograd"
+    assert used == {
+        f"{autograd}._top_saved_tensors_default_hooks",
+        f"{autograd}._pop_saved_tensors_default_hooks",
+        f"{autograd}._push_saved_tensors_default_hooks",
+        f"{autograd}._get_sequence_nr",
+        "torch._C._current_autograd_node",
+        "torch._C._current_graph_task_id",
+    }
+    assert source.count("torch._C") == len(used)
+    assert source.count("from torch.utils.checkpoint import _CheckpointFrame") == 1
