@@ -9,12 +9,12 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "geometry"},
+    {"errors", "jsons", "finite", "ops", "paths", "geometry"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "recomputation", "bases", "adapter", "attach", "merging"},
+    {"sharding", "freezing", "recomputation", "bases", "adapter", "attach", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "strengths", "filling", "adapters"},
+    {"preset", "options", "recipe", "strengths", "filling", "steering", "adapters"},
     {"explain", "memory", "outline"},
     {"files"},
     {"generation", "training"},

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, merging, sharding
+from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, sharding
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
-from lycoris.errors import AttachError, ConfigError, unknown
+from lycoris.errors import AttachError
 from lycoris.geometry import class_name, site, sites
 from lycoris.merging import Merge, MergeReport
 from lycoris.planning import Plan
 from lycoris.recipe import schedule_of
-from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
+from lycoris.schedule import WITHOUT_SCHEDULE
+from lycoris.steering import Steering
 from lycoris.strengths import Strengths, finite
 
 logger = logging.getLogger("LyCORIS")
 
 
-class AdapterSet:
+class AdapterSet(Steering):
     """Adapters by layer path, made but not yet attached.
 
     States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
@@ -36,21 +36,18 @@ class AdapterSet:
     def __init__(
         self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
+        super().__init__()
         sharding.check_unwrapped(model)
         # Later the model may be sharded, or the weights merged.
         self.model, self.name, self._signs = model, name, fingerprint.of_weights(model)
         self._attached_as = ""
-        self.stacks = dict(stacks)
-        self.schedule: RankSchedule | None = None
+        self.stacks = filling.in_model_order(model, stacks)
         self.metadata: dict[str, str] = {}
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
-        self._strengths, self._merged_at = Strengths(), Strengths()
         self._attached_by_merge = False
-        self._keep: Tensor | None = None
         self._attached = False
-        self._hooks: list[Any] = []
-        self._by_hand = False
+        self._frozen: list[freezing.Place] = []
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -85,18 +82,29 @@ class AdapterSet:
 
     # -- on and off --------------------------------------------------------------------------------------------------
 
-    def attach(self) -> AdapterSet:
+    def attach(self, *, freeze: bool = True) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
+
+        The model's own parameters are frozen, so that only adapters train, and `detach` gives back to each the
+        `requires_grad` that it had. `freeze=False` leaves them as they are.
 
         Raises `AttachError` while another set has some of them attached or merged.
 
         While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
         "LyCORIS" says what works on them, which `capabilities` has as a value.
         """
-        if self._attached:
-            self._attached_by_merge = False
-            return self
-        self._check_layers()
+        if not self._attached:
+            self._check_layers()
+            self._put_all_on()
+            self.refresh()
+            if (able := self.capabilities()).low_bit:
+                logger.info("the layers under these adapters:\n%s", able)
+        self._attached_by_merge = False
+        if freeze and not self._frozen:
+            self._frozen = freezing.freeze(self.model)
+        return self
+
+    def _put_all_on(self) -> None:
         self._attached_as = f"adapter_{attach.free_name(self._layers.values()) if self.name is None else self.name}"
         with ExitStack() as undo:
             for path, at, adapter in self._each():
@@ -104,10 +112,6 @@ class AdapterSet:
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
-        self.refresh()
-        if (able := self.capabilities()).low_bit:
-            logger.info("the layers under these adapters:\n%s", able)
-        return self
 
     def capabilities(self) -> bases.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
@@ -118,7 +122,7 @@ class AdapterSet:
             attach.attach(self._layers[path], self._child(path, at), adapter)
         except AttachError as error:
             raise AttachError(f"{path}: {error}") from error
-        attach.keep_off_fast_path(self.model.get_submodule(path.rpartition(".")[0]), adapter)
+        attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
@@ -130,6 +134,8 @@ class AdapterSet:
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
+        freezing.release(self._frozen)
+        self._frozen = []
 
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
@@ -145,11 +151,6 @@ class AdapterSet:
     def merged(self) -> bool:
         return bool(self._merges)
 
-    @property
-    def rank_masked(self) -> bool:
-        """Whether any algorithm here follows the timestep."""
-        return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
-
     def _check_layers(self) -> None:
         for path, layer in self._layers.items():
             if site(self.model, path).module is not layer:
@@ -162,120 +163,6 @@ class AdapterSet:
     def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
         """Whether another set has put an adapter on or merged it."""
         return not (self._attached or self.merged) and (adapter.merged or attach.is_on(self._layers[path], adapter))
-
-    # -- in force ----------------------------------------------------------------------------------------------------
-
-    @property
-    def strength(self) -> float:
-        """In force; of a merged set, the one it was merged at."""
-        return (self._merged_at if self.merged else self._strengths).whole
-
-    @property
-    def blocks(self) -> Mapping[str, float]:
-        """Factors by path of a block; see `set_strength`."""
-        return self._strengths.blocks
-
-    def set_strength(self, strength: float, blocks: Mapping[str, float] | None = None) -> None:
-        """How much of the adapters counts: 0 is the base model, 1 the trained strength; see `lycoris.algorithm`.
-
-        `blocks` multiplies it in parts of the model: path of a block → factor; of several that hold a layer the
-        longest counts. None: the same everywhere. Raises `ConfigError` for a block without adapters.
-        """
-        self._check_unmerged()
-        self._strengths = Strengths.of(strength, blocks or {}, self.stacks)
-        self.refresh()
-
-    def set_strength_at(self, path: str, strength: float) -> None:
-        """Another strength at one layer than at the rest, until `set_strength`; `blocks` then has all of every layer's.
-
-        Raises `ConfigError` for a layer without adapters.
-        """
-        self._check_unmerged()
-        if path not in self.stacks:
-            raise ConfigError(unknown("layer with adapters", path, self.stacks))
-        self._strengths = self._strengths.with_one(path, finite(strength), self.stacks.keys())
-        self.refresh([path])
-
-    def strength_at(self, path: str) -> float:
-        """What is set at a layer, whatever the adapters are merged at."""
-        return self._strengths.at(path)
-
-    def _check_unmerged(self) -> None:
-        if self.merged:
-            raise AttachError(f"the adapters are merged at strength {self._merged_at.whole}; unmerge them to change it")
-
-    def factor(self, path: str) -> float:
-        """What the strength is multiplied by at a layer."""
-        return self._strengths.factor(path)
-
-    def set_keep(self, keep: Tensor | None) -> None:
-        """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
-        self._keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
-        self.refresh()
-
-    def set_timesteps(self, timesteps: Tensor | None) -> None:
-        """Timesteps on 0..T, one for all or one per sample, for algorithms that follow them; None: all ranks.
-
-        Raises `ConfigError` when algorithms here follow them and `schedule` is not set.
-        """
-        if timesteps is not None and self.schedule is None and self.rank_masked:
-            raise ConfigError(f"timesteps were given and `schedule` is not set: {WITHOUT_SCHEDULE}")
-        self.set_keep(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
-
-    @contextmanager
-    def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[AdapterSet]:
-        """Strength and timestep for the forward passes inside; what was in force before is put back."""
-        before = self._strengths, self._keep
-        try:
-            if strength is not None:
-                self.set_strength(strength, self.blocks)
-            if timestep is not None:
-                self.set_timesteps(torch.as_tensor(timestep))
-            yield self
-        finally:
-            self._strengths, self._keep = before
-            self.refresh()
-
-    def follow_timesteps(self) -> None:
-        """Read the timestep off every call of the model, in any pipeline, and mask ranks by `schedule`.
-
-        A mask that was set by hand stays in force.
-        """
-        if not self._hooks and self.rank_masked:
-            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            after = self.model.register_forward_hook(self._after, always_call=True)
-            self._hooks = [before, after]
-
-    def unfollow(self) -> None:
-        """Stop reading timesteps."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._by_hand = self._keep is not None
-        if not self._by_hand and self.schedule is not None:
-            self.set_timesteps(read_timestep(model, args, kwargs, self.schedule.steps))
-
-    def _after(self, *_: Any) -> None:
-        if not self._by_hand:
-            self.set_keep(None)
-
-    def refresh(self, paths: Iterable[str] | None = None) -> None:
-        """Give the adapters what is set here, those that another set has in use left alone.
-
-        On a merged model, the part that should be off is taken away again.
-        """
-        for path, _, adapter in self._each(paths):
-            if self._is_elsewhere(path, adapter):
-                continue
-            keep = None
-            if self._keep is not None and adapter.algorithm.rank_masked:
-                keep = adapter.algorithm.fit_keep(self._keep)
-                keep = 1 - keep if self.merged else keep
-            adapter.merged = self.merged
-            taken = self.merged and keep is not None
-            adapter.set_call(-self._merged_at.at(path) if taken else self.strength_at(path), keep)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +193,7 @@ class AdapterSet:
         with ExitStack() as undo:
             undo.callback(self._take_out, merges)
             if self.rank_masked and not self._attached:
-                self.attach()
+                self.attach(freeze=False)
                 self._attached_by_merge = True
             for path, merge in merges.items():
                 bases.install(self._layers[path], merge.new, merge.attribute)
@@ -356,8 +243,14 @@ class AdapterSet:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors."""
-        for _, _, adapter in self._each():
-            yield from (tensor for tensor in adapter.kept().values() if isinstance(tensor, nn.Parameter))
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`parameters` with their names in `state_dict`."""
+        for path, at, adapter in self._each():
+            for slot, tensor in adapter.kept().items():
+                if isinstance(tensor, nn.Parameter):
+                    yield f"{path}/{at}/{slot}", tensor
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -390,10 +283,6 @@ class AdapterSet:
         """
         base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
         return Bundle(filling.entries(self.stacks), dict(self.metadata), base)
-
-    def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
-        those = self.stacks if paths is None else paths
-        return ((path, at, adapter) for path in those for at, adapter in enumerate(self.stacks[path]))
 
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute

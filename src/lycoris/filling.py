@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, merging
+from lycoris import attach, bases, merging, paths
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
@@ -78,6 +78,12 @@ def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor],
 
 Stacks = Mapping[str, tuple[Adapter, ...]]
 """Adapters by layer path, lowest first."""
+
+
+def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter, ...]]:
+    """The same stacks, sorted by where their layers are in the model: optimizers tell parameters apart by position."""
+    position = paths.order(model)
+    return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lycoris import paths
+
 Kind = Literal["linear", "conv", "embedding", "norm", "parameter"]
 Norm = Literal["", "layer", "group", "rms", "own"]
 
@@ -191,8 +193,9 @@ class Site(NamedTuple):
 
 
 def class_name(model: nn.Module) -> str:
-    """What a model's class is called: FSDP2 gives it one of its own, derived from it."""
-    return next(cls.__name__ for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
+    """What a model's class is called, without wrappers around it and without the class that FSDP2 derives from it."""
+    own = type(paths.unwrapped(model))
+    return next(cls.__name__ for cls in own.__mro__ if not cls.__module__.startswith("torch.distributed"))
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -200,7 +203,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
     A module that appears twice is given once, under its first path.
     """
-    for path, module in model.named_modules():
+    for path, module in paths.named_modules(model):
         if getattr(module, IS_ADAPTER, False):
             continue
         geometry = describe(module)
@@ -216,7 +219,7 @@ def site(model: nn.Module, path: str) -> Site:
     """The place at a dotted path. Raises `KeyError` when there is none."""
     for owner, attribute in ((path, ""), path.rpartition(".")[::2]):
         try:
-            module = model.get_submodule(owner)
+            module = paths.submodule(model, owner)
         except AttributeError:
             continue
         if attribute:

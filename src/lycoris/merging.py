@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, sharding
+from lycoris import attach, bases, freezing, sharding
 from lycoris.adapter import Adapter
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Call
@@ -129,7 +129,11 @@ def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float,
     new = bases.rewritten(layer, Affine(whole, affine.bias), generator)
     sqnr = _decibel(affine.weight - before.weight, turned(bases.read_as(layer, new).weight.to(full)) - affine.weight)
     setattr(new.weight, MARK, True)
-    return Merge(stack[0].attribute, bases.own(layer), new, _versions(new), sqnr)
+    old = bases.own(layer)
+    for one, other in zip(old, new, strict=True):
+        if one is not None and other is not None:
+            freezing.carry(one, other)
+    return Merge(stack[0].attribute, old, new, _versions(new), sqnr)
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> float:
@@ -169,6 +173,8 @@ def restore(layer: nn.Module, merge: Merge) -> None:
     for old, new in zip(merge.old, merge.new, strict=True):
         if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
             old.data = old.data.to(new)
+        if old is not None and new is not None:
+            freezing.carry(new, old)
     bases.install(layer, merge.old, merge.attribute)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from typing_extensions import Self
 
+from lycoris import paths
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.geometry import Geometry, Kind, sites
@@ -166,7 +167,7 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, s
 
     Raises `PlanError` when an algorithm cannot serve a layer and, when `strict`, when its settings are wasted on one.
     """
-    modules = dict(model.named_modules())
+    modules = dict(paths.named_modules(model))
     placements, skipped, wasted = [], [], []
     for path, layer, _, geometry in sites(model):
         above = [modules[name] for name in _above(path) if name in modules]
@@ -207,13 +208,13 @@ def servable(model: nn.Module, kinds: Sequence[str] = USUAL) -> dict[str, tuple[
 
 def around(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules around the layer at a path, nearest first, the model last."""
-    return [model.get_submodule(name) for name in _above(path)]
+    return [paths.submodule(model, name) for name in _above(path)]
 
 
 def block_classes(model: nn.Module, kinds: Sequence[str] = USUAL) -> list[str]:
     """Class names of modules that have layers of some kinds which adapters can serve, or are such layers."""
     names = set()
-    modules = dict(model.named_modules())
+    modules = dict(paths.named_modules(model))
     for path in servable(model, kinds):
         names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
     return sorted(names)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, files, recast
+from lycoris import attach, bases, files, paths, recast
 from lycoris.algorithm import Affine, Entry
 from lycoris.algorithms import ALPHA, Full, LoRA, Norm
 from lycoris.bundle import Bundle
@@ -139,7 +139,7 @@ def _not_in_layers(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
 
 def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     layers = {place.path: place.module for place in sites(model) if not place.attribute}
-    for path, module in model.named_modules():
+    for path, module in paths.named_modules(model):
         if getattr(module, IS_ADAPTER, False) or (path in layers and bases.storage(module).low_bit):
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -167,7 +167,7 @@ class LycorisBaseModule(AdapterView):
             if not self._parameter.merged:
                 self._parameter.put(self)
         elif self._on_its_own or not self._applied():
-            self._own().attach()
+            self._own().attach(freeze=False)
 
     def restore(self) -> None:
         """Take it off, and undo a merge; the layer is as it was."""

@@ -18,7 +18,7 @@ from lycoris import files, fingerprint
 from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
-from lycoris.dropin import tlora
+from lycoris.dropin import tlora, unfrozen
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.modules import module_class
 from lycoris.dropin.quantised import check_mergeable, is_mergeable
@@ -123,6 +123,8 @@ class LycorisNetwork(nn.Module):
     def apply_to(self, *_: Any, **__: Any) -> None:
         """Put the adapters on the model's layers. A second call does nothing.
 
+        The model's own parameters are left as they are; when they train too, the first training pass says so.
+
         Modules that were applied or merged by themselves are restored first.
         """
         self._check_undoable()
@@ -131,9 +133,10 @@ class LycorisNetwork(nn.Module):
             for part in self.parts:
                 self._warn_of_schedule(part)
                 fresh = not part.adapters.attached
-                part.adapters.attach()
+                part.adapters.attach(freeze=False)
                 if fresh:
                     undo.callback(part.adapters.detach)
+                    unfrozen.watch(part.adapters.model)
             undo.pop_all()
         self._track()
 
@@ -145,6 +148,7 @@ class LycorisNetwork(nn.Module):
         self._restore_singles(self.loras)
         for part in self.parts:
             part.adapters.detach()
+            unfrozen.unwatch(part.adapters.model)
             tlora.untrack(part.adapters)
 
     def merge_to(self, weight: float = 1.0, *, precise: bool = False) -> None:

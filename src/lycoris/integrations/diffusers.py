@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lycoris import paths
 from lycoris.adapters import AdapterSet
 from lycoris.bundle import Bundle
 from lycoris.dropin.tlora import pipeline_schedule
@@ -193,7 +194,7 @@ def load(
             except FileError as error:
                 raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
-            made.attach()
+            made.attach(freeze=False)
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
             if takes_timestep(made.model):
                 made.follow_timesteps()
@@ -212,9 +213,7 @@ def models(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that adapters go on, by its names for them: denoisers, then text encoders."""
     named = [name for name in pipe.components if name.startswith((*DENOISERS, TEXT_ENCODER))]
     found = {name: getattr(pipe, name, None) for name in sorted(named, key=lambda name: TEXT_ENCODER in name)}
-    # torch.compile(model) gives a wrapper, whose paths are not the model's own.
-    whole = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}
-    return {name: model for name, model in whole.items() if isinstance(model, nn.Module)}
+    return {name: paths.unwrapped(model) for name, model in found.items() if isinstance(model, nn.Module)}
 
 
 def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:

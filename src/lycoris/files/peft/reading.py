@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lycoris import paths
 from lycoris.bundle import Base, Bundle, Entry
 from lycoris.errors import FileError, nearest
 from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, load_config
@@ -106,7 +107,7 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
 
 def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _Sorted:
     found, kind, modules = _Sorted(), KINDS[config.type], config.saved_modules()
-    own: dict[str, Tensor] = dict([*model.named_parameters(), *model.named_buffers()])
+    own: dict[str, Tensor] = dict(paths.named_tensors(model))
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _tensor().fullmatch(name)

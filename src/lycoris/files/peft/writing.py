@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lycoris import paths
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
@@ -60,13 +61,13 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
 
 def _targets(bundle: Bundle, model: nn.Module | None) -> list[str] | str:
     """The paths. In a list each stands for every module that it is the end of: if there may be others, a pattern."""
-    paths = set(bundle.entries)
-    there = dict(model.named_modules()) if model is not None else bundle.base.layers if bundle.base else {}
-    ends = {other[at + 1 :] for other in there.keys() - paths for at, letter in enumerate(other) if letter == "."}
+    own = set(bundle.entries)
+    there = dict(paths.named_modules(model)) if model is not None else bundle.base.layers if bundle.base else {}
+    ends = {other[at + 1 :] for other in there.keys() - own for at, letter in enumerate(other) if letter == "."}
     # A path of one step may be the end of modules that are no layers.
-    if paths & ends or any("." not in path for path in paths):
-        return "|".join(map(re.escape, sorted(paths)))
-    return sorted(paths)
+    if own & ends or any("." not in path for path in own):
+        return "|".join(map(re.escape, sorted(own)))
+    return sorted(own)
 
 
 def write_peft(
