@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "paths", "geometry"},
+    {"errors", "jsons", "finite", "ops", "paths", "batch_layout", "geometry"},
     {"algorithm", "additive"},
     {"algorithms"},
     {"sharding", "freezing", "recomputation", "bases", "adapter", "attach", "merging"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lycoris import sharding
 from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_mask
+from lycoris.batch_layout import BatchLayout
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
 from lycoris.recomputation import PassHistory, PassState, values_of_pass
@@ -70,11 +71,11 @@ class Adapter(nn.Module):
         g = self.geometry
         return {name: g.stacked(slot.shape) for name, slot in self.algorithm.slots(g).items()}
 
-    def set_call(self, strength: float, keep: Tensor | None) -> None:
+    def set_call(self, strength: float, keep: Tensor | None, layout: BatchLayout | None = None) -> None:
         """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
-        if strength == self.call.strength and keep is self.call.keep:
+        if strength == self.call.strength and keep is self.call.keep and layout is self.call.layout:
             return
-        self.call = Call(strength, keep)
+        self.call = Call(strength, keep, layout)
         # A compiled graph takes the strength as a tensor, so that it serves every value.
         self._strength = torch.tensor(strength, dtype=torch.float64)
 
@@ -139,7 +140,8 @@ class Adapter(nn.Module):
             return PassState(self.call, False, self.merged)
         values = [self._strength, self._dropping, *(() if keep is None else (keep,))]
         strength, dropping, *mask = values_of_pass(values, self._identity)
-        return PassState(Call(strength, mask[0] if mask else None, dropping if draws else None), draws, self.merged)
+        call = Call(strength, mask[0] if mask else None, self.call.layout, dropping if draws else None)
+        return PassState(call, draws, self.merged)
 
     def drawn(self, state: PassState, x: Tensor) -> Call:
         """The call of a pass with its random choices made; the same call in evaluation."""

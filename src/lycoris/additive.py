@@ -140,11 +140,9 @@ class Additive(Algorithm):
         p = in_dtype_of(y, p)
         if call.keep is not None:
             p = self.masked(p, g, call.keep)
-        return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call.keep), p, g, call)
+        return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
 
-    def product(
-        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
-    ) -> Tensor:
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
         pair = self.pair(p, g)
         assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lycoris.batch_layout import BatchLayout
 from lycoris.errors import ConfigError, PlanError, unknown
 from lycoris.geometry import Geometry, Kind
 
@@ -69,6 +70,8 @@ class Call:
     """μ: a number, or a 0-d tensor where a compiled graph must not depend on its value."""
     keep: Tensor | None = None
     """How much each of the algorithm's ranks counts, mostly 0 or 1: (1, r), or (B, r). None: all of them, fully."""
+    layout: BatchLayout | None = None
+    """Which entries of an input belong to which row of `keep`."""
     dropping: Tensor | None = None
     """1 in training, 0 in evaluation: what the dropout probabilities are multiplied by. None: no dropout."""
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lycoris import paths
+from lycoris import batch_layout, paths
+from lycoris.batch_layout import BatchLayout
 
 Kind = Literal["linear", "conv", "embedding", "norm", "parameter"]
 Norm = Literal["", "layer", "group", "rms", "own"]
@@ -160,20 +161,21 @@ class Geometry:
         """Shape a vector over channels (C) so that it broadcasts over a layer's input or output."""
         return vector.reshape(-1) if self.channels_last else vector.reshape(-1, *(1,) * len(self.kernel))
 
-    def spread(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Shape per-sample channel vectors (B, C) to broadcast over `x`, a batch of inputs or outputs.
+    def spread(self, rows: Tensor, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
+        """Shape per-sample channel vectors (B, C) to broadcast over `x`, an input or output of the layer.
 
-        A batch that is n times as long as `rows` is read as n consecutive entries for each row, which is how video
-        models fold frames into the batch.
+        Raises `ConfigError` where it is not known which entries of x belong to which sample; see `BatchLayout`.
         """
         if rows.shape[0] == 1:
             return self.channels(rows[0])
-        batch = x.shape[0]
-        if batch % rows.shape[0]:
-            raise ValueError(f"a mask for {rows.shape[0]} samples cannot be spread over a batch of {batch}")
-        rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
-        between = (1,) * (x.dim() - 2)
-        return rows.reshape(batch, *between, -1) if self.channels_last else rows.reshape(batch, -1, *between)
+        if self.channels_last:
+            lengths = x.shape[:-1]
+        else:
+            lengths = x.shape[:1] if x.dim() == len(self.kernel) + 2 else x.shape[:0]
+        axis, rows = batch_layout.place(rows, lengths, layout)
+        if not self.channels_last:
+            return rows.reshape(*rows.shape, *(1,) * len(self.kernel))
+        return rows.reshape(*(1,) * axis, len(rows), *(1,) * (len(lengths) - axis - 1), -1)
 
     def __str__(self) -> str:
         stack = f"{self.stack} x " if self.stack else ""

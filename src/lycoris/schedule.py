@@ -88,6 +88,12 @@ class RankSchedule:
         return (torch.arange(self.max_rank) < ranks).float()
 
 
+def one_if_equal(keep: Tensor) -> Tensor:
+    """A mask (B, r) as (1, r) where all samples have the same: it then fits an input whatever its batch looks like."""
+    keep = keep.reshape(-1, keep.shape[-1])
+    return keep[:1] if len(keep) > 1 and bool((keep == keep[:1]).all()) else keep
+
+
 def takes_timestep(model: nn.Module) -> bool:
     """Whether a model is called with a timestep that `read_timestep` finds."""
     return "timestep" in _parameters(_unwrapped(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lycoris import batch_layout
 from lycoris.adapter import Adapter
+from lycoris.batch_layout import BatchLayout
 from lycoris.errors import AttachError, ConfigError, unknown
 from lycoris.filling import Stacks
-from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, read_timestep
+from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, one_if_equal, read_timestep
 from lycoris.strengths import Strengths, finite
 
 
@@ -29,6 +32,7 @@ class Steering:
         self.schedule = None
         self._strengths, self._merged_at = Strengths(), Strengths()
         self._keep: Tensor | None = None
+        self._layouts: Mapping[str, BatchLayout] = {}
         self._hooks: list[Any] = []
         self._by_hand = False
 
@@ -77,7 +81,7 @@ class Steering:
 
     def set_keep(self, keep: Tensor | None) -> None:
         """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
-        self._keep = None if keep is None else keep.reshape(-1, keep.shape[-1])
+        self._keep = None if keep is None else one_if_equal(keep)
         self.refresh()
 
     def set_timesteps(self, timesteps: Tensor | None) -> None:
@@ -88,6 +92,29 @@ class Steering:
         if timesteps is not None and self.schedule is None and self.rank_masked:
             raise ConfigError(f"timesteps were given and `schedule` is not set: {WITHOUT_SCHEDULE}")
         self.set_keep(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
+
+    @property
+    def batch_layout(self) -> Mapping[str, BatchLayout]:
+        """By layer path, or glob of paths, where the samples of a batch are in the layers' inputs; {} by default.
+
+        Masks that differ from sample to sample need to know it. By default they take the first axis of an input where
+        it has one entry for each sample, and raise `ConfigError` otherwise. Set it to one layout for all layers, or to
+        a dict, of which the first fitting key counts.
+        """
+        return self._layouts
+
+    @batch_layout.setter
+    def batch_layout(self, layout: BatchLayout | Mapping[str, BatchLayout] | None) -> None:
+        layouts = layout if isinstance(layout, Mapping) else {} if layout is None else {"*": layout}
+        for glob, each in layouts.items():
+            batch_layout.check(each)
+            if not any(fnmatch.fnmatchcase(path, glob) for path in self.stacks):
+                raise ConfigError(unknown("layer with adapters", glob, self.stacks))
+        self._layouts = dict(layouts)
+        self.refresh()
+
+    def _layout_at(self, path: str) -> BatchLayout | None:
+        return next((each for glob, each in self._layouts.items() if fnmatch.fnmatchcase(path, glob)), None)
 
     @contextmanager
     def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[Self]:
@@ -142,7 +169,8 @@ class Steering:
                 keep = 1 - keep if self.merged else keep
             adapter.merged = self.merged
             taken = self.merged and keep is not None
-            adapter.set_call(-self._merged_at.at(path) if taken else self.strength_at(path), keep)
+            strength = -self._merged_at.at(path) if taken else self.strength_at(path)
+            adapter.set_call(strength, keep, self._layout_at(path))
 
     def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
         those = self.stacks if paths is None else paths

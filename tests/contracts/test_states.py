@@ -183,7 +183,7 @@ def _start(adapter: nn.Module) -> Tensor:
 
 def test_a_bias_keeps_whether_it_is_trained(tmp_path) -> None:
     model, adapters, _ = made("full")
-    model.layer.weight.requires_grad_(False)
+    model.layer.bias.requires_grad_(True)
     adapters.merge()
     assert not model.layer.weight.requires_grad
     assert model.layer.bias.requires_grad

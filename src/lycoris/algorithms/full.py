@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive
-from lycoris.algorithm import Affine, Algorithm, Base, Cost, Params, Part, Slot, joined_rows
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, joined_rows
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 
@@ -75,9 +75,7 @@ class Full(Additive):
     def work(self, g: Geometry) -> int | None:
         return None if self.weight else 0
 
-    def product(
-        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
-    ) -> Tensor:
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         # Reached only without a weight: the bias is added to whatever way there is.
         return y
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked
-from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot, covers, uniform_like_linear
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, covers, uniform_like_linear
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import whole_blocks
@@ -210,9 +210,7 @@ class LoKr(Ranked, Additive):
         ol, im, _, w2_split = self.layout_for(g)
         return w2_split and g.kind == "linear" and 2 * self.rank < min(g.out_features // ol, g.in_features // im)
 
-    def product(
-        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
-    ) -> Tensor:
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         if self._applied_split(g):
             w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
             return add_linear_split(y, x, w1 * gain, p["w2_a"], p["w2_b"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work, side_by_side
-from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot, uniform_like_linear
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
@@ -85,9 +85,7 @@ class LoRA(Ranked, Additive):
     def max_rank(self, g: Geometry) -> int:
         return min(self.rank, g.out_features, g.fan_in)
 
-    def product(
-        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
-    ) -> Tensor:
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
         return add_mixed(y, g, amplified(h, gain), p["up"].flatten(1))
 

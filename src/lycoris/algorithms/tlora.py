@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Algorithm, Base, Params, Slot, one_mask
+from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, one_mask
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 from lycoris.ops.rounding import widened
@@ -140,16 +140,14 @@ class TLoRA(Ranked, Additive):
     def max_rank(self, g: Geometry) -> int:
         return min(2 * self.rank, g.out_features, g.fan_in)
 
-    def product(
-        self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, keep: Tensor | None
-    ) -> Tensor:
-        mask: Tensor | None = None if keep is None else self.fit_keep(keep).to(p["lam"])
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+        mask: Tensor | None = None if call.keep is None else self.fit_keep(call.keep).to(p["lam"])
         # On strided input matmul picks its kernel, and with it the last bit, by whether the weight is trained.
         x = x.contiguous() if g.kind == "linear" else x
 
         def chain(q: Tensor, lam: Tensor, out: Tensor) -> Tensor:
             h = g.op(x, q)
-            h = h * g.channels(lam * gain) if mask is None else h * (g.spread(mask * lam, h) * gain)
+            h = h * g.channels(lam * gain) if mask is None else h * (g.spread(mask * lam, h, call.layout) * gain)
             return g.mix(h, out.flatten(1))
 
         # Two chains with the same operations in the same order: equal tensors cancel to the last bit. The sign goes

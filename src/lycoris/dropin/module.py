@@ -31,6 +31,7 @@ from lycoris.geometry import Geometry, Site, describe, site
 from lycoris.options import TOP, UNUSED_SIZES, parse_optional
 from lycoris.recipe import Recipe
 from lycoris.recomputation import replayed_random
+from lycoris.schedule import one_if_equal
 from lycoris.strengths import finite
 
 logger = logging.getLogger("LyCORIS")
@@ -158,7 +159,7 @@ class LycorisBaseModule(AdapterView):
         if self._alone is not None and self._on_its_own:
             self._alone.set_keep(keep)
         elif not self._by_network:
-            fit = None if keep is None else self.algorithm.fit_keep(keep.reshape(-1, keep.shape[-1]))
+            fit = None if keep is None else self.algorithm.fit_keep(one_if_equal(keep))
             self.adapter.set_call(self.multiplier, fit)
 
     def apply_to(self, **_: Any) -> None:
