@@ -92,10 +92,10 @@ def wrap(model: Net, way: str) -> nn.Module:
     """The model as several processes share it."""
     if way == "one":
         return model
-    if way == "ddp":
-        return DistributedDataParallel(model)
     for block in model.blocks:
-        block.recomputed = way == "fsdp, checkpointing"
+        block.recomputed = way.endswith(", checkpointing")
+    if way.startswith("ddp"):
+        return DistributedDataParallel(model)
     layers = [layer for block in model.blocks for layer in (block.wide, block.narrow)]
     return fully_sharded(model, *(layers if way == "fsdp on layers" else model.blocks))
 

@@ -74,6 +74,29 @@ def test_sharded_by_layer_and_recomputed(name: str, way: str, ranks: Ranks, tmp_
     assert_same_files(ranks.run(trained, Job(name, way), tmp_path), trained(Job(name, "one"), tmp_path))
 
 
+def mixed(job: Job, folder: Path) -> Path:
+    """Several passes, each with a strength and timesteps of its own, before one backward."""
+    model, adapters = start(job)
+    wrapped = wrap(model, job.way)
+    optimizer = optimizer_for(job, adapters)
+    loss = torch.zeros((), dtype=torch.float64)
+    for (x, y, timesteps), strength in zip(batches(job), (1.0, -0.5, 2.0, 0.7), strict=True):
+        adapters.set_strength(strength)
+        adapters.set_timesteps(timesteps)
+        loss = loss + (wrapped(x) - y).square().mean()
+    adapters.set_strength(9.0)
+    adapters.set_timesteps(None)
+    loss.backward()
+    optimizer.step()
+    return written(adapters, folder)
+
+
+@pytest.mark.parametrize("way", ["ddp, checkpointing", "fsdp, checkpointing"])
+@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora"])
+def test_passes_that_are_recomputed_keep_what_was_in_force(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
+    assert_same_files(ranks.run(mixed, Job(name, way, "sgd"), tmp_path), mixed(Job(name, "one", "sgd"), tmp_path))
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["lora", "dora-lora"])
 def test_float32_adapters_on_a_bfloat16_base(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
