@@ -38,6 +38,8 @@ class Adapter(nn.Module):
         self._strength = torch.tensor(1.0, dtype=torch.float64)
         self.merged = False
         """Whether it is part of the layer's weight."""
+        self._drops = algorithm.drops
+        self._state = PassState(self.call, False, False)
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
         self._dropping = torch.tensor(1.0)
@@ -125,7 +127,10 @@ class Adapter(nn.Module):
     @property
     def state(self) -> PassState:
         """What is in force for a pass that begins now and is no recomputation."""
-        return PassState(self.call, self.training and self.algorithm.drops, self.merged)
+        last, draws = self._state, self.training and self._drops
+        if last.call is not self.call or last.draws is not draws or last.merged is not self.merged:
+            self._state = last = PassState(self.call, draws, self.merged)
+        return last
 
     def state_of_pass(self, x: Tensor) -> PassState:
         """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
@@ -135,7 +140,7 @@ class Adapter(nn.Module):
 
     def _compiled_state(self) -> PassState:
         # Nothing here may depend on whether the layer trains: a graph serves both.
-        keep, draws = self.call.keep, self.algorithm.drops
+        keep, draws = self.call.keep, self._drops
         if self.merged and keep is None:
             return PassState(self.call, False, self.merged)
         values = [self._strength, self._dropping, *(() if keep is None else (keep,))]

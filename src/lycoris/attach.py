@@ -131,10 +131,14 @@ class Adapted:
             # Taken off since, while another library's wrapper still holds this method.
             return base_class(self).forward(self, x, *args, **kwargs)
         below: Base = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
-        states = [adapter.state_of_pass(x) for adapter in adapters]
-        for adapter, state in zip(adapters, states, strict=True):
+        random = None
+        for adapter in adapters:
+            state = adapter.state_of_pass(x)
+            random = state.random if random is None else random
             below = _Stage(adapter, below, state)
-        with replayed_random(states, x):
+        if random is None:
+            return below(x)
+        with replayed_random(random, x.device):
             return below(x)
 
 
@@ -280,7 +284,7 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
         for adapter in adapters_on(module, attribute):
             state = adapter.state_of_pass(parameter)
             if not state.silent:
-                with replayed_random([state], parameter):
+                with replayed_random(state.random, parameter.device):
                     affine = adapter.adapted(affine, adapter.drawn(state, parameter))
         return affine.weight
 

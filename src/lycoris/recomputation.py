@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +108,10 @@ class PassHistory:
         run is not known while it could have had another state.
         """
         in_backward = _graph_task() != -1
-        if torch.is_grad_enabled() and not in_backward and _top_hooks(True) is None:
+        if not in_backward and _top_hooks(True) is None and (torch.is_grad_enabled() or self._outside_functions()):
             self._note(now)
             return now
-        regions = _regions() + self._functions()
+        regions = _regions() + _functions()
         state = _replayed(regions, self.adapter)
         if state is None:
             self._check_known(in_backward)
@@ -129,7 +129,7 @@ class PassHistory:
         """Remember whether all passes so far had the same state."""
         if self._first is None:
             self._first = now
-        elif now != self._first:
+        elif now is not self._first and now != self._first:
             self._varied = True
 
     def _check_known(self, in_backward: bool) -> None:
@@ -140,18 +140,20 @@ class PassHistory:
                 "use torch.utils.checkpoint.checkpoint, in either form"
             )
 
-    def _functions(self) -> list[_Region]:
-        """Autograd functions whose forward is on the call stack; autograd runs that without gradients."""
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return []
+    def _outside_functions(self) -> bool:
+        """Whether no autograd function that may recompute this pass is running, for passes without gradients."""
         # A function takes a sequence number when it starts: until the next number, none can have started.
         here = (threading.get_ident(), _sequence_number())
-        if here == self._outside:
-            return []
-        found = [_Region(context, None) for context in _contexts_on_stack()]
-        if not found:
+        if here != self._outside and not _functions():
             self._outside = here
-        return found
+        return here == self._outside
+
+
+def _functions() -> list[_Region]:
+    """Autograd functions whose forward is on the call stack; autograd runs that without gradients."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return []
+    return [_Region(context, None) for context in _contexts_on_stack()]
 
 
 def _regions() -> list[_Region]:
@@ -222,16 +224,11 @@ def _passes(owner: Any) -> _Passes:
     return found
 
 
-def replayed_random(states: Sequence[PassState], x: Tensor) -> AbstractContextManager[None]:
-    """Draw dropout as the pass with these states did, whatever the checkpoint does about random numbers."""
-    found = next((state.random for state in states if state.random is not None), None)
-    return nullcontext() if found is None else _with_random(found, x.device)
-
-
 @contextmanager
-def _with_random(state: Tensor, device: torch.device) -> Iterator[None]:
-    if torch.equal(now := _random_state(device), state):
-        # The checkpoint has put it back already; what is drawn after this pass goes on from here.
+def replayed_random(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Draw dropout from this state of the random number generator, whatever a checkpoint does about it; None: as is."""
+    if state is None or torch.equal(now := _random_state(device), state):
+        # A checkpoint that has put the state back itself: what is drawn after this pass goes on from here.
         yield
         return
     _set_random_state(state, device)
@@ -274,10 +271,7 @@ def values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
 
 @torch.library.impl(OPERATOR, "CompositeExplicitAutograd")
 def _values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
-    regions = _regions()
-    if not torch.is_inference_mode_enabled():
-        regions += [_Region(context, None) for context in _contexts_on_stack()]
-    key = int(adapter)
+    regions, key = _regions() + _functions(), int(adapter)
     replayed = _replayed(regions, key)
     if replayed is not None and [value.shape for value in replayed] != [value.shape for value in values]:
         raise AttachError(

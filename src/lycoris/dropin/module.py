@@ -251,7 +251,7 @@ class LycorisBaseModule(AdapterView):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer gives with this adapter on it. Of a parametrisation: the adapted weight."""
         state = self.adapter.state_of_pass(x)
-        with replayed_random([state], x):
+        with replayed_random(state.random, x.device):
             if self._parameter is None:
                 return self.adapter(self._below(), x, state)
             call = self.adapter.drawn(state, x)
