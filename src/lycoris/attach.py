@@ -24,6 +24,9 @@ from lycoris.recomputation import PassState, replayed_random
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
 
+OFFLOAD_HOOK = "_hf_hook"
+"""Attribute under which accelerate puts its hooks on a module."""
+
 
 class _Layer:
     """The bottom of a stack: the layer as it was."""
@@ -251,25 +254,33 @@ def _adapted(cls: Any, attributes: tuple[str, ...]) -> Any:
     # what is to override it goes into the derived class itself. Same name: other libraries recognise layers by it.
     own: dict[str, Any] = {name: property(_reader(name)) for name in attributes}
     own |= {name: vars(Adapted)[name] for name in ("_apply", "__reduce_ex__", *(() if attributes else ("forward",)))}
-    # Not a method of `Adapted`: torch's own goes on to the next class.
-    own["__setattr__"] = _set_attribute
+    own[OFFLOAD_HOOK] = property(_offload_hook, _set_offload_hook, _delete_offload_hook)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "attributes": attributes, BASE: cls}
     return type(cls.__name__, (cls, Adapted), own | names)
 
 
-def _set_attribute(layer: Any, name: str, value: Any) -> None:
-    """`__setattr__` of adapted layers, which refuses the hooks of sequential offload."""
-    if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", (value,))):
-        # By now the weights are away; this brings them back.
-        value.detach_hook(layer)
+def _offload_hook(layer: Any) -> Any:
+    if OFFLOAD_HOOK not in layer.__dict__:
+        raise AttributeError(OFFLOAD_HOOK)
+    return layer.__dict__[OFFLOAD_HOOK]
+
+
+def _set_offload_hook(layer: Any, hook: Any) -> None:
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+        # By now the weights are away, and this brings them back; the adapters' turn would come next.
+        hook.detach_hook(layer)
         layer.__dict__.pop("_old_forward", None)
         raise AttachError(
-            f"sequential CPU offload (of accelerate) does not work on a layer with attached adapters, here a "
+            "sequential CPU offload (of accelerate) does not work on a layer with attached adapters, here a "
             f"{type(layer).__name__}: it fetches weights by the names of the base's state_dict. Merge the adapters "
             "instead, or offload whole models with enable_model_cpu_offload(). To go on with this model, take the "
             "hooks off with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
-    base_class(layer).__setattr__(layer, name, value)
+    layer.__dict__[OFFLOAD_HOOK] = hook
+
+
+def _delete_offload_hook(layer: Any) -> None:
+    del layer.__dict__[OFFLOAD_HOOK]
 
 
 def _reader(attribute: str) -> Callable[[Any], Tensor]:

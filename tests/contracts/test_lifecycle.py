@@ -259,6 +259,25 @@ def test_a_replaced_forward_is_refused_and_nothing_is_attached() -> None:
     assert not model[0]._modules
 
 
+def test_sequential_offload_is_refused_before_anything_is_lost() -> None:
+    import accelerate
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), path="1"))).attach()
+    perturb(adapters)
+    y = model(x)
+    with pytest.raises(AttachError, match="sequential CPU offload .* Merge the adapters"):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(x), y)
+    # Hooks that fetch nothing are welcome, and come off again.
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu")
+    assert torch.equal(model(x), y)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    adapters.detach()
+    assert not any("_hf_hook" in vars(layer) for layer in model)
+
+
 def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
     one, two = nn.Linear(4, 4), nn.Linear(4, 4)
     two.weight = one.weight
