@@ -34,7 +34,7 @@ def place(rows: Tensor, lengths: Sequence[int], layout: BatchLayout | None) -> t
     """The axis on which samples lie, and the rows (B, ...) for its entries.
 
     `lengths` are those of the axes that can hold samples: of the input without its channels. None takes the first axis
-    where it has B entries, unless the second of two has B entries too. Raises `ConfigError` where an input does not fit.
+    where it has B entries, unless the second of two has B entries too. Raises `ConfigError` where it does not fit.
     """
     samples, first = len(rows), lengths[0] if lengths else 0
     second = lengths[1] if len(lengths) > 1 else 0
@@ -58,9 +58,10 @@ def _why(samples: int, lengths: Sequence[int], layout: BatchLayout | None) -> st
     if layout is not None:
         told = f"a tensor for {len(layout)} entries" if isinstance(layout, Tensor) else repr(layout)
         return f"the rank masks of {samples} samples do not fit an input {shape} with the batch layout {told}"
+    batch = lengths[0] if lengths else 1
     return (
-        f"rank masks (timesteps) for {samples} samples do not fit a batch of {lengths[0] if lengths else 1}: which entries "
-        f"of an input {shape} belong to which sample is not known. Set `adapters.batch_layout` to 'first' or 'second' "
-        "(the axis that holds the samples), 'repeated' (frames folded into the batch), 'tiled' ([uncond, cond] batches), "
-        "a tensor with the sample of every entry (packed sequences), or a dict of these by layer path"
+        f"rank masks (timesteps) for {samples} samples do not fit a batch of {batch}: which entries of an input "
+        f"{shape} belong to which sample is not known. Set `adapters.batch_layout` to 'first' or 'second' (the axis that holds "
+        "the samples), 'repeated' (frames folded into the batch), 'tiled' ([uncond, cond] batches), a tensor with the "
+        "sample of every entry (packed sequences), or a dict of these by layer path"
     )

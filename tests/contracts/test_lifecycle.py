@@ -266,7 +266,7 @@ def test_sequential_offload_is_refused_before_anything_is_lost() -> None:
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2), path="1"))).attach()
     perturb(adapters)
     y = model(x)
-    with pytest.raises(AttachError, match="sequential CPU offload .* Merge the adapters"):
+    with pytest.raises(AttachError, match=r"sequential CPU offload .* Merge the adapters"):
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     assert torch.equal(model(x), y)
