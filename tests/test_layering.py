@@ -9,10 +9,10 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "geometry"},
+    {"errors", "jsons", "finite", "ops", "geometry", "seen"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "recall", "bases", "adapter", "attach", "merging"},
+    {"sharding", "recall", "bases", "derivative", "adapter", "attach", "watching", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "strengths", "filling", "adapters"},
     {"explain", "memory", "outline"},

@@ -14,6 +14,7 @@ from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_ma
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
 from lycoris.recall import Recall, in_backward, may_be_recomputed
+from lycoris.seen import Seen
 
 
 class Adapter(nn.Module):
@@ -37,6 +38,9 @@ class Adapter(nn.Module):
         """Whether it is part of the layer's weight."""
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
+        self.path = ""
+        """Of the layer, for messages; known once it is attached."""
+        self.seen = Seen()
         self._dropping = torch.tensor(1.0)
         self._recall = Recall()
         shapes = self._shapes()
@@ -139,12 +143,15 @@ class Adapter(nn.Module):
         return self.algorithm.draw(replace(call, dropping=self._dropping), x)
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
+        self.seen.called = True
         if self.silent:
             return below(x)
         call = self.in_force(x)
         # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
         if not torch.compiler.is_compiling() and call.strength == 0:
             return below(x)
+        if torch.is_grad_enabled():
+            self.seen.trained = True
         return self.algorithm.forward(self.tensors(), below, x, self.drawn(call, x))
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, merging, sharding
+from lycoris import attach, bases, filling, fingerprint, merging, sharding, watching
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError, ConfigError, unknown
@@ -104,6 +104,7 @@ class AdapterSet:
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
+        self._watch = watching.Watch(self.stacks)
         self.refresh()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
@@ -111,13 +112,14 @@ class AdapterSet:
 
     def capabilities(self) -> bases.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
-        return bases.capabilities(self._holders())
+        return bases.capabilities(self._holders(), watching.without_derivative(self.stacks))
 
     def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
         try:
             attach.attach(self._layers[path], self._child(path, at), adapter)
         except AttachError as error:
             raise AttachError(f"{path}: {error}") from error
+        adapter.path = path
         attach.keep_off_fast_path(self.model.get_submodule(path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:
@@ -127,6 +129,7 @@ class AdapterSet:
             self.unmerge()
         self.unfollow()
         if self._attached:
+            self._watch.stop()
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False

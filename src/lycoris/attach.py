@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lycoris import bases, sharding
+from lycoris import bases, derivative, sharding
 from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Base
 from lycoris.errors import AttachError
@@ -32,7 +32,14 @@ class _Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         args, kwargs = self.extra
-        return self.forward(self.layer, x, *args, **kwargs)
+        y = self.forward(self.layer, x, *args, **kwargs)
+        return self._with_derivative(x, y) if derivative.is_missing(x, y) else y
+
+    def _with_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        adapters = list(adapters_on(self.layer))
+        for adapter in adapters:
+            adapter.seen.cut = True
+        return derivative.supply(self.layer, adapters[0].path if adapters else "", self.geometry, x, y)
 
     def affine(self) -> Affine:
         weight, bias = bases.read(self.layer)
@@ -96,6 +103,7 @@ class _Stage:
         return None
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
+        self.adapter.seen.called = True
         return self.below.run(x, affine)
 
 
@@ -258,7 +266,9 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
             return parameter
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
+            adapter.seen.called = True
             if not adapter.silent:
+                adapter.seen.trained |= torch.is_grad_enabled()
                 affine = adapter.adapted(affine, adapter.drawn(adapter.in_force(parameter), parameter))
         return affine.weight
 
