@@ -9,13 +9,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "geometry", "seen"},
+    {"errors", "jsons", "finite", "ops", "geometry", "seen", "ties"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "recall", "bases", "derivative", "adapter", "attach", "watching", "merging"},
+    {"sharding", "recall", "bases", "derivative", "adapter", "attach", "watching", "checked", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "strengths", "filling", "adapters"},
-    {"explain", "memory", "outline"},
+    {"explain", "memory", "outline", "verification"},
     {"files"},
     {"generation", "training"},
     {

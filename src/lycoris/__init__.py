@@ -17,6 +17,7 @@ from lycoris.files import read, write
 from lycoris.finite import watch_finite
 from lycoris.planning import Plan, Rule, plan
 from lycoris.schedule import RankSchedule
+from lycoris.verification import Verification, verify
 
 __version__ = "5.0.0.dev0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "RankSchedule",
     "Rule",
     "TLoRA",
+    "Verification",
     "__version__",
     "clear_timestep_mask",
     "compute_timestep_mask",
@@ -56,6 +58,7 @@ __all__ = [
     "plan",
     "read",
     "set_timestep_mask",
+    "verify",
     "watch_finite",
     "write",
 ]

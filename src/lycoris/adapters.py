@@ -46,11 +46,9 @@ class AdapterSet:
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._strengths, self._merged_at = Strengths(), Strengths()
-        self._attached_by_merge = False
+        self._attached, self._attached_by_merge, self._by_hand = False, False, False
         self._keep: Tensor | None = None
-        self._attached = False
         self._hooks: list[Any] = []
-        self._by_hand = False
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ class AdapterSet:
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
-        self._watch = watching.Watch(self.stacks)
+        self._watch = watching.Watch(self.model, self.stacks)
         self.refresh()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
@@ -119,7 +117,6 @@ class AdapterSet:
             attach.attach(self._layers[path], self._child(path, at), adapter)
         except AttachError as error:
             raise AttachError(f"{path}: {error}") from error
-        adapter.path = path
         attach.keep_off_fast_path(self.model.get_submodule(path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:
@@ -283,25 +280,26 @@ class AdapterSet:
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def merge(
-        self, strength: float | None = None, *, into_low_bit: bool = False, stochastic_seed: int | None = None
+        self,
+        strength: float | None = None,
+        *,
+        into_low_bit: bool = False,
+        stochastic_seed: int | None = None,
+        untie: bool = False,
     ) -> MergeReport:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
         Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
         took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
-        parameters are kept aside and `unmerge` puts the very same objects back. Layers that share a parameter no
-        longer do so while merged.
+        parameters are kept aside and `unmerge` puts the very same objects back.
 
-        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it.
+        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it, and for
+        layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.
         """
-        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None)
+        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
         at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
-        holders = self._holders()
-        merges = {
-            path: merging.fold(path, holder, self.stacks[path], at.at(path), stochastic_seed)
-            for path, holder in holders.items()
-        }
-        report = merging.report(holders, merges, at.whole)
+        merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
+        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks)
         report.warn(stacklevel=2)
         if self.rank_masked and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
@@ -318,13 +316,12 @@ class AdapterSet:
             undo.pop_all()
         return report
 
-    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False) -> None:
+    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False, untie: bool = False) -> None:
         """Raise `AttachError` where `merge` would, and change nothing."""
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        for path, holder in self._holders().items():
-            merging.check(path, self._layers[path], holder, self.stacks[path], into_low_bit, stochastic)
+        merging.check(self.model, self._layers, self._holders(), self.stacks, into_low_bit, stochastic, untie)
 
     def _holders(self) -> dict[str, nn.Module]:
         """What has a weight, by path: the layers, and stand-ins for bare parameters."""

@@ -72,7 +72,7 @@ def _check_unneeded(node: Any) -> None:
         elif hasattr(other, "geometry") and hasattr(other, "path") and other is not node:
             layers.append(_name(other))
     some = ", ".join(layers[:SHOWN]) + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
-    told = f"{some}: the forward of such a layer has no derivative, and how its weight is stored is not known"
+    told = f"{some}: the forward of such a layer has no derivative, and its weight cannot stand in for one"
     if any(isinstance(leaf, nn.Parameter) for leaf in before):
         raise AttachError(
             f"{told}. Gradients of what trains before it would be wrong. Put adapters only behind such layers and "

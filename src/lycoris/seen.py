@@ -6,7 +6,7 @@ from __future__ import annotations
 class Seen:
     """Plain attributes, only ever written in a pass: a compiled graph neither breaks nor is made again for them."""
 
-    __slots__ = ("called", "cut", "reached", "trained")
+    __slots__ = ("called", "cut", "ran", "reached", "trained")
 
     def __init__(self) -> None:
         self.called = False
@@ -15,5 +15,7 @@ class Seen:
         """Whether one did in which it acted and gradients were on."""
         self.reached = False
         """Whether a gradient reached its parameters, as far as `lycoris.watching` waited for one."""
+        self.ran = False
+        """Whether the model was called."""
         self.cut = False
         """Whether its layer gave an output without a gradient for an input with one."""

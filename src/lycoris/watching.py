@@ -1,7 +1,7 @@
 """What happens to adapters once they are attached: which are called, and which get a gradient.
 
-An adapter only sets flags. Hooks on the parameters wait for the first backward pass that reaches any of them, and
-go at its end, when what is amiss is said once.
+An adapter only sets flags. Hooks on the parameters wait for the first backward pass that reaches any of them, one on
+the model for passes that reach none; all go at the end of that backward pass, when what is amiss is said once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lycoris.adapter import Adapter
 
@@ -25,11 +25,12 @@ READ = (
 class Watch:
     """Waits for the first backward pass of some adapters; what it finds comes as one warning."""
 
-    def __init__(self, stacks: Mapping[str, Sequence[Adapter]]) -> None:
+    def __init__(self, model: nn.Module, stacks: Mapping[str, Sequence[Adapter]]) -> None:
         self._stacks = stacks
-        self._handles: list[Any] = []
-        for stack in stacks.values():
+        self._handles: list[Any] = [model.register_forward_hook(_Pass(stacks))]
+        for path, stack in stacks.items():
             for adapter in stack:
+                adapter.path = path
                 self._wait_for(adapter)
 
     def _wait_for(self, adapter: Adapter) -> None:
@@ -56,10 +57,32 @@ class Watch:
             warn_of_idle(self._stacks)
 
 
+class _Pass:
+    """Notes that the model was called, and warns when that reached none of its adapters. A class, to be pickled."""
+
+    def __init__(self, stacks: Mapping[str, Sequence[Adapter]]) -> None:
+        self._stacks, self._noted = stacks, False
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling() or self._noted:
+            return
+        self._noted = True
+        every = [adapter for stack in self._stacks.values() for adapter in stack]
+        for adapter in every:
+            adapter.seen.ran = True
+        if every and not any(adapter.seen.called for adapter in every):
+            warnings.warn(
+                f"a pass through {type(model).__name__} called none of its {len(self._stacks)} adapted layers: "
+                f"{some(self._stacks)}. {READ}. lycoris.verify checks each",
+                stacklevel=2,
+            )
+
+
 def never_called(stacks: Mapping[str, Sequence[Adapter]]) -> tuple[str, ...]:
-    """Paths of adapters that no pass has reached; () when none of them was reached, as in a model that never ran."""
+    """Paths of adapters that no pass has reached; () as long as the model has not run, as far as is known."""
     idle = tuple(path for path, stack in stacks.items() if not any(adapter.seen.called for adapter in stack))
-    return () if len(idle) == len(stacks) else idle
+    ran = len(idle) < len(stacks) or any(adapter.seen.ran for stack in stacks.values() for adapter in stack)
+    return idle if ran else ()
 
 
 def without_gradient(stacks: Mapping[str, Sequence[Adapter]]) -> tuple[str, ...]:

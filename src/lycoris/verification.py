@@ -1,0 +1,388 @@
+"""`verify`: whether every adapter does on a model what training and merging take for granted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lycoris import bases, merging, sharding
+from lycoris.adapter import Adapter
+from lycoris.adapters import AdapterSet
+from lycoris.errors import AttachError, ConfigError
+from lycoris.geometry import Site, site
+from lycoris.checked import Checked, Verification, relative, tensors_in
+from lycoris.seen import Seen
+
+WIDE = (torch.float32, torch.float64)
+
+
+class _Layer(NamedTuple):
+    """One adapted layer, or parameter."""
+
+    adapters: AdapterSet
+    path: str
+
+    @property
+    def site(self) -> Site:
+        return site(self.adapters.model, self.path)
+
+    @property
+    def stack(self) -> tuple[Adapter, ...]:
+        return self.adapters.stacks[self.path]
+
+
+class _Pass(NamedTuple):
+    """What a forward and backward pass came to, by layer."""
+
+    calls: list[int]
+    gradients: list[float | None]
+    error: float | None
+    stopped: str
+    cuts: tuple[str, ...]
+
+
+def verify(adapters: Any, batch: Any) -> Verification:
+    """Run a model on a batch and say of every adapted layer whether it is called, gets a gradient, acts, and merges.
+
+    `adapters`: an `AdapterSet`, or a network of `create_lycoris`. `batch`: a tensor, a tuple of arguments or a mapping
+    of keyword arguments for the model, or a function that runs the model and returns its output or loss; it has to do
+    the same in every call. Of the output every floating-point tensor counts.
+
+    For each layer: how often it is called; the norm of the gradient of its adapters, for a loss that weighs the
+    outputs at random; the change of the output between strength 0 and 1; and how far the output is from it once they
+    are merged. Changes are max|a - b| / max|a|. Adapters that change nothing yet are nudged for it. Takes up to
+    three forward passes a layer. Everything is then as it was: weights, gradients, strengths, modes, random numbers.
+
+    Raises `AttachError` while adapters are merged or the model is sharded.
+    """
+    sets = _sets(adapters)
+    model = sets[0].model
+    run = batch if callable(batch) and not isinstance(batch, Tensor) else lambda: _called(model, batch)
+    layers = [_Layer(each, path) for each in sets for path in each.stacks]
+    with ExitStack() as undo:
+        for each in sets:
+            _check(each)
+            if not each.attached:
+                each.attach()
+                undo.callback(each.detach)
+            if each._hooks:
+                each.unfollow()
+                undo.callback(each.follow_timesteps)
+            undo.enter_context(each.at())
+            each.set_strength(1.0)
+            each.set_keep(None)
+        undo.enter_context(_state_kept([each.model for each in sets], layers))
+        again = undo.enter_context(_draws_kept([each.model for each in sets]))
+        trained = _trained(sets, layers, run, again)
+        undo.enter_context(_evaluating([each.model for each in sets]))
+        undo.enter_context(torch.no_grad())
+        return _compared(layers, lambda: tensors_in(again(run)), trained)
+
+
+def _sets(adapters: Any) -> list[AdapterSet]:
+    if isinstance(adapters, AdapterSet):
+        return [adapters]
+    found = [part.adapters for part in getattr(adapters, "parts", ())]
+    if not found or not all(isinstance(each, AdapterSet) for each in found):
+        raise ConfigError(f"verify takes an AdapterSet or a network of create_lycoris, not {type(adapters).__name__}")
+    return found
+
+
+def _check(adapters: AdapterSet) -> None:
+    if adapters.merged:
+        raise AttachError("these adapters are merged, and a check compares with that; unmerge them first")
+    if any(sharding.is_sharded(parameter) for parameter in adapters.model.parameters()):
+        raise AttachError("this model is sharded; check its adapters before that")
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+# -- what is put back --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _draws_kept(models: list[nn.Module]) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Gives what runs a function with the same random numbers each time; those of before go on afterwards."""
+    devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"})
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        cpu, others = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+
+        def again(run: Callable[[], Any]) -> Any:
+            torch.set_rng_state(cpu)
+            for device, state in zip(devices, others, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            return run()
+
+        try:
+            yield again
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+@contextmanager
+def _state_kept(models: list[nn.Module], layers: list[_Layer]) -> Iterator[None]:
+    """Puts buffers back, and what adapters have noted."""
+    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers() if not buffer.is_meta]
+    seen = [(adapter, adapter.seen) for layer in layers for adapter in layer.stack]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for adapter, noted in seen:
+            adapter.seen = noted
+
+
+@contextmanager
+def _evaluating(models: list[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, by the flags alone: a model's own `train` may do more."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            _set_mode(module, False)
+        yield
+    finally:
+        for module, mode in modes:
+            _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    if isinstance(module, Adapter):
+        module.train(mode)
+    else:
+        module.training = mode
+
+
+@contextmanager
+def _stand_ins(models: list[nn.Module]) -> Iterator[None]:
+    """Others in the place of all parameters that train, with the same values: hooks and gradients stay untouched."""
+    owned = [
+        (module, name, parameter)
+        for model in models
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    made = {id(parameter): nn.Parameter(parameter.detach()) for _, _, parameter in owned}
+    try:
+        for module, name, parameter in owned:
+            module._parameters[name] = made[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in owned:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def _moved(parameters: list[nn.Parameter], steps: list[Tensor], by: float) -> Iterator[None]:
+    """Parameters with something added, and then the very values of before."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.add_(step.to(parameter), alpha=by)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+# -- forward and backward ----------------------------------------------------------------------------------------------
+
+
+def _trained(
+    sets: list[AdapterSet], layers: list[_Layer], run: Callable[[], Any], again: Callable[[Callable[[], Any]], Any]
+) -> _Pass:
+    """One pass as in training."""
+    calls: dict[int, int] = {}
+    cuts: list[str] = []
+    stopped = ""
+    models = [each.model for each in sets]
+    with ExitStack() as undo, torch.enable_grad():
+        undo.enter_context(_stand_ins(models))
+        for layer in layers:
+            for adapter in layer.stack:
+                adapter.seen = Seen()
+                undo.callback(adapter.register_forward_hook(_counter(calls, adapter)).remove)
+        hooks = [
+            module.register_forward_hook(_cut_finder(name, cuts), with_kwargs=True)
+            for model in models
+            for name, module in model.named_modules()
+            if not isinstance(module, Adapter)
+        ]
+        try:
+            output = again(run)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        counted = [_calls(layer, calls) for layer in layers]
+        found = tensors_in(output)
+        which = [at for at, tensor in enumerate(found) if tensor.requires_grad]
+        if not which:
+            raise AttachError(
+                "nothing that the model returned has a gradient: no adapter was reached, or gradients are off inside"
+            )
+        try:
+            _weighed(found, which).backward()
+        except AttachError as error:
+            stopped = str(error)
+        gradients = [_gradient(layer) for layer in layers]
+        error = None if stopped else _gradient_error(layers, lambda: tensors_in(again(run)), which)
+    innermost = [name for name in cuts if not any(other.startswith(f"{name}.") for other in cuts)]
+    return _Pass(counted, gradients, error, stopped, tuple(dict.fromkeys(innermost)))
+
+
+def _counter(calls: dict[int, int], adapter: Adapter) -> Callable[..., None]:
+    def count(*_: Any) -> None:
+        calls[id(adapter)] = calls.get(id(adapter), 0) + 1
+
+    return count
+
+
+def _calls(layer: _Layer, calls: Mapping[int, int]) -> int:
+    # A parameter is read, and a compiled graph has no hooks; both leave the flag.
+    return max(max(calls.get(id(adapter), 0), int(adapter.seen.called)) for adapter in layer.stack)
+
+
+def _cut_finder(name: str, cuts: list[str]) -> Callable[..., None]:
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given, made = tensors_in((args, kwargs)), tensors_in(output)
+        if made and any(x.requires_grad for x in given) and not any(y.requires_grad for y in made):
+            cuts.append(name)
+
+    return look
+
+
+def _weighed(found: list[Tensor], which: list[int]) -> Tensor:
+    """A number that depends on all of an output: with random weights, for sums of normalised values are constant."""
+    if len(which) == 1 and found[which[0]].numel() == 1:
+        return found[which[0]].sum()
+    generator = torch.Generator().manual_seed(0)
+    sums = []
+    for at in which:
+        weights = torch.randn(found[at].shape, generator=generator)
+        sums.append((found[at].double() * weights.to(found[at].device)).sum().cpu())
+    return torch.stack(sums).sum()
+
+
+def _gradient(layer: _Layer) -> float | None:
+    """Norm over the adapters of a layer; None where none arrived."""
+    grads = [p.grad for adapter in layer.stack for p in adapter.parameters() if p.grad is not None]
+    return float(torch.stack([grad.detach().double().norm().cpu() for grad in grads]).norm()) if grads else None
+
+
+def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], which: list[int]) -> float | None:
+    """How far the gradient is from a difference quotient along itself; None where precision does not allow to tell."""
+    every = {id(p): p for layer in layers for adapter in layer.stack for p in adapter.parameters()}
+    parameters = [p for p in every.values() if p.grad is not None]
+    if not parameters or any(p.dtype not in WIDE for p in parameters):
+        return None
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = _norm(grads)
+    size = max(_norm([p.detach() for p in parameters]), 1.0)
+    if norm == 0:
+        return None
+    errors = []
+    for step in (1e-2, 1e-3):
+        ends = []
+        for sign in (1, -1):
+            with _moved(parameters, grads, sign * step * size / norm), torch.no_grad():
+                found = outputs()
+                if any(found[at].dtype not in WIDE for at in which):
+                    return None
+                ends.append(float(_weighed(found, which)))
+        errors.append(abs((ends[0] - ends[1]) / (2 * step * size) - norm) / norm)
+    return min(errors)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().norm().cpu() for tensor in tensors]).norm())
+
+
+# -- comparisons -------------------------------------------------------------------------------------------------------
+
+
+def _compared(layers: list[_Layer], outputs: Callable[[], list[Tensor]], trained: _Pass) -> Verification:
+    """Every layer by itself: without it, and with it merged."""
+    attached = outputs()
+    noise = relative(attached, outputs())
+    rows = []
+    for at, layer in enumerate(layers):
+        layer.adapters.set_strength_at(layer.path, 0.0)
+        without = outputs()
+        layer.adapters.set_strength_at(layer.path, 1.0)
+        effect, now = relative(attached, without), attached
+        with ExitStack() as undo:
+            fresh = effect <= noise
+            if fresh:
+                undo.enter_context(_nudged(layer))
+                now = outputs()
+                effect = relative(now, without)
+            difference, why = _merged(layer, now, outputs)
+        rows.append(
+            Checked(
+                path=layer.path,
+                calls=trained.calls[at],
+                gradient=trained.gradients[at],
+                trains=any(p.requires_grad for adapter in layer.stack for p in adapter.parameters()),
+                effect=effect,
+                fresh=fresh,
+                difference=difference,
+                remark=why,
+            )
+        )
+    half = any(tensor.dtype not in WIDE for tensor in attached) or any(map(_is_half, layers))
+    return Verification(
+        tuple(rows), max(0.05 if half else 1e-4, 4 * noise), noise, trained.error, trained.stopped, trained.cuts
+    )
+
+
+def _is_half(layer: _Layer) -> bool:
+    module, attribute = layer.site.module, layer.site.attribute
+    return bases.precision(bases.holder(module, attribute)) not in WIDE
+
+
+@contextmanager
+def _nudged(layer: _Layer) -> Iterator[None]:
+    """Adapters that do something, in place of ones that do not yet."""
+    parameters = [p for adapter in layer.stack for p in adapter.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(p.shape, generator=generator) for p in parameters]
+    with _moved(parameters, steps, 0.1):
+        yield
+
+
+def _merged(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Tensor]]) -> tuple[float | None, str]:
+    """How far the output is from `now` with a layer merged; None, and why, where it cannot be."""
+    adapters, path = layer.adapters, layer.path
+    module, attribute = layer.site.module, layer.site.attribute
+    holder = bases.holder(module, attribute)
+    try:
+        merging.check(adapters.model, {path: module}, {path: holder}, adapters.stacks, False, False, True)
+    except AttachError as error:
+        return None, str(error)
+    merge = merging.fold(path, holder, layer.stack, 1.0)
+    bases.install(module, merge.new, merge.attribute)
+    adapters.set_strength_at(path, 0.0)
+    try:
+        return relative(now, outputs()), ""
+    finally:
+        merging.restore(module, merge)
+        adapters.set_strength_at(path, 1.0)
