@@ -268,7 +268,8 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
         for adapter in adapters_on(module, attribute):
             adapter.seen.called = True
             if not adapter.silent:
-                adapter.seen.trained |= torch.is_grad_enabled()
+                if torch.is_grad_enabled():
+                    adapter.seen.trained = True
                 affine = adapter.adapted(affine, adapter.drawn(adapter.in_force(parameter), parameter))
         return affine.weight
 

@@ -182,12 +182,14 @@ class Capabilities:
 
 
 def capabilities(layers: Mapping[str, nn.Module], cut: Collection[str] = ()) -> Capabilities:
-    """What works on these layers, by path. `cut`: those that were seen to have no derivative."""
+    """What works on these layers, by path. `cut`: some that were seen to have no derivative, which others like them
+    have not either."""
+    alike = {(type(layers[path]), kind(layers[path])) for path in cut}
     found: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
         row = storage(layer)
         unreadable, unwritable = row.why_unreadable(layer), row.why_unwritable(layer)
-        own = row.passes_gradient(layer) and path not in cut
+        own = row.passes_gradient(layer) and (type(layer), row.label(layer)) not in alike
         trains = own or stands_in(layer, describe(layer))
         able = row.low_bit, trains, not unreadable, not (unreadable or unwritable)
         told = "" if own else "no derivative of its own: backward decodes the weight" if trains else NO_DERIVATIVE
