@@ -167,7 +167,9 @@ def test_a_tensor_before_such_a_layer_is_warned_of() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("algorithm", ["lora", "loha-high-rank", "dora-lora", "ia3", "oft", "glora"])
 @pytest.mark.parametrize("make", [frozen8, dynamic])
-def test_a_weight_that_is_read_stands_in(make: Callable[[nn.Linear], nn.Module], algorithm: str, autocast: bool) -> None:
+def test_a_weight_that_is_read_stands_in(
+    make: Callable[[nn.Linear], nn.Module], algorithm: str, autocast: bool
+) -> None:
     """The gradient is that of dense layers with the decoded weights, up to the rounding of activations."""
     low = chain(lambda i, o: make(nn.Linear(i, o)), between=1)
     dense = chain(nn.Linear, between=1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lycoris.watching import some
 
-APART = 0.2
-"""Share of the gradient from which on a difference quotient says that it is wrong."""
+APART = 0.05
+"""Share of the gradient from which on difference quotients say that it is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class Verification:
     noise: float
     """Change of the output between two equal passes."""
     gradient_error: float | None
-    """Of the whole gradient against a difference quotient along itself, relative; None where that cannot be told:
-    after an error, and in half precision."""
+    """Of the whole gradient against difference quotients in random directions, relative; None where that cannot be
+    told: after an error, and in half precision."""
     stopped: str
     """The error that ended the backward pass, or ""."""
     cuts: tuple[str, ...]
@@ -78,7 +78,7 @@ class Verification:
         if self.stopped:
             return self.stopped
         if self.gradient_error is not None and self.gradient_error > APART:
-            share = f"gradients are {self.gradient_error:.0%} off what a small step shows"
+            share = f"gradients are {self.gradient_error:.0%} off what small steps show"
             where = f", perhaps in {some(self.cuts)}" if self.cuts else ""
             return f"{share}: something between adapters and loss has no derivative{where}"
         return ""

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.geometry import Geometry, Kind, Site, sites
-from lycoris.ties import owners, tied_to
+from lycoris.ties import owners, spells_out, tied_to
 
 SHOWN = 3
 USUAL = ("linear", "conv")
@@ -86,7 +86,7 @@ class Rule:
         """Whether this asks for a layer by the last part of its path, or for an uncommon kind of layer by name."""
         wanted = self.path.pattern if isinstance(self.path, re.Pattern) else self.path
         by_kind = place.geometry.kind not in USUAL and place.geometry.kind in self.kinds()
-        return by_kind or place.path.rpartition(".")[2] in wanted
+        return by_kind or spells_out(wanted, place.path)
 
     def matches(self, path: str, chain: Sequence[nn.Module], geometry: Geometry) -> bool:
         if isinstance(self.path, re.Pattern):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from lycoris.geometry import Site
 
 Owners = dict[int, list[str]]
 """By the identity of a parameter: the names that it has, in model order."""
+
+
+def spells_out(pattern: str, path: str) -> bool:
+    """Whether a pattern for paths has the last part of a path in it as a word, and not only a wildcard for it."""
+    return path.rpartition(".")[2] in re.split(r"\W+", pattern)
 
 
 def owners(model: nn.Module) -> Owners:

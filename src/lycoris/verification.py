@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,10 +18,13 @@ from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
 from lycoris.errors import AttachError, ConfigError
 from lycoris.geometry import Site, site
-from lycoris.checked import Checked, Verification, relative, tensors_in
+from lycoris.checked import APART, Checked, Verification, relative, tensors_in
 from lycoris.seen import Seen
 
 WIDE = (torch.float32, torch.float64)
+
+DIRECTIONS = 3
+"""In which the gradient is compared with difference quotients: a wrong one may agree in a single one."""
 
 
 class _Layer(NamedTuple):
@@ -57,8 +61,10 @@ def verify(adapters: Any, batch: Any) -> Verification:
 
     For each layer: how often it is called; the norm of the gradient of its adapters, for a loss that weighs the
     outputs at random; the change of the output between strength 0 and 1; and how far the output is from it once they
-    are merged. Changes are max|a - b| / max|a|. Adapters that change nothing yet are nudged for it. Takes up to
-    three forward passes a layer. Everything is then as it was: weights, gradients, strengths, modes, random numbers.
+    are merged. Changes are max|a - b| / max|a|. In float32 the gradient of all adapters is compared with difference
+    quotients, which shows parts of it that something without a derivative has swallowed. Adapters draw no dropout, and
+    those that change nothing yet are nudged. Takes up to three forward passes a layer. Everything is then as it was:
+    weights, gradients, strengths, modes, random numbers.
 
     Raises `AttachError` while adapters are merged or the model is sharded.
     """
@@ -80,6 +86,7 @@ def verify(adapters: Any, batch: Any) -> Verification:
             each.set_keep(None)
         undo.enter_context(_state_kept([each.model for each in sets], layers))
         again = undo.enter_context(_draws_kept([each.model for each in sets]))
+        undo.enter_context(_evaluating([adapter for layer in layers for adapter in layer.stack]))
         trained = _trained(sets, layers, run, again)
         undo.enter_context(_evaluating([each.model for each in sets]))
         undo.enter_context(torch.no_grad())
@@ -150,7 +157,7 @@ def _state_kept(models: list[nn.Module], layers: list[_Layer]) -> Iterator[None]
 
 
 @contextmanager
-def _evaluating(models: list[nn.Module]) -> Iterator[None]:
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode, by the flags alone: a model's own `train` may do more."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -289,31 +296,46 @@ def _gradient(layer: _Layer) -> float | None:
 
 
 def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], which: list[int]) -> float | None:
-    """How far the gradient is from a difference quotient along itself; None where precision does not allow to tell."""
+    """How far the gradient is from difference quotients in random directions; None where precision does not tell."""
     every = {id(p): p for layer in layers for adapter in layer.stack for p in adapter.parameters()}
     parameters = [p for p in every.values() if p.grad is not None]
     if not parameters or any(p.dtype not in WIDE for p in parameters):
         return None
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _norm(grads)
-    size = max(_norm([p.detach() for p in parameters]), 1.0)
-    if norm == 0:
-        return None
+    generator = torch.Generator().manual_seed(0)
+    directions = [[_direction(parameter, generator) for parameter in parameters] for _ in range(DIRECTIONS)]
+    expected = [
+        sum(float((step * p.grad).sum(dtype=torch.float64)) for step, p in zip(steps, parameters, strict=True))
+        for steps in directions
+        if all(p.grad is not None for p in parameters)
+    ]
+
+    def value() -> float:
+        found = outputs()
+        return float(_weighed(found, which).detach()) if all(found[at].dtype in WIDE for at in which) else math.nan
+
     errors = []
-    for step in (1e-2, 1e-3):
-        ends = []
-        for sign in (1, -1):
-            with _moved(parameters, grads, sign * step * size / norm), torch.no_grad():
-                found = outputs()
-                if any(found[at].dtype not in WIDE for at in which):
-                    return None
-                ends.append(float(_weighed(found, which)))
-        errors.append(abs((ends[0] - ends[1]) / (2 * step * size) - norm) / norm)
+    for size in (1e-2, 1e-3):
+        found = []
+        for steps in directions:
+            ends = []
+            for sign in (1, -1):
+                with _moved(parameters, steps, sign * size), torch.no_grad():
+                    ends.append(value())
+            found.append((ends[0] - ends[1]) / (2 * size))
+        if any(map(math.isnan, found)):
+            return None
+        scale = math.hypot(*(max(abs(f), abs(e)) for f, e in zip(found, expected, strict=True)))
+        apart = math.hypot(*(f - e for f, e in zip(found, expected, strict=True)))
+        errors.append(apart / scale if scale > 0 else 0.0)
+        if errors[-1] < APART / 10:
+            break
     return min(errors)
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([tensor.double().norm().cpu() for tensor in tensors]).norm())
+def _direction(parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
+    """A random step of the size of a parameter's own values, or a tenth where those are zero."""
+    size = float(parameter.detach().square().mean().sqrt()) or 0.1
+    return (size * torch.randn(parameter.shape, generator=generator)).to(parameter)
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
