@@ -26,7 +26,7 @@ def is_missing(x: Tensor, y: Tensor) -> bool:
     return x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and y.is_floating_point()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def supply(layer: nn.Module, path: str, geometry: Geometry, x: Tensor, y: Tensor) -> Tensor:
     """The output of a layer without a derivative, with one, or with an error in wait for a backward that needs it."""
     # Tensors of inference mode cannot be kept for backward.
@@ -64,7 +64,7 @@ def _input_gradient(g: Geometry, gy: Tensor, weight: Tensor, shape: torch.Size) 
 
 
 def _check_unneeded(node: Any) -> None:
-    """Raise `AttachError` where a parameter before a layer needs the derivative that it does not have; warn of others."""
+    """Raise `AttachError` where a parameter before a layer needs a derivative that it does not have; warn of tensors."""
     before, layers = [], [_name(node)]
     for other in _nodes_before(node):
         if isinstance(leaf := getattr(other, "variable", None), Tensor):

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from lycoris import bases, merging, sharding
 from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
+from lycoris.checked import APART, Checked, Verification, relative, tensors_in
 from lycoris.errors import AttachError, ConfigError
 from lycoris.geometry import Site, site
-from lycoris.checked import APART, Checked, Verification, relative, tensors_in
 from lycoris.seen import Seen
 
 WIDE = (torch.float32, torch.float64)
@@ -247,9 +246,9 @@ def _trained(
                 "nothing that the model returned has a gradient: no adapter was reached, or gradients are off inside"
             )
         try:
-            _weighed(found, which).backward()
-        except AttachError as error:
-            stopped = str(error)
+            _weighed(found, which).backward()  # type: ignore[no-untyped-call]
+        except AttachError as told:
+            stopped = str(told)
         gradients = [_gradient(layer) for layer in layers]
         error = None if stopped else _gradient_error(layers, lambda: tensors_in(again(run)), which)
     innermost = [name for name in cuts if not any(other.startswith(f"{name}.") for other in cuts)]
@@ -303,10 +302,10 @@ def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], w
         return None
     generator = torch.Generator().manual_seed(0)
     directions = [[_direction(parameter, generator) for parameter in parameters] for _ in range(DIRECTIONS)]
+    grads = [p.grad for p in parameters if p.grad is not None]
     expected = [
-        sum(float((step * p.grad).sum(dtype=torch.float64)) for step, p in zip(steps, parameters, strict=True))
+        math.fsum(float((step * grad).sum(dtype=torch.float64)) for step, grad in zip(steps, grads, strict=True))
         for steps in directions
-        if all(p.grad is not None for p in parameters)
     ]
 
     def value() -> float:

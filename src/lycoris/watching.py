@@ -41,7 +41,7 @@ class Watch:
                 _at_end_of_backward(self._end)
 
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad and parameter.is_leaf]
-        self._handles += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]
+        self._handles += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]  # type: ignore[no-untyped-call]
 
     _ending = False
 

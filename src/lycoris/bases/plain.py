@@ -125,7 +125,7 @@ def _other_scales(layer: Any) -> list[str]:
 def _block(layer: Any, scale: Tensor) -> tuple[int, int] | None:
     """Rows and columns that share a scale, in layers that say so: their last blocks may be smaller."""
     block = getattr(layer, "block_size", None)
-    return tuple(block) if block is not None and len(block) == scale.dim() == 2 and scale.numel() > 1 else None  # type: ignore[return-value]
+    return tuple(block) if block is not None and len(block) == scale.dim() == 2 and scale.numel() > 1 else None
 
 
 def _scale(layer: Any) -> Tensor | None:
