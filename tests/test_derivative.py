@@ -234,7 +234,12 @@ def test_the_fp8_layers_of_transformers_are_read(block: tuple[int, int] | None) 
     assert torch.equal(bases.read(layer).weight, expected)
     model = nn.Sequential(layer)
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))))
-    assert str(adapters.capabilities().rows[0].stored_as) == "float8_e4m3fn storage"
+    (row,) = adapters.capabilities().rows
+    assert (row.stored_as, row.trains, row.merges) == ("float8_e4m3fn storage", True, True)
+    perturb(adapters, 1.0)
+    change = adapters.stacks["0"][0].adapted(bases.Affine(torch.zeros(32, 48), None)).weight
+    adapters.merge(into_low_bit=True)
+    assert relative(bases.read(layer).weight, expected + change) < 1 / 8
 
 
 def test_a_scale_of_unknown_meaning_is_refused() -> None:

@@ -212,3 +212,11 @@ def test_a_compiled_model_is_watched_without_being_compiled_again() -> None:
         compiled(torch.randn(2, 4)).sum().backward()
     assert counter.frame_count == 1
     assert [stack[0].seen.called for stack in adapters.stacks.values()] == [True, False, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_is_exported_without_a_word(strict: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    perturb(on(model))
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    assert torch.allclose(exported(x), model(x))

@@ -14,7 +14,7 @@ from lycoris.algorithm import Affine, Algorithm, Base, Call, interpolate, one_ma
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
 from lycoris.recall import Recall, in_backward, may_be_recomputed
-from lycoris.seen import Seen
+from lycoris.seen import Seen, is_exporting
 
 
 class Adapter(nn.Module):
@@ -143,14 +143,15 @@ class Adapter(nn.Module):
         return self.algorithm.draw(replace(call, dropping=self._dropping), x)
 
     def forward(self, below: Base, x: Tensor) -> Tensor:
-        self.seen.called = True
+        if not is_exporting():
+            self.seen.called = True
         if self.silent:
             return below(x)
         call = self.in_force(x)
         # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
         if not torch.compiler.is_compiling() and call.strength == 0:
             return below(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_exporting():
             self.seen.trained = True
         return self.algorithm.forward(self.tensors(), below, x, self.drawn(call, x))
 

@@ -19,6 +19,7 @@ from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Base
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe, describe_parameter
+from lycoris.seen import is_exporting
 
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
@@ -266,10 +267,11 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
             return parameter
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
-            adapter.seen.called = True
-            if not adapter.silent:
-                if torch.is_grad_enabled():
+            if not is_exporting():
+                adapter.seen.called = True
+                if torch.is_grad_enabled() and not adapter.silent:
                     adapter.seen.trained = True
+            if not adapter.silent:
                 affine = adapter.adapted(affine, adapter.drawn(adapter.in_force(parameter), parameter))
         return affine.weight
 

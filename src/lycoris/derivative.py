@@ -64,7 +64,7 @@ def _input_gradient(g: Geometry, gy: Tensor, weight: Tensor, shape: torch.Size) 
 
 
 def _check_unneeded(node: Any) -> None:
-    """Raise `AttachError` where a parameter before a layer needs a derivative that it does not have; warn of tensors."""
+    """Raise `AttachError` where a parameter before a layer needs the derivative that it lacks; warn of tensors."""
     before, layers = [], [_name(node)]
     for other in _nodes_before(node):
         if isinstance(leaf := getattr(other, "variable", None), Tensor):

@@ -122,8 +122,8 @@ def _check_untied(model: nn.Module, paths: Iterable[str]) -> None:
     found = _tied(model, paths)
     for path, names in found.items():
         raise AttachError(
-            f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept them "
-            "tied would change both. Leave it attached, or merge with untie=True, which gives it a weight of its "
+            f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "
+            "them tied would change both. Leave it attached, or merge with untie=True, which gives it a weight of its "
             f"own{f' ({len(found) - 1} more such layers)' if len(found) > 1 else ''}"
         )
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the pass, which takes a flag that is set for a fault."""
+    # torch before 2.7 has no such question.
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
 
 class Seen:
     """Plain attributes, only ever written in a pass: a compiled graph neither breaks nor is made again for them."""
