@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "jsons", "finite", "ops", "geometry", "seen", "ties"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "recall", "bases", "derivative", "adapter", "attach", "watching", "checked", "merging"},
+    {"sharding", "recall", "bases", "derivative", "adapter", "attach", "watching", "checked", "restoring", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "strengths", "filling", "adapters"},
     {"explain", "memory", "outline", "verification"},

@@ -299,7 +299,7 @@ class AdapterSet:
         self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
         at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
         merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
-        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks)
+        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
         if self.rank_masked and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from lycoris.adapters import AdapterSet
 from lycoris.checked import APART, Checked, Verification, relative, tensors_in
 from lycoris.errors import AttachError, ConfigError
 from lycoris.geometry import Site, site
+from lycoris.restoring import evaluating, moved, same_draws, stand_ins, state_restored
 from lycoris.seen import Seen
 
 WIDE = (torch.float32, torch.float64)
@@ -71,9 +70,12 @@ def verify(adapters: Any, batch: Any) -> Verification:
     model = sets[0].model
     run = batch if callable(batch) and not isinstance(batch, Tensor) else lambda: _called(model, batch)
     layers = [_Layer(each, path) for each in sets for path in each.stacks]
+    models, every = [each.model for each in sets], [adapter for layer in layers for adapter in layer.stack]
+    for each in sets:
+        _check(each)
     with ExitStack() as undo:
+        undo.enter_context(state_restored(models, every))
         for each in sets:
-            _check(each)
             if not each.attached:
                 each.attach()
                 undo.callback(each.detach)
@@ -83,11 +85,10 @@ def verify(adapters: Any, batch: Any) -> Verification:
             undo.enter_context(each.at())
             each.set_strength(1.0)
             each.set_keep(None)
-        undo.enter_context(_state_kept([each.model for each in sets], layers))
-        again = undo.enter_context(_draws_kept([each.model for each in sets]))
-        undo.enter_context(_evaluating([adapter for layer in layers for adapter in layer.stack]))
+        again = undo.enter_context(same_draws(models))
+        undo.enter_context(evaluating(every))
         trained = _trained(sets, layers, run, again)
-        undo.enter_context(_evaluating([each.model for each in sets]))
+        undo.enter_context(evaluating(models))
         undo.enter_context(torch.no_grad())
         return _compared(layers, lambda: tensors_in(again(run)), trained)
 
@@ -114,102 +115,6 @@ def _called(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-# -- what is put back --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _draws_kept(models: list[nn.Module]) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Gives what runs a function with the same random numbers each time; those of before go on afterwards."""
-    devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"})
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        cpu, others = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-
-        def again(run: Callable[[], Any]) -> Any:
-            torch.set_rng_state(cpu)
-            for device, state in zip(devices, others, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            return run()
-
-        try:
-            yield again
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-@contextmanager
-def _state_kept(models: list[nn.Module], layers: list[_Layer]) -> Iterator[None]:
-    """Puts buffers back, and what adapters have noted."""
-    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers() if not buffer.is_meta]
-    seen = [(adapter, adapter.seen) for layer in layers for adapter in layer.stack]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for adapter, noted in seen:
-            adapter.seen = noted
-
-
-@contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, by the flags alone: a model's own `train` may do more."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            _set_mode(module, False)
-        yield
-    finally:
-        for module, mode in modes:
-            _set_mode(module, mode)
-
-
-def _set_mode(module: nn.Module, mode: bool) -> None:
-    if isinstance(module, Adapter):
-        module.train(mode)
-    else:
-        module.training = mode
-
-
-@contextmanager
-def _stand_ins(models: list[nn.Module]) -> Iterator[None]:
-    """Others in the place of all parameters that train, with the same values: hooks and gradients stay untouched."""
-    owned = [
-        (module, name, parameter)
-        for model in models
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
-    ]
-    made = {id(parameter): nn.Parameter(parameter.detach()) for _, _, parameter in owned}
-    try:
-        for module, name, parameter in owned:
-            module._parameters[name] = made[id(parameter)]
-        yield
-    finally:
-        for module, name, parameter in owned:
-            module._parameters[name] = parameter
-
-
-@contextmanager
-def _moved(parameters: list[nn.Parameter], steps: list[Tensor], by: float) -> Iterator[None]:
-    """Parameters with something added, and then the very values of before."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, step in zip(parameters, steps, strict=True):
-            parameter.add_(step.to(parameter), alpha=by)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-
-
 # -- forward and backward ----------------------------------------------------------------------------------------------
 
 
@@ -222,7 +127,7 @@ def _trained(
     stopped = ""
     models = [each.model for each in sets]
     with ExitStack() as undo, torch.enable_grad():
-        undo.enter_context(_stand_ins(models))
+        undo.enter_context(stand_ins(models))
         for layer in layers:
             for adapter in layer.stack:
                 adapter.seen = Seen()
@@ -318,7 +223,7 @@ def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], w
         for steps in directions:
             ends = []
             for sign in (1, -1):
-                with _moved(parameters, steps, sign * size), torch.no_grad():
+                with moved(parameters, steps, sign * size), torch.no_grad():
                     ends.append(value())
             found.append((ends[0] - ends[1]) / (2 * size))
         if any(map(math.isnan, found)):
@@ -386,7 +291,7 @@ def _nudged(layer: _Layer) -> Iterator[None]:
     parameters = [p for adapter in layer.stack for p in adapter.parameters()]
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(p.shape, generator=generator) for p in parameters]
-    with _moved(parameters, steps, 0.1):
+    with moved(parameters, steps, 0.1):
         yield
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.adapter import Adapter
+from lycoris.seen import Seen
 
 SHOWN = 10
 READ = (
@@ -30,7 +31,7 @@ class Watch:
         self._handles: list[Any] = [model.register_forward_hook(_Pass(stacks))]
         for path, stack in stacks.items():
             for adapter in stack:
-                adapter.path = path
+                adapter.path, adapter.seen = path, Seen()
                 self._wait_for(adapter)
 
     def _wait_for(self, adapter: Adapter) -> None:
@@ -44,6 +45,10 @@ class Watch:
         self._handles += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]  # type: ignore[no-untyped-call]
 
     _ending = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks on parameters stay behind when a model is copied or pickled.
+        return {**self.__dict__, "_handles": []}
 
     def stop(self) -> None:
         """Take the hooks off."""
