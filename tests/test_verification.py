@@ -225,7 +225,7 @@ def test_everything_is_as_it_was(attached: bool) -> None:
     adapters.set_strength(0.7, {"fused": 0.5})
     model(x)["out"][0].sum().backward()
     stepped: list[Tensor] = []
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(stepped.append)
     model.norm.eval()
     if not attached:
