@@ -9,13 +9,16 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "paths", "batch_layout", "geometry"},
+    {"errors", "jsons", "finite", "ops", "paths", "batch_layout", "geometry", "seen", "ties"},
     {"algorithm", "additive"},
     {"algorithms"},
-    {"sharding", "freezing", "recomputation", "bases", "adapter", "attach", "merging"},
+    {
+        *("sharding", "freezing", "recomputation", "bases", "derivative", "adapter", "attach"),
+        *("watching", "checked", "restoring", "merging"),
+    },
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
     {"preset", "options", "recipe", "strengths", "filling", "steering", "adapters"},
-    {"explain", "memory", "outline"},
+    {"explain", "memory", "outline", "verification"},
     {"files"},
     {"generation", "training"},
     {

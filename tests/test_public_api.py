@@ -33,6 +33,7 @@ NAMES = [
     "RankSchedule",
     "Rule",
     "TLoRA",
+    "Verification",
     "__version__",
     "clear_timestep_mask",
     "compute_timestep_mask",
@@ -43,6 +44,7 @@ NAMES = [
     "plan",
     "read",
     "set_timestep_mask",
+    "verify",
     "watch_finite",
     "write",
 ]

@@ -3,6 +3,7 @@
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.bundle import Bundle
+from lycoris.checked import Verification
 from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
 from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.tlora import (
@@ -17,6 +18,7 @@ from lycoris.files import read, write
 from lycoris.finite import watch_finite
 from lycoris.planning import Plan, Rule, plan
 from lycoris.schedule import RankSchedule
+from lycoris.verification import verify
 
 __version__ = "5.0.0.dev0"
 
@@ -46,6 +48,7 @@ __all__ = [
     "RankSchedule",
     "Rule",
     "TLoRA",
+    "Verification",
     "__version__",
     "clear_timestep_mask",
     "compute_timestep_mask",
@@ -56,6 +59,7 @@ __all__ = [
     "plan",
     "read",
     "set_timestep_mask",
+    "verify",
     "watch_finite",
     "write",
 ]

@@ -15,6 +15,7 @@ from lycoris.batch_layout import BatchLayout
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry
 from lycoris.recomputation import PassHistory, PassState, values_of_pass
+from lycoris.seen import Seen, is_exporting
 
 
 class Adapter(nn.Module):
@@ -42,6 +43,9 @@ class Adapter(nn.Module):
         self._state = PassState(self.call, False, False)
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
+        self.path = ""
+        """Of the layer, for messages; known once it is attached."""
+        self.seen = Seen()
         self._dropping = torch.tensor(1.0)
         # A tensor, so that a graph compiled for one block serves the others.
         self._identity, self._history = torch.tensor(id(self)), PassHistory(id(self))
@@ -156,11 +160,15 @@ class Adapter(nn.Module):
         return self.algorithm.draw(call if call.dropping is not None else replace(call, dropping=torch.ones(())), x)
 
     def forward(self, below: Base, x: Tensor, state: PassState) -> Tensor:
+        if not is_exporting():
+            self.seen.called = True
         if state.silent:
             return below(x)
         # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
         if not torch.compiler.is_compiling() and state.call.strength == 0:
             return below(x)
+        if torch.is_grad_enabled() and not is_exporting():
+            self.seen.trained = True
         return self.algorithm.forward(self.tensors(), below, x, self.drawn(state, x))
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, sharding
+from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, sharding, watching
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError
@@ -112,10 +112,11 @@ class AdapterSet(Steering):
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
+        self._watch = watching.Watch(self.model, self.stacks)
 
     def capabilities(self) -> bases.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
-        return bases.capabilities(self._holders())
+        return bases.capabilities(self._holders(), watching.without_derivative(self.stacks))
 
     def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
         try:
@@ -131,6 +132,7 @@ class AdapterSet(Steering):
             self.unmerge()
         self.unfollow()
         if self._attached:
+            self._watch.stop()
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
@@ -167,25 +169,26 @@ class AdapterSet(Steering):
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def merge(
-        self, strength: float | None = None, *, into_low_bit: bool = False, stochastic_seed: int | None = None
+        self,
+        strength: float | None = None,
+        *,
+        into_low_bit: bool = False,
+        stochastic_seed: int | None = None,
+        untie: bool = False,
     ) -> MergeReport:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
         Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
         took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
-        parameters are kept aside and `unmerge` puts the very same objects back. Layers that share a parameter no
-        longer do so while merged.
+        parameters are kept aside and `unmerge` puts the very same objects back.
 
-        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it.
+        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it, and for
+        layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.
         """
-        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None)
+        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
         at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
-        holders = self._holders()
-        merges = {
-            path: merging.fold(path, holder, self.stacks[path], at.at(path), stochastic_seed)
-            for path, holder in holders.items()
-        }
-        report = merging.report(holders, merges, at.whole)
+        merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
+        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
         if self.rank_masked and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
@@ -202,13 +205,12 @@ class AdapterSet(Steering):
             undo.pop_all()
         return report
 
-    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False) -> None:
+    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False, untie: bool = False) -> None:
         """Raise `AttachError` where `merge` would, and change nothing."""
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        for path, holder in self._holders().items():
-            merging.check(path, self._layers[path], holder, self.stacks[path], into_low_bit, stochastic)
+        merging.check(self.model, self._layers, self._holders(), self.stacks, into_low_bit, stochastic, untie)
 
     def _holders(self) -> dict[str, nn.Module]:
         """What has a weight, by path: the layers, and stand-ins for bare parameters."""

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lycoris import bases, sharding
+from lycoris import bases, derivative, sharding
 from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Base
 from lycoris.errors import AttachError
 from lycoris.geometry import Geometry, describe, describe_parameter
 from lycoris.recomputation import PassState, replayed_random
+from lycoris.seen import is_exporting
 
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
@@ -36,7 +37,14 @@ class _Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         args, kwargs = self.extra
-        return self.forward(self.layer, x, *args, **kwargs)
+        y = self.forward(self.layer, x, *args, **kwargs)
+        return self._with_derivative(x, y) if derivative.is_missing(x, y) else y
+
+    def _with_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        adapters = list(adapters_on(self.layer))
+        for adapter in adapters:
+            adapter.seen.cut = True
+        return derivative.supply(self.layer, adapters[0].path if adapters else "", self.geometry, x, y)
 
     def affine(self) -> Affine:
         weight, bias = bases.read(self.layer)
@@ -100,6 +108,7 @@ class _Stage:
         return None
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
+        self.adapter.seen.called = True
         return self.below.run(x, affine)
 
 
@@ -294,6 +303,10 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
         affine = Affine(parameter, None)
         for adapter in adapters_on(module, attribute):
             state = adapter.state_of_pass(parameter)
+            if not is_exporting():
+                adapter.seen.called = True
+                if torch.is_grad_enabled() and not state.silent:
+                    adapter.seen.trained = True
             if not state.silent:
                 with replayed_random(state.random, parameter.device):
                     affine = adapter.adapted(affine, adapter.drawn(state, parameter))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, freezing, sharding
+from lycoris import attach, bases, freezing, sharding, ties, watching
 from lycoris.adapter import Adapter
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Call
 from lycoris.errors import AttachError
+from lycoris.geometry import site
 
 MARK = "_lycoris_merged"
 """Attribute of parameters that hold a merge."""
@@ -57,6 +58,10 @@ class MergeReport:
 
     strength: float
     layers: tuple[MergedLayer, ...]
+    untied: tuple[str, ...] = ()
+    """Layers that shared a parameter with another module, and what it is called there."""
+    uncalled: tuple[str, ...] = ()
+    """Layers that no pass had reached, although passes had reached others: see `lycoris.verify`."""
 
     @property
     def lost(self) -> tuple[MergedLayer, ...]:
@@ -69,11 +74,19 @@ class MergeReport:
         lines = [
             f"merged {len(self.layers)} layers at strength {self.strength:g}; in {exact} of them nothing was rounded",
             *(f"  {layer.sqnr:7.1f} dB  {layer.stored_as}  {layer.path}" for layer in worst),
+            *(f"  untied  {told}" for told in self.untied),
+            *(f"  never called  {path}" for path in self.uncalled),
         ]
         return "\n".join(lines)
 
     def warn(self, stacklevel: int) -> None:
-        """Say which updates did not survive."""
+        """Say which updates did not survive, and which nothing had used before."""
+        if self.uncalled:
+            warnings.warn(
+                f"{len(self.uncalled)} of {len(self.layers)} merged layers have not been called so far: "
+                f"{watching.some(self.uncalled)}. {watching.READ}. lycoris.verify checks each",
+                stacklevel=stacklevel + 1,
+            )
         if lost := self.lost:
             some = ", ".join(f"{layer.path} ({layer.stored_as}, {layer.sqnr:.1f} dB)" for layer in lost[:5])
             warnings.warn(
@@ -84,10 +97,35 @@ class MergeReport:
             )
 
 
-def report(layers: Mapping[str, nn.Module], merges: Mapping[str, Merge], strength: float) -> MergeReport:
-    """What the merges of these layers did."""
+def report(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    merges: Mapping[str, Merge],
+    strength: float,
+    stacks: Mapping[str, Sequence[Adapter]],
+) -> MergeReport:
+    """What the merges of a model's layers are about to do."""
     told = (MergedLayer(path, bases.kind(layers[path]), merge.sqnr) for path, merge in merges.items())
-    return MergeReport(strength, tuple(told))
+    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _tied(model, merges).items())
+    return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
+
+
+def _tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of layers, or parameters, at these paths those that share a parameter with other modules, and its names there."""
+    shared = ties.owners(model)
+    found = {path: ties.tied_to(site(model, path), shared) for path in paths} if shared else {}
+    return {path: names for path, names in found.items() if names}
+
+
+def _check_untied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `AttachError` for layers that share a parameter with other modules."""
+    found = _tied(model, paths)
+    for path, names in found.items():
+        raise AttachError(
+            f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "
+            "them tied would change both. Leave it attached, or merge with untie=True, which gives it a weight of its "
+            f"own{f' ({len(found) - 1} more such layers)' if len(found) > 1 else ''}"
+        )
 
 
 def check_writable(path: str, layer: nn.Module, into_low_bit: bool, stochastic: bool) -> None:
@@ -134,6 +172,16 @@ def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float,
         if one is not None and other is not None:
             freezing.carry(one, other)
     return Merge(stack[0].attribute, old, new, _versions(new), sqnr)
+
+
+def fold_all(
+    holders: Mapping[str, nn.Module],
+    stacks: Mapping[str, Sequence[Adapter]],
+    strength_at: Callable[[str], float],
+    seed: int | None = None,
+) -> dict[str, Merge]:
+    """`fold` for every layer, by path."""
+    return {path: fold(path, holder, stacks[path], strength_at(path), seed) for path, holder in holders.items()}
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> float:
@@ -188,12 +236,21 @@ def _versions(affine: Affine) -> tuple[int, ...]:
 
 
 def check(
-    path: str, layer: nn.Module, holder: nn.Module, stack: Sequence[Adapter], into_low_bit: bool, stochastic: bool
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    holders: Mapping[str, nn.Module],
+    stacks: Mapping[str, Sequence[Adapter]],
+    into_low_bit: bool,
+    stochastic: bool,
+    untie: bool,
 ) -> None:
-    """Raise `AttachError` unless a stack can be folded into a layer's weight as asked."""
-    check_order(path, layer, stack)
-    check_writable(path, holder, into_low_bit, stochastic)
-    sharding.check_own(path, layer)
+    """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked."""
+    for path, layer in layers.items():
+        check_order(path, layer, stacks[path])
+        check_writable(path, holders[path], into_low_bit, stochastic)
+        sharding.check_own(path, layer)
+    if not untie:
+        _check_untied(model, layers)
 
 
 def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:

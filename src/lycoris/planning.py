@@ -16,13 +16,17 @@ from typing_extensions import Self
 from lycoris import paths
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
-from lycoris.geometry import Geometry, Kind, sites
+from lycoris.geometry import Geometry, Kind, Site, sites
+from lycoris.ties import owners, spells_out, tied_to
 
 SHOWN = 3
 USUAL = ("linear", "conv")
 """Kinds of layers that get adapters where nothing else is said."""
 
-RemarkKind = Literal["note", "unknown", "unmatched"]
+TIED = "left out, as merging would part them; name the layer to adapt it all the same"
+TIED_NAMED = "adapted, as it was named; a merge will be refused unless it may untie them"
+
+RemarkKind = Literal["note", "unknown", "unmatched", "tied"]
 
 
 class Remark(str):
@@ -38,6 +42,9 @@ class Remark(str):
 
 Choose = Callable[[str, nn.Module, Sequence[nn.Module], Geometry], "tuple[Algorithm, ...] | None"]
 """(path, layer, modules around it from the nearest out, geometry) → algorithms, lowest first; None: leave it alone."""
+
+Names = Callable[[Site], bool]
+"""Whether a layer was asked for by name, and not only as one of many."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,12 @@ class Rule:
 
     def kinds(self) -> tuple[str, ...]:
         return self.kind if isinstance(self.kind, tuple) else (self.kind,)
+
+    def names(self, place: Site) -> bool:
+        """Whether this asks for a layer by the last part of its path, or for an uncommon kind of layer by name."""
+        wanted = self.path.pattern if isinstance(self.path, re.Pattern) else self.path
+        by_kind = place.geometry.kind not in USUAL and place.geometry.kind in self.kinds()
+        return by_kind or spells_out(wanted, place.path)
 
     def matches(self, path: str, chain: Sequence[nn.Module], geometry: Geometry) -> bool:
         if isinstance(self.path, re.Pattern):
@@ -139,12 +152,16 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True)
     Raises `PlanError` for a rule that no layer falls to, naming near misses, for an algorithm that cannot serve a
     layer it was given and, when `strict`, for settings that ask for more than a layer can use, such as a rank above
     what its weight can have; otherwise those become remarks.
+
+    Layers that share a parameter with another module, as output layers do with embeddings, are left out with a remark
+    unless a rule's `path` names the layer, or its `kind` an uncommon kind such as "embedding".
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Sequence) else rules
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
         given = "an empty list" if rules == [] else _told(rules)
         raise PlanError(f"a plan needs at least one rule, such as Rule(LoRA(rank=8)), not {given}")
     used: Counter[int] = Counter()
+    chosen: dict[str, Rule] = {}
 
     def choose(
         path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
@@ -152,30 +169,56 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True)
         for at, rule in enumerate(rules):
             if rule.matches(path, [layer, *around], geometry):
                 used[at] += 1
+                chosen[path] = rule
                 return rule.algorithms()
         return None
 
-    made = place(model, choose, strict=strict)
+    made = place(model, choose, strict=strict, names=lambda place: chosen[place.path].names(place))
     for at, rule in enumerate(rules):
         if not used[at]:
             raise PlanError(f"{rule} applies to no layer: {_why(model, rule)}")
+    check_something_left(made)
     return made
 
 
-def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, strict: bool = False) -> Plan:
+def check_something_left(made: Plan) -> None:
+    """Raise `PlanError` for a plan in which every layer that was asked for is tied, and none is named."""
+    tied = [remark for remark in made.remarks if remark.kind == "tied"]
+    if tied and not made.placements:
+        raise PlanError(f"no layer gets an adapter: {tied[0]}")
+
+
+def place(
+    model: nn.Module,
+    choose: Choose,
+    remarks: Sequence[Remark] = (),
+    *,
+    strict: bool = False,
+    names: Names = lambda place: False,
+) -> Plan:
     """A plan from a function that decides layer by layer; a layer that appears twice is decided once.
+
+    A layer that shares a parameter with another module is left out, with a remark, unless `names` says that it was
+    asked for by name: what it does cannot be merged without parting the two.
 
     Raises `PlanError` when an algorithm cannot serve a layer and, when `strict`, when its settings are wasted on one.
     """
     modules = dict(paths.named_modules(model))
-    placements, skipped, wasted = [], [], []
-    for path, layer, _, geometry in sites(model):
+    placements, skipped, wasted, tied, shared = [], [], [], [], owners(model)
+    for site in sites(model):
+        path, layer, _, geometry = site
         above = [modules[name] for name in _above(path) if name in modules]
         algorithms = choose(path, layer, above, geometry)
         if not algorithms:
             skipped += [path] if geometry.kind in USUAL else []
             continue
         where = f"{path or 'the model itself'}, {geometry}"
+        if others := tied_to(site, shared):
+            named = names(site)
+            tied += [Remark(f"{where}: tied to {', '.join(others)}; {TIED_NAMED if named else TIED}", "tied")]
+            if not named:
+                skipped += [path] if geometry.kind in USUAL else []
+                continue
         for algorithm in algorithms:
             try:
                 algorithm.check(geometry)
@@ -186,7 +229,7 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, s
                 raise PlanError(f"{where}: {waste}")
             wasted += [Remark(f"{where}: {waste}")] if waste else []
         placements.append(Placement(path, geometry, algorithms))
-    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(wasted)))
+    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(tied), *_shortened(wasted)))
 
 
 def _shortened(remarks: list[Remark]) -> list[Remark]:

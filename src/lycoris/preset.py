@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from lycoris.errors import ConfigError, unknown
+from lycoris.geometry import Site
 from lycoris.planning import Remark
+from lycoris.ties import spells_out
 
 Options = Mapping[str, Any]
 
@@ -86,6 +88,13 @@ class Preset:
         if named is None:
             return by_class
         return self.name_algo_map.get(named, by_class or {})
+
+    def names(self, place: Site) -> bool:
+        """Whether a pattern asks for a layer by the last part of its path, or a target by a class of its own."""
+        own = type(place.module).__name__
+        patterns = (*self.name_algo_map, *self.target_name)
+        by_class = own not in LAYER_CLASSES and own in (*self.module_algo_map, *self.target_module)
+        return by_class or any(spells_out(each, place.path) and self.means(each, place.path) for each in patterns)
 
     def excludes(self, path: str) -> bool:
         """Whether a path is one that gets nothing."""

@@ -33,7 +33,7 @@ from lycoris.options import (
     parse_options,
     parse_rank,
 )
-from lycoris.planning import USUAL, Plan, Remark, around, block_classes, place, servable
+from lycoris.planning import USUAL, Plan, Remark, around, block_classes, check_something_left, place, servable
 from lycoris.preset import LAYER_CLASSES, Preset, with_named
 from lycoris.schedule import RankSchedule
 
@@ -138,7 +138,8 @@ class Recipe:
             # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
             return (self.algorithm(geometry, override),) if geometry.kind in ("linear", "conv") else None
 
-        made = place(model, choose, [*self.remarks, *self._unmatched(model)])
+        made = place(model, choose, [*self.remarks, *self._unmatched(model)], names=self.preset.names)
+        check_something_left(made)
         if not made.placements:
             raise NothingMeantError(self._nothing(model))
         if self._trains_norms() and not any(each.geometry.kind == "norm" for each in made.placements):

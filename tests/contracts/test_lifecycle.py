@@ -285,7 +285,11 @@ def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(), path="1"))).attach()
     perturb(adapters)
     attached = model(x)
-    adapters.merge()
+    with pytest.raises(AttachError, match=r"1 shares its weight with 0.weight.*untie=True"):
+        adapters.merge()
+    assert one.weight is two.weight
+    report = adapters.merge(untie=True)
+    assert report.untied == ("1 from 0.weight",)
     assert relative(model(x), attached) < 1e-5
     adapters.detach()
     assert one.weight is two.weight

@@ -5,7 +5,7 @@ Importing this imports none of the libraries in the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,16 @@ from lycoris.bases.bitsandbytes import Bits4, Int8
 from lycoris.bases.gguf import GGUF
 from lycoris.bases.plain import Dense, Float8, Unknown, is_dense
 from lycoris.bases.quanto import Quanto
+from lycoris.bases.sdnq import SDNQ
 from lycoris.bases.storage import Storage
 from lycoris.bases.torchao import TorchAO
 from lycoris.errors import AttachError
+from lycoris.geometry import Geometry, describe
 
-STORAGES: Sequence[Storage] = (Int8(), Bits4(), TorchAO(), Quanto(), GGUF(), Float8(), Dense(), Unknown())
+STORAGES: Sequence[Storage] = (Int8(), Bits4(), TorchAO(), Quanto(), GGUF(), SDNQ(), Float8(), Dense(), Unknown())
 """The first that holds a layer is its storage."""
+
+NO_DERIVATIVE = "its forward has no derivative: backward stops here"
 
 
 def storage(layer: nn.Module) -> Storage:
@@ -89,6 +93,16 @@ def install(layer: nn.Module, affine: Affine, attribute: str = "") -> None:
     storage(layer).install(layer, affine.weight)  # type: ignore[arg-type]
     if "bias" in layer._parameters:
         layer.bias = affine.bias  # type: ignore[assignment]
+
+
+def stands_in(layer: nn.Module, geometry: Geometry | None) -> bool:
+    """Whether the decoded weight can give the derivative of a layer whose own forward has none.
+
+    Only where the table knows how the layer stores it, for then it is what the layer multiplies with.
+    """
+    row = storage(layer)
+    linear = geometry is not None and geometry.kind in ("linear", "conv")
+    return linear and row.low_bit and not row.why_unreadable(layer)
 
 
 def movable(layer: nn.Module) -> bool:
@@ -167,14 +181,18 @@ class Capabilities:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def capabilities(layers: Mapping[str, nn.Module]) -> Capabilities:
-    """What works on these layers, by path."""
+def capabilities(layers: Mapping[str, nn.Module], cut: Collection[str] = ()) -> Capabilities:
+    """What works on these layers, by path. `cut`: some that were seen to have no derivative, which others like them
+    have not either."""
+    alike = {(type(layers[path]), kind(layers[path])) for path in cut}
     found: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
         row = storage(layer)
         unreadable, unwritable = row.why_unreadable(layer), row.why_unwritable(layer)
-        able = row.low_bit, row.passes_gradient(layer), not unreadable, not (unreadable or unwritable)
-        told = "" if row.passes_gradient(layer) else "backward stops here"
+        own = row.passes_gradient(layer) and (type(layer), row.label(layer)) not in alike
+        trains = own or stands_in(layer, describe(layer))
+        able = row.low_bit, trains, not unreadable, not (unreadable or unwritable)
+        told = "" if own else "no derivative of its own: backward decodes the weight" if trains else NO_DERIVATIVE
         remark = "; ".join(dict.fromkeys(why for why in (told, unreadable, unwritable) if why))
         found.setdefault((row.label(layer), *able, row.stochastic(layer), remark), []).append(path)
     return Capabilities(

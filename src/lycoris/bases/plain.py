@@ -8,19 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.bases.grid import spread
+from lycoris.bases.sdnq import MARK as SDNQ
 from lycoris.bases.storage import Storage
 from lycoris.errors import AttachError
 from lycoris.ops import rounding
 
-SCALES = ("weight_scale", "scale_weight")
+SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
 """What layers with float8 weights call the factor that the weight is to be multiplied with."""
+
+OF_ACTIVATIONS = ("input", "activation", "output")
+"""Parts of the names of scales that activations are divided by and the product is multiplied with again."""
 
 
 def is_dense(layer: Any) -> bool:
     """The quick answer for nearly all layers, which `torch.compile` can follow."""
     weight = layer.weight
-    # optimum-quanto's layers hold a plain parameter until they are frozen.
-    return type(weight) is nn.Parameter and _wide(weight) and not hasattr(layer, "weight_qtype")
+    # optimum-quanto's layers hold a plain parameter until they are frozen, SDNQ's codes may have a format of 16 bits.
+    plain = type(weight) is nn.Parameter and _wide(weight)
+    return plain and not hasattr(layer, "weight_qtype") and not hasattr(layer, SDNQ)
 
 
 def _wide(weight: Tensor) -> bool:
@@ -65,9 +70,14 @@ class Float8(Storage):
         return f"{_short(layer.weight.dtype)} storage"
 
     def why_unreadable(self, layer: Any) -> str:
+        if other := _other_scales(layer):
+            return f"{', '.join(other)} beside it is not known here; known are {', '.join(SCALES)}"
         found, shape = _scale(layer), layer.weight.shape
         if found is None or found.numel() == 1:
             return ""
+        if (block := _block(layer, found)) is not None:
+            fits = found.shape == tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
+            return "" if fits else f"its scale has shape {tuple(found.shape)}, and its blocks are {block}"
         sizes = found.shape[: len(shape)]
         fits = len(sizes) == len(shape) and all(size % blocks == 0 for size, blocks in zip(shape, sizes, strict=True))
         if fits and found.numel() == sizes.numel():
@@ -88,8 +98,13 @@ class Float8(Storage):
         return nn.Parameter(rounding.to_dtype(dense / self._scale(layer), layer.weight.dtype, generator))
 
     def _scale(self, layer: Any) -> Tensor | float:
-        found = _scale(layer)
-        return 1.0 if found is None else spread(found.float(), layer.weight.shape)
+        found, shape = _scale(layer), layer.weight.shape
+        if found is None:
+            return 1.0
+        if (block := _block(layer, found)) is None:
+            return spread(found.float(), shape)
+        rows, columns = (torch.arange(n, device=found.device) // step for n, step in zip(shape, block, strict=True))
+        return found.float()[rows[:, None], columns]
 
 
 def _why_no_parameter(layer: Any) -> str:
@@ -98,6 +113,19 @@ def _why_no_parameter(layer: Any) -> str:
     if "weight" in layer._buffers:
         return "it is a buffer of its module, and no parameter"
     return "it is made of other parameters in every pass (remove_parametrizations of torch.nn.utils ends that)"
+
+
+def _other_scales(layer: Any) -> list[str]:
+    """Tensors of a layer that its weight may have to be scaled by, in a way that is not known."""
+    names = (name for name in (*layer._parameters, *layer._buffers) if "scale" in name and name not in SCALES)
+    mine = (name for name in names if not any(part in name for part in OF_ACTIVATIONS))
+    return [name for name in mine if getattr(layer, name) is not None]
+
+
+def _block(layer: Any, scale: Tensor) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, in layers that say so: their last blocks may be smaller."""
+    block = getattr(layer, "block_size", None)
+    return tuple(block) if block is not None and len(block) == scale.dim() == 2 and scale.numel() > 1 else None
 
 
 def _scale(layer: Any) -> Tensor | None:

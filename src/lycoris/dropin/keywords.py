@@ -62,7 +62,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def tell(remarks: Iterable[Remark], *, unmatched: bool = True) -> None:
-    """Put remarks on the logger: warnings for what nobody knows, and for targets without layers if asked for."""
+    """Put remarks on the logger: warnings for what nobody knows, for ties, and for targets without layers if asked."""
     for remark in dict.fromkeys(remarks):
-        warn = remark.kind == "unknown" or (remark.kind == "unmatched" and unmatched)
+        warn = remark.kind in ("unknown", "tied") or (remark.kind == "unmatched" and unmatched)
         logger.log(logging.WARNING if warn else logging.INFO, "%s", remark)

@@ -151,16 +151,17 @@ class LycorisNetwork(nn.Module):
             unfrozen.unwatch(part.adapters.model)
             tlora.untrack(part.adapters)
 
-    def merge_to(self, weight: float = 1.0, *, precise: bool = False) -> None:
+    def merge_to(self, weight: float = 1.0, *, precise: bool = False, untie: bool = False) -> None:
         """Fold the adapters into the model's weights at `weight` times the multiplier.
 
         Computed in float32 and rounded once, whether `precise` or not. `restore` undoes it exactly. T-LoRA with a
         schedule goes on masking ranks after the merge. Raises a `RuntimeError`, and changes nothing, when a weight is
-        stored in few bits.
+        stored in few bits, and `AttachError` when it is shared with another module, unless `untie` gives the layer one
+        of its own.
         """
-        self._merge(weight)
+        self._merge(weight, untie)
 
-    def _merge(self, weight: float) -> None:
+    def _merge(self, weight: float, untie: bool = False) -> None:
         self._check_undoable()
         check_mergeable(self._layers())
         if any(part.adapters.merged for part in self.parts):
@@ -168,7 +169,7 @@ class LycorisNetwork(nn.Module):
         self._restore_singles(self.loras)
         with ExitStack() as undo:
             for part in self.parts:
-                part.adapters.merge(weight * part.adapters.strength)
+                part.adapters.merge(weight * part.adapters.strength, untie=untie)
                 undo.callback(part.adapters.unmerge)
             undo.pop_all()
         self._track()

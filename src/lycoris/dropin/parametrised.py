@@ -101,7 +101,7 @@ class Parametrised:
             holder = bases.holder(self.module, self.name)
             merge = merging.fold(self.name, holder, (adapter,), strength)._replace(attribute=self.name)
             # Before anything is settled: a warning may be an error.
-            merging.report({self.name: holder}, {self.name: merge}, strength).warn(stacklevel=3)
+            merging.report(holder, {self.name: holder}, {self.name: merge}, strength, {}).warn(stacklevel=3)
             bases.install(self.module, merge.new, self.name)
             undo.pop_all()
         self._merge, self._was_on, adapter.merged = merge, was_on, True
