@@ -77,7 +77,7 @@ def verify(adapters: Any, batch: Any) -> Verification:
         undo.enter_context(state_restored(models, every))
         for each in sets:
             if not each.attached:
-                each.attach()
+                each.attach(freeze=False)
                 undo.callback(each.detach)
             if each._hooks:
                 each.unfollow()
