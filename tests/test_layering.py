@@ -14,10 +14,10 @@ ORDER = (
     {"algorithms"},
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "strengths", "filling", "adapters"},
+    {"preset", "options", "recipe", "strengths", "filling", "saving", "adapters"},
     {"explain", "memory", "outline"},
     {"files"},
-    {"generation", "training"},
+    {"generation", "training", "checkpoints"},
     {
         "integrations",
         "dropin",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, merging, sharding
+from lycoris import attach, bases, filling, fingerprint, merging, saving, sharding
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError, ConfigError, unknown
@@ -46,11 +46,9 @@ class AdapterSet:
         self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._strengths, self._merged_at = Strengths(), Strengths()
-        self._attached_by_merge = False
         self._keep: Tensor | None = None
-        self._attached = False
+        self._attached = self._attached_by_merge = self._by_hand = False
         self._hooks: list[Any] = []
-        self._by_hand = False
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -104,6 +102,7 @@ class AdapterSet:
                 undo.callback(attach.detach, self._layers[path], self._child(path, at))
             self._attached = True
             undo.pop_all()
+        saving.watch(self.model)
         self.refresh()
         if (able := self.capabilities()).low_bit:
             logger.info("the layers under these adapters:\n%s", able)
@@ -130,6 +129,7 @@ class AdapterSet:
             for path, at, _ in self._each():
                 attach.detach(self._layers[path], self._child(path, at))
         self._attached = False
+        saving.unwatch(self.model)
 
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
