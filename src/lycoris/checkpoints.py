@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lycoris import files
@@ -37,7 +36,7 @@ def checkpoint_adapters(*adapters: AdapterSet, model: nn.Module | None = None) -
     `model.state_dict()` then holds every tensor of the sets that are attached and what else trains (parameters that
     require gradients, statistics of batch norms), and not the rest of the base; `load_state_dict` takes it back
     exactly; `save_pretrained`, where the model has one, writes that and adapter files. `model` is what the trainer
-    saves; None: what the adapters are on.
+    saves; None: what the adapters are on. A second call for a model takes the place of the first.
 
     Raises `ConfigError` for sets of one name or of another model. While in force: `ConfigError` when the state is asked
     for and the model has adapters of a set that was not given, `FileError` for a state without these adapters.
@@ -51,7 +50,7 @@ class Checkpoints:
     def __init__(self, adapters: tuple[AdapterSet, ...], model: nn.Module | None) -> None:
         if not adapters:
             raise ConfigError("no adapters were given to save")
-        self.model = adapters[0].model if model is None else model
+        self.model: Any = adapters[0].model if model is None else model
         self.sets = {each.name or str(at): each for at, each in enumerate(adapters)}
         if len(self.sets) != len(adapters):
             raise ConfigError(f"two of these sets are called {', '.join(self.sets)}: give them different names")
@@ -61,6 +60,10 @@ class Checkpoints:
         if any(id(each.model) not in inside for each in adapters):
             raise ConfigError(f"these adapters are not all on one {type(self.model).__name__}: call it for each model")
         self._before: list[str] | None = None
+        for earlier in _in_force(self.model):
+            earlier.remove()
+        if any(adapter.saved_with_model for adapter in self._adapters()):
+            raise ConfigError("these adapters are in the state of another module already: remove() that first")
         for adapter in self._adapters():
             adapter.saved_with_model = True
         self._handles = [
@@ -80,6 +83,8 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Give the model its own state again. A second call does nothing."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -118,8 +123,7 @@ class Checkpoints:
             raise ConfigError("save_pretrained(push_to_hub=True) cannot be had here; call model.push_to_hub(...)")
         state = self.model.state_dict()
         if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            save_file(state, Path(save_directory) / STATE, metadata={"format": "pt"})
+            files.save_tensors(state, Path(save_directory) / STATE, {})
             self.write(save_directory)
 
     def state(self) -> dict[str, Tensor]:
@@ -162,6 +166,11 @@ class Checkpoints:
 
     def _adapters(self) -> Iterator[Adapter]:
         return (adapter for each in self.sets.values() for stack in each.stacks.values() for adapter in stack)
+
+
+def _in_force(model: nn.Module) -> list[Checkpoints]:
+    hooks = (hook for hook in model._state_dict_hooks.values() if isinstance(hook, partial))
+    return [hook.args[0] for hook in hooks if hook.func is _replace_state]
 
 
 def _is_missing(adapter: Adapter) -> bool:

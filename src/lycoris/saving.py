@@ -44,10 +44,10 @@ class _Watch:
         lost = [each for each in module.modules() if isinstance(each, Adapter) and _is_left_out(each)]
         if lost and not any(_keeps(frame.f_locals.get("self"), module, lost) for frame in frames):
             self.warned = True
-            warnings.warn(_message(_package(frames[0]), names[-1], module, len(lost)), BaseOnlyWarning, stacklevel=at)
+            warnings.warn(_message(_package(frames[0]), names[0], module, len(lost)), BaseOnlyWarning, stacklevel=at)
 
 
-def watch(model: nn.Module) -> None:
+def watch(model: Any) -> None:
     """Look at who asks for the state of a model that adapters came onto; a second call does nothing."""
     # A single layer that is adapted by itself is part of a model, which is what would be saved.
     alone = any(isinstance(child, Adapter) for child in model.children())

@@ -30,9 +30,16 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, *adapters: AdapterSet, model: nn.Module | None = None) -> None:
         self.checkpoints = checkpoint_adapters(*adapters, model=model)
-        if getattr(self.checkpoints.model, "is_quantized", False):
-            # What Trainer asks before it trains a model with quantised weights: whether adapters are on it.
-            self.checkpoints.model._hf_peft_config_loaded = True
+        model = self.checkpoints.model
+        # What Trainer asks before it takes a model with quantised weights: whether adapters are on it.
+        self._claimed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+        if self._claimed:
+            model._hf_peft_config_loaded = True
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take back what got it past the check of quantised models: these adapters are none of PEFT's."""
+        if self._claimed:
+            vars(self.checkpoints.model).pop("_hf_peft_config_loaded", None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         """Check that what trains is what will be saved."""
@@ -48,22 +55,23 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         own.check_complete()
         _check_shared(own.model)
         if besides := list(own.names_besides()):
-            logger.warning("besides the adapters these train; checkpoints hold them, adapter files do not: %s", some(besides))
+            logger.warning(
+                "besides the adapters these train; checkpoints hold them, adapter files do not: %s", some(besides)
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write adapter files into the checkpoint of a model that has no `save_pretrained` to do so."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            self._write_missing(folder)
+        if args.should_save and not hasattr(self.checkpoints.model, "save_pretrained"):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                self.checkpoints.write(folder)
+            else:
+                logger.warning("no adapter file was written: there is no %s", folder)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write adapter files into the folder that is uploaded, to which Trainer copies weights alone."""
         if args.should_save:
             self.checkpoints.write(args.output_dir)
-
-    def _write_missing(self, folder: Path) -> None:
-        if not hasattr(self.checkpoints.model, "save_pretrained"):
-            self.checkpoints.write(folder)
 
 
 def _check_shared(model: nn.Module) -> None:
