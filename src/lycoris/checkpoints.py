@@ -50,7 +50,7 @@ class Checkpoints:
     def __init__(self, adapters: tuple[AdapterSet, ...], model: nn.Module | None) -> None:
         if not adapters:
             raise ConfigError("no adapters were given to save")
-        self.model: Any = adapters[0].model if model is None else model
+        self.model = adapters[0].model if model is None else model
         self.sets = {each.name or str(at): each for at, each in enumerate(adapters)}
         if len(self.sets) != len(adapters):
             raise ConfigError(f"two of these sets are called {', '.join(self.sets)}: give them different names")
@@ -66,11 +66,7 @@ class Checkpoints:
             raise ConfigError("these adapters are in the state of another module already: remove() that first")
         for adapter in self._adapters():
             adapter.saved_with_model = True
-        self._handles = [
-            self.model.register_state_dict_post_hook(partial(_replace_state, self)),
-            self.model.register_load_state_dict_pre_hook(partial(_take_state, self)),
-            self.model.register_load_state_dict_post_hook(partial(_forget_missing, self)),
-        ]
+        self._handles = _install(self, self.model)
         self._save_pretrained = getattr(self.model, "save_pretrained", None)
         if self._save_pretrained is not None:
             self._own = vars(self.model).get("save_pretrained")
@@ -166,6 +162,14 @@ class Checkpoints:
 
     def _adapters(self) -> Iterator[Adapter]:
         return (adapter for each in self.sets.values() for stack in each.stacks.values() for adapter in stack)
+
+
+def _install(own: Checkpoints, model: Any) -> list[Any]:
+    return [
+        model.register_state_dict_post_hook(partial(_replace_state, own)),
+        model.register_load_state_dict_pre_hook(partial(_take_state, own)),
+        model.register_load_state_dict_post_hook(partial(_forget_missing, own)),
+    ]
 
 
 def _in_force(model: nn.Module) -> list[Checkpoints]:

@@ -30,11 +30,11 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, *adapters: AdapterSet, model: nn.Module | None = None) -> None:
         self.checkpoints = checkpoint_adapters(*adapters, model=model)
-        model = self.checkpoints.model
+        root = self.checkpoints.model
         # What Trainer asks before it takes a model with quantised weights: whether adapters are on it.
-        self._claimed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+        self._claimed = getattr(root, "is_quantized", False) and not getattr(root, "_hf_peft_config_loaded", False)
         if self._claimed:
-            model._hf_peft_config_loaded = True
+            vars(root)["_hf_peft_config_loaded"] = True
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take back what got it past the check of quantised models: these adapters are none of PEFT's."""
