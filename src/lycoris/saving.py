@@ -111,8 +111,9 @@ def _parameters(other: Any, module: nn.Module) -> Iterator[nn.Parameter]:
 def _message(package: str, function: str, module: nn.Module, count: int) -> str:
     return (
         f"{function} of {package} saves this {type(module).__name__} without its {count} adapters, which are not in "
-        "its state_dict: what is saved is the base, and resuming from it starts fresh adapters. To save the adapters "
-        "instead: callbacks=[lycoris.integrations.transformers.AdapterCallback(adapters)] for Trainer and TRL, "
-        "lycoris.checkpoints.checkpoint_adapters(adapters) for accelerate, Lightning and others. If the base is what "
-        'you want: warnings.filterwarnings("ignore", category=lycoris.saving.BaseOnlyWarning)'
+        "its state_dict. For checkpoints to resume from: callbacks=[AdapterCallback(adapters)] of "
+        "lycoris.integrations.transformers for Trainer and TRL, lycoris.checkpoints.checkpoint_adapters(adapters) for "
+        "accelerate, Lightning and others. For an adapter file: lycoris.write(adapters.bundle(), path). For weights "
+        "that have them in: merge first. If the base is what you want: "
+        'warnings.filterwarnings("ignore", category=lycoris.saving.BaseOnlyWarning)'
     )

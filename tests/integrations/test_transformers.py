@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -314,6 +317,17 @@ class TestMistakes:
         sets = adapted_llama(LoRA(rank=2), LoRA(rank=2))()
         with pytest.raises(ConfigError, match="7 adapters would not be saved"):
             train(sets[:1], tmp_path, 1)
+
+    def test_a_model_that_fsdp_shards(self) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            sets = adapted_llama(LoRA(rank=2))()
+            callback, model = AdapterCallback(*sets), sets[0].model
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ConfigError, match="shared out by FSDP or DeepSpeed ZeRO-3"):
+                callback.on_train_begin(None, None, None, model=model)
+        finally:
+            dist.destroy_process_group()
 
     def test_what_else_trains_is_saved_too_and_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         sets = adapted_llama(LoRA(rank=2))()
