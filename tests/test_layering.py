@@ -17,10 +17,10 @@ ORDER = (
         *("watching", "checked", "restoring", "merging"),
     },
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "strengths", "filling", "steering", "adapters"},
+    {"preset", "options", "recipe", "strengths", "filling", "steering", "saving", "adapters"},
     {"explain", "memory", "outline", "verification"},
     {"files"},
-    {"generation", "training"},
+    {"generation", "training", "checkpoints"},
     {
         "integrations",
         "dropin",

@@ -23,6 +23,8 @@ class Adapter(nn.Module):
 
     is_lycoris_adapter = True
     """See `lycoris.geometry.IS_ADAPTER`."""
+    saved_with_model = False
+    """Whether the model's state holds it; see `lycoris.checkpoints`."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, sharding, watching
+from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, saving, sharding, watching
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError
@@ -113,6 +113,7 @@ class AdapterSet(Steering):
             self._attached = True
             undo.pop_all()
         self._watch = watching.Watch(self.model, self.stacks)
+        saving.watch(self.model)
 
     def capabilities(self) -> bases.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
@@ -138,6 +139,7 @@ class AdapterSet(Steering):
         self._attached = False
         freezing.release(self._frozen)
         self._frozen = []
+        saving.unwatch(self.model)
 
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
