@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+from torch import nn
+from typing_extensions import Self
+
 from lycoris.errors import ConfigError, nearest
 from lycoris.preset import Preset
 
@@ -87,6 +90,10 @@ class Setting:
         vars(network)[self.name] = value
 
 
+def _setting(value: Any) -> Setting | None:
+    return value if isinstance(value, Setting) else None
+
+
 class PresetClass(type):
     """A class of networks with a preset. The one that has `_defaults` of its own inherits from no other."""
 
@@ -117,11 +124,8 @@ class PresetClass(type):
         else:
             super().__delattr__(name)
 
-    def apply_preset(cls, preset: Mapping[str, Any]) -> Any:
-        """Targets for the networks made from now on; each keeps what was set when it was made.
-
-        Keys: see `lycoris.preset.Preset`; those that are not given stay. Raises `PresetKeyError` for an unknown key.
-        """
+    def apply_to_class(cls, preset: Mapping[str, Any]) -> None:
+        """See `ClassPreset.apply_preset`."""
         try:
             Preset.parse({**cls.preset_given(), **preset})
         except ConfigError as error:
@@ -130,7 +134,6 @@ class PresetClass(type):
             raise
         for key, value in preset.items():
             cls._held[key] = Held(copy.deepcopy(value), None, applied=True)
-        return cls
 
     def clear_preset(cls) -> None:
         """Forget what `apply_preset` and assignments to this class have set."""
@@ -180,13 +183,31 @@ class PresetClass(type):
         return next((s for each in cls.__mro__ if (s := _setting(vars(each).get(name)))), None)
 
 
-def _setting(value: Any) -> Setting | None:
-    return value if isinstance(value, Setting) else None
+class ClassPreset(nn.Module, metaclass=PresetClass):
+    """A network whose class has a preset."""
 
+    ENABLE_CONV = Setting("enable_conv")
+    TARGET_REPLACE_MODULE = Setting("target_module")
+    TARGET_REPLACE_NAME = Setting("target_name")
+    LORA_PREFIX = Setting("lora_prefix")
+    MODULE_ALGO_MAP = Setting("module_algo_map")
+    NAME_ALGO_MAP = Setting("name_algo_map")
+    USE_FNMATCH = Setting("use_fnmatch")
+    TARGET_EXCLUDE_NAME = Setting("exclude_name")
 
-def defaults() -> dict[str, Any]:
-    """What a preset says of which nothing is given, as a JSON object."""
-    return {key: _plain(getattr(Preset(), key)) for key in KEYS}
+    @classmethod
+    def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
+        """Targets for the networks made from now on; each keeps what was set when it was made.
+
+        Keys: see `lycoris.preset.Preset`; those that are not given stay. Raises `PresetKeyError` for an unknown key.
+        """
+        cls.apply_to_class(preset)
+        return cls
+
+    @classmethod
+    def _defaults(cls) -> Mapping[str, Any]:
+        """What counts where nothing is given, as a JSON object."""
+        return {each.name: _plain(getattr(Preset(), each.name)) for each in fields(Preset)}
 
 
 def _plain(value: Any) -> Any:
@@ -201,8 +222,10 @@ def _unknown(cls: PresetClass, name: str) -> str:
     if name in by_key:
         return f"{cls.__name__}.{name} would have no effect: the class attribute is {by_key[name]}"
     if name in PIPELINE:
-        return f"{cls.__name__}.{name} would have no effect: networks over one model have no such setting, but "\
+        return (
+            f"{cls.__name__}.{name} would have no effect: networks over one model have no such setting, but "
             f"LycorisNetworkKohya has; here it is {name.split('_', 1)[1].replace('ENCODER_', '')}"
+        )
     close = nearest(name, own, limit=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     return f"{cls.__name__} has no setting {name}{hint} Its settings are {', '.join(sorted(own))}"

@@ -112,7 +112,6 @@ class LycorisBaseModule(AdapterView):
     ) -> None:
         nn.Module.__init__(self)
         self.lora_name, self.adapter, self._place, self._bypass = lora_name, adapter, place, bypass_mode
-        self.org_module = [place.module]
         self._single = single
         self._alone: AdapterSet | None = None
         self._parameter: Parametrised | None = None
