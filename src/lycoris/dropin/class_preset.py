@@ -7,7 +7,7 @@ its base has until it is given something of its own, which the base never sees.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -203,6 +203,26 @@ class ClassPreset(nn.Module, metaclass=PresetClass):
         """
         cls.apply_to_class(preset)
         return cls
+
+    def match_fn(self, pattern: str, name: str) -> bool:
+        """Whether a pattern of the class's preset means the path of a layer."""
+        return self._preset_now().matches(pattern, name)
+
+    def is_excluded(self, name: str, patterns: Sequence[str] | None = None) -> bool:
+        """Whether a path gets nothing, by these patterns or by those of the class's preset."""
+        preset = self._preset_now()
+        excluding = preset.exclude_name if patterns is None else patterns
+        return bool(name) and any(preset.means(pattern, name) for pattern in excluding)
+
+    def find_conf_for_name(self, name: str) -> Mapping[str, Any] | None:
+        """The settings that the class's `NAME_ALGO_MAP` has for a path."""
+        preset = self._preset_now()
+        if name in preset.name_algo_map:
+            return preset.name_algo_map[name]
+        return next((own for pattern, own in preset.name_algo_map.items() if preset.matches(pattern, name)), None)
+
+    def _preset_now(self) -> Preset:
+        return type(self).preset_in_force() or Preset()
 
     @classmethod
     def _defaults(cls) -> Mapping[str, Any]:

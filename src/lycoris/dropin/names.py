@@ -12,7 +12,7 @@ from torch import Tensor
 from lycoris import sharding
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import DoRA, Full, below_lengths
+from lycoris.algorithms import OFT, DoRA, Full, below_lengths
 from lycoris.dropin.assigning import Constant
 from lycoris.errors import ConfigError
 
@@ -86,6 +86,8 @@ def by_old_name(adapter: Adapter, name: str) -> Any:
             return Factor(name, tensors[slot])
     if isinstance(algorithm, Full) and name in ("weight", "bias"):
         return tensors.get("diff" if name == "weight" else "diff_b")
+    if name == "constraint" and isinstance(algorithm, OFT):
+        return algorithm.constraint * adapter.geometry.out_features
     field, usual = SETTINGS.get(name, ("", None))
     return getattr(algorithm, field, usual)
 

@@ -28,6 +28,9 @@ from lycoris.geometry import Geometry, Site
 class AdapterView(nn.Module):
     """`org_module[0]` is the layer, `org_weight` its weight."""
 
+    not_supported = False
+    peft_wrapper: None = None
+
     lora_name: str
     adapter: Adapter
     _place: Site
@@ -70,6 +73,21 @@ class AdapterView(nn.Module):
     @Fact
     def wd(self) -> bool:
         return isinstance(self.algorithm, DoRA)
+
+    @Fact
+    def wd_on_out(self) -> bool:
+        """Whether DoRA's norms, if there are any, are those of rows."""
+        return not isinstance(self.algorithm, DoRA) or self.algorithm.axis == "out"
+
+    @Fact
+    def drop(self) -> nn.Module:
+        """The dropout as a layer."""
+        return nn.Dropout(self.dropout) if self.dropout else nn.Identity()
+
+    @Fact
+    def rank_drop(self) -> nn.Module:
+        """The dropout of ranks as a layer."""
+        return nn.Dropout(self.rank_dropout) if self.rank_dropout else nn.Identity()
 
     @Fact
     def full_matrix(self) -> bool:
@@ -225,6 +243,12 @@ class AdapterView(nn.Module):
         weight = torch.zeros_like(self.org_weight) if weight is None else weight * multiplier
         bias = None if bias is None else bias * multiplier
         return (weight if shape is None else weight.reshape(shape)).to(device), bias
+
+    def _change(self) -> Tensor:
+        """ΔW of an algorithm with factors, with its gate and without its scale, as the layer stores its weight."""
+        assert isinstance(self.inner, Additive)
+        own = {name: tensor for name, tensor in self.adapter.tensors().items() if name != "magnitude"}
+        return self.geometry.turned(self.inner.delta(own, self.geometry).weight * self.inner.gate_of(own))
 
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""
