@@ -119,11 +119,19 @@ class Constant(Tensor):
         made._name = name
         return made
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's own has no types
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         # `data` and `detach` share the storage.
-        written = args[0] if args and isinstance(args[0], cls) else None
+        # Functions of torch.nn.init give what they write by its name.
+        given = args[0] if args else (kwargs or {}).get("tensor")
+        written = given if isinstance(given, cls) else None
         into = (kwargs or {}).get("out")
         if isinstance(into, cls):
             written, name = into, "out="
