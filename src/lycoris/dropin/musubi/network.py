@@ -19,7 +19,7 @@ from lycoris.algorithms import below_lengths, read_tensors
 from lycoris.attach import base_class
 from lycoris.dropin.functional.layer import geometry
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.parts import Part
+from lycoris.dropin.parts import Part, with_dropout
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.geometry import Geometry
 from lycoris.options import parse_number, parse_optional
@@ -142,7 +142,7 @@ def read(
     others = sorted({below_lengths(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
-    adapters = AdapterSet.load(unet, bundle, name=None)
+    adapters = AdapterSet.load(unet, with_dropout(bundle, options), name=None)
     network = _network(Part(PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network
