@@ -25,7 +25,7 @@ ORDER = (
         "integrations",
         "dropin",
         # What old clients import, one line each over dropin.
-        *("config", "config_sdk", "functional", "kohya", "logging", "modules", "utils"),
+        *("config", "config_sdk", "functional", "kernels", "kohya", "logging", "modules", "utils", "wrapper"),
     },
     {"demo"},
     {"cli"},

@@ -1,9 +1,12 @@
 """Adapters beyond LoRA for any PyTorch model: make, train, stack, merge, save and load them."""
 
+from typing import TYPE_CHECKING, Any
+
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.bundle import Bundle
 from lycoris.checked import Verification
+from lycoris.dropin import package as _package
 from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
 from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.tlora import (
@@ -63,3 +66,13 @@ __all__ = [
     "watch_finite",
     "write",
 ]
+
+
+if not TYPE_CHECKING:  # a checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        return _package.find(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_package.names()})

@@ -163,6 +163,11 @@ class Algorithm(ABC):
         """Settings read off the tensors of a file. `alpha` as stored, None when the file has none."""
 
     @classmethod
+    def uses_alpha(cls, p: Params) -> bool:
+        """Whether the alpha beside these tensors in a file changes what they do."""
+        return True
+
+    @classmethod
     def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
         """Whether tensors whose names are all its own, by name as in a file, are in fact its own."""
         return True

@@ -1,6 +1,7 @@
 """Presets and algorithms as values, for user interfaces."""
 
 from lycoris.dropin.sdk import (
+    ALGO_REGISTRY,
     VALID_PRESET_KEYS,
     AlgoOverride,
     AlgoSpec,
@@ -11,6 +12,7 @@ from lycoris.dropin.sdk import (
 )
 
 __all__ = [
+    "ALGO_REGISTRY",
     "VALID_PRESET_KEYS",
     "AlgoOverride",
     "AlgoSpec",

@@ -1,5 +1,11 @@
-"""The logger of this library."""
+"""The logger of this library, and messages that it gives once."""
 
-from lycoris.dropin.making import logger
+from lycoris.dropin.messages import ColoredFormatter, error_once, info_once, logger, warning_once
 
-__all__ = ["logger"]
+__all__ = [
+    "ColoredFormatter",
+    "error_once",
+    "info_once",
+    "logger",
+    "warning_once",
+]

@@ -19,8 +19,8 @@ from pipelines import Host
 @pytest.fixture(autouse=True)
 def _as_in_a_fresh_process() -> Iterator[None]:
     yield
-    LycorisNetwork._preset = None
-    LycorisNetworkKohya._given = frozenset()
+    LycorisNetwork.clear_preset()
+    LycorisNetworkKohya.clear_preset()
     logging.getLogger("LyCORIS").setLevel(logging.NOTSET)
     clear_timestep_mask()
 

@@ -378,3 +378,15 @@ def test_training_with_lycoris_kohya(dit: Transformer, x: Tensor, tmp_path: Path
     network.save_weights(tmp_path / "a.safetensors", torch.float32, {"ss_steps": "1"})
     assert network.load_weights(tmp_path / "a.safetensors") == {}
     assert lokr.create_arch_network_from_weights(1.0, load_file(tmp_path / "a.safetensors"), unet=dit).loras
+
+
+def test_dropout_counts_beside_a_file() -> None:
+    class WanAttentionBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+    model = nn.Sequential(WanAttentionBlock())
+    tensors = loha.create_arch_network(1.0, 2, 1.0, None, None, model).state_dict()
+    network = loha.create_arch_network_from_weights(1.0, tensors, unet=model, rank_dropout="0.5")
+    assert {module.rank_dropout for module in network.loras} == {0.5}

@@ -69,7 +69,7 @@ def test_unknown_preset_key_is_a_key_error_naming_the_nearest() -> None:
     with pytest.raises(KeyError, match=r"'target_modules'.*did you mean 'target_module'") as caught:
         LycorisNetwork.apply_preset({"target_modules": ["Attention"]})
     assert isinstance(caught.value, ConfigError)
-    assert LycorisNetwork._preset is None
+    assert LycorisNetwork.preset_in_force() is None
     with pytest.raises(ConfigError, match=r"target_module.*list"):
         LycorisNetwork.apply_preset({"target_module": "Attention"})
 

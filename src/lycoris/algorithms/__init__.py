@@ -87,10 +87,10 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
         return _read_stack(tensors, g, where)
     rest = dict(tensors)
     alpha, magnitude = rest.pop(ALPHA, None), rest.pop(MAGNITUDE, None)
-    scale = None if alpha is None else number(alpha, f"{where}.alpha")
     kind = _recognise(rest, g, where)
     slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
     p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
+    scale = None if alpha is None else number(alpha, f"{where}.alpha", infinite=not kind.uses_alpha(p))
     try:
         algorithm: Algorithm = kind.infer(p, g, scale)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -159,8 +159,9 @@ def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str)
     return fitted
 
 
-def number(tensor: Tensor, where: str) -> float:
-    """The number that a tensor holds. Raises `FileError` for anything but one, finite and real."""
-    if tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.float()).all():
+def number(tensor: Tensor, where: str, *, infinite: bool = False) -> float:
+    """The number that a tensor holds. Raises `FileError` for anything but one, real and, unless `infinite`, finite."""
+    one = tensor.numel() == 1 and not tensor.is_complex()
+    if not one or not (infinite or torch.isfinite(tensor.float()).all()):
         raise FileError(f"{where} must be one finite number, not {tensor.tolist()!r:.80}")
     return float(tensor)

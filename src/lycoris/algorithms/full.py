@@ -88,5 +88,9 @@ class Full(Additive):
         return Cost("added", "a bias is added to the output", 0, g.out_features, needs_input=False)
 
     @classmethod
+    def uses_alpha(cls, p: Params) -> bool:
+        return False
+
+    @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls(weight="diff" in p, bias="diff_b" in p)

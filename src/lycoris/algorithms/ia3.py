@@ -87,6 +87,10 @@ class IA3(Algorithm):
         return dict(p) | {"on_input": torch.tensor(int(self.on_input))}
 
     @classmethod
+    def uses_alpha(cls, p: Params) -> bool:
+        return False
+
+    @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         if "on_input" in p:
             if p["on_input"].numel() != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -29,6 +30,8 @@ class Layout(NamedTuple):
     """w1 = w1_a·w1_b of rank r."""
     w2_split: bool = True
     """w2 = w2_a·w2_b of rank r."""
+    alpha: float | None = None
+    """The alpha that a file has beside two factors that are not split: without effect, and written again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class LoKr(Ranked, Additive):
         return Layout(ol, im, w1_split, w2_split)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
-        r, (ol, im, w1_split, w2_split) = self.rank, self.layout_for(g)
+        r, (ol, im, w1_split, w2_split, _) = self.rank, self.layout_for(g)
         ok, inner = g.out_features // ol, g.in_features // im
         slots: dict[str, Slot] = {}
         if w1_split:
@@ -124,8 +127,10 @@ class LoKr(Ranked, Additive):
 
     def stored_alpha(self, g: Geometry) -> float | None:
         layout = self.layout_for(g)
-        # With both factors whole readers ignore alpha; the rank is what makes those that do not arrive at 1.
-        return super().stored_alpha(g) if layout.w1_split or layout.w2_split else float(self.rank)
+        if layout.w1_split or layout.w2_split:
+            return super().stored_alpha(g)
+        # Readers ignore it there; the rank is what makes those that do not arrive at 1.
+        return float(self.rank) if layout.alpha is None else layout.alpha
 
     def _factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
         """(w1, w2) whole: (ol, im) and (ok, in, *K)."""
@@ -201,13 +206,13 @@ class LoKr(Ranked, Additive):
         return ol * inner if first_small((ol, im), (ok, inner)) else im * ok
 
     def max_rank(self, g: Geometry) -> int:
-        ol, im, w1_split, w2_split = self.layout_for(g)
+        ol, im, w1_split, w2_split, _ = self.layout_for(g)
         w1, w2 = min(ol, im), min(g.out_features // ol, g.fan_in // im)
         return (min(w1, self.rank) if w1_split else w1) * (min(w2, self.rank) if w2_split else w2)
 
     def _applied_split(self, g: Geometry) -> bool:
         """Whether a w2 of low rank is applied as two factors; else it is built first."""
-        ol, im, _, w2_split = self.layout_for(g)
+        ol, im, _, w2_split, _ = self.layout_for(g)
         return w2_split and g.kind == "linear" and 2 * self.rank < min(g.out_features // ol, g.in_features // im)
 
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
@@ -242,9 +247,15 @@ class LoKr(Ranked, Additive):
                 f"a first factor of {ol}x{im} does not divide a layer of {g.out_features}x{g.in_features}"
             )
         rank = p["w2_b"].shape[0] if w2_split else p["w1_b"].shape[0] if w1_split else 1
-        whole = not (w1_split or w2_split)
-        layout = Layout(ol, im, w1_split, w2_split)
-        return cls(rank=rank, alpha=None if whole else alpha, tucker="t2" in p, layout=layout)
+        used = cls.uses_alpha(p)
+        # Half precision makes infinity of a high rank.
+        unused = None if used or alpha is None or not math.isfinite(alpha) else alpha
+        layout = Layout(ol, im, w1_split, w2_split, unused)
+        return cls(rank=rank, alpha=alpha if used else None, tucker="t2" in p, layout=layout)
+
+    @classmethod
+    def uses_alpha(cls, p: Params) -> bool:
+        return "w1_a" in p or "w2_a" in p
 
 
 def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

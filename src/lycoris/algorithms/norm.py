@@ -74,5 +74,9 @@ class Norm(Algorithm):
         return Cost("dense", why, g.size / tokens, g.size + g.size / tokens)
 
     @classmethod
+    def uses_alpha(cls, p: Params) -> bool:
+        return False
+
+    @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lycoris import attach, bases, files, paths, recast
 from lycoris.algorithm import Affine, Entry
 from lycoris.algorithms import ALPHA, Full, LoRA, Norm
 from lycoris.bundle import Bundle
+from lycoris.dropin.extract_layer import Mode, rank_for
 from lycoris.dropin.kohya import components
 from lycoris.dropin.merge import one_or_many
 from lycoris.errors import ConfigError, FileError, unknown
@@ -22,8 +23,6 @@ from lycoris.geometry import IS_ADAPTER, Geometry, Site, sites
 from lycoris.report import some
 
 logger = logging.getLogger("LyCORIS")
-
-Mode = Literal["fixed", "threshold", "ratio", "quantile", "percentile", "full"]
 
 
 def extract_diff(
@@ -102,15 +101,7 @@ class _Wanted(NamedTuple):
     def rank(self, g: Geometry, s: Tensor) -> int:
         """How many singular values are kept, of those that a layer's change has."""
         much = self.linear if g.pointwise else self.conv
-        if self.mode == "fixed":
-            count = int(much)
-        elif self.mode == "threshold":
-            count = int((s > much).sum())
-        elif self.mode == "ratio":
-            count = int((s > much * s.max()).sum())
-        else:
-            count = int((s.cumsum(0) < much * s.sum()).sum()) + 1
-        return max(1, min(len(s), count))
+        return rank_for(self.mode, much, s)
 
 
 def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:

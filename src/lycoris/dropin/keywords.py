@@ -24,6 +24,10 @@ RENAMED: Mapping[str, str] = {
 }
 
 
+deprecated_arg_dict = RENAMED
+"""Its name in lycoris-lora."""
+
+
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options under their present names; the new name wins where both are given."""
     found = {key: value for key, value in options.items() if key not in RENAMED}

@@ -15,8 +15,7 @@ from lycoris.adapters import AdapterSet
 from lycoris.dropin import blocks
 from lycoris.dropin.keywords import read_preset, renamed, tell
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.making import check_plan
-from lycoris.dropin.network import Part, resolve
+from lycoris.dropin.parts import Part, check_plan, resolve, with_dropout
 from lycoris.dropin.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional, unknown_options
@@ -44,7 +43,9 @@ class Component:
     t5: bool = False
 
 
-def components(text_encoder: Any, unet: nn.Module | None) -> list[Component]:
+def components(
+    text_encoder: Any, unet: nn.Module | None, network: type[LycorisNetworkKohya] = LycorisNetworkKohya
+) -> list[Component]:
     """The models by their prefixes: `lora_te` for a text encoder by itself, `lora_te1` and so on for a list.
 
     A T5 in a list is always the third, so that Flux has the names that its files have.
@@ -55,12 +56,12 @@ def components(text_encoder: Any, unet: nn.Module | None) -> list[Component]:
             continue
         t5 = type(model).__name__.startswith(("T5", "UMT5"))
         number = "" if not isinstance(text_encoder, list | tuple) else "3" if t5 and at else str(at + 1)
-        prefix = f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{number}"
+        prefix = f"{network.LORA_PREFIX_TEXT_ENCODER}{number}"
         # transformers 5 has no text_model any more, and every reader of files still looks for it.
         bare = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
         found.append(Component(model, f"{prefix}{BARE}" if bare else prefix, True, t5))
     if unet is not None:
-        found.append(Component(unet, LycorisNetworkKohya.LORA_PREFIX_UNET, False))
+        found.append(Component(unet, network.LORA_PREFIX_UNET, False))
     return found
 
 
@@ -81,24 +82,47 @@ def create_network(
 
     Raises `ConfigError` for wrong values and `PlanError` when no layer of any model is meant.
     """
+    parts, recipe = parts_for(
+        LycorisNetworkKohya, multiplier, network_dim, network_alpha, text_encoder, unet, warn_on_unmatched, kwargs
+    )
+    network = LycorisNetworkKohya.of(parts, recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
+    _set_up(network, kwargs)
+    return network
+
+
+def parts_for(
+    network: type[LycorisNetworkKohya],
+    multiplier: float | str,
+    network_dim: int | str | None,
+    network_alpha: float | str | None,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    warn_on_unmatched: bool,
+    kwargs: Mapping[str, Any],
+) -> tuple[list[Part], Recipe]:
+    """New adapters for each model, by the settings of `create_network`, and these as they were read."""
     options = {key: value for key, value in renamed(kwargs).items() if value is not None}
+    if options.get("neuron_dropout"):
+        options.setdefault("dropout", options["neuron_dropout"])
     given = {key: value for key, value in options.items() if key not in OWN}
     given |= {"multiplier": multiplier, "linear_dim": network_dim, "linear_alpha": network_alpha}
-    preset, builtin = _preset(options.get("preset"), given.pop("apply_preset", None))
+    preset, builtin = _preset(network, options.get("preset"), given.pop("apply_preset", None))
     if parse_optional(given.get("conv_dim"), "conv_dim", int) == 0:
         given.pop("conv_dim")
         preset = replace(preset, enable_conv=False)
     train = _trained(options)
-    if preset.target_module != LAYER_CLASSES or preset.target_name:
+    usual = Preset()
+    if preset.target_module != LAYER_CLASSES or preset.target_name or preset.lora_prefix != usual.lora_prefix:
         logger.warning(
-            "target_module and target_name of the preset are for one model and have no effect here; give "
-            "unet_target_module, unet_target_name, text_encoder_target_module and text_encoder_target_name"
+            "target_module, target_name and lora_prefix of the preset are for one model and have no effect here; give "
+            "unet_target_module, unet_target_name, text_encoder_target_module and text_encoder_target_name; prefixes "
+            "are LORA_PREFIX_UNET and LORA_PREFIX_TEXT_ENCODER of the class"
         )
     parts: list[Part] = []
     remarks: list[Remark] = []
     nothing: NothingMeantError | None = None
     recipe = Recipe.parse(given, strict=False, preset=preset)
-    for component in components(text_encoder, unet):
+    for component in components(text_encoder, unet, network):
         own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **train))
         if not _has_targets(own.preset):
             continue
@@ -118,14 +142,12 @@ def create_network(
         raise nothing or NothingMeantError(
             f"the preset {options.get('preset', 'full')!r} has no targets for these models"
         )
-    network = LycorisNetworkKohya(parts, recipe.multiplier, recipe.options.get("bypass_mode"))
-    _set_up(network, options)
-    return network
+    return parts, recipe
 
 
 def _set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
     """What trainers read off a network, or set for later."""
-    network.train_t5xxl, network.train_llm_adapter = _trained(options).values()
+    vars(network).update({f"train_{name}": on for name, on in _trained(options).items()})
     network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
 
 
@@ -155,6 +177,8 @@ def create_network_from_weights(
     of the weights.
     """
     options = renamed(kwargs)
+    if options.get("neuron_dropout"):
+        options.setdefault("dropout", options["neuron_dropout"])
     tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
     metadata: dict[str, str] = {}
     if weights_sd is not None:
@@ -168,7 +192,7 @@ def create_network_from_weights(
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
-    network = LycorisNetworkKohya(parts, parse_number(multiplier, "multiplier", float), bypass)
+    network = LycorisNetworkKohya.of(parts, parse_number(multiplier, "multiplier", float), bypass)
     network.for_inference = for_inference
     _set_up(network, options)
     return network, tensors
@@ -204,7 +228,7 @@ def _loaded(
             # Trainers load the tensors again, without the header that the change is owed to.
             meant = files.encode(bundle, prefix=model.prefix)
             tensors |= {key: t for key, t in meant.items() if key.endswith(".alpha") and key in tensors}
-        adapters = AdapterSet.load(model.model, bundle, name=None)
+        adapters = AdapterSet.load(model.model, with_dropout(bundle, options), name=None)
         adapters.schedule = adapters.schedule or schedule_in(options)
         yield Part(model.prefix, adapters, model.text)
 
@@ -221,19 +245,25 @@ def _renamed(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Com
     return [replace(model, prefix=second) if model.t5 and model.prefix == third else model for model in models]
 
 
-def _preset(name: Any, wanted: Any) -> tuple[Preset, bool]:
+def _preset(network: type[LycorisNetworkKohya], name: Any, wanted: Any) -> tuple[Preset, bool]:
     """The preset of that name or file, and whether it is a built-in one.
 
-    Without a name it is "full", with what `wanted`, or else `LycorisNetworkKohya.apply_preset`, was given in its place.
+    Keys that it does not have are those that the class of networks was given; without a name, `wanted`, or else what
+    the class was given, stands in for keys of "full".
     """
     if wanted and name is not None:
         raise ConfigError(f"preset={name!r} and apply_preset both say which layers are meant; give one of them")
-    known = list_builtin_presets()
-    whole = known["full" if name is None else str(name)].to_dict() if name is None or str(name) in known else None
-    if whole is None:
-        return Preset.parse({"enable_conv": True} | read_preset(str(name))), False
-    own = (wanted or LycorisNetworkKohya.applied()) if name is None else {}
-    return Preset.parse(whole | own), not own
+    known, own = list_builtin_presets(), network.preset_given()
+    if name is None:
+        return Preset.parse(known["full"].to_dict() | (wanted or own)), not (wanted or own)
+    builtin = str(name) in known
+    named = known[str(name)].to_dict() if builtin else {"enable_conv": True} | read_preset(str(name))
+    if beaten := sorted(key for key in own.keys() & named.keys() if own[key] != named[key]):
+        logger.warning(
+            "preset=%r says %s, and not what the class of networks was given; leave preset out for that",
+            *(name, ", ".join(beaten)),
+        )
+    return Preset.parse(own | named), builtin and not own
 
 
 def _targets(preset: Preset, component: Component, t5xxl: bool, llm_adapter: bool) -> Preset:

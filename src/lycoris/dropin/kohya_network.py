@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import LoRA
 from lycoris.dropin import tlora
+from lycoris.dropin.assigning import Fixed
+from lycoris.dropin.class_preset import Setting
 from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.network import LycorisNetwork
+from lycoris.dropin.presets import PRESET
 from lycoris.dropin.quantised import check_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.options import parse_optional
 
 logger = logging.getLogger("LyCORIS")
+
+SIZED = (
+    *("lora_dim", "conv_lora_dim", "alpha", "conv_alpha", "use_tucker", "dropout", "rank_dropout", "module_dropout"),
+    "network_module",
+)
+"""What the class takes after its models and the multiplier, in this order."""
 
 Rate: TypeAlias = float | str | None
 """A learning rate, which may be a string; None: that of the others, or none."""
@@ -45,32 +54,65 @@ class Ratios:
 class LycorisNetworkKohya(LycorisNetwork):
     """Adapters of several models, made but not applied."""
 
+    UNET_TARGET_REPLACE_MODULE = Setting("unet_target_module")
+    UNET_TARGET_REPLACE_NAME = Setting("unet_target_name")
+    TEXT_ENCODER_TARGET_REPLACE_MODULE = Setting("text_encoder_target_module")
+    TEXT_ENCODER_TARGET_REPLACE_NAME = Setting("text_encoder_target_name")
     LORA_PREFIX_UNET: ClassVar[str] = "lora_unet"
     LORA_PREFIX_TEXT_ENCODER: ClassVar[str] = "lora_te"
 
-    _given: ClassVar[frozenset[str]] = frozenset()
-
-    train_t5xxl: bool = False
-    train_llm_adapter: bool = False
     ratios = Ratios()
     for_inference: bool = False
     """Whether `merge_to` is for good: the weights from before are let go layer by layer, and cost no memory."""
     _merged_for_good: bool = False
 
-    @classmethod
-    def apply_preset(cls, preset: Mapping[str, Any]) -> Any:
-        """Targets for the networks made from now on without a `preset`; keys that are not given are those of "full".
+    def __init__(
+        self, text_encoder: Any, unet: nn.Module | None = None, multiplier: float = 1.0, *sizes: Any, **options: Any
+    ) -> None:
+        """New adapters for models by the preset of this class, as `create_network` makes them.
 
-        Raises `PresetKeyError` for an unknown key.
+        After `multiplier` come `SIZED`, by place or by name, then what `create_network` takes by name.
         """
-        super().apply_preset(preset)
-        cls._given = cls._given | preset.keys()
-        return cls
+        from lycoris.dropin.kohya import parts_for
+
+        nn.Module.__init__(self)
+        given = dict(zip(SIZED, sizes, strict=False)) | options
+        dim, alpha = given.pop("lora_dim", 4), given.pop("alpha", 1)
+        given = {"conv_dim": given.pop("conv_lora_dim", 4), "algo": given.pop("network_module", "locon"), **given}
+        warn = given.pop("warn_on_unmatched", True)
+        parts, recipe = parts_for(type(self), multiplier, dim, alpha, text_encoder, unet, warn, given)
+        self._become(parts, recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
 
     @classmethod
-    def applied(cls) -> dict[str, Any]:
-        """What `apply_preset` was given."""
-        return {name: _plain(getattr(cls._preset, name)) for name in cls._given} if cls._preset else {}
+    def _defaults(cls) -> Mapping[str, Any]:
+        return {**super()._defaults(), **PRESET["full"]}
+
+    @property
+    def loraplus_lr_ratio(self) -> float | None:
+        """LoRA+ for all; assigning to it counts for parameter groups that are made from then on."""
+        return self.ratios.loraplus_lr_ratio
+
+    @loraplus_lr_ratio.setter
+    def loraplus_lr_ratio(self, ratio: float | None) -> None:
+        self.ratios = dataclasses.replace(self.ratios, loraplus_lr_ratio=ratio)
+
+    @property
+    def loraplus_unet_lr_ratio(self) -> float | None:
+        """The same for the denoiser."""
+        return self.ratios.loraplus_unet_lr_ratio
+
+    @loraplus_unet_lr_ratio.setter
+    def loraplus_unet_lr_ratio(self, ratio: float | None) -> None:
+        self.ratios = dataclasses.replace(self.ratios, loraplus_unet_lr_ratio=ratio)
+
+    @property
+    def loraplus_text_encoder_lr_ratio(self) -> float | None:
+        """The same for the text encoders."""
+        return self.ratios.loraplus_text_encoder_lr_ratio
+
+    @loraplus_text_encoder_lr_ratio.setter
+    def loraplus_text_encoder_lr_ratio(self, ratio: float | None) -> None:
+        self.ratios = dataclasses.replace(self.ratios, loraplus_text_encoder_lr_ratio=ratio)
 
     @property
     def unet_loras(self) -> list[LycorisBaseModule]:
@@ -83,7 +125,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         return self._side(text=True)
 
     def _side(self, *, text: bool) -> list[LycorisBaseModule]:
-        return [module for part in self.parts if part.text is text for module in self._modules_of(part)]
+        return Fixed(module for part in self.parts if part.text is text for module in self._modules_of(part))
 
     def apply_to(
         self, text_encoder: Any = None, unet: Any = None, apply_text_encoder: bool = True, apply_unet: bool = True
@@ -249,7 +291,3 @@ def _rates(given: Rate | Sequence[Rate]) -> list[float | None]:
     """Learning rates from one or several, which may be strings; at least one."""
     several = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
     return [parse_optional(each, "a learning rate", float) for each in several] or [None]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -21,6 +21,7 @@ from lycoris.algorithm import Affine, Algorithm
 from lycoris.algorithms import read_tensors
 from lycoris.bundle import Entry
 from lycoris.dropin import tlora
+from lycoris.dropin.assigning import warn_of_both
 from lycoris.dropin.keywords import renamed, tell
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import RefusedError, check_mergeable, check_trainable
@@ -56,6 +57,8 @@ class LycorisBaseModule(AdapterView):
 
     _member: tuple[AdapterSet, str] | None = None
     """The set of its network, if it has one, and its path there."""
+    _told_twice: bool = False
+    """Whether a merge has said that its strength and the multiplier multiply."""
 
     def __init__(
         self,
@@ -114,7 +117,6 @@ class LycorisBaseModule(AdapterView):
     ) -> None:
         nn.Module.__init__(self)
         self.lora_name, self.adapter, self._place, self._bypass = lora_name, adapter, place, bypass_mode
-        self.org_module = [place.module]
         self._single = single
         self._alone: AdapterSet | None = None
         self._parameter: Parametrised | None = None
@@ -185,6 +187,7 @@ class LycorisBaseModule(AdapterView):
         """Fold it into the weight at `multiplier` times its own, without dropout; computed in float32 and rounded
         once, whether `precise` or not. `restore` undoes it exactly. Raises a `RuntimeError` for weights of few bits,
         and `AttachError` for a second merge."""
+        self._told_twice = warn_of_both(multiplier, self.multiplier, told=self._told_twice)
         if self._parameter is not None:
             if self.algorithm.rank_masked:
                 warnings.warn(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA, below_lengths
+from lycoris.dropin.assigning import Fact
+from lycoris.dropin.functional.diag_oft import get_r
+from lycoris.dropin.functional.general import weight_decompose
 from lycoris.dropin.keywords import tell
 from lycoris.dropin.module import LycorisBaseModule, settings
 from lycoris.errors import ConfigError, FileError
@@ -20,24 +25,44 @@ _LENGTHS = ("alpha", "dora_scale")
 _PLAIN = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")
 
 
-class LoConModule(LycorisBaseModule):
+class _Built(LycorisBaseModule):
+    """One whose ΔW is built from factors."""
+
+    def get_weight(self, shape: Sequence[int] | None = None) -> Tensor:
+        """scale·ΔW, with the gate and without dropout; of DoRA, that of the algorithm that it is over."""
+        weight = self._change() * self.scale
+        return weight if shape is None else weight.reshape(*shape)
+
+    def apply_weight_decompose(self, weight: Tensor, multiplier: float = 1) -> Tensor:
+        """A weight with the norms that DoRA trains; see `lycoris.functional.weight_decompose`."""
+        return weight_decompose(weight, self.dora_scale, multiplier, self.wd_on_out)
+
+
+class LoConModule(_Built):
     """LoRA, and LoCon on convolutions."""
 
+    name = "locon"
     weight_list = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", *_LENGTHS)
     weight_list_det = ("lora_up.weight",)
 
+    def make_weight(self, device: Any = None) -> Tensor:
+        """up·down, with the gate, without the scale and without dropout."""
+        return self._change().to(device)
 
-class LohaModule(LycorisBaseModule):
+
+class LohaModule(_Built):
     """LoHa."""
 
+    name = "loha"
     algo = "loha"
     weight_list = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *_LENGTHS)
     weight_list_det = ("hada_w1_a",)
 
 
-class LokrModule(LycorisBaseModule):
+class LokrModule(_Built):
     """LoKr."""
 
+    name = "kron"
     algo = "lokr"
     weight_list = (
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
@@ -49,17 +74,17 @@ class LokrModule(LycorisBaseModule):
         *("wd_on_out", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization"),
     )
 
-    @property
+    @Fact
     def use_w1(self) -> bool:
         """Whether the first factor is stored whole."""
         return "w1" in self.adapter.tensors()
 
-    @property
+    @Fact
     def use_w2(self) -> bool:
         """Whether the second factor is stored whole."""
         return "w2" in self.adapter.tensors()
 
-    @property
+    @Fact
     def full_matrix(self) -> bool:
         """Whether both factors are stored whole."""
         return self.use_w1 and self.use_w2
@@ -68,6 +93,7 @@ class LokrModule(LycorisBaseModule):
 class FullModule(LycorisBaseModule):
     """The whole change of weight and bias."""
 
+    name = "full"
     algo = "full"
     weight_list = ("diff", "diff_b")
     weight_list_det = ("diff",)
@@ -77,6 +103,7 @@ class FullModule(LycorisBaseModule):
 class DiagOFTModule(LycorisBaseModule):
     """Diag-OFT."""
 
+    name = "diag-oft"
     algo = "diag-oft"
     weight_list = ("oft_blocks", "rescale", "alpha")
     weight_list_det = ("oft_blocks",)
@@ -88,22 +115,45 @@ class DiagOFTModule(LycorisBaseModule):
         blocks = state_dict.get(f"{lora_name}.oft_blocks")
         return blocks is not None and blocks.dim() == cls.blocks_dim
 
-    @property
+    @Fact
     def block_num(self) -> int:
         """How many blocks there are, in each stage."""
         return self.adapter.tensors()["blocks"].shape[-3]
+
+    @Fact
+    def I(self) -> Tensor:  # noqa: E743, N802
+        """The identity of a block."""
+        blocks = self.adapter.tensors()["blocks"]
+        return torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+
+    def get_r(self) -> Tensor:
+        """The rotation of each block."""
+        bound = self.inner.stored_alpha(self.geometry) or 0.0
+        return get_r(self.adapter.tensors()["blocks"], self.I, bound * self.geometry.out_features)
 
 
 class ButterflyOFTModule(DiagOFTModule):
     """BOFT."""
 
+    name = "boft"
     algo = "boft"
     blocks_dim = 4
+
+    @Fact
+    def boft_m(self) -> int:
+        """How many stages there are."""
+        return self.adapter.tensors()["blocks"].shape[0]
+
+    @Fact
+    def boft_b(self) -> int:
+        """Size of a block."""
+        return self.adapter.tensors()["blocks"].shape[-1]
 
 
 class GLoRAModule(LycorisBaseModule):
     """GLoRA."""
 
+    name = "glora"
     algo = "glora"
     weight_list = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha")
     weight_list_det = ("a1.weight",)
@@ -120,6 +170,7 @@ class DyLoraModule(LycorisBaseModule):
 class IA3Module(LycorisBaseModule):
     """(IA)³."""
 
+    name = "ia3"
     algo = "ia3"
     weight_list = ("weight", "on_input")
     weight_list_det = ("on_input",)
@@ -129,6 +180,7 @@ class IA3Module(LycorisBaseModule):
 class TLoraModule(LycorisBaseModule):
     """T-LoRA."""
 
+    name = "tlora"
     algo = "tlora"
     weight_list = (
         *("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"),
@@ -137,10 +189,17 @@ class TLoraModule(LycorisBaseModule):
     weight_list_det = ("lambda_layer",)
     positional = ("rank_dropout_scale", "bypass_mode", "sig_type", "use_data_init", "mask_group_id")
 
+    def orthogonality_regularization(self) -> tuple[Tensor, Tensor]:
+        """‖PᵀP - I‖² and ‖QQᵀ - I‖², in Frobenius norm: how far p's columns and q's rows are from orthogonal."""
+        p, q = (self.adapter.tensors()[name].flatten(1) for name in ("p", "q"))
+        eye = torch.eye(self.lora_dim, dtype=p.dtype, device=p.device)
+        return (p.mT @ p - eye).square().sum(), (q @ q.mT - eye).square().sum()
+
 
 class NormModule(LycorisBaseModule):
     """Changes of the scale and shift of a norm."""
 
+    name = "norm"
     algo = "norm"
     weight_list = ("w_norm", "b_norm")
     weight_list_det = ("w_norm",)
@@ -174,6 +233,23 @@ MODULE_LIST: tuple[type[LycorisBaseModule], ...] = (
     *(DiagOFTModule, ButterflyOFTModule, GLoRAModule, DyLoraModule, TLoraModule),
 )
 """In the order in which a file's tensors are compared with them."""
+
+network_module_dict: Mapping[str, type[LycorisBaseModule]] = MappingProxyType(
+    {
+        "lora": LoConModule,
+        "locon": LoConModule,
+        "loha": LohaModule,
+        "lokr": LokrModule,
+        "dylora": DyLoraModule,
+        "glora": GLoRAModule,
+        "full": FullModule,
+        "diag-oft": DiagOFTModule,
+        "boft": ButterflyOFTModule,
+        "ia3": IA3Module,
+        "tlora": TLoraModule,
+    }
+)
+"""By the names of configs."""
 
 CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
     LoRA: LoConModule,

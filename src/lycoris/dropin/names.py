@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +12,32 @@ from torch import Tensor
 from lycoris import sharding
 from lycoris.adapter import Adapter
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import DoRA, Full, below_lengths
+from lycoris.algorithms import OFT, DoRA, Full, below_lengths
+from lycoris.dropin.assigning import Constant
 from lycoris.errors import ConfigError
 
-SETTINGS = ("dropout", "rank_dropout", "module_dropout", "rs_lora", "tucker", "block_size", "constraint")
-"""Fields of algorithms that scripts read off a module."""
+SETTINGS: Mapping[str, tuple[str, Any]] = {
+    **{name: (name, 0.0) for name in ("dropout", "rank_dropout", "module_dropout")},
+    **{name: (name, False) for name in ("rank_dropout_scale", "rs_lora", "tucker")},
+    **{name: (name, None) for name in ("block_size", "constraint")},
+    "use_tucker": ("tucker", False),
+    "rescaled": ("rescale", None),
+    "train_input": ("on_input", None),
+    "sig_type": ("vectors", None),
+    "use_data_init": ("data_init", None),
+}
+"""What scripts read off a module → the algorithm's field, and what is read where it has none; None: no such name."""
+
+OF_ALGORITHM = (
+    *SETTINGS,
+    *("alpha", "scale", "lora_dim", "wd", "wd_on_out", "full_matrix", "use_w1", "use_w2", "decompose_both"),
+    *("drop", "rank_drop", "algorithm", "inner", "block_num", "boft_b", "boft_m", "mask_group_id"),
+)
+OF_LAYER = (
+    *("org_module", "org_forward", "module", "module_type", "shape", "dim", "op", "kw_dict", "geometry", "is_quant"),
+    *("not_supported", "peft_wrapper", "dtype", "device", "dtype_tensor"),
+)
+"""Attributes of a module that say what it is, so that assigning to them would do nothing."""
 
 
 class Factor:
@@ -52,10 +75,10 @@ def by_old_name(adapter: Adapter, name: str) -> Any:
     algorithm = below_lengths(adapter.algorithm)
     if name == "alpha":
         alpha = algorithm.stored_alpha(adapter.geometry)
-        return None if alpha is None else torch.tensor(alpha)
+        return None if alpha is None else Constant.of(name, alpha)
     tensors = adapter.tensors()
     if name == "scalar":
-        return tensors.get("gate", torch.tensor(1.0))
+        return tensors["gate"] if "gate" in tensors else Constant.of(name, 1.0)
     for slot, key in file_names(adapter.algorithm).items():
         if slot in tensors and key == name:
             return tensors[slot]
@@ -63,7 +86,10 @@ def by_old_name(adapter: Adapter, name: str) -> Any:
             return Factor(name, tensors[slot])
     if isinstance(algorithm, Full) and name in ("weight", "bias"):
         return tensors.get("diff" if name == "weight" else "diff_b")
-    return getattr(algorithm, name, None) if name in SETTINGS else None
+    if name == "constraint" and isinstance(algorithm, OFT):
+        return algorithm.constraint * adapter.geometry.out_features
+    field, usual = SETTINGS.get(name, ("", None))
+    return getattr(algorithm, field, usual)
 
 
 def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
@@ -85,8 +111,18 @@ def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
         return True
     known = {key.removesuffix(".weight") for key in file_names(adapter.algorithm).values()}
     known |= {"weight", "bias"} if isinstance(below_lengths(adapter.algorithm), Full) else set()
-    if name in ("alpha", *SETTINGS):
+    if name in OF_ALGORITHM:
         raise ConfigError(f"{name} belongs to {adapter.algorithm}, which does not change; make a new module with it")
     if name in known:
         raise ConfigError(f"{adapter.algorithm} has no tensor {name} here; make a new module with the options for it")
     return False
+
+
+def check_assignable(module: type, name: str) -> None:
+    """Raise `ConfigError` for an attribute that says what a module is, and that nothing would read again."""
+    own = inspect.getattr_static(module, name, None)
+    if name in OF_LAYER or (isinstance(own, property) and own.fset is None):
+        raise ConfigError(
+            f"assigning to {name} of a {module.__name__} would do nothing: it is read off the layer that the module "
+            "was made for; make a new module for another"
+        )

@@ -8,84 +8,111 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lycoris import files, fingerprint
+from lycoris import files
 from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
-from lycoris.bundle import Bundle
 from lycoris.dropin import tlora, unfrozen
+from lycoris.dropin.assigning import Assignable, Fixed, sizes, warn_of_both
+from lycoris.dropin.class_preset import ClassPreset
 from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import module_class
+from lycoris.dropin.modules import NormModule, module_class
+from lycoris.dropin.parts import Part, check_names, choose, encode, module_name, resolve
 from lycoris.dropin.quantised import check_mergeable, is_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.components import family_of
-from lycoris.files.dialect import flatten
 from lycoris.files.layout import Layout
 from lycoris.filling import put
 from lycoris.geometry import site
 from lycoris.options import parse_number, parse_optional
 from lycoris.preset import Preset
+from lycoris.recipe import Recipe
 from lycoris.schedule import WITHOUT_SCHEDULE
 from lycoris.strengths import finite
 
 logger = logging.getLogger("LyCORIS")
 
 
-class PresetKeyError(ConfigError, KeyError):
-    """An unknown preset key; a `KeyError` because callers of `apply_preset` catch that."""
-
-    __str__ = ConfigError.__str__
-
-
-class Part(NamedTuple):
-    """The adapters of one model."""
-
-    prefix: str
-    """What their names in the file start with."""
-    adapters: AdapterSet
-    text: bool = False
-    """Whether the model encodes text; such ones follow no timestep."""
-
-
-class LycorisNetwork(nn.Module):
+class LycorisNetwork(Assignable, ClassPreset):
     """Adapters, made but not applied. `apply_to` puts them on, `merge_to` folds them in."""
 
-    _preset: ClassVar[Preset | None] = None
+    def __init__(
+        self,
+        module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        conv_lora_dim: int = 4,
+        alpha: float | None = 1,
+        conv_alpha: float | None = 1,
+        use_tucker: bool = False,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        network_module: str = "locon",
+        norm_modules: Any = None,
+        train_norm: bool = False,
+        init_only: bool = False,
+        warn_on_unmatched: bool = True,
+        **options: Any,
+    ) -> None:
+        """New adapters for a model by the preset of this class, as `create_lycoris` makes them.
 
-    def __init__(self, parts: Sequence[Part], multiplier: float = 1.0, bypass_mode: bool | None = None) -> None:
-        super().__init__()
+        `conv_lora_dim=0` leaves convolutions with a real kernel out. Raises as `create_lycoris` does.
+        """
+        nn.Module.__init__(self)
+        if init_only or norm_modules not in (None, NormModule):
+            raise ConfigError(
+                "a network without adapters (init_only) is filled by create_lycoris_from_weights"
+                if init_only
+                else f"norms are trained by NormModule; norm_modules={norm_modules!r} cannot be used"
+            )
+        sizes = {"linear_dim": lora_dim, "linear_alpha": alpha, "conv_dim": conv_lora_dim, "conv_alpha": conv_alpha}
+        drop = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
+        given = {"algo": network_module, "use_tucker": use_tucker, "train_norm": train_norm, **options, **sizes, **drop}
+        preset = type(self).preset_in_force()
+        if conv_lora_dim == 0:
+            preset = dataclasses.replace(preset or Preset(), enable_conv=False)
+            given["conv_dim"] = given["conv_alpha"] = None
+        given["multiplier"] = multiplier
+        part, recipe = choose(module, given, preset, warn_on_unmatched=warn_on_unmatched)
+        self._become([part], recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
+
+    def _become(
+        self, parts: Sequence[Part], multiplier: float, bypass_mode: bool | None, recipe: Recipe | None = None
+    ) -> None:
         self.parts = list(parts)
         self._multiplier = multiplier
-        _check_names(self.parts)
+        self._told_twice = False
+        vars(self).update(sizes(recipe))
+        check_names(self.parts)
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
                 place = site(part.adapters.model, path)
                 for at, adapter in enumerate(stack):
-                    name = _module_name(part.prefix, path, at)
+                    name = module_name(part.prefix, path, at)
                     module = module_class(adapter.algorithm).of(name, adapter, place, bypass_mode)
                     module._member = part.adapters, path
                     self.add_module(name, module)
 
     @classmethod
-    def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
-        """Targets for the networks made from now on; each keeps what was set when it was made.
-
-        Keys: see `lycoris.preset.Preset`. Raises `PresetKeyError` for an unknown key.
-        """
-        known = {field.name for field in dataclasses.fields(Preset)}
-        try:
-            cls._preset = over(cls._preset or Preset(), preset)
-        except ConfigError as error:
-            if preset.keys() <= known:
-                raise
-            raise PresetKeyError(str(error)) from None
-        return cls
+    def of(
+        cls,
+        parts: Sequence[Part],
+        multiplier: float = 1.0,
+        bypass_mode: bool | None = None,
+        recipe: Recipe | None = None,
+    ) -> Self:
+        """A network of adapters that are there already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._become(parts, multiplier, bypass_mode, recipe)
+        return made
 
     @property
     def adapters(self) -> AdapterSet:
@@ -99,17 +126,24 @@ class LycorisNetwork(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        """What `set_multiplier` was given last; modules may have one of their own."""
+        """What `set_multiplier` was given last; modules may have one of their own. Assigning to it sets it."""
         return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, multiplier: float | str) -> None:
+        if self.is_made:
+            self.set_multiplier(multiplier)
+        else:
+            self._multiplier = parse_number(multiplier, "multiplier", float)
 
     @property
     def loras(self) -> list[LycorisBaseModule]:
         """The modules, in the models' order."""
-        return [child for child in self.children() if isinstance(child, LycorisBaseModule)]
+        return Fixed(child for child in self.children() if isinstance(child, LycorisBaseModule))
 
     def _modules_of(self, part: Part) -> list[LycorisBaseModule]:
         """The modules of one of the models: of a layer that has several adapters, all of them."""
-        return [module for module in self.loras if module._member and module._member[0] is part.adapters]
+        return Fixed(module for module in self.loras if module._member and module._member[0] is part.adapters)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -167,6 +201,7 @@ class LycorisNetwork(nn.Module):
         if any(part.adapters.merged for part in self.parts):
             raise AttachError("these adapters are merged already; call restore() or onfly_restore() first")
         self._restore_singles(self.loras)
+        self._told_twice = warn_of_both(weight, self._multiplier, told=self._told_twice)
         with ExitStack() as undo:
             for part in self.parts:
                 part.adapters.merge(weight * part.adapters.strength, untie=untie)
@@ -330,7 +365,7 @@ class LycorisNetwork(nn.Module):
         return {what: keys for what, keys in found.items() if keys}
 
     def _encoded(self) -> dict[str, Tensor]:
-        return {key: tensor for part in self.parts for key, tensor in _encoded(part).items()}
+        return {key: tensor for part in self.parts for key, tensor in encode(part).items()}
 
     def _load(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Fill the adapters from tensors by file name; nothing changes unless every layer's tensors are usable."""
@@ -338,7 +373,7 @@ class LycorisNetwork(nn.Module):
         values: list[tuple[Adapter, dict[str, Tensor]]] = []
         own: set[str] = set()
         for part in self.parts:
-            names = set(_encoded(part))
+            names = set(encode(part))
             usable = {key: tensor for key, tensor in tensors.items() if key in names}
             own |= names
             if not usable:
@@ -346,50 +381,7 @@ class LycorisNetwork(nn.Module):
             bundle = resolve(usable, part.adapters.model, part.prefix, metadata, text=part.text)
             for path, stack in bundle.entries.items():
                 for at, entry in enumerate(stack):
-                    module: Any = self._modules[_module_name(part.prefix, path, at)]
+                    module: Any = self._modules[module_name(part.prefix, path, at)]
                     values.append((module.adapter, module.fitted(entry)))
         put(values)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)
-
-
-def over(preset: Preset, given: Mapping[str, Any]) -> Preset:
-    """A preset with the keys of a JSON object in the place of its own."""
-    parsed = Preset.parse(given)
-    return dataclasses.replace(preset, **{key: getattr(parsed, key) for key in given})
-
-
-def resolve(
-    tensors: Mapping[str, Tensor], model: nn.Module, prefix: str, metadata: Mapping[str, str], *, text: bool
-) -> Bundle:
-    """The tensors of one of several models; what is to be said of them is on the logger "LyCORIS"."""
-    # The base that a header names is the denoiser.
-    own = {key: told for key, told in metadata.items() if not (text and key == fingerprint.KEY)}
-    bundle = files.resolve(tensors, model, prefix=prefix, metadata=own)
-    for remark in bundle.remarks:
-        logger.warning("%s: %s", prefix, remark)
-    return bundle
-
-
-def _module_name(prefix: str, path: str, at: int) -> str:
-    """Of an adapter's module. What a file has beside an algorithm, such as a bias, has no name of its own there."""
-    return f"{prefix}_{flatten(path)}{f'__{at}' if at else ''}"
-
-
-def _encoded(part: Part) -> dict[str, Tensor]:
-    return files.encode(part.adapters.bundle(), prefix=part.prefix)
-
-
-def _check_names(parts: Sequence[Part]) -> None:
-    """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
-    for at, part in enumerate(parts):
-        if part.prefix in [other.prefix for other in parts[:at]]:
-            kind = type(part.adapters.model).__name__
-            raise ConfigError(f"two models, the second a {kind}, are both called {part.prefix} here; leave one out")
-        owner: dict[str, str] = {}
-        for path in part.adapters.stacks:
-            first = owner.setdefault(flatten(path), path)
-            if first != path:
-                raise ConfigError(
-                    f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave "
-                    "one out with exclude_name, or use AdapterSet, which goes by paths"
-                )

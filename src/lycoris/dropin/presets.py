@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,12 @@ from lycoris.dropin.sdk import AlgoOverride, PresetConfig
 
 IA3_IN = (r"(.*\.)?mlp\.fc2$", r"(.*\.)?ff\.net\.2$")
 """Second layers of feed-forwards, whose inputs IA3 scales."""
+
+
+FULL_UNET_MODULES: tuple[str, ...] = (*blocks.CONVOLVED, *blocks.TRANSFORMERS)
+"""Classes of blocks that the preset "full" means in denoisers."""
+FULL_UNET_NAMES: tuple[str, ...] = (*blocks.UNET_CONVOLUTIONS, *blocks.UNET_LINEARS)
+FULL_TEXT_ENCODER_MODULES: tuple[str, ...] = blocks.TEXT
 
 
 def _preset(
@@ -27,8 +33,7 @@ def _preset(
 
 def list_builtin_presets() -> dict[str, PresetConfig]:
     """By name; every call makes them anew, so that changing one changes nothing else."""
-    every = (*blocks.CONVOLVED, *blocks.TRANSFORMERS)
-    names = (*blocks.UNET_CONVOLUTIONS, *blocks.UNET_LINEARS)
+    every, names = FULL_UNET_MODULES, FULL_UNET_NAMES
     return {
         "full": _preset(every, names, blocks.TEXT, conv=True),
         "full-lin": _preset((*blocks.TRANSFORMERS, "ResnetBlock2D"), blocks.UNET_LINEARS, blocks.TEXT),
@@ -52,3 +57,20 @@ PRESET: Mapping[str, dict[str, Any]] = MappingProxyType(
     {name: preset.to_dict() for name, preset in list_builtin_presets().items()}
 )
 """The same as JSON objects."""
+
+
+class _Builtin(Mapping[str, PresetConfig]):
+    """The built-in presets by name; every look at one makes it anew."""
+
+    def __getitem__(self, name: str) -> PresetConfig:
+        return list_builtin_presets()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PRESET)
+
+    def __len__(self) -> int:
+        return len(PRESET)
+
+
+BUILTIN_PRESET_CONFIGS: Mapping[str, PresetConfig] = _Builtin()
+"""The same as values."""

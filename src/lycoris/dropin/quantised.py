@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 
 from torch import nn
 
@@ -16,6 +19,24 @@ from lycoris.geometry import describe
 
 class RefusedError(AttachError, RuntimeError):
     """What cannot be done; a `RuntimeError` because callers catch that."""
+
+
+QUANTISED: Mapping[str, tuple[str, ...]] = {
+    "bitsandbytes.nn": ("Linear8bitLt", "LinearFP4", "LinearNF4"),
+    "quanto.nn": ("QLinear", "QConv2d", "QLayerNorm"),
+    "optimum.quanto.nn": ("QLinear", "QConv2d", "QLayerNorm"),
+}
+"""Module → its classes of quantised layers."""
+
+
+@cache
+def quant_linears() -> tuple[type[nn.Module], ...]:
+    """Classes of quantised layers of the packages that are installed, which are imported for it."""
+    found: list[type[nn.Module]] = []
+    for name, classes in QUANTISED.items():
+        with suppress(ImportError):
+            found += [getattr(import_module(name), each) for each in classes]
+    return tuple(found)
 
 
 def is_substitute(layer: nn.Module) -> bool:

@@ -58,6 +58,23 @@ class AlgoSpec:
         return arg in self.supported_args
 
 
+class _Registry(Mapping[str, AlgoSpec]):
+    """The specs by name, made when they are asked for."""
+
+    def __getitem__(self, name: str) -> AlgoSpec:
+        return {spec.name: spec for spec in list_algorithms()}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in ALGORITHMS)
+
+    def __len__(self) -> int:
+        return len(ALGORITHMS)
+
+
+ALGO_REGISTRY: Mapping[str, AlgoSpec] = _Registry()
+"""What `list_algorithms` has, by name."""
+
+
 def list_algorithms() -> tuple[AlgoSpec, ...]:
     """All algorithms of configs."""
     return tuple(_spec(name, cls) for name, cls in ALGORITHMS)

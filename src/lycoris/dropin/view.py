@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm, Base, Call
 from lycoris.algorithms import DoRA, below_lengths, read_tensors, write_tensors
 from lycoris.bundle import Entry
-from lycoris.dropin.names import by_old_name, file_names, write, write_by_old_name
+from lycoris.dropin.assigning import Fact, Fixed
+from lycoris.dropin.layers import FUNCTIONS, arguments, type_name
+from lycoris.dropin.names import by_old_name, check_assignable, file_names, write, write_by_old_name
 from lycoris.dropin.norms import shrink
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import is_substitute
-from lycoris.errors import AttachError, FileError
+from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.filling import fitted, matched, put
 from lycoris.geometry import Geometry, Site
 
@@ -26,8 +28,10 @@ from lycoris.geometry import Geometry, Site
 class AdapterView(nn.Module):
     """`org_module[0]` is the layer, `org_weight` its weight."""
 
+    not_supported = False
+    peft_wrapper: None = None
+
     lora_name: str
-    org_module: list[nn.Module]
     adapter: Adapter
     _place: Site
     _bypass: bool | None
@@ -36,45 +40,60 @@ class AdapterView(nn.Module):
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
-    @property
+    @Fact
     def algorithm(self) -> Algorithm:
         return self.adapter.algorithm
 
-    @property
+    @Fact
     def inner(self) -> Algorithm:
         """The algorithm, without the lengths of DoRA."""
         return below_lengths(self.algorithm)
 
-    @property
+    @Fact
     def geometry(self) -> Geometry:
         return self.adapter.geometry
 
-    @property
+    @Fact
     def shape(self) -> tuple[int, ...]:
         return self.geometry.shape
 
-    @property
+    @Fact
     def dim(self) -> int:
         """Output features of the layer."""
         return self.geometry.out_features
 
-    @property
+    @Fact
     def lora_dim(self) -> int:
         return int(getattr(self.inner, "rank", 0) or getattr(self.inner, "block_size", 0))
 
-    @property
+    @Fact
     def scale(self) -> float:
         return self.algorithm.scale(self.geometry)
 
-    @property
+    @Fact
     def wd(self) -> bool:
         return isinstance(self.algorithm, DoRA)
 
-    @property
+    @Fact
+    def wd_on_out(self) -> bool:
+        """Whether DoRA's norms, if there are any, are those of rows."""
+        return not isinstance(self.algorithm, DoRA) or self.algorithm.axis == "out"
+
+    @Fact
+    def drop(self) -> nn.Module:
+        """The dropout as a layer."""
+        return nn.Dropout(self.dropout) if self.dropout else nn.Identity()
+
+    @Fact
+    def rank_drop(self) -> nn.Module:
+        """The dropout of ranks as a layer."""
+        return nn.Dropout(self.rank_dropout) if self.rank_dropout else nn.Identity()
+
+    @Fact
     def full_matrix(self) -> bool:
         return bool(getattr(self.inner, "full_matrix", False))
 
-    @property
+    @Fact
     def is_quant(self) -> bool:
         return self._low_bit or (self.bypass_mode and is_substitute(self.org_module[0]))
 
@@ -85,6 +104,52 @@ class AdapterView(nn.Module):
         if self._low_bit:
             return True
         return is_substitute(self.org_module[0]) if self._bypass is None else bool(self._bypass)
+
+    @bypass_mode.setter
+    def bypass_mode(self, value: bool | None) -> None:
+        self._bypass = value
+
+    @Fact
+    def org_module(self) -> list[nn.Module]:
+        """The layer, in a list so that it is no child."""
+        return Fixed([self._place.module])
+
+    @Fact
+    def module(self) -> type[nn.Module]:
+        """The class of the layer."""
+        return type(self._place.module)
+
+    @Fact
+    def module_type(self) -> str:
+        """What kind of layer it is."""
+        return type_name(self._place.module, self.geometry)
+
+    @Fact
+    def op(self) -> Callable[..., Tensor]:
+        """The function of torch that such a layer is. Raises `AttributeError` for a bare parameter."""
+        if self.module_type not in FUNCTIONS:
+            raise AttributeError(f"{self.lora_name} is for a parameter, which no function of torch takes")
+        return FUNCTIONS[self.module_type]
+
+    @Fact
+    def kw_dict(self) -> dict[str, Any]:
+        """The arguments of `op` beside input, weight and bias."""
+        return arguments(self._place.module, self.module_type)
+
+    @Fact
+    def dtype(self) -> torch.dtype:
+        """Of the adapter's tensors."""
+        return next(iter(self.adapter.tensors().values())).dtype
+
+    @Fact
+    def device(self) -> torch.device:
+        """Of the adapter's tensors."""
+        return next(iter(self.adapter.tensors().values())).device
+
+    @Fact
+    def org_forward(self) -> Callable[..., Tensor]:
+        """The layer without this adapter."""
+        return self._unmerged()
 
     @property
     def _low_bit(self) -> bool:
@@ -120,6 +185,12 @@ class AdapterView(nn.Module):
         # A tensor that took the place of the adapter's would have no effect; it is copied into it instead.
         adapter = self.__dict__.get("_modules", {}).get("adapter")
         if adapter is None or not write_by_old_name(adapter, name, value):
+            if adapter is not None:
+                check_assignable(type(self), name)
+                if name == "lora_name" and getattr(self, "_member", None) is not None:
+                    raise ConfigError(
+                        f"{self.lora_name} is what its network calls it; assigning another would do nothing"
+                    )
             super().__setattr__(name, value)
 
     def named_parameters(
@@ -172,6 +243,12 @@ class AdapterView(nn.Module):
         weight = torch.zeros_like(self.org_weight) if weight is None else weight * multiplier
         bias = None if bias is None else bias * multiplier
         return (weight if shape is None else weight.reshape(shape)).to(device), bias
+
+    def _change(self) -> Tensor:
+        """ΔW of an algorithm with factors, with its gate and without its scale, as the layer stores its weight."""
+        assert isinstance(self.inner, Additive)
+        own = {name: tensor for name, tensor in self.adapter.tensors().items() if name != "magnitude"}
+        return self.geometry.turned(self.inner.delta(own, self.geometry).weight * self.inner.gate_of(own))
 
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""

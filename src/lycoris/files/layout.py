@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from torch import nn
 
-from lycoris.errors import FileError
+from lycoris.errors import FileError, PlanError
 from lycoris.files.dialect import Style, flatten
 from lycoris.files.families import ARCHITECTURES
 from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.naming import Span
-from lycoris.files.recognise import guess, weight
+from lycoris.files.recognise import Fit, guess, weight
 from lycoris.files.skeleton import named, skeleton, translate
 from lycoris.geometry import Geometry, class_name, sites
 
@@ -46,12 +46,9 @@ class Layout:
     @classmethod
     def all_of(cls, owner: str, layers: Mapping[str, Geometry]) -> Layout:
         """Of all layers of a model of that class."""
-        known = _recognised(layers, owner)
-        if known is None:
-            return cls(owner, layers, middle=layers)
-        architecture, naming = known
-        middle = layers if naming == MIDDLE else translate(layers, architecture.namings[naming])
-        return cls(owner, layers, architecture, naming, middle)
+        found = guess(layers)
+        named = [each for each in found if owner in each.architecture.classes]
+        return next(_fitting(owner, layers, named or found), cls(owner, layers, middle=layers))
 
     @classmethod
     def around(cls, layers: Mapping[str, Geometry]) -> Layout:
@@ -70,8 +67,7 @@ class Layout:
             )
         if best.outline is not None:
             return cls.known(best.architecture, best.outline).renamed(best.naming)
-        middle = layers if best.naming == MIDDLE else translate(layers, best.architecture.namings[best.naming])
-        return cls("the model", layers, best.architecture, best.naming, middle)
+        return next(_fitting("the model", layers, found[:1]), cls("the model", layers, middle=layers))
 
     @classmethod
     def known(cls, architecture: Architecture, outline: str) -> Layout:
@@ -140,12 +136,21 @@ class Layout:
         return replace(parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts))
 
 
-def _recognised(layers: Mapping[str, Geometry], owner: str) -> tuple[Architecture, str] | None:
-    """The architecture and the naming of a model's layers; None for a model of no known family."""
-    found = guess(layers)
-    named = [each for each in found if owner in each.architecture.classes]
-    best = next(iter(named or found), None)
-    return None if best is None or weight(best) < LEAST * len(layers) else (best.architecture, best.naming)
+def _fitting(owner: str, layers: Mapping[str, Geometry], found: Sequence[Fit]) -> Iterator[Layout]:
+    """The layers as those of each known model that has nearly all of their names, and whose rules they can follow.
+
+    A model may have the names of a family and other sizes: then a module there is not the rows of several in diffusers.
+    """
+    for fit in found:
+        if weight(fit) < LEAST * len(layers):
+            return
+        middle = layers
+        if fit.naming != MIDDLE:
+            try:
+                middle = translate(layers, fit.architecture.namings[fit.naming])
+            except PlanError:
+                continue
+        yield Layout(owner, layers, fit.architecture, fit.naming, middle)
 
 
 @lru_cache(maxsize=64)

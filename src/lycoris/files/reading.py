@@ -285,7 +285,8 @@ def _entries(
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
     for suffix, tensor in group.items():
-        if not finite(tensor):
+        # Whether alpha has to be finite is for the algorithm to say.
+        if suffix != ALPHA and not finite(tensor):
             raise FileError(f"{where}.{suffix} holds NaN or infinity")
     stack = []
     for part in forms.modern(group, geometry, where):

@@ -1,5 +1,12 @@
 """Diag-OFT as functions of tensors."""
 
-from lycoris.dropin.functional.diag_oft import bypass_forward_diff, diff_weight, weight_gen
+from lycoris.dropin.functional.diag_oft import bypass_forward_diff, diff_weight, get_r, weight_gen
+from lycoris.dropin.functional.layer import factorization
 
-__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]
+__all__ = [
+    "bypass_forward_diff",
+    "diff_weight",
+    "factorization",
+    "get_r",
+    "weight_gen",
+]

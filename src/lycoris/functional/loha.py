@@ -1,5 +1,13 @@
 """LoHa as functions of tensors."""
 
-from lycoris.dropin.functional.loha import bypass_forward_diff, diff_weight, weight_gen
+from lycoris.dropin.functional.general import FUNC_LIST
+from lycoris.dropin.functional.loha import bypass_forward_diff, diff_weight, make_weight, make_weight_tucker, weight_gen
 
-__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]
+__all__ = [
+    "FUNC_LIST",
+    "bypass_forward_diff",
+    "diff_weight",
+    "make_weight",
+    "make_weight_tucker",
+    "weight_gen",
+]

@@ -1,5 +1,24 @@
 """LoKr as functions of tensors."""
 
-from lycoris.dropin.functional.lokr import bypass_forward_diff, diff_weight, weight_gen
+from lycoris.dropin.functional.general import FUNC_LIST, rebuild_tucker
+from lycoris.dropin.functional.layer import factorization
+from lycoris.dropin.functional.lokr import (
+    bypass_forward_diff,
+    diff_weight,
+    kron_bypass,
+    kron_weight,
+    make_kron,
+    weight_gen,
+)
 
-__all__ = ["bypass_forward_diff", "diff_weight", "weight_gen"]
+__all__ = [
+    "FUNC_LIST",
+    "bypass_forward_diff",
+    "diff_weight",
+    "factorization",
+    "kron_bypass",
+    "kron_weight",
+    "make_kron",
+    "rebuild_tucker",
+    "weight_gen",
+]

@@ -1,5 +1,6 @@
 """Adapters of single layers."""
 
+from lycoris.dropin.functional.layer import factorization
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.modules import (
     MODULE_LIST,
@@ -17,6 +18,7 @@ from lycoris.dropin.modules import (
     get_module,
     make_module,
 )
+from lycoris.modules import base, boft, diag_oft, dylora, full, glora, ia3, locon, loha, lokr, norms, tlora
 
 __all__ = [
     "MODULE_LIST",
@@ -32,6 +34,19 @@ __all__ = [
     "LycorisBaseModule",
     "NormModule",
     "TLoraModule",
+    "base",
+    "boft",
+    "diag_oft",
+    "dylora",
+    "factorization",
+    "full",
     "get_module",
+    "glora",
+    "ia3",
+    "locon",
+    "loha",
+    "lokr",
     "make_module",
+    "norms",
+    "tlora",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lycoris.algorithm import Affine
 from lycoris.algorithms import OFT
 from lycoris.dropin.functional.layer import factorization, geometry, named, needed, started, turned
+from lycoris.ops.rotation import cayley
 
 
 def weight_gen(org_weight: Tensor, max_block_size: int = -1, rescale: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -42,3 +44,12 @@ def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple
     needed(p, "blocks")
     size, rows = p["blocks"].shape[-1], p["blocks"].shape[-3] * p["blocks"].shape[-2]
     return OFT(block_size=size, constraint=float(constraint or 0) / rows, rescale="rescale" in p), p
+
+
+def get_r(oft_blocks: Tensor, I: Tensor | None = None, constraint: float | None = 0) -> Tensor:  # noqa: E741
+    """R = (I + Q)·(I - Q)⁻¹ for Q = B - Bᵀ of each block, kept within a norm over all blocks; None or 0: no limit.
+
+    `I` is the identity, and may be left out.
+    """
+    eye = torch.eye(oft_blocks.shape[-1], device=oft_blocks.device) if I is None else I
+    return cayley(oft_blocks, float(constraint or 0)) + eye

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoHa
+from lycoris.dropin.functional.general import rebuild_tucker
 from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
 from lycoris.geometry import Geometry
 
@@ -38,3 +39,15 @@ def _read(
 _OWN = Added(_read)
 diff_weight = _OWN.diff_weight
 bypass_forward_diff = _OWN.bypass_forward_diff
+
+
+def make_weight(w1d: Tensor, w1u: Tensor, w2d: Tensor, w2u: Tensor, scale: float | Tensor) -> Tensor:
+    """scale·(w1u·w1d ⊙ w2u·w2d)."""
+    return (w1u @ w1d) * (w2u @ w2d) * scale
+
+
+def make_weight_tucker(
+    t1: Tensor, w1d: Tensor, w1u: Tensor, t2: Tensor, w2d: Tensor, w2u: Tensor, scale: float | Tensor
+) -> Tensor:
+    """The same of two products with a core each."""
+    return rebuild_tucker(t1, w1u, w1d) * rebuild_tucker(t2, w2u, w2d) * scale

@@ -11,6 +11,7 @@ from lycoris.algorithms import LoKr
 from lycoris.algorithms.lokr import Layout
 from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
 from lycoris.geometry import Geometry
+from lycoris.ops.kronecker import kron
 
 SLOTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 
@@ -62,3 +63,47 @@ def _read(
 _OWN = Added(_read)
 diff_weight = _OWN.diff_weight
 bypass_forward_diff = _OWN.bypass_forward_diff
+
+
+def make_kron(w1: Tensor, w2: Tensor, scale: float | Tensor) -> Tensor:
+    """scale·(w1 ⊗ w2), over the first two axes of w2."""
+    return kron(w1, w2) * scale
+
+
+def kron_weight(
+    w1: Tensor | None,
+    w1a: Tensor | None,
+    w1b: Tensor | None,
+    w2: Tensor | None,
+    w2a: Tensor | None,
+    w2b: Tensor | None,
+    t: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """scale·(w1 ⊗ w2), either of which may be given in its factors."""
+    own = w1, w1a, w1b, w2, w2a, w2b, t
+    return diff_weight(*own, gamma=_rank(w1b, w2b)) * scale
+
+
+def kron_bypass(
+    h: Tensor,
+    w1: Tensor | None,
+    w1a: Tensor | None,
+    w1b: Tensor | None,
+    w2: Tensor | None,
+    w2a: Tensor | None,
+    w2b: Tensor | None,
+    t: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    extra_args: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The same applied to h; `extra_args` are those of a convolution."""
+    own = w1, w1a, w1b, w2, w2a, w2b, t
+    return bypass_forward_diff(h, None, *own, gamma=_rank(w1b, w2b), extra_args=extra_args) * scale
+
+
+def _rank(*second: Tensor | None) -> int:
+    """By which `diff_weight` divides its gamma."""
+    return next((each.shape[0] for each in reversed(second) if each is not None), 1)

@@ -19,7 +19,7 @@ from lycoris.algorithms import below_lengths, read_tensors
 from lycoris.attach import base_class
 from lycoris.dropin.functional.layer import geometry
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.network import Part
+from lycoris.dropin.parts import Part, with_dropout
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.geometry import Geometry
 from lycoris.options import parse_number, parse_optional
@@ -40,6 +40,9 @@ Make = Callable[..., Algorithm]
 class MusubiNetwork(LycorisNetworkKohya):
     """Adapters of one denoiser."""
 
+    _off: list[tuple[float, dict[str, float]]] | None = None
+    """What is in force again once the adapters act; None while they do."""
+
     # Musubi's trainer has no text encoder, and gives the rate by the name of its own parameter.
     def prepare_optimizer_params(  # type: ignore[override]
         self, unet_lr: float | None = 1e-4, **_: Any
@@ -51,9 +54,22 @@ class MusubiNetwork(LycorisNetworkKohya):
         """Nothing to do."""
 
     def set_enabled(self, is_enabled: bool) -> None:
-        """Let the adapters act, or not."""
-        for part in self.parts:
-            part.adapters.set_strength(self._multiplier if is_enabled else 0.0)
+        """Let the adapters act, or not. When they act again, every module has the multiplier that it had."""
+        if not is_enabled and self._off is None:
+            self._off = [(part.adapters.strength, dict(part.adapters.blocks)) for part in self.parts]
+            for part in self.parts:
+                part.adapters.set_strength(0.0)
+        elif is_enabled and self._off is not None:
+            for part, (strength, blocks) in zip(self.parts, self._off, strict=True):
+                part.adapters.set_strength(strength, blocks)
+            self._off = None
+
+    def set_multiplier(self, multiplier: float | str) -> None:
+        """As in any network; while the adapters do not act, it counts from `set_enabled(True)` on."""
+        super().set_multiplier(multiplier)
+        if self._off is not None:
+            self._off = None
+            self.set_enabled(False)
 
     def __iter__(self) -> Iterator[Any]:
         # With --dim_from_weights the trainer takes what create_arch_network_from_weights returns apart into two.
@@ -104,7 +120,7 @@ def create(
 
 
 def _network(part: Part, multiplier: float, options: Mapping[str, Any]) -> MusubiNetwork:
-    network = MusubiNetwork([part], parse_number(multiplier, "multiplier", float))
+    network = MusubiNetwork.of([part], parse_number(multiplier, "multiplier", float))
     network.ratios = Ratios(parse_optional(options.get("loraplus_lr_ratio"), "loraplus_lr_ratio", float))
     return network
 
@@ -126,7 +142,7 @@ def read(
     others = sorted({below_lengths(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
-    adapters = AdapterSet.load(unet, bundle, name=None)
+    adapters = AdapterSet.load(unet, with_dropout(bundle, options), name=None)
     network = _network(Part(PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network

@@ -256,7 +256,7 @@ def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
 def _factors(entry: Entry) -> Factors:
     algorithm, g, p = entry
     assert isinstance(algorithm, LoKr)
-    ol, im, w1_split, w2_split = algorithm.layout_for(g)
+    ol, im, w1_split, w2_split, _ = algorithm.layout_for(g)
     return Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
 
 

@@ -1,0 +1,25 @@
+"""What the algorithms are made of, as functions of tensors."""
+
+from lycoris.dropin.functional.general import (
+    FUNC_LIST,
+    add_scaled,
+    apply_dora_scale,
+    power2factorization,
+    rebuild_tucker,
+    tucker_weight,
+    tucker_weight_from_conv,
+    weight_decompose,
+)
+from lycoris.dropin.functional.layer import factorization
+
+__all__ = [
+    "FUNC_LIST",
+    "add_scaled",
+    "apply_dora_scale",
+    "factorization",
+    "power2factorization",
+    "rebuild_tucker",
+    "tucker_weight",
+    "tucker_weight_from_conv",
+    "weight_decompose",
+]

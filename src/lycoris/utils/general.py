@@ -1,0 +1,7 @@
+"""Numbers."""
+
+from lycoris.dropin.values import product
+
+__all__ = [
+    "product",
+]

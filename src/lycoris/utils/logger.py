@@ -1,0 +1,8 @@
+"""The logger of this library. Importing this changes nothing about it."""
+
+from lycoris.dropin.messages import ColoredFormatter, logger
+
+__all__ = [
+    "ColoredFormatter",
+    "logger",
+]

@@ -1,0 +1,17 @@
+"""Classes of quantised layers, as far as the packages that have them are installed; looked for when asked."""
+
+from typing import Any
+
+from lycoris.dropin.keywords import logger
+from lycoris.dropin.quantised import quant_linears
+
+__all__ = ["logger"]
+
+
+def __getattr__(name: str) -> Any:
+    # A tuple for isinstance, and whether it has any: both import what is installed.
+    if name == "QuantLinears":
+        return quant_linears()
+    if name == "SUPPORT_QUANT":
+        return bool(quant_linears())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
