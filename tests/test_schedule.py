@@ -14,7 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lycoris import ConfigError, RankSchedule
+from lycoris import (
+    AdapterSet,
+    ConfigError,
+    FileError,
+    RankSchedule,
+    Rule,
+    TLoRA,
+    create_lycoris,
+    create_lycoris_from_weights,
+    plan,
+    read,
+    write,
+)
 from lycoris.schedule import TIMESTEP_UNITS, read_timestep, takes_timestep
 
 TABLES = {
@@ -195,3 +207,31 @@ def test_wrapped_models_are_looked_into(wrap: Any) -> None:
     assert takes_timestep(model)
     assert read_timestep(model, (X, torch.tensor([0.25])), {}, 1000).tolist() == [250.0]
     assert not takes_timestep(wrap(nn.Linear(2, 2)))
+
+
+def test_a_file_has_the_schedule_that_its_adapters_have(tmp_path: Path) -> None:
+    model, file = nn.Sequential(nn.Linear(8, 8)), tmp_path / "a.safetensors"
+    schedule = RankSchedule(max_rank=4, min_rank=2, alpha=0.5, steps=500)
+    adapters = AdapterSet.build(model, plan(model, Rule(TLoRA(rank=4))))
+    adapters.schedule = schedule
+    write(adapters.bundle(), file)
+    loaded = AdapterSet.load(model, read(file, model))
+    assert loaded.schedule == schedule
+    loaded.schedule = None
+    write(loaded.bundle(), file)
+    assert AdapterSet.load(model, read(file, model)).schedule is None
+
+    network = create_lycoris(model, 1.0, linear_dim=4, linear_alpha=4, algo="tlora", tlora_min_rank=2)
+    network.save_weights(str(file), None, {"ss_network_dim": "4"})
+    again, _ = create_lycoris_from_weights(1.0, file, model)
+    assert again.adapters.schedule is not None
+    assert again.adapters.schedule == network.adapters.schedule
+
+
+def test_a_schedule_in_a_header_that_is_none(tmp_path: Path) -> None:
+    model, file = nn.Sequential(nn.Linear(8, 8)), tmp_path / "a.safetensors"
+    adapters = AdapterSet.build(model, plan(model, Rule(TLoRA(rank=4))))
+    for value in ("{", "[]", '{"max_rank": 4}', '{"max_rank": "x", "min_rank": 1, "alpha": 1, "steps": 9}'):
+        write(adapters.bundle(), file, metadata={"lycoris_schedule": value})
+        with pytest.raises(FileError, match="lycoris_schedule is no schedule of ranks"):
+            AdapterSet.load(model, read(file, model))

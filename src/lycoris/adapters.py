@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, saving, sharding, watching
+from lycoris import attach, bases, filling, fingerprint, freezing, merging, paths, saving, schedule, sharding, watching
 from lycoris.adapter import Adapter
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import AttachError
@@ -286,7 +286,10 @@ class AdapterSet(Steering):
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
         base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
-        return Bundle(filling.entries(self.stacks), dict(self.metadata), base)
+        metadata = {key: value for key, value in self.metadata.items() if key != schedule.KEY}
+        if self.schedule is not None and self.rank_masked:
+            metadata[schedule.KEY] = str(self.schedule)
+        return Bundle(filling.entries(self.stacks), metadata, base)
 
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute

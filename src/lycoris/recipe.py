@@ -35,7 +35,7 @@ from lycoris.options import (
 )
 from lycoris.planning import USUAL, Plan, Remark, around, block_classes, check_something_left, place, servable
 from lycoris.preset import LAYER_CLASSES, Preset, with_named
-from lycoris.schedule import RankSchedule
+from lycoris.schedule import RankSchedule, in_header
 
 logger = logging.getLogger("LyCORIS")
 
@@ -239,7 +239,9 @@ class Recipe:
 
 
 def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
-    """The rank schedule that a file's header describes in its `lycoris_config`, or None."""
+    """The rank schedule in a file's header, by itself or in its `lycoris_config`, or None."""
+    if (found := in_header(metadata)) is not None:
+        return found
     text = metadata.get("lycoris_config", "{}")
     try:
         config = json_object(text)

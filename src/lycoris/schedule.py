@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lycoris.errors import ConfigError
+from lycoris.errors import ConfigError, FileError
+from lycoris.jsons import json_object
 
 Unit = Literal["steps", "fraction", "reversed", "reversed steps"]
 
@@ -46,6 +48,9 @@ fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. LongCatAudioDiT and Moc
 with `invert_sigmas`, whose own timesteps run from 0 (noise) to T (clean).
 """
 
+KEY = "lycoris_schedule"
+"""Header key under which a file has the schedule that its adapters were trained with."""
+
 WITHOUT_SCHEDULE = (
     "every rank will count at every step, which the training never showed the model and which tends to burn images. "
     "Set `schedule` (or, on a pipeline, `_tlora_config`) and the ranks that should be off are left out at each step."
@@ -76,6 +81,10 @@ class RankSchedule:
         if self.steps < 1:
             raise ConfigError(f"the number of training timesteps must be positive, not {self.steps}")
 
+    def __str__(self) -> str:
+        """As it is in a file's header."""
+        return json.dumps(asdict(self))
+
     def rank(self, t: float) -> int:
         """Active ranks at timestep t."""
         clean = (self.steps - min(max(float(t), 0.0), self.steps)) / self.steps
@@ -86,6 +95,17 @@ class RankSchedule:
         values = torch.as_tensor(timesteps).reshape(-1).tolist()
         ranks = torch.tensor([self.rank(t) for t in values]).unsqueeze(1)
         return (torch.arange(self.max_rank) < ranks).float()
+
+
+def in_header(header: Mapping[str, str]) -> RankSchedule | None:
+    """The schedule under `KEY` of a file's header. Raises `FileError` for one that is none."""
+    if KEY not in header:
+        return None
+    try:
+        found = json_object(header[KEY])
+        return RankSchedule(**{name: found[name] for name in ("max_rank", "min_rank", "alpha", "steps")})
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f"the header's {KEY} is no schedule of ranks: {header[KEY]:.80}: {error}") from error
 
 
 def one_if_equal(keep: Tensor) -> Tensor:

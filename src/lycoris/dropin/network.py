@@ -117,12 +117,16 @@ class LycorisNetwork(Assignable, ClassPreset):
     @property
     def adapters(self) -> AdapterSet:
         """The native set; of several models, that of the denoiser."""
-        return next((part.adapters for part in self.parts if not part.text), self.parts[0].adapters)
+        return self._denoiser.adapters
 
     @property
     def prefix(self) -> str:
         """What the names in the file start with; of several models, those of the denoiser."""
-        return next((part.prefix for part in self.parts if not part.text), self.parts[0].prefix)
+        return self._denoiser.prefix
+
+    @property
+    def _denoiser(self) -> Part:
+        return next((part for part in self.parts if not part.text), self.parts[0])
 
     @property
     def multiplier(self) -> float:
@@ -336,7 +340,7 @@ class LycorisNetwork(Assignable, ClassPreset):
             bundles,
             file,
             dtype=dtype,
-            metadata={**files.kept(self.adapters.metadata), **(metadata or {})},
+            metadata={**files.kept(bundles[self._name(self._denoiser)].metadata), **(metadata or {})},
             prefix={self._name(part): part.prefix for part in self.parts},
             family=None if family is None else family.name,
             describe=self._describe,
