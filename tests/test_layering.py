@@ -9,12 +9,12 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "geometry"},
+    {"errors", "remarks", "jsons", "finite", "ops", "geometry"},
     {"algorithm", "additive"},
     {"algorithms"},
     {"sharding", "recall", "bases", "adapter", "attach", "merging"},
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "strengths", "filling", "adapters"},
+    {"preset", "options", "recipe", "fitting", "strengths", "filling", "adapters"},
     {"explain", "memory", "outline"},
     {"files"},
     {"generation", "training"},

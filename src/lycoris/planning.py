@@ -8,32 +8,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
-from typing_extensions import Self
 
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.geometry import Geometry, Kind, sites
+from lycoris.remarks import Remark
 
 SHOWN = 3
 USUAL = ("linear", "conv")
 """Kinds of layers that get adapters where nothing else is said."""
-
-RemarkKind = Literal["note", "unknown", "unmatched"]
-
-
-class Remark(str):
-    """Something that the user should know, as text with a kind."""
-
-    kind: RemarkKind
-
-    def __new__(cls, text: str, kind: RemarkKind = "note") -> Self:
-        made = super().__new__(cls, text)
-        made.kind = kind
-        return made
-
+Unserved = Literal["error", "skip"]
+"""What becomes of a layer that its algorithm cannot serve: an error, or the layer gets nothing and the plan says so."""
 
 Choose = Callable[[str, nn.Module, Sequence[nn.Module], Geometry], "tuple[Algorithm, ...] | None"]
 """(path, layer, modules around it from the nearest out, geometry) → algorithms, lowest first; None: leave it alone."""
@@ -102,6 +90,13 @@ class Placement:
         return sum(math.prod(self.geometry.stacked(slot.shape)) for slot in slots if slot.trainable)
 
 
+class LeftOut(NamedTuple):
+    """A layer that was to get an adapter, and why it gets none."""
+
+    path: str
+    why: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which layers get which algorithms. A value: print it, compare it, hand it to `AdapterSet`."""
@@ -111,6 +106,8 @@ class Plan:
     """Paths of linear layers and convolutions that get none."""
     remarks: tuple[Remark, ...] = field(default=())
     """What the user should know: options without effect or unknown, targets that no layer matches."""
+    unserved: tuple[LeftOut, ...] = ()
+    """Layers that were to get an algorithm which cannot serve them, and get nothing, as `unserved="skip"` asks."""
 
     @property
     def parameters(self) -> int:
@@ -129,15 +126,19 @@ class Plan:
         lines += [
             f"  {count:5d} {kind:9s} {sizes[use, kind]:>12,}  {use}" for (use, kind), count in groups.most_common()
         ]
+        if self.unserved:
+            lines.append(f"  {len(self.unserved)} of those cannot be served by what they were to get:")
+            lines += [f"    {where}" for where in _some_left_out(self.unserved)]
         return "\n".join(lines + [f"  note: {remark}" for remark in self.remarks])
 
 
-def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True) -> Plan:
+def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True, unserved: Unserved = "error") -> Plan:
     """Match rules to the layers of a model; for each layer the first rule that matches wins.
 
     Raises `PlanError` for a rule that no layer falls to, naming near misses, for an algorithm that cannot serve a
-    layer it was given and, when `strict`, for settings that ask for more than a layer can use, such as a rank above
-    what its weight can have; otherwise those become remarks.
+    layer it was given (with `unserved="skip"` only if that leaves no layer; else such layers get nothing and
+    `Plan.unserved` lists them) and, when `strict`, for settings that ask for more than a layer can use, such as a rank
+    above what its weight can have; otherwise those become remarks.
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Sequence) else rules
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
@@ -154,20 +155,30 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True)
                 return rule.algorithms()
         return None
 
-    made = place(model, choose, strict=strict)
+    made = place(model, choose, strict=strict, unserved=unserved)
     for at, rule in enumerate(rules):
         if not used[at]:
             raise PlanError(f"{rule} applies to no layer: {_why(model, rule)}")
     return made
 
 
-def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, strict: bool = False) -> Plan:
+def place(
+    model: nn.Module,
+    choose: Choose,
+    remarks: Sequence[Remark] = (),
+    *,
+    strict: bool = False,
+    unserved: Unserved = "error",
+) -> Plan:
     """A plan from a function that decides layer by layer; a layer that appears twice is decided once.
 
-    Raises `PlanError` when an algorithm cannot serve a layer and, when `strict`, when its settings are wasted on one.
+    Raises `PlanError` when an algorithm cannot serve a layer, unless `unserved` is "skip" and others can be served, and
+    when `strict`, when its settings are wasted on one.
     """
+    if unserved not in get_args(Unserved):
+        raise ConfigError(unknown("value of unserved", str(unserved), get_args(Unserved)))
     modules = dict(model.named_modules())
-    placements, skipped, wasted = [], [], []
+    placements, skipped, wasted, left_out = [], [], [], list[LeftOut]()
     for path, layer, _, geometry in sites(model):
         above = [modules[name] for name in _above(path) if name in modules]
         algorithms = choose(path, layer, above, geometry)
@@ -175,17 +186,35 @@ def place(model: nn.Module, choose: Choose, remarks: Sequence[Remark] = (), *, s
             skipped += [path] if geometry.kind in USUAL else []
             continue
         where = f"{path or 'the model itself'}, {geometry}"
-        for algorithm in algorithms:
-            try:
-                algorithm.check(geometry)
-            except ConfigError as error:
-                raise PlanError(f"{where}: {error}") from error
-            waste = algorithm.waste(geometry)
-            if waste and strict:
-                raise PlanError(f"{where}: {waste}")
-            wasted += [Remark(f"{where}: {waste}")] if waste else []
+        if why := _refusal(algorithms, geometry):
+            if unserved == "error":
+                raise PlanError(f'{where}: {why}. unserved="skip" leaves such layers out')
+            left_out.append(LeftOut(path, f"{geometry}: {why}"))
+            skipped += [path] if geometry.kind in USUAL else []
+            continue
+        waste = [each for algorithm in algorithms if (each := algorithm.waste(geometry))]
+        if waste and strict:
+            raise PlanError(f"{where}: {waste[0]}")
+        wasted += [Remark(f"{where}: {each}") for each in waste]
         placements.append(Placement(path, geometry, algorithms))
-    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(wasted)))
+    if left_out and not placements:
+        raise PlanError("\n".join([f"none of {len(left_out)} layers can be served:", *_some_left_out(left_out)]))
+    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(wasted)), tuple(left_out))
+
+
+def _refusal(algorithms: Sequence[Algorithm], geometry: Geometry) -> str:
+    """Why one of these cannot serve a layer; "" when all can."""
+    try:
+        for algorithm in algorithms:
+            algorithm.check(geometry)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _some_left_out(layers: Sequence[LeftOut]) -> list[str]:
+    shown = [f"{path or 'the model itself'}, {why}" for path, why in layers[:SHOWN]]
+    return [*shown, f"and {len(layers) - SHOWN} more"] if len(layers) > SHOWN else shown
 
 
 def _shortened(remarks: list[Remark]) -> list[Remark]:

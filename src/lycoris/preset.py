@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lycoris.errors import ConfigError, unknown
-from lycoris.planning import Remark
+from lycoris.remarks import Remark
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Options = Mapping[str, Any]
 
@@ -38,7 +39,7 @@ class Preset:
     enable_conv: bool = True
     """Whether convolutions with a real kernel get adapters; 1x1 ones count as linear."""
     target_module: tuple[str, ...] = LAYER_CLASSES
-    """Class names: of a layer itself, or of a module all of whose layers are meant."""
+    """Class names: of a layer itself, or of a module all of whose layers are meant. `*` and `?` are wildcards."""
     target_name: tuple[str, ...] = ()
     """Patterns for dotted layer paths."""
     module_algo_map: Mapping[str, Options] = field(default_factory=dict)
@@ -92,10 +93,11 @@ class Preset:
         return self._first(self.exclude_name, path) is not None
 
     def _by_class(self, classes: Sequence[str]) -> Options | None:
-        mapped = next((name for name in classes if name in self.module_algo_map), None)
+        found = (_class_in(self.module_algo_map, name) for name in classes)
+        mapped = next((target for target in found if target is not None), None)
         if mapped is not None:
             return self.module_algo_map[mapped]
-        return {} if any(name in self.target_module for name in classes) else None
+        return {} if any(_class_in(self.target_module, name) is not None for name in classes) else None
 
     def _first(self, patterns: Sequence[str], path: str) -> str | None:
         if path in patterns:
@@ -137,6 +139,16 @@ def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: lis
     if "enable_conv" in given:
         return preset
     return replace(preset, enable_conv=on)
+
+
+def names_class(target: str, name: str) -> bool:
+    """Whether a target, which may have wildcards, means the class of a name."""
+    return target == name or fnmatch.fnmatchcase(name, target)
+
+
+def _class_in(targets: Collection[str], name: str) -> str | None:
+    """The target that means a class: its very name before a wildcard."""
+    return name if name in targets else next((target for target in targets if names_class(target, name)), None)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

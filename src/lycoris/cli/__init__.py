@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from lycoris import __version__
 from lycoris.cli.convert import check, convert
 from lycoris.cli.demo import demo
 from lycoris.cli.plan import plan
@@ -16,7 +16,6 @@ app = typer.Typer(
     name="lycoris",
     help="Train and use LyCORIS adapters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(train)
@@ -33,7 +32,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(version("lycoris-lora"))
+        print(__version__)
         raise typer.Exit
 
 

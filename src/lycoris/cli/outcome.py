@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +19,23 @@ if TYPE_CHECKING:
     from lycoris.training.trainer import Outcome
 
 FAILED, INTERRUPTED = 2, 130
+NOISY = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
+"""Loggers of libraries that warn as they are imported, of things that a user of these commands did not ask for."""
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the stack trace of an error, and what other libraries warn of.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
 
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through."""
+    """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through.
+
+    Without it other libraries say nothing but errors.
+    """
+    if not debug:
+        _silence_libraries()
     try:
         yield
     except LycorisError as error:
@@ -40,3 +56,28 @@ def end(outcome: Outcome, command: str) -> None:
         print(f"interrupted; saved {outcome.checkpoint} and {outcome.adapter}", file=sys.stderr)
         print(f"go on with: {command} --resume latest", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, through whatever links."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _silence_libraries() -> None:
+    # Two of them set the level of their logger themselves, when they are imported, from these.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        # Torch sets levels when it is imported; a filter stays.
+        logger.addFilter(_is_error)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"lycoris(\..*)?$")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

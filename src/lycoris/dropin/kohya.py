@@ -20,9 +20,9 @@ from lycoris.dropin.network import Part, resolve
 from lycoris.dropin.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional, unknown_options
-from lycoris.planning import Remark
 from lycoris.preset import LAYER_CLASSES, Preset
 from lycoris.recipe import Recipe, schedule_in
+from lycoris.remarks import Remark
 
 logger = logging.getLogger("LyCORIS")
 

@@ -60,7 +60,7 @@ class AlgoSpec:
 
 def list_algorithms() -> tuple[AlgoSpec, ...]:
     """All algorithms of configs."""
-    return tuple(_spec(name, cls) for name, cls in ALGORITHMS)
+    return tuple(_spec(name, algorithm_class(name)) for name, _ in ALGORITHMS)
 
 
 def describe_algo(name: str) -> AlgoSpec:

@@ -29,6 +29,7 @@ from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
 from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.files.storage import plain, save_tensors
+from lycoris.files.target import check_target
 from lycoris.ops.rounding import widened
 from lycoris.report import some
 
@@ -102,13 +103,16 @@ def write(
     model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
     family: str | None = None,
     describe: Callable[[Mapping[str, Tensor], Mapping[str, str]], Mapping[str, str]] | None = None,
+    overwrite: bool = True,
 ) -> Encoded:
     """Write an adapter file, whole or not at all; returns what it holds. See `compose`.
 
     `dtype` is that of the stored tensors (None: as they are); `alpha` stays float32, since half precision would round
     or overflow it. `metadata` goes into the header beside the bundle's own, and so does what `describe` makes of the
-    tensors as they are stored and of the rest of the header.
+    tensors as they are stored and of the rest of the header. A file that exists is replaced, as trainers count on, or
+    with `overwrite=False` a `FileError`.
     """
+    check_target(path, overwrite=overwrite)
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
     made = stored(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
