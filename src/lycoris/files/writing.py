@@ -17,7 +17,7 @@ from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, TLoRA, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
-from lycoris.files import history, placing
+from lycoris.files import described, history, placing
 from lycoris.files.components import FAMILY, family_of, prefix_of
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
@@ -33,7 +33,10 @@ from lycoris.files.target import check_target
 from lycoris.ops.rounding import widened
 from lycoris.report import some
 
-STALE = (LORA_METADATA, history.SCALES, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+STALE = (
+    *(LORA_METADATA, history.SCALES, described.KEY),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+)
 """Header keys that describe the tensors of the file that was read."""
 
 
@@ -195,6 +198,8 @@ def _header(
         told[FAMILY] = family.name
     if main is not None and main.base is not None:
         told[fingerprint.KEY] = str(fingerprint.of_layers(*main.base))
+        layers = described.describe(main.base)
+        told |= {} if layers is None else {described.KEY: layers}
     return told
 
 
