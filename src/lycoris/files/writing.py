@@ -28,7 +28,7 @@ from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
 from lycoris.files.spelling import MAGNITUDE_VECTOR
-from lycoris.files.storage import plain, save_tensors
+from lycoris.files.storage import fitting, plain, save_tensors
 from lycoris.files.target import check_target
 from lycoris.ops.rounding import widened
 from lycoris.report import some
@@ -119,10 +119,17 @@ def write(
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
     made = stored(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
+    made = made._replace(header=_with_room(made, path))
     if describe is not None:
         made.header.update(describe(plain(made.tensors), made.header))
     save_tensors(made.tensors, path, made.header)
     return made
+
+
+def _with_room(made: Encoded, path: str | os.PathLike[str]) -> dict[str, str]:
+    """What of a header there is room for; anything else than text is left for `save_tensors` to refuse."""
+    plain_text = all(isinstance(key, str) and isinstance(value, str) for key, value in made.header.items())
+    return fitting(made.header, made.tensors, path) if plain_text else made.header
 
 
 def stored(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[str, str]) -> Encoded:
