@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from lycoris import __version__
 from lycoris.cli.convert import check, convert
 from lycoris.cli.demo import demo
+from lycoris.cli.outcome import DEBUG, silence_libraries
 from lycoris.cli.plan import plan
 from lycoris.cli.train import train
 
@@ -27,6 +29,8 @@ app.command()(check)
 
 def main() -> None:
     """The program `lycoris`."""
+    if DEBUG not in sys.argv:
+        silence_libraries()
     app()
 
 

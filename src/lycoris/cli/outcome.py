@@ -19,23 +19,17 @@ if TYPE_CHECKING:
     from lycoris.training.trainer import Outcome
 
 FAILED, INTERRUPTED = 2, 130
+DEBUG = "--debug"
 NOISY = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
 """Loggers of libraries that warn as they are imported, of things that a user of these commands did not ask for."""
 
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show the stack trace of an error, and what other libraries warn of.")
-]
+Debug = Annotated[bool, typer.Option(DEBUG, help="Show the stack trace of an error, and what other libraries warn of.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
 
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through.
-
-    Without it other libraries say nothing but errors.
-    """
-    if not debug:
-        _silence_libraries()
+    """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through."""
     try:
         yield
     except LycorisError as error:
@@ -66,7 +60,8 @@ def same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
+    """Let other libraries say nothing but errors, in this whole process: for the program, not for who imports it."""
     # Two of them set the level of their logger themselves, when they are imported, from these.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
