@@ -82,6 +82,7 @@ def test_what_is_no_text_file(tmp_path: Path) -> None:
 def test_no_text_is_read_or_written_in_the_systems_own_encoding() -> None:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in ("read_text", "write_text"):
-                    assert "encoding" in {each.arg for each in node.keywords}, f"{path}:{node.lineno}"
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr in ("read_text", "write_text"):
+                assert "encoding" in {each.arg for each in node.keywords}, f"{path}:{node.lineno}"

@@ -359,14 +359,14 @@ def test_a_class_by_its_own_name_comes_before_a_wildcard() -> None:
 
 
 def test_narrow_lists_of_paths_are_not_warned_about() -> None:
-    preset = {"target_module": ["FeedForward"], "target_name": [r"blocks\\.0\\."]}
+    preset = {"target_module": ["FeedForward"], "target_name": [r"blocks\.0\."]}
     assert not Recipe.parse({"apply_preset": preset}).plan(Renamed()).remarks
 
 
 def test_a_config_may_leave_out_what_cannot_be_served() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 7))
     given = {"algo": "diag-oft", "linear_dim": 4}
-    with pytest.raises(PlanError, match="^1, "):
+    with pytest.raises(PlanError, match=r"^1, "):
         Recipe.parse(given).plan(model)
     made = Recipe.parse({**given, "unserved": "skip"}).plan(model)
     assert [each.path for each in made.unserved] == ["1"]
