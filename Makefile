@@ -6,7 +6,7 @@ RUN := .venv/.installed-run
 STAMP := .venv/.installed-dev
 
 demo: $(RUN)
-	$(BIN)/lycoris demo
+	$(BIN)/lycoris demo --force
 
 # One worker for each core, and so one thread for each worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "jsons", "finite", "ops", "paths", "batch_layout", "geometry", "seen", "ties"},
+    {"errors", "remarks", "jsons", "finite", "ops", "paths", "batch_layout", "geometry", "seen", "ties"},
     {"algorithm", "additive"},
     {"algorithms"},
     {
@@ -17,7 +17,7 @@ ORDER = (
         *("watching", "checked", "restoring", "merging"),
     },
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
-    {"preset", "options", "recipe", "strengths", "filling", "steering", "saving", "adapters"},
+    {"preset", "options", "recipe", "fitting", "strengths", "filling", "steering", "saving", "adapters"},
     {"explain", "memory", "outline", "verification"},
     {"files"},
     {"generation", "training", "checkpoints"},

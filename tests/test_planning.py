@@ -288,3 +288,29 @@ def test_fused_attention_and_experts_are_adapted() -> None:
     adapters.detach()
     assert torch.equal(model(x, x, x)[0], before)
     assert type(model) is nn.MultiheadAttention
+
+
+def test_what_an_algorithm_cannot_serve_may_be_left_out_and_is_listed(model: Model) -> None:
+    rules = Rule(OFT(block_size=3))
+    odd = nn.ModuleDict({"good": nn.Linear(8, 9), "bad": nn.Linear(8, 8), "worse": nn.Linear(8, 4)})
+    with pytest.raises(PlanError, match=r'^bad, .*unserved="skip" leaves such layers out'):
+        plan(odd, rules)
+    made = plan(odd, rules, unserved="skip")
+    assert [each.path for each in made.placements] == ["good"]
+    assert [each.path for each in made.unserved] == ["bad", "worse"]
+    assert all("block_size" in each.why for each in made.unserved)
+    assert made.skipped == ("bad", "worse")
+    assert "2 of those cannot be served by what they were to get:\n    bad, " in str(made)
+    AdapterSet.build(odd, made).attach()
+
+
+def test_leaving_out_everything_is_an_error(model: Model) -> None:
+    with pytest.raises(PlanError, match="none of 7 layers can be served"):
+        plan(model, Rule(OFT(block_size=3)), unserved="skip")
+    with pytest.raises(ConfigError, match="unknown value of unserved 'skp'; did you mean 'skip'"):
+        plan(model, Rule(LoRA(rank=2)), unserved="skp")  # type: ignore[arg-type]
+
+
+def test_leaving_out_does_not_hide_waste(model: Model) -> None:
+    with pytest.raises(PlanError, match="rank"):
+        plan(model, Rule(LoRA(rank=100)), unserved="skip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import lycoris
 
@@ -63,15 +64,40 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_importing_it_brings_nothing_heavy() -> None:
-    code = f"import sys, lycoris; print([name for name in {HEAVY} if name in sys.modules])"
+    code = (
+        "import sys, lycoris; [getattr(lycoris, name) for name in lycoris.__all__]; "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 
 def test_importing_it_leaves_the_interfaces_of_old_clients_aside() -> None:
     code = (
-        "import sys, lycoris; print([name for name in sys.modules if name.startswith('lycoris.') and 'kohya' in name])"
+        "import sys, lycoris; [getattr(lycoris, name) for name in lycoris.__all__]; "
+        "print([name for name in sys.modules if name.startswith('lycoris.') and 'kohya' in name])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # The file dialect of that name is one of the formats that are always there.
     assert found.stdout.strip() == "['lycoris.files.dialects.kohya']"
+
+
+def test_importing_it_does_not_import_torch_and_a_name_wins_over_its_module() -> None:
+    code = (
+        "import sys, lycoris; assert 'torch' not in sys.modules, 'torch'\n"
+        "import lycoris.explain\n"
+        "from lycoris.explain import Explanation\n"
+        "from lycoris import explain\n"
+        "assert callable(explain) and lycoris.explain is explain\n"
+        "from lycoris import *\n"
+        "import pickle; assert pickle.loads(pickle.dumps(LoRA(rank=2))) == LoRA(rank=2)\n"
+        "assert set(lycoris.__all__) <= set(dir(lycoris)); assert lycoris.files.DIALECTS\n"
+        "assert not hasattr(lycoris, 'nonsense')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{lycoris.__version__}"' in text

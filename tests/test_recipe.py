@@ -307,3 +307,68 @@ def test_any_json_is_read_or_refused_with_a_lesson(config: dict[str, Any]) -> No
     # Any other exception fails the test.
     with contextlib.suppress(ConfigError, PlanError):
         assert Recipe.parse(config).plan(model).placements
+
+
+class FluxAttention(Attention):
+    pass
+
+
+class Renamed(nn.Module):
+    """Attention under another name, and a little of what the targets do mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FluxAttention() for _ in range(4))
+        self.ff = nn.ModuleDict({"FeedForward": nn.Linear(8, 8)})
+        self.plain = FeedForward()
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 8)
+
+
+def targets(*names: str) -> dict[str, Any]:
+    return {"algo": "lora", "apply_preset": {"target_module": [*names]}}
+
+
+def test_a_target_that_was_renamed_is_named_and_few_layers_are_warned_about() -> None:
+    made = Recipe.parse(targets("Attention", "FeedForward")).plan(Renamed())
+    assert [each.path for each in made.placements] == ["plain.net"]
+    told = [each for each in made.remarks if each.kind == "unmatched"]
+    assert told[0].startswith("'Attention' matches no layer of Renamed")
+    assert told[0].endswith("did you mean 'FluxAttention'?")
+    assert "reach 1 of 10 layers" in told[1]
+    assert "FluxAttention (8)" in told[1]
+    assert len(told) == 2
+
+
+def test_targets_may_have_wildcards_and_mean_what_they_meant_without() -> None:
+    made = Recipe.parse(targets("*Attention", "FeedForward")).plan(Renamed())
+    assert len(made.placements) == 9
+    assert not made.remarks
+    with pytest.raises(PlanError, match="Did you mean FluxAttention"):
+        Recipe.parse(targets("Attention")).plan(Renamed())
+
+
+def test_a_class_by_its_own_name_comes_before_a_wildcard() -> None:
+    maps = {"*Attention": {"dim": 1}, "FluxAttention": {"dim": 2}}
+    made = Recipe.parse({"apply_preset": {"target_module": [], "module_algo_map": maps}}).plan(Renamed())
+    assert {each.algorithms[0].rank for each in made.placements} == {2}
+
+
+def test_narrow_lists_of_paths_are_not_warned_about() -> None:
+    preset = {"target_module": ["FeedForward"], "target_name": [r"blocks\.0\."]}
+    assert not Recipe.parse({"apply_preset": preset}).plan(Renamed()).remarks
+
+
+def test_a_config_may_leave_out_what_cannot_be_served() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 7))
+    given = {"algo": "diag-oft", "linear_dim": 4}
+    with pytest.raises(PlanError, match=r"^1, "):
+        Recipe.parse(given).plan(model)
+    made = Recipe.parse({**given, "unserved": "skip"}).plan(model)
+    assert [each.path for each in made.unserved] == ["1"]
+    with pytest.raises(ConfigError, match="did you mean 'skip'"):
+        Recipe.parse({**given, "unserved": "skp"})

@@ -27,8 +27,11 @@ def main() -> None:
     pipe.save_pretrained(args.out)
     for config in args.out.rglob("*.json"):
         content = json.loads(config.read_text())
-        if content.pop("_name_or_path", None) is not None:
-            config.write_text(json.dumps(content, indent=2) + "\n")
+        # Diffusers loads its parts in float32 whatever the files are in; transformers takes what the config says.
+        shipped = {key: "float32" if key == "dtype" else value for key, value in content.items()}
+        shipped.pop("_name_or_path", None)
+        if shipped != content:
+            config.write_text(json.dumps(shipped, indent=2) + "\n")
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {size / 1e6:.2f} MB")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lycoris.algorithm import Algorithm
-from lycoris.algorithms import BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
 from lycoris.errors import ConfigError, unknown
-from lycoris.planning import Remark
+from lycoris.remarks import Remark
+
+if TYPE_CHECKING:
+    from lycoris.algorithm import Algorithm
 
 
 class Option(NamedTuple):
@@ -22,20 +23,20 @@ class Option(NamedTuple):
     """False: known to some mode that is not built yet; only a value that leaves it off is accepted."""
 
 
-ALGORITHMS: tuple[tuple[str, type[Algorithm]], ...] = (
-    ("lora", LoRA),
-    ("locon", LoRA),
-    ("loha", LoHa),
-    ("lokr", LoKr),
-    ("full", Full),
-    ("tlora", TLoRA),
-    ("dylora", DyLoRA),
-    ("glora", GLoRA),
-    ("diag-oft", OFT),
-    ("boft", BOFT),
-    ("ia3", IA3),
+ALGORITHMS: tuple[tuple[str, str], ...] = (
+    ("lora", "LoRA"),
+    ("locon", "LoRA"),
+    ("loha", "LoHa"),
+    ("lokr", "LoKr"),
+    ("full", "Full"),
+    ("tlora", "TLoRA"),
+    ("dylora", "DyLoRA"),
+    ("glora", "GLoRA"),
+    ("diag-oft", "OFT"),
+    ("boft", "BOFT"),
+    ("ia3", "IA3"),
 )
-"""Names in configs."""
+"""Names in configs, and the classes, which are not imported before one is used: a config is checked without torch."""
 
 RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
 FACTORED = ("lora", "locon", "loha", "lokr")
@@ -88,7 +89,7 @@ UNUSED_SIZES: Mapping[str, tuple[str, ...]] = {
 }
 """Sizes that say nothing to an algorithm."""
 
-TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset")
+TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset", "unserved")
 OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
 
 
@@ -103,11 +104,20 @@ def unknown_option(name: str, where: str) -> Remark:
     return Remark(f"{text}{where}; it was ignored", "unknown")
 
 
-def algorithm_class(name: str) -> type[Algorithm]:
+def check_algorithm(name: str) -> None:
+    """Raise `ConfigError` for a name that no algorithm has."""
     known = dict(ALGORITHMS)
     if name not in known:
         raise ConfigError(unknown("algorithm", name, known))
-    return known[name]
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The algorithm of a name in configs. Raises `ConfigError` for an unknown one."""
+    from lycoris import algorithms
+
+    check_algorithm(name)
+    found: type[Algorithm] = getattr(algorithms, dict(ALGORITHMS)[name])
+    return found
 
 
 def parse_options(

@@ -67,7 +67,7 @@ def told(name: str) -> Outline:
     """The outline of a well-known model. Raises as `known` does."""
     if name not in names():
         raise ConfigError(unknown("model", name, names()))
-    return json.loads((_folder() / f"{name}.json").read_text())["outline"]
+    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
 
 
 def places(told: Outline) -> Iterator[tuple[str, Geometry]]:

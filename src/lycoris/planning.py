@@ -8,15 +8,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
-from typing_extensions import Self
 
 from lycoris import paths
 from lycoris.algorithm import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.geometry import Geometry, Kind, Site, sites
+from lycoris.remarks import Remark
 from lycoris.ties import owners, spells_out, tied_to
 
 SHOWN = 3
@@ -26,19 +26,8 @@ USUAL = ("linear", "conv")
 TIED = "left out, as merging would part them; name the layer to adapt it all the same"
 TIED_NAMED = "adapted, as it was named; a merge will be refused unless it may untie them"
 
-RemarkKind = Literal["note", "unknown", "unmatched", "tied"]
-
-
-class Remark(str):
-    """Something that the user should know, as text with a kind."""
-
-    kind: RemarkKind
-
-    def __new__(cls, text: str, kind: RemarkKind = "note") -> Self:
-        made = super().__new__(cls, text)
-        made.kind = kind
-        return made
-
+Unserved = Literal["error", "skip"]
+"""What becomes of a layer that its algorithm cannot serve: an error, or the layer gets nothing and the plan says so."""
 
 Choose = Callable[[str, nn.Module, Sequence[nn.Module], Geometry], "tuple[Algorithm, ...] | None"]
 """(path, layer, modules around it from the nearest out, geometry) → algorithms, lowest first; None: leave it alone."""
@@ -116,6 +105,13 @@ class Placement:
         return sum(math.prod(self.geometry.stacked(slot.shape)) for slot in slots if slot.trainable)
 
 
+class LeftOut(NamedTuple):
+    """A layer that was to get an adapter, and why it gets none."""
+
+    path: str
+    why: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which layers get which algorithms. A value: print it, compare it, hand it to `AdapterSet`."""
@@ -125,6 +121,8 @@ class Plan:
     """Paths of linear layers and convolutions that get none."""
     remarks: tuple[Remark, ...] = field(default=())
     """What the user should know: options without effect or unknown, targets that no layer matches."""
+    unserved: tuple[LeftOut, ...] = ()
+    """Layers that were to get an algorithm which cannot serve them, and get nothing, as `unserved="skip"` asks."""
 
     @property
     def parameters(self) -> int:
@@ -143,15 +141,19 @@ class Plan:
         lines += [
             f"  {count:5d} {kind:9s} {sizes[use, kind]:>12,}  {use}" for (use, kind), count in groups.most_common()
         ]
+        if self.unserved:
+            lines.append(f"  {len(self.unserved)} of those cannot be served by what they were to get:")
+            lines += [f"    {where}" for where in _some_left_out(self.unserved)]
         return "\n".join(lines + [f"  note: {remark}" for remark in self.remarks])
 
 
-def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True) -> Plan:
+def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True, unserved: Unserved = "error") -> Plan:
     """Match rules to the layers of a model; for each layer the first rule that matches wins.
 
     Raises `PlanError` for a rule that no layer falls to, naming near misses, for an algorithm that cannot serve a
-    layer it was given and, when `strict`, for settings that ask for more than a layer can use, such as a rank above
-    what its weight can have; otherwise those become remarks.
+    layer it was given (with `unserved="skip"` only if that leaves no layer; else such layers get nothing and
+    `Plan.unserved` lists them) and, when `strict`, for settings that ask for more than a layer can use, such as a rank
+    above what its weight can have; otherwise those become remarks.
 
     Layers that share a parameter with another module, as output layers do with embeddings, are left out with a remark
     unless a rule's `path` names the layer, or its `kind` an uncommon kind such as "embedding".
@@ -173,7 +175,7 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True)
                 return rule.algorithms()
         return None
 
-    made = place(model, choose, strict=strict, names=lambda place: chosen[place.path].names(place))
+    made = place(model, choose, strict=strict, names=lambda place: chosen[place.path].names(place), unserved=unserved)
     for at, rule in enumerate(rules):
         if not used[at]:
             raise PlanError(f"{rule} applies to no layer: {_why(model, rule)}")
@@ -195,16 +197,20 @@ def place(
     *,
     strict: bool = False,
     names: Names = lambda place: False,
+    unserved: Unserved = "error",
 ) -> Plan:
     """A plan from a function that decides layer by layer; a layer that appears twice is decided once.
 
     A layer that shares a parameter with another module is left out, with a remark, unless `names` says that it was
     asked for by name: what it does cannot be merged without parting the two.
 
-    Raises `PlanError` when an algorithm cannot serve a layer and, when `strict`, when its settings are wasted on one.
+    Raises `PlanError` when an algorithm cannot serve a layer, unless `unserved` is "skip" and others can be served, and
+    when `strict`, when its settings are wasted on one.
     """
+    if unserved not in get_args(Unserved):
+        raise ConfigError(unknown("value of unserved", str(unserved), get_args(Unserved)))
     modules = dict(paths.named_modules(model))
-    placements, skipped, wasted, tied, shared = [], [], [], [], owners(model)
+    placements, skipped, wasted, tied, shared, left_out = [], [], [], [], owners(model), list[LeftOut]()
     for site in sites(model):
         path, layer, _, geometry = site
         above = [modules[name] for name in _above(path) if name in modules]
@@ -219,17 +225,36 @@ def place(
             if not named:
                 skipped += [path] if geometry.kind in USUAL else []
                 continue
-        for algorithm in algorithms:
-            try:
-                algorithm.check(geometry)
-            except ConfigError as error:
-                raise PlanError(f"{where}: {error}") from error
-            waste = algorithm.waste(geometry)
-            if waste and strict:
-                raise PlanError(f"{where}: {waste}")
-            wasted += [Remark(f"{where}: {waste}")] if waste else []
+        if why := _refusal(algorithms, geometry):
+            if unserved == "error":
+                raise PlanError(f'{where}: {why}. unserved="skip" leaves such layers out')
+            left_out.append(LeftOut(path, f"{geometry}: {why}"))
+            skipped += [path] if geometry.kind in USUAL else []
+            continue
+        waste = [each for algorithm in algorithms if (each := algorithm.waste(geometry))]
+        if waste and strict:
+            raise PlanError(f"{where}: {waste[0]}")
+        wasted += [Remark(f"{where}: {each}") for each in waste]
         placements.append(Placement(path, geometry, algorithms))
-    return Plan(tuple(placements), tuple(skipped), (*remarks, *_shortened(tied), *_shortened(wasted)))
+    if left_out and not placements:
+        raise PlanError("\n".join([f"none of {len(left_out)} layers can be served:", *_some_left_out(left_out)]))
+    told = (*remarks, *_shortened(tied), *_shortened(wasted))
+    return Plan(tuple(placements), tuple(skipped), told, tuple(left_out))
+
+
+def _refusal(algorithms: Sequence[Algorithm], geometry: Geometry) -> str:
+    """Why one of these cannot serve a layer; "" when all can."""
+    try:
+        for algorithm in algorithms:
+            algorithm.check(geometry)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _some_left_out(layers: Sequence[LeftOut]) -> list[str]:
+    shown = [f"{path or 'the model itself'}, {why}" for path, why in layers[:SHOWN]]
+    return [*shown, f"and {len(layers) - SHOWN} more"] if len(layers) > SHOWN else shown
 
 
 def _shortened(remarks: list[Remark]) -> list[Remark]:

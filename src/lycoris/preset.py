@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lycoris.errors import ConfigError, unknown
-from lycoris.geometry import Site
-from lycoris.planning import Remark
-from lycoris.ties import spells_out
+from lycoris.remarks import Remark
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lycoris.geometry import Site
 
 Options = Mapping[str, Any]
 
@@ -40,7 +41,7 @@ class Preset:
     enable_conv: bool = True
     """Whether convolutions with a real kernel get adapters; 1x1 ones count as linear."""
     target_module: tuple[str, ...] = LAYER_CLASSES
-    """Class names: of a layer itself, or of a module all of whose layers are meant."""
+    """Class names: of a layer itself, or of a module all of whose layers are meant. `*` and `?` are wildcards."""
     target_name: tuple[str, ...] = ()
     """Patterns for dotted layer paths."""
     module_algo_map: Mapping[str, Options] = field(default_factory=dict)
@@ -91,6 +92,8 @@ class Preset:
 
     def names(self, place: Site) -> bool:
         """Whether a pattern asks for a layer by the last part of its path, or a target by a class of its own."""
+        from lycoris.ties import spells_out
+
         own = type(place.module).__name__
         patterns = (*self.name_algo_map, *self.target_name)
         by_class = own not in LAYER_CLASSES and own in (*self.module_algo_map, *self.target_module)
@@ -101,10 +104,11 @@ class Preset:
         return self._first(self.exclude_name, path) is not None
 
     def _by_class(self, classes: Sequence[str]) -> Options | None:
-        mapped = next((name for name in classes if name in self.module_algo_map), None)
+        found = (_class_in(self.module_algo_map, name) for name in classes)
+        mapped = next((target for target in found if target is not None), None)
         if mapped is not None:
             return self.module_algo_map[mapped]
-        return {} if any(name in self.target_module for name in classes) else None
+        return {} if any(_class_in(self.target_module, name) is not None for name in classes) else None
 
     def _first(self, patterns: Sequence[str], path: str) -> str | None:
         if path in patterns:
@@ -146,6 +150,16 @@ def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: lis
     if "enable_conv" in given:
         return preset
     return replace(preset, enable_conv=on)
+
+
+def names_class(target: str, name: str) -> bool:
+    """Whether a target, which may have wildcards, means the class of a name."""
+    return target == name or fnmatch.fnmatchcase(name, target)
+
+
+def _class_in(targets: Collection[str], name: str) -> str | None:
+    """The target that means a class: its very name before a wildcard."""
+    return name if name in targets else next((target for target in targets if names_class(target, name)), None)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

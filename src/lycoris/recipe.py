@@ -7,35 +7,33 @@ remarked upon; none is dropped.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
-from lycoris.additive import Additive, Ranked
-from lycoris.algorithm import Algorithm
-from lycoris.algorithms import OFT, DoRA, DyLoRA, Norm
-from lycoris.errors import ConfigError, NothingMeantError, nearest
-from lycoris.geometry import Geometry
+from lycoris.errors import ConfigError, unknown
 from lycoris.jsons import json_object
-from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.options import (
-    OPTIONS,
     OVERRIDE,
     SCHEDULE,
     TOP,
     UNUSED_SIZES,
-    algorithm_class,
+    check_algorithm,
     parse_number,
     parse_optional,
     parse_options,
     parse_rank,
 )
-from lycoris.planning import USUAL, Plan, Remark, around, block_classes, check_something_left, place, servable
-from lycoris.preset import LAYER_CLASSES, Preset, with_named
-from lycoris.schedule import RankSchedule, in_header
+from lycoris.preset import Preset, with_named
+from lycoris.remarks import Remark
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lycoris.algorithm import Algorithm
+    from lycoris.geometry import Geometry
+    from lycoris.planning import Plan
+    from lycoris.schedule import RankSchedule
 
 logger = logging.getLogger("LyCORIS")
 
@@ -54,6 +52,8 @@ class Recipe:
     preset: Preset = field(default_factory=Preset)
     given: Mapping[str, Any] = field(default_factory=dict)
     """The JSON object as it came."""
+    unserved: Literal["error", "skip"] = "error"
+    """What becomes of layers that their algorithm cannot serve; see `lycoris.planning.plan`."""
     remarks: tuple[Remark, ...] = ()
 
     @classmethod
@@ -65,7 +65,7 @@ class Recipe:
         """
         remarks: list[Remark] = []
         algo = str(given.get("algo", "lora")).lower()
-        algorithm_class(algo)
+        check_algorithm(algo)
         wanted = given.get("apply_preset")
         if wanted:
             preset = Preset.parse(wanted)
@@ -77,7 +77,7 @@ class Recipe:
         for where, maps in (("module_algo_map", preset.module_algo_map), ("name_algo_map", preset.name_algo_map)):
             for name, override in maps.items():
                 inner = str(override.get("algo", algo)).lower()
-                algorithm_class(inner)
+                check_algorithm(inner)
                 rest = {k: v for k, v in override.items() if k not in OVERRIDE}
                 own = parse_options(inner, rest, f" in {where}[{name!r}]", strict, remarks)
                 for key in (*SCHEDULE,) if inner == "tlora" else ():
@@ -99,6 +99,7 @@ class Recipe:
             options=options,
             preset=preset,
             given=dict(given),
+            unserved=_unserved(given.get("unserved", "error")),
             remarks=tuple(dict.fromkeys(remarks)),
         )
 
@@ -115,9 +116,12 @@ class Recipe:
         overrides = [{"algo": self.algo}, *self.preset.overrides()]
         masked = [o for o in overrides if str(o.get("algo", self.algo)).lower() == "tlora"]
         shapes = [True, False] if self.preset.enable_conv else [True]
-        ranks = [self._rank_for(pointwise, override) for override in masked for pointwise in shapes]
+        ranks = [self.rank_for(pointwise, override) for override in masked for pointwise in shapes]
         if not ranks:
             return None
+        # With torch, which a config is checked without.
+        from lycoris.schedule import RankSchedule
+
         return RankSchedule(
             max_rank=max(ranks),
             min_rank=int(self.options.get("tlora_min_rank", 1)),
@@ -126,120 +130,35 @@ class Recipe:
 
     def plan(self, model: nn.Module) -> Plan:
         """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
+        from lycoris.fitting import plan
 
-        def choose(
-            path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
-        ) -> tuple[Algorithm, ...] | None:
-            override = self.preset.options_for(path, layer, around)
-            if geometry.kind == "norm":
-                return self._norm(path, override)
-            if override is None or not (geometry.pointwise or self.preset.enable_conv):
-                return None
-            # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
-            return (self.algorithm(geometry, override),) if geometry.kind in ("linear", "conv") else None
-
-        made = place(model, choose, [*self.remarks, *self._unmatched(model)], names=self.preset.names)
-        check_something_left(made)
-        if not made.placements:
-            raise NothingMeantError(self._nothing(model))
-        if self._trains_norms() and not any(each.geometry.kind == "norm" for each in made.placements):
-            told = Remark("train_norm has no effect: no norm with a weight is meant", "unmatched")
-            return replace(made, remarks=(*made.remarks, told))
-        return made
-
-    def _norm(self, path: str, override: Mapping[str, Any] | None) -> tuple[Algorithm, ...] | None:
-        """Default targets mean the norms of any library, named ones just what they name."""
-        if override is None and (self.preset.excludes(path) or self.preset.target_module != LAYER_CLASSES):
-            return None
-        algo = str((override or {}).get("algo", self.algo)).lower()
-        given = {k: v for k, v in (override or {}).items() if k not in OVERRIDE}
-        options = {**self.options, **parse_options(algo, given, "", False, [])}
-        return (Norm(module_dropout=options.get("module_dropout", 0.0)),) if options.get("train_norm") else None
-
-    def _trains_norms(self) -> bool:
-        return any(options.get("train_norm") for options in (self.options, *self.preset.overrides()))
+        return plan(self, model)
 
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
         """The algorithm for a layer of this shape, with a preset's own settings over the general ones."""
-        algo = str(override.get("algo", self.algo)).lower()
-        own = parse_options(algo, {k: v for k, v in override.items() if k not in OVERRIDE}, "", False, [])
-        options = {**self.options, **own}
-        cls = algorithm_class(algo)
-        values = {
-            entry.field: options[name]
-            for name, entry in OPTIONS.items()
-            if entry.field and name in options and algo in entry.algorithms
-        }
-        rank, alpha = self._size(geometry, override)
-        if issubclass(cls, OFT):
-            return cls.from_options(values | {"block_size": self._block_size(algo, geometry, rank)})
-        if not issubclass(cls, Ranked):
-            return cls.from_options(values)
-        if not values.get("rank_dropout"):
-            values.pop("rank_dropout_scale", None)
-        if issubclass(cls, DyLoRA):
-            values.setdefault("block_size", math.gcd(4, rank))
-        made = cls.from_options(values | {"rank": rank, "alpha": alpha})
-        if isinstance(made, Additive) and (options.get("dora_wd") or options.get("weight_decompose")):
-            on_out = options.get("wd_on_output", options.get("wd_on_out", True))
-            return DoRA(over=made, axis="out" if on_out else "in")
-        return made
+        from lycoris.fitting import algorithm
 
-    def _block_size(self, algo: str, geometry: Geometry, wanted: int) -> int:
-        """The size of the blocks that a file trained with this rank has: of two factors of the outputs, the smaller;
-        for a butterfly the largest that is not above the rank. What cannot be is left to the plan to refuse.
-        """
-        if algo == "boft":
-            return max((s for s in butterfly_sizes(geometry.out_features) if s <= wanted), default=max(wanted, 2))
-        small = factorize(geometry.out_features, wanted)[0]
-        return small if small > 1 else max(wanted, 2)
+        return algorithm(self, geometry, override)
 
-    def _size(self, geometry: Geometry, override: Mapping[str, Any]) -> tuple[int, float | None]:
-        """Rank and alpha; alpha 0 or none means the rank, and convolutions fall back on the linear sizes."""
-        alpha, name = self.linear_alpha, "linear_alpha"
-        if not geometry.pointwise:
-            alpha = self.conv_alpha if self.conv_alpha is not None else alpha
-            name = "conv_alpha"
-        alpha = parse_optional(override.get("alpha", override.get(name, alpha)), "alpha", float)
-        return self._rank_for(geometry.pointwise, override), alpha or None
-
-    def _rank_for(self, pointwise: bool, override: Mapping[str, Any]) -> int:
+    def rank_for(self, pointwise: bool, override: Mapping[str, Any]) -> int:
+        """The rank of a layer; convolutions fall back on that of linear layers."""
         own = parse_rank(override.get("dim"), "dim")
         if pointwise:
             return own or parse_rank(override.get("linear_dim"), "linear_dim") or self.linear_dim
         conv = parse_optional(override.get("conv_dim"), "conv_dim", int)
         return int(own or conv or self.conv_dim or self.linear_dim)
 
-    def _unmatched(self, model: nn.Module) -> list[Remark]:
-        """Targets that the user named and that mean no layer which could get an adapter."""
-        conv = self.preset.enable_conv
-        layers = servable(model, (*USUAL, "norm") if self._trains_norms() else USUAL)
-        meant = {path: layer for path, (layer, geometry) in layers.items() if conv or geometry.pointwise}
-        classes = {type(m).__name__ for path, layer in meant.items() for m in (layer, *around(model, path))}
-        named = [name for name in self.preset.target_module if self.preset.target_module != LAYER_CLASSES]
-        missing = [name for name in dict.fromkeys([*named, *self.preset.module_algo_map]) if name not in classes]
-        for pattern in dict.fromkeys((*self.preset.target_name, *self.preset.name_algo_map)):
-            missing += [] if any(self.preset.means(pattern, path) for path in meant) else [pattern]
-        for pattern in dict.fromkeys(self.preset.exclude_name):
-            missing += [] if any(self.preset.means(pattern, path) for path in layers) else [pattern]
-        but = "" if conv else " (convolutions with a real kernel are off)"
-        text = f"matches no layer of {type(model).__name__} that adapters can serve{but}"
-        return [Remark(f"{name!r} {text}", "unmatched") for name in missing]
 
-    def _nothing(self, model: nn.Module) -> str:
-        have = block_classes(model)
-        wanted = [*self.preset.target_module, *self.preset.module_algo_map]
-        wanted += [*self.preset.target_name, *self.preset.name_algo_map]
-        close = sorted({hit for name in wanted for hit in nearest(name, have, limit=1)})
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        return (
-            f"no layer of {type(model).__name__} is meant by the targets {', '.join(dict.fromkeys(wanted))}.{hint} "
-            f"Classes with layers that adapters can serve: {', '.join(have) or '(none)'}"
-        )
+def _unserved(value: Any) -> Literal["error", "skip"]:
+    if value not in ("error", "skip"):
+        raise ConfigError(unknown("value of unserved", str(value), ("error", "skip")))
+    return "skip" if value == "skip" else "error"
 
 
 def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
     """The rank schedule in a file's header, by itself or in its `lycoris_config`, or None."""
+    from lycoris.schedule import in_header
+
     if (found := in_header(metadata)) is not None:
         return found
     text = metadata.get("lycoris_config", "{}")

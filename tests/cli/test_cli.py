@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -20,6 +22,7 @@ from lycoris.cli import app
 from lycoris.demo.demo import ASSETS
 from lycoris.generation.pictures import Sampling
 from lycoris.training import loop, measure
+from lycoris.training.settings import Settings
 
 LYCORIS = Path(sys.executable).with_name("lycoris")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,11 +64,78 @@ def test_an_unknown_option_exits_with_2() -> None:
     assert "--stesp" in made.stderr
 
 
-def test_training_prints_the_result(config: Path) -> None:
+def test_what_is_quick_loads_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "pydantic", "diffusers", "transformers", "accelerate", "matplotlib"}
+    code = f"import sys, lycoris.cli; print(*({heavy} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert shown.stdout.strip() == ""
+
+
+MISTAKES = {
+    "an unknown key": ({"sede": 1}, {}, "unknown key 'sede'; did you mean 'seed'"),
+    "a wrong type": ({"seed": "many"}, {}, "seed = 'many'"),
+    "an unknown algorithm": ({}, {"algo": "lokrr"}, "unknown algorithm 'lokrr'; did you mean 'lokr'"),
+    "an unknown preset key": ({}, {"apply_preset": {"target_modul": []}}, "unknown preset key 'target_modul'"),
+    "an unknown option": ({}, {"algo": "lokr", "factr": 4}, "unknown option 'factr'; did you mean 'factor'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_config_is_told_before_anything_heavy_is_loaded(name: str, config: Path) -> None:
+    changes, lycoris, words = MISTAKES[name]
+    change(config, lycoris_config="l.json", pretrained_model_name_or_path="nobody/nothing", **changes)
+    (config.parent / "l.json").write_text(json.dumps(lycoris))
+    code = (
+        "import sys; from lycoris.cli import main\n"
+        f"sys.argv = ['lycoris', 'train', {str(config)!r}]\n"
+        "try: main()\n"
+        "finally: print('loaded', *({'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert made.returncode == 2
+    assert words in made.stderr
+    assert len(made.stderr.splitlines()) <= 15
+    assert made.stdout.strip() == "loaded"
+
+
+def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path) -> None:
     made = run("train", config)
     assert made.returncode == 0, made.stderr
-    assert "create_lycoris_from_weights" in made.stdout
-    assert (config.parent / "out" / "report.json").is_file()
+    assert made.stderr == ""
+    out = config.parent / "out"
+    assert (out / "report.json").is_file()
+    code = made.stdout[made.stdout.index("from diffusers") :].replace("pipe(", "pipe(num_inference_steps=2, prompt=")
+    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(out / "picture.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_a_finished_run_is_replaced_only_with_force(config: Path) -> None:
+    out = config.parent / "out"
+    out.mkdir()
+    (out / "pytorch_lora_weights.safetensors").write_text("an earlier run's")
+    made = run("train", config)
+    assert made.returncode == 2
+    assert "holds pytorch_lora_weights.safetensors of an earlier run" in made.stderr
+    assert "--force" in made.stderr
+    assert [path.name for path in out.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert run("train", config, "--force").returncode == 0
+    assert (out / "report.json").is_file()
+
+
+def test_the_recipe_that_is_read_is_not_written(config: Path) -> None:
+    (config.parent / "lycoris_config.json").write_text('{"algo": "lora"}')
+    change(config, lycoris_config="lycoris_config.json", output_dir=".")
+    made = run("train", config)
+    assert made.returncode == 2
+    assert "holds lycoris_config.json, which is read here" in made.stderr
+    assert (config.parent / "lycoris_config.json").read_text() == '{"algo": "lora"}'
+
+
+def test_every_setting_is_listed() -> None:
+    lines = CliRunner().invoke(app, ["train", "--list-settings"]).output.splitlines()
+    assert [line.split(" ")[0] for line in lines] == list(Settings.model_fields)
 
 
 def test_an_error_is_a_message_with_exit_code_2(config: Path) -> None:
@@ -153,3 +223,13 @@ def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monk
     assert made.exit_code == 0, made.output
     assert f"going on from {out / 'checkpoint-1'}" in made.output
     assert not (out / "checkpoint-1").exists()
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    commands = [line.strip() for line in made.output[made.output.index("Next:") :].splitlines() if "lycoris " in line]
+    assert len(commands) == 3
+    for command in commands:
+        program, *rest = shlex.split(command)
+        assert program == "lycoris"
+        done = run(*rest)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
-from lycoris import DoRA, LoKr, LoRA, write
+from lycoris import DoRA, FileError, LoKr, LoRA, create_lycoris, fingerprint, outline, write
 from lycoris.algorithm import Algorithm
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Base, Bundle, Entry
 from lycoris.cli import app
+from lycoris.files import convert, described, header
 from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
+from lycoris.files.weights import BaseWeights
+from lycoris.geometry import sites
 
 RUN = CliRunner()
 
@@ -90,3 +95,100 @@ def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], words: s
     assert words in done.output
     assert done.output.startswith("error: ")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A file for a model of no known family, which nobody names."""
+    model = nn.ModuleDict({"a_b": nn.Linear(8, 12), "inner": nn.ModuleDict({"c": nn.Conv2d(4, 8, 3, padding="same")})})
+    network = create_lycoris(model, algorithm="lokr", rank=100, factor=4)
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    return tmp_path / "a.safetensors"
+
+
+def test_a_file_of_no_known_model_is_checked_and_converted_by_its_header(stranger: Path) -> None:
+    found = RUN.invoke(app, ["check", str(stranger), "--for", "comfyui"])
+    assert "its header describes the base, a ModuleDict of 2 layers" in found.output
+    assert "2 layers of lokr" in found.output
+    target = stranger.with_name("b.safetensors")
+    done = RUN.invoke(app, ["convert", str(stranger), str(target), "--to", "bare"])
+    assert done.exit_code == 0, done.output
+    assert "inner.c.lokr_w1" in load_file(target)
+
+
+@pytest.mark.parametrize("how", ["gone", "of another base", "no layers", "a size that is none", "too deep"])
+def test_a_description_that_is_wrong_is_not_believed(stranger: Path, how: str) -> None:
+    head = dict(header(stranger).metadata)
+    layers = json.loads(head[described.KEY])["layers"]
+    damaged = {
+        "gone": "",
+        "of another base": json.dumps({"layers": layers[:1]}),
+        "no layers": "[]",
+        "a size that is none": json.dumps({"layers": [{**each, "shape": [-1, 2]} for each in layers]}),
+        "too deep": "[" * 10**5,
+    }[how]
+    save_file(load_file(stranger), stranger, head | {described.KEY: damaged})
+    found = RUN.invoke(app, ["check", str(stranger), "--for", "comfyui"])
+    assert found.exit_code == 2
+    assert "--base" in found.output + found.stderr
+    assert not isinstance(found.exception, ValueError)
+
+
+def test_every_setting_of_a_layer_comes_back_from_a_header() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect", groups=2, dilation=2),
+        *(nn.Conv1d(2, 2, 3, stride=2, bias=False), nn.Linear(3, 4, bias=False), nn.Embedding(3, 4)),
+        *(nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4)),
+    )
+    base = Base("Sequential", {place.path: place.geometry for place in sites(model)})
+    told = {fingerprint.KEY: str(fingerprint.of_layers(*base)), described.KEY: str(described.describe(base))}
+    found = described.described(told)
+    assert found is not None
+    assert found.layers == base.layers
+
+
+def test_a_known_model_needs_no_description() -> None:
+    model = outline.known("sd-1.5")
+    assert described.describe(Base("UNet2DConditionModel", Layout.of(model).layers)) is None
+
+
+LINKS = {
+    "itself": lambda one, other: other.write_bytes(one.read_bytes()) and one,
+    "a symbolic link": lambda one, other: other.symlink_to(one) or other,
+    "a hard link": lambda one, other: other.hardlink_to(one) or other,
+}
+
+
+@pytest.mark.parametrize("how", LINKS)
+@pytest.mark.parametrize("to", ["bare", "peft"])
+def test_the_input_is_never_the_output(stranger: Path, how: str, to: str) -> None:
+    target = LINKS[how](stranger, stranger.with_name("adapter_model.safetensors"))
+    if to == "peft":
+        target = target.parent if how != "itself" else target
+    before = stranger.read_bytes()
+    done = RUN.invoke(app, ["convert", str(stranger), str(target), "--to", to, "--force"])
+    assert done.exit_code == 2
+    assert "the input is never the output" in done.stderr
+    assert stranger.read_bytes() == before
+
+
+def test_what_exists_is_written_over_only_with_force(stranger: Path) -> None:
+    target = stranger.with_name("b.safetensors")
+    target.write_text("something else")
+    words = ["convert", str(stranger), str(target), "--to", "bare"]
+    refused = RUN.invoke(app, words)
+    assert refused.exit_code == 2
+    assert "exists; name another, or write over it (--force" in refused.stderr
+    assert target.read_text() == "something else"
+    assert RUN.invoke(app, [*words, "--force"]).exit_code == 0
+    assert load_file(target)
+    lora, folder = made(stranger.with_name("lora.safetensors"), LoRA(rank=2)), stranger.with_name("folder")
+    words = ["convert", str(lora), str(folder), "--to", "peft", "--base", "flux.1-dev"]
+    assert [RUN.invoke(app, words).exit_code for _ in range(2)] == [0, 2]
+
+
+def test_the_bases_weights_are_never_the_output(stranger: Path) -> None:
+    weights = stranger.with_name("weights.safetensors")
+    save_file({"a_b.weight": torch.zeros(12, 8)}, weights)
+    with pytest.raises(FileError, match="never the output"):
+        convert(stranger, weights, "bare", weights=BaseWeights.open(weights), overwrite=True)

@@ -83,7 +83,7 @@ def test_a_transformers_config(tmp_path: Path, named: dict[str, Any]) -> None:
         (["sd-1.5", "--dtype", "bf61"], "did you mean 'bf16'"),
         (["sd-1.5", "--tokens", "0"], "tokens must be"),
         (["none/config.json"], "is no file and no folder"),
-        (["sd-1.5", "--config", "none.json"], "none.json cannot be read"),
+        (["sd-1.5", "--config", "none.json"], "none.json does not exist"),
         ([str(ASSETS / "base")], "folders in it that have one: "),
     ],
     ids=lambda value: value[-1][-12:] if isinstance(value, list) else "",
@@ -112,3 +112,17 @@ def test_a_config_that_describes_no_model(tmp_path: Path, config: dict[str, Any]
     assert made.exit_code == 2
     assert told in made.stderr
     assert "Traceback" not in made.output
+
+
+def test_the_report_replaces_nothing_unasked_and_never_what_is_read(tmp_path: Path) -> None:
+    config, report = tmp_path / "l.json", tmp_path / "report.json"
+    config.write_bytes(b"\xef\xbb\xbf" + json.dumps({"algo": "lokr", "linear_dim": 16}).encode())
+    report.write_text("something else")
+    words = ["sd-1.5", "--config", str(config), "--json"]
+    refused = run(*words, str(report))
+    assert refused.exit_code == 2
+    assert "exists; name another file, or write over it with --force" in refused.stderr
+    assert report.read_text() == "something else"
+    assert run(*words, str(report), "--force").exit_code == 0
+    assert json.loads(report.read_text())["config"]["algo"] == "lokr"
+    assert "is read here" in run(*words, str(config), "--force").stderr

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lycoris.demo.demo import ASSETS, settings
 from lycoris.training import data
 from lycoris.training.checkpoint import STATE
+from lycoris.training.families import quiet
 from lycoris.training.inputs import check
 from lycoris.training.settings import load
 
@@ -73,3 +75,13 @@ def test_the_precision_is_one_that_the_machine_is_fast_in(
 ) -> None:
     monkeypatch.setattr("lycoris.demo.demo.fast_in_bfloat16", lambda: fast)
     assert settings(tmp_path).mixed_precision == precision
+
+
+def test_the_base_draws_as_it_is_loaded_without_a_word_on_precision() -> None:
+    with quiet():
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "base")
+        pipe.set_progress_bar_config(disable=True)
+        assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+        assert pipe("red heart, flat", num_inference_steps=2).images[0].size == (64, 64)

@@ -209,8 +209,11 @@ def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Pa
 def test_load_tensors_of_a_conversion_are_its_own(flux: nn.Module, tmp_path: Path) -> None:
     """The source may be removed while the result is in use."""
     write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "lycoris")
-    convert(tmp_path / "a.safetensors", tmp_path / "a.safetensors", "kohya-diffusers", base=flux)
-    assert all(key.startswith("lora_unet_") for key in load_tensors(tmp_path / "a.safetensors")[0])
+    made = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya-diffusers", base=flux)
+    (tmp_path / "a.safetensors").unlink()
+    held = load_tensors(tmp_path / "b.safetensors")[0]
+    assert all(key.startswith("lora_unet_") for key in held)
+    assert all(torch.equal(held[key], tensor) for key, tensor in made.written.tensors.items())
 
 
 def test_a_folder_of_pefts_for_a_model_that_is_recognised(tmp_path: Path) -> None:

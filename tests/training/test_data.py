@@ -186,3 +186,11 @@ def test_a_bomb_is_an_unreadable_image(images: Path, tmp_path: Path, monkeypatch
         data.read(images)
     with pytest.raises(ConfigError, match=r"s\.png is not a readable image"):
         data.read(sheet(tmp_path))
+
+
+def test_a_mark_is_no_part_of_a_caption(images: Path) -> None:
+    for caption in images.glob("*.txt"):
+        caption.write_bytes(b"\xef\xbb\xbf" + caption.read_bytes())
+    assert data.read(images).usable[0].caption == "black ball"
+    (images / "red.txt").write_bytes("red ball".encode("utf-16"))
+    assert "is encoded as UTF-16" in data.read(images, skip_unreadable=True).problems[0]

@@ -224,7 +224,7 @@ def test_what_an_interruption_left_is_removed_when_the_run_is_finished(
     finished = train(given.model_copy(update={"resume_from_checkpoint": "latest"}), console)
     assert finished.report is not None
     assert not list(given.output_dir.glob("checkpoint-*"))
-    train(given, console)
+    train(given, console, overwrite=True)
 
 
 def test_checkpoints_that_were_asked_for_are_kept(settings: Make, console: Console) -> None:

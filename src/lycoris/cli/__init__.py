@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import sys
 from typing import Annotated
 
 import typer
 
+from lycoris import __version__
 from lycoris.cli.convert import check, convert
 from lycoris.cli.demo import demo
+from lycoris.cli.outcome import DEBUG, silence_libraries
 from lycoris.cli.plan import plan
 from lycoris.cli.train import train
 
@@ -16,7 +18,6 @@ app = typer.Typer(
     name="lycoris",
     help="Train and use LyCORIS adapters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(train)
@@ -28,12 +29,14 @@ app.command()(check)
 
 def main() -> None:
     """The program `lycoris`."""
+    if DEBUG not in sys.argv:
+        silence_libraries()
     app()
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(version("lycoris-lora"))
+        print(__version__)
         raise typer.Exit
 
 

@@ -7,17 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lycoris.cli.outcome import plain_errors
+from lycoris.cli.outcome import Debug, Force, plain_errors
 
 Base = Annotated[
     str | None,
     typer.Option(
         help="The denoiser that the file is for: a known model such as flux.1-dev, a config.json, or a folder with one "
-        "(with weights in it, for exports that depend on them). Without it, it is recognised.",
+        "(with weights in it, for exports that depend on them). Without it, the file's header and layers tell.",
         show_default=False,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
 
 def convert(
@@ -37,6 +36,7 @@ def convert(
     strict: Annotated[
         bool, typer.Option(help="Refuse a file in which something has no place; --no-strict leaves it out and says so.")
     ] = True,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter file anew, as another program names its keys, exactly or not at all."""
@@ -46,7 +46,17 @@ def convert(
 
         model, weights = _base(base)
         wanted = None if dtype is None else precision("dtype", dtype)
-        print(run(source, target, to, portable=portable, base=model, weights=weights, dtype=wanted, strict=strict))
+        print(
+            run(
+                *(source, target, to),
+                portable=portable,
+                base=model,
+                weights=weights,
+                dtype=wanted,
+                strict=strict,
+                overwrite=force,
+            )
+        )
         print(target)
 
 

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lycoris.cli.outcome import end, plain_errors
+from lycoris.cli.outcome import Debug, end, plain_errors
+
+NEXT = (
+    ("what a program makes of the file", "lycoris check {adapter} --for comfyui"),
+    ("a copy of it as that program likes its names", "lycoris convert {adapter} {out} --portable comfyui"),
+    ("what the same settings would cost on a larger model", "lycoris plan sdxl --config {config}"),
+)
+"""What to try when it is done."""
 
 
 def demo(
@@ -20,13 +26,25 @@ def demo(
     resume: Annotated[
         str | None, typer.Option(help="A checkpoint folder to go on from, in place of the latest.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the finished run that the folder holds.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Teach a small text-to-image model, which comes with this package, a new drawing style: minutes on a CPU."""
     with plain_errors(debug):
-        from lycoris.demo.demo import settings
-        from lycoris.training import trainer
+        from rich.console import Console
 
-        outcome = trainer.train(settings(output_dir, steps=steps, resume=resume), Console())
+        from lycoris.demo.demo import settings
+        from lycoris.training import checkpoint, trainer
+
+        outcome = trainer.train(settings(output_dir, steps=steps, resume=resume), Console(), overwrite=force)
         again = f"lycoris demo --output-dir {shlex.quote(str(output_dir))}"
         end(outcome, again if steps is None else f"{again} --steps {steps}")
+        print("\nNext:\n")
+        names = {
+            "adapter": outcome.adapter,
+            "out": output_dir / "comfyui.safetensors",
+            "config": output_dir / checkpoint.CONFIG,
+        }
+        paths = {name: shlex.quote(str(path)) for name, path in names.items()}
+        for what, command in NEXT:
+            print(f"  {command.format(**paths)}\n      {what}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lycoris import outline
 from lycoris.errors import ConfigError, nearest, unknown
-from lycoris.jsons import json_object
+from lycoris.jsons import read_json
 
 
 def empty(model: str) -> nn.Module:
@@ -37,14 +37,11 @@ def empty(model: str) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json_object(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
         hint = f"; folders in it that have one: {', '.join(parts)}" if parts else ""
-        raise ConfigError(f"{path.parent} has no config.json{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as a JSON object that describes a model: {error}") from error
+        raise ConfigError(f"{path.parent} has no config.json{hint}")
+    return read_json(path)
 
 
 def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -83,5 +80,7 @@ def _made(path: Path, make: Any) -> nn.Module:
 
 def _library(name: str, path: Path) -> Any:
     if importlib.util.find_spec(name) is None:
-        raise ConfigError(f"{path} describes a model of {name}, which is not installed: pip install {name}")
+        raise ConfigError(
+            f'{path} describes a model of {name}, which is not installed: pip install "lycoris-lora[train]"'
+        )
     return importlib.import_module(name)

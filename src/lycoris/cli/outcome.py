@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +19,12 @@ if TYPE_CHECKING:
     from lycoris.training.trainer import Outcome
 
 FAILED, INTERRUPTED = 2, 130
+DEBUG = "--debug"
+NOISY = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
+"""Loggers of libraries that warn as they are imported, of things that a user of these commands did not ask for."""
+
+Debug = Annotated[bool, typer.Option(DEBUG, help="Show the stack trace of an error, and what other libraries warn of.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
 
 
 @contextmanager
@@ -40,3 +50,29 @@ def end(outcome: Outcome, command: str) -> None:
         print(f"interrupted; saved {outcome.checkpoint} and {outcome.adapter}", file=sys.stderr)
         print(f"go on with: {command} --resume latest", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, through whatever links."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def silence_libraries() -> None:
+    """Let other libraries say nothing but errors, in this whole process: for the program, not for who imports it."""
+    # Two of them set the level of their logger themselves, when they are imported, from these.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        # Torch sets levels when it is imported; a filter stays.
+        logger.addFilter(_is_error)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"lycoris(\..*)?$")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

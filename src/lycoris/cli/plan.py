@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lycoris.cli.outcome import plain_errors
+from lycoris.cli.outcome import Debug, Force, plain_errors, same_file
 from lycoris.errors import ConfigError, unknown
-from lycoris.jsons import json_object
+from lycoris.jsons import read_json
 
 if TYPE_CHECKING:
     from lycoris.explain import Explanation
@@ -46,17 +44,22 @@ def plan(
     file_dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, prodigy, sgd, ...")] = "adamw",
     report: Annotated[Path | None, typer.Option("--json", help="Write all of it, layer by layer, here.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
+    force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """What adapters would cost on a model, layer by layer and in memory. Needs no weights."""
     with plain_errors(debug):
-        from lycoris.cli.model import empty
-        from lycoris.explain import explain
-        from lycoris.memory import memory
         from lycoris.recipe import Recipe
 
         given = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "factor": factor}
         recipe = Recipe.parse(_config(config) | {k: v for k, v in given.items() if v is not None} | _set(settings))
+        if report is not None:
+            _check_report(report, config, model, force)
+        # What is wrong with the options is told before torch is imported, which takes seconds.
+        from lycoris.cli.model import empty
+        from lycoris.explain import explain
+        from lycoris.memory import memory
+
         own, of_file = precision("dtype", dtype), precision("file-dtype", file_dtype)
         base = empty(model)
         explained = explain(recipe.plan(base), tokens=tokens, dtype=own, file_dtype=of_file)
@@ -69,12 +72,7 @@ def plan(
 
 
 def _config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        return json_object(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as a JSON object of options: {error}") from error
+    return {} if path is None else read_json(path)
 
 
 def _set(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -101,14 +99,30 @@ def precision(option: str, name: str) -> Any:
     return known[name]
 
 
+def _check_report(path: Path, config: Path | None, model: str, force: bool) -> None:
+    """Raise `ConfigError` where a report would replace something."""
+    for source in filter(None, (config, Path(model), Path(model) / "config.json")):
+        if same_file(path, source):
+            raise ConfigError(f"{path} is read here; name another file for --json")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file for --json")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; name another file, or write over it with --force")
+
+
 def _write(path: Path, whole: Mapping[str, Any]) -> None:
+    from lycoris.training.jsonfile import write_object
+
     try:
-        path.write_text(json.dumps(whole, indent=1) + "\n")
+        write_object(whole, path)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _print(heading: str, explained: Explanation, needed: Memory, optimizer: str, batch: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(heading)
     if console.is_terminal:

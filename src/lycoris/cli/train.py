@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from lycoris.cli.outcome import end, plain_errors
+from lycoris.cli.outcome import Debug, end, plain_errors
+
+
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        from lycoris.training.settings import describe
+
+        print(describe())
+        raise typer.Exit
 
 
 def train(
@@ -18,14 +25,34 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="'latest' or a checkpoint folder, in place of resume_from_checkpoint.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the run that output_dir holds, its checkpoints included.")
+    ] = False,
+    allow_unsupported: Annotated[
+        bool, typer.Option("--allow-unsupported", help="Go on without what SimpleTuner's keys ask for in vain.")
+    ] = False,
+    list_settings: Annotated[
+        bool,
+        typer.Option(
+            "--list-settings", help="Print every key of config.json and exit.", callback=_list_settings, is_eager=True
+        ),
+    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Train an adapter as a config.json says, and report what it does."""
     with plain_errors(debug):
-        from lycoris.training import settings, trainer
+        from lycoris.training.settings import load, load_recipe
 
         given: dict[str, Any] = {"output_dir": output_dir, "resume_from_checkpoint": resume}
         overrides = {key: value for key, value in given.items() if value is not None}
-        outcome = trainer.train(settings.load(config, overrides), Console())
+        settings = load(config, overrides, allow_unsupported=allow_unsupported, say=print)
+        # Mistakes in the files are told before the libraries that training needs are imported, which takes seconds.
+        load_recipe(settings.lycoris_config)
+        from rich.console import Console
+
+        from lycoris.training import trainer
+
+        outcome = trainer.train(settings, Console(), overwrite=force)
         folder = f" --output-dir {shlex.quote(str(output_dir))}" if output_dir else ""
-        end(outcome, f"lycoris train {shlex.quote(str(config))}{folder}")
+        allowed = " --allow-unsupported" if allow_unsupported else ""
+        end(outcome, f"lycoris train {shlex.quote(str(config))}{folder}{allowed}")

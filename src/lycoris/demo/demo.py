@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lycoris.training import checkpoint
 from lycoris.training.inputs import fast_in_bfloat16
-from lycoris.training.settings import Settings, load
+from lycoris.training.settings import LATEST, Settings, load
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -19,7 +19,7 @@ def settings(output_dir: Path, *, steps: int | None = None, resume: str | None =
     With a checkpoint in `output_dir` it goes on from the latest, so that the same command finishes what it began.
     """
     if resume is None and checkpoint.existing(output_dir):
-        resume = checkpoint.LATEST
+        resume = LATEST
     precision = None if fast_in_bfloat16() else "no"
     chosen = {
         "output_dir": output_dir,

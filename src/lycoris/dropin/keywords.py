@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lycoris.errors import ConfigError
-from lycoris.jsons import json_object
+from lycoris.jsons import read_json, read_toml
 from lycoris.options import parse_number
-from lycoris.planning import Remark
 from lycoris.preset import PRESETS_WITH_CONV
+from lycoris.remarks import Remark
 
 logger = logging.getLogger("LyCORIS")
 
@@ -48,21 +47,9 @@ def read_preset(path: str) -> dict[str, Any]:
             f"{path!r} is neither a built-in preset nor a file. Built in: {', '.join(sorted(PRESETS_WITH_CONV))}"
         )
     try:
-        return json_object(file.read_text()) if file.suffix == ".json" else _toml(file.read_text())
-    except (ValueError, RecursionError) as error:
+        return read_json(file) if file.suffix.lower() == ".json" else read_toml(file)
+    except ConfigError as error:
         raise ConfigError(f"{path} is no preset, an object with keys such as target_module: {error}") from error
-
-
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        try:
-            import tomli as reader
-        except ImportError:
-            raise ConfigError("this Python reads TOML with the package tomli; install it, or write JSON") from None
-    else:
-        import tomllib as reader
-    found: dict[str, Any] = reader.loads(text)
-    return found
 
 
 def tell(remarks: Iterable[Remark], *, unmatched: bool = True) -> None:

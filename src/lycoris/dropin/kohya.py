@@ -19,9 +19,9 @@ from lycoris.dropin.parts import Part, check_plan, resolve, with_dropout
 from lycoris.dropin.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional, unknown_options
-from lycoris.planning import Remark
 from lycoris.preset import LAYER_CLASSES, Preset
 from lycoris.recipe import Recipe, schedule_in
+from lycoris.remarks import Remark
 
 logger = logging.getLogger("LyCORIS")
 

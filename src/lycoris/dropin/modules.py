@@ -19,7 +19,7 @@ from lycoris.dropin.module import LycorisBaseModule, settings
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
 from lycoris.options import TOP, parse_optional, parse_options
-from lycoris.planning import Remark
+from lycoris.remarks import Remark
 
 _LENGTHS = ("alpha", "dora_scale")
 _PLAIN = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")

@@ -77,7 +77,7 @@ ALGO_REGISTRY: Mapping[str, AlgoSpec] = _Registry()
 
 def list_algorithms() -> tuple[AlgoSpec, ...]:
     """All algorithms of configs."""
-    return tuple(_spec(name, cls) for name, cls in ALGORITHMS)
+    return tuple(_spec(name, algorithm_class(name)) for name, _ in ALGORITHMS)
 
 
 def describe_algo(name: str) -> AlgoSpec:

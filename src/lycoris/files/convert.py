@@ -33,6 +33,7 @@ from lycoris.files.portable import plain
 from lycoris.files.recognise import Fit
 from lycoris.files.skeleton import namings
 from lycoris.files.storage import load_tensors, save_tensors
+from lycoris.files.target import check_target
 from lycoris.files.weights import BaseWeights
 from lycoris.files.writing import Encoded, compose, kept, stored
 from lycoris.report import Report, some
@@ -79,6 +80,7 @@ def convert(
     weights: BaseWeights | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    overwrite: bool = False,
 ) -> Conversion:
     """Write an adapter file anew in another dialect, exactly, or not at all.
 
@@ -88,11 +90,15 @@ def convert(
     denoiser that the file is for (one on the meta device serves); None: a known model, recognised by names and sizes.
     With `strict=False` what has no place is left out, and the report tells it.
 
-    Raises `FileError` when the file fits no model, when something in it has no place, when it may be for several models
-    whose names differ, or when the dialect cannot hold what it has or the program does not read it as trained; then it
-    says why, and of which dialects it does.
+    A target that exists is refused unless `overwrite`, one that is read here always.
+
+    Raises `FileError` for that, when the file fits no model, when something in it has no place, when it may be for
+    several models whose names differ, or when the dialect cannot hold what it has or the program does not read it as
+    trained; then it says why, and of which dialects it does.
     """
     _check_asked(to, portable)
+    read = {Path(source), *(() if weights is None else weights.files.values())}
+    check_target(target, read, overwrite=overwrite)
     order = _Order(opened(source, base, strict=strict), base, weights, dtype)
     try:
         if portable is not None:

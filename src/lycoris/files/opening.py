@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lycoris import outline
+from lycoris import fingerprint, outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files.components import family_in, family_of
+from lycoris.files.described import described
 from lycoris.files.detect import Detection, ambiguous, detect, judge
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
@@ -61,19 +62,34 @@ def understood(
 ) -> Opened:
     """The same from what a file holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    denoiser = None if base is None else Layout.of(base)
+    denoiser = described(metadata) if base is None else Layout.of(base)
     found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser))
+    if base is None and denoiser is not None:
+        told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
+        found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser
         if layout is None or component:
             assumed[component] = _outline(found, component)
             layout = known(found.fits[component][0])
-        bundle, layouts[component] = resolve_as_written(
-            tensors, layout, found.dialect, metadata, component, found.family, strict=strict
-        )
+        try:
+            bundle, layouts[component] = resolve_as_written(
+                tensors, layout, found.dialect, metadata, component, found.family, strict=strict
+            )
+        except FileError:
+            if component or component not in assumed:
+                raise
+            _check_made_for(metadata, layout)
+            raise
         bundles[component] = _certain(bundle, found, assumed, component)
     return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed)
+
+
+def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
+    """Raise `FileError` where a header tells of another base than the one that a file was taken to be for."""
+    if other := fingerprint.other_layers(metadata, layout.owner, layout.layers, layout.middle):
+        raise FileError(f"{other}; give that base with --base: its folder, or its config.json")
 
 
 def known(fit: Fit) -> Layout:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +17,14 @@ from torch import Tensor
 
 from lycoris.errors import FileError
 from lycoris.files.headers import DTYPES, LONE, header
-from lycoris.files.kinds import PICKLES, examine
+from lycoris.files.kinds import HEADER_LIMIT, PICKLES, examine
 from lycoris.files.pickles import load_pickle
+
+logger = logging.getLogger("LyCORIS")
+
+PER_TENSOR = 300
+"""Bytes that an entry of a header takes at most beside its name."""
+SHOWN = 60
 
 
 def load_tensors(
@@ -60,8 +68,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then move it into place.
 
-    Raises `FileError`, before anything is written, for a tensor that has no plain data, metadata that are not text, and
-    a path where no such file can be.
+    Metadata for which a header has no room are left out with a warning; see `fitting`. Raises `FileError`, before
+    anything is written, for a tensor that has no plain data, metadata that are not text, and a path where no such file
+    can be.
     """
     path = Path(path)
     _check_target(path)
@@ -73,6 +82,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
             )
         if LONE.search(key + value):
             raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
+    metadata = fitting(metadata, tensors, path)
     try:
         whole = plain(tensors)
     except FileError as error:
@@ -96,6 +106,29 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def fitting(metadata: Mapping[str, str], tensors: Iterable[str], path: str | os.PathLike[str]) -> dict[str, str]:
+    """Metadata that a header has room for beside the names of tensors: without the largest where they are too much.
+
+    The logger "LyCORIS" is warned of each that is left out: a run's tensors are worth more than its metadata.
+    """
+    sizes = {key: _stored_size(key) + _stored_size(value) for key, value in metadata.items()}
+    room = HEADER_LIMIT - sum(_stored_size(name) + PER_TENSOR for name in tensors)
+    left_out: set[str] = set()
+    while sum(size for key, size in sizes.items() if key not in left_out) > room and len(left_out) < len(sizes):
+        largest = max(sizes.keys() - left_out, key=lambda key: sizes[key])
+        left_out.add(largest)
+        logger.warning(
+            "metadata %r of %.1f MB was left out of %s: the header of a safetensors file holds %d MB in all",
+            *(largest[:SHOWN], sizes[largest] / 1e6, path, HEADER_LIMIT // 10**6),
+        )
+    return {key: value for key, value in metadata.items() if key not in left_out}
+
+
+def _stored_size(text: str) -> int:
+    """Bytes of a text in a header; only a long one is worth counting exactly."""
+    return 6 * len(text) + 8 if len(text) < 10**5 else len(json.dumps(text, ensure_ascii=False).encode()) + 8
 
 
 def _check_target(path: Path) -> None:

@@ -17,7 +17,7 @@ from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, TLoRA, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
-from lycoris.files import history, placing
+from lycoris.files import described, history, placing
 from lycoris.files.components import FAMILY, family_of, prefix_of
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
@@ -28,11 +28,15 @@ from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
 from lycoris.files.spelling import MAGNITUDE_VECTOR
-from lycoris.files.storage import plain, save_tensors
+from lycoris.files.storage import fitting, plain, save_tensors
+from lycoris.files.target import check_target
 from lycoris.ops.rounding import widened
 from lycoris.report import some
 
-STALE = (LORA_METADATA, history.SCALES, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+STALE = (
+    *(LORA_METADATA, history.SCALES, described.KEY),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+)
 """Header keys that describe the tensors of the file that was read."""
 
 
@@ -102,20 +106,30 @@ def write(
     model: nn.Module | Layout | Mapping[str, nn.Module | Layout] | None = None,
     family: str | None = None,
     describe: Callable[[Mapping[str, Tensor], Mapping[str, str]], Mapping[str, str]] | None = None,
+    overwrite: bool = True,
 ) -> Encoded:
     """Write an adapter file, whole or not at all; returns what it holds. See `compose`.
 
     `dtype` is that of the stored tensors (None: as they are); `alpha` stays float32, since half precision would round
     or overflow it. `metadata` goes into the header beside the bundle's own, and so does what `describe` makes of the
-    tensors as they are stored and of the rest of the header.
+    tensors as they are stored and of the rest of the header. A file that exists is replaced, as trainers count on, or
+    with `overwrite=False` a `FileError`.
     """
+    check_target(path, overwrite=overwrite)
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
     own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
     made = stored(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
+    made = made._replace(header=_with_room(made, path))
     if describe is not None:
         made.header.update(describe(plain(made.tensors), made.header))
     save_tensors(made.tensors, path, made.header)
     return made
+
+
+def _with_room(made: Encoded, path: str | os.PathLike[str]) -> dict[str, str]:
+    """What of a header there is room for; anything else than text is left for `save_tensors` to refuse."""
+    plain_text = all(isinstance(key, str) and isinstance(value, str) for key, value in made.header.items())
+    return fitting(made.header, made.tensors, path) if plain_text else made.header
 
 
 def stored(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[str, str]) -> Encoded:
@@ -191,6 +205,8 @@ def _header(
         told[FAMILY] = family.name
     if main is not None and main.base is not None:
         told[fingerprint.KEY] = str(fingerprint.of_layers(*main.base))
+        layers = described.describe(main.base)
+        told |= {} if layers is None else {described.KEY: layers}
     return told
 
 

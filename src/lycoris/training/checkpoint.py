@@ -16,13 +16,13 @@ from lycoris.adapters import AdapterSet
 from lycoris.errors import ConfigError, FileError
 from lycoris.recipe import Recipe
 from lycoris.training.jsonfile import write_object
+from lycoris.training.settings import LATEST
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CONFIG = "lycoris_config.json"
 STATE = "training_state.pt"
 INTERRUPTED = "interrupted"
 """A file of this name says that the checkpoint was saved because training was interrupted."""
-LATEST = "latest"
 KEYS = (
     *("step", "optimizer", "rates", "scaler", "history", "settings", "images"),
     *("adapter", "recipe", "random"),
@@ -97,17 +97,26 @@ def existing(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def to_resume(output_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint folder that `resume_from_checkpoint` means; None starts anew.
+def to_resume(output_dir: Path, wanted: str | None, *, overwrite: bool = False) -> Path | None:
+    """The checkpoint folder that `resume_from_checkpoint` means; None starts a new run.
 
-    Raises ConfigError when it does not exist, and when starting anew would mix with an earlier run's checkpoints.
+    Raises ConfigError when it does not exist and, unless `overwrite`, when a new run would replace an earlier one or
+    mix with its checkpoints.
     """
     found = existing(output_dir)
     if wanted is None:
+        if overwrite:
+            return None
         if found:
             raise ConfigError(
                 f"output_dir {output_dir} holds {found[-1].name} of an earlier run; go on from it with "
-                f"resume_from_checkpoint = {LATEST!r} (--resume {LATEST}), remove it, or choose another output_dir"
+                f"resume_from_checkpoint = {LATEST!r} (--resume {LATEST}), replace it with --force, or choose another "
+                "output_dir"
+            )
+        if (output_dir / WEIGHTS).exists():
+            raise ConfigError(
+                f"output_dir {output_dir} holds {WEIGHTS} of an earlier run; choose another output_dir, or replace it "
+                "with --force"
             )
         return None
     if wanted == LATEST:
@@ -126,6 +135,12 @@ def prune(output_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for path in existing(output_dir)[:-limit]:
             shutil.rmtree(path)
+
+
+def remove_all(output_dir: Path) -> None:
+    """Remove every checkpoint."""
+    for path in existing(output_dir):
+        shutil.rmtree(path)
 
 
 def remove_interrupted(output_dir: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lycoris.errors import ConfigError
-from lycoris.training.jsonfile import read_object
+from lycoris.jsons import read_json, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,13 +97,13 @@ def _folder(folder: Path) -> Examples:
     for path in images:
         caption = path.with_suffix(".txt")
         try:
-            text = caption.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            problems.append(f"{path.name}: no caption, expected {caption.name}")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{path.name}: {caption.name} cannot be read ({error})")
+            text = read_text(caption).strip() if caption.exists() else None
+        except ConfigError as error:
+            problems.append(f"{path.name}: {error}")
         else:
-            if text:
+            if text is None:
+                problems.append(f"{path.name}: no caption, expected {caption.name}")
+            elif text:
                 examples.append(Example(path.name, text, partial(_open, path)))
             else:
                 problems.append(f"{path.name}: its caption {caption.name} is empty")
@@ -131,7 +131,7 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 
 def _sheet(path: Path) -> Examples:
     """Square tiles in one image: `{"image": "x.png", "pixels": 64, "columns": 20, "items": [{"caption": "cat"}]}`."""
-    sheet = read_object(path)
+    sheet = read_json(path)
     try:
         name, size, columns = str(sheet["image"]), int(sheet["pixels"]), int(sheet["columns"])
         captions = [str(item["caption"]) for item in sheet["items"]]

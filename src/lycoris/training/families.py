@@ -31,11 +31,15 @@ PLAIN_ATTENTION_TOKENS = 1024
 """Up to this many tokens the attention matrix is small enough that plain attention costs little memory."""
 
 
-def check(settings: Settings) -> None:
-    """Raise ConfigError when the base cannot be trained; reads at most the pipeline's model_index.json."""
+def check_packages() -> None:
+    """Raise ConfigError when a library that training needs is not installed."""
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f'training needs {", ".join(missing)}; install with: pip install "lycoris-lora[train]"')
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigError when the base cannot be trained; reads at most the pipeline's model_index.json."""
     base = settings.pretrained_model_name_or_path
     index = _index(base)
     name = index["_class_name"]

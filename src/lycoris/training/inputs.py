@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ import torch
 from lycoris.errors import ConfigError
 from lycoris.recipe import Recipe
 from lycoris.training import checkpoint, data, families
-from lycoris.training.jsonfile import read_object
-from lycoris.training.settings import Settings
+from lycoris.training.settings import Settings, load_recipe
 
 logger = logging.getLogger("LyCORIS")
 
@@ -42,10 +40,15 @@ def fast_in_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def check(settings: Settings) -> Checked:
-    """Everything that can be checked without loading the base; raises ConfigError, PlanError or FileError."""
-    _check_output_dir(settings.output_dir)
-    families.check(settings)
+def check(settings: Settings, *, overwrite: bool = False) -> Checked:
+    """Everything that can be checked without loading the base; raises ConfigError, PlanError or FileError.
+
+    What this machine can tell comes before what a hub is asked for.
+    """
+    recipe = load_recipe(settings.lycoris_config)
+    families.check_packages()
+    _check_output_dir(settings)
+    resume = checkpoint.to_resume(settings.output_dir, settings.resume_from_checkpoint, overwrite=overwrite)
     if settings.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError('report_to = "tensorboard" needs tensorboard; pip install "lycoris-lora[train]" or "none"')
     if settings.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -54,7 +57,6 @@ def check(settings: Settings) -> Checked:
         logger.warning(
             'mixed_precision = "bf16" is many times slower than "no" here: this CPU has no instructions for it'
         )
-    recipe = _recipe(settings.lycoris_config)
     found = data.read(settings.instance_data_dir, skip_unreadable=settings.skip_unreadable_images)
     training, held_out = data.split(
         found.usable,
@@ -63,11 +65,12 @@ def check(settings: Settings) -> Checked:
         inside=settings.validation_prompts,
         outside=settings.validation_prompts_outside,
     )
-    resume = checkpoint.to_resume(settings.output_dir, settings.resume_from_checkpoint)
+    families.check(settings)
     return Checked(settings, recipe, training, held_out, found.problems, found.unused, resume)
 
 
-def _check_output_dir(folder: Path) -> None:
+def _check_output_dir(settings: Settings) -> None:
+    folder = settings.output_dir
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:
@@ -76,17 +79,9 @@ def _check_output_dir(folder: Path) -> None:
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be a folder: {nearest} is a file")
     if not os.access(nearest, os.W_OK):
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written: no permission to write in {nearest}")
-
-
-def _recipe(path: Path) -> Recipe:
-    given = read_object(path)
-    try:
-        recipe = Recipe.parse(given)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if recipe.multiplier == 0 or not math.isfinite(recipe.multiplier):
+    copy = folder / checkpoint.CONFIG
+    if copy.exists() and copy.samefile(settings.lycoris_config):
         raise ConfigError(
-            f"{path}: multiplier = {given['multiplier']!r}, and nothing would be trained; it is the strength at which "
-            "the adapter is trained, usually 1"
+            f"output_dir = {str(folder)!r} holds {checkpoint.CONFIG}, which is read here and would be written: choose "
+            "another output_dir"
         )
-    return recipe

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PICTURE, PLOT, NUMBERS = "before_after.png", "loss.png", "report.json"
-USE = """from lycoris import create_lycoris_from_weights
+USE = """from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({base!r})
+
+from lycoris import create_lycoris_from_weights
 network, _ = create_lycoris_from_weights({multiplier!r}, {path!r}, pipe.unet)
-network.apply_to()"""
+network.apply_to()
+
+pipe({prompt!r}).images[0].save({picture!r})"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class Report:
     """The numbers of a finished run; times in seconds, sizes in bytes, losses None when nothing was held out."""
 
     adapter: str
+    base: str
+    """Of `pretrained_model_name_or_path`."""
+    prompt: str
+    """One that the adapter was trained on."""
     multiplier: float
     """Strength at which the adapter was trained and its loss was measured."""
     steps: int
@@ -107,8 +116,16 @@ def summarise(report: Report, written: Sequence[Path], console: Console) -> None
     console.print(table)
     for path in written:
         say(console, f"wrote {path}")
-    console.print("\nUse it on any pipeline with this base:\n")
-    lines = USE.format(multiplier=report.multiplier, path=report.adapter)
+    if importlib.util.find_spec("matplotlib") is None:
+        say(console, 'no loss plot: it needs matplotlib, pip install "lycoris-lora[plots]"')
+    console.print("\nDraw with it, on this base or any pipeline that shares its UNet:\n")
+    lines = USE.format(
+        base=report.base,
+        multiplier=report.multiplier,
+        path=report.adapter,
+        prompt=report.prompt,
+        picture=str(Path(report.adapter).with_name("picture.png")),
+    )
     console.print(Syntax(lines, "python", background_color="default"), soft_wrap=True)
 
 

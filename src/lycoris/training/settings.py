@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lycoris.errors import ConfigError, unknown
-from lycoris.training.checkpoint import LATEST
-from lycoris.training.jsonfile import read_object
+from lycoris.errors import ConfigError, nearest
+from lycoris.jsons import read_json
+from lycoris.recipe import Recipe
+from lycoris.training.foreign import translate
+
+logger = logging.getLogger("LyCORIS")
+
+LATEST = "latest"
+"""Value of `resume_from_checkpoint`: the newest checkpoint in `output_dir`."""
+LINES, SHOWN, WIDEST = 8, 8, 80
+"""What an error shows: problems one by one, names in a row, and characters of a value."""
 
 AnyPath: TypeAlias = Annotated[Path, Field(strict=False)]
 Prompts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
@@ -149,13 +160,30 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = "\n".join(f"  {_explain(problem, cls)}" for problem in error.errors())
+            lines = "\n".join(f"  {line}" for line in _explain(error.errors(), cls))
             raise ConfigError(f"{source} is not a valid training config:\n{lines}") from None
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Read a config file; `overrides` are put over it. Relative paths in the file are relative to its folder."""
-    values: dict[str, Any] = {key.removeprefix("--"): value for key, value in read_object(path).items()}
+def load(
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    allow_unsupported: bool = False,
+    say: Callable[[str], object] = logger.warning,
+) -> Settings:
+    """Read a config file; `overrides` are put over it. Relative paths in the file are relative to its folder.
+
+    Files of SimpleTuner's are read: `say` gets one text on what became of the keys that are not known here. Those that
+    would change what is trained are a `ConfigError`, unless they are allowed.
+    """
+    found = translate(read_json(path), {name: _takes_text(name) for name in Settings.model_fields})
+    if found.mapped or found.ignored or found.unsupported:
+        told = "\n".join([f"{path} has keys of SimpleTuner's:", *(f"  {line}" for line in found.lines())])
+        if found.unsupported and not allow_unsupported:
+            wrong = _problems(found.values)
+            raise ConfigError(f"{told}\n{wrong}remove them, or go on without what they ask for: --allow-unsupported")
+        say(told)
+    values = found.values
     for key in FILE_PATHS:
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]
@@ -168,18 +196,92 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
     return Settings.parse({**values, **(overrides or {})}, str(path))
 
 
+def load_recipe(path: Path) -> Recipe:
+    """Read a `lycoris_config.json`. Raises `ConfigError` for one that is wrong, or that would train nothing."""
+    given = read_json(path)
+    try:
+        recipe = Recipe.parse(given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if recipe.multiplier == 0 or not math.isfinite(recipe.multiplier):
+        raise ConfigError(
+            f"{path}: multiplier = {given['multiplier']!r}, and nothing would be trained; it is the strength at which "
+            "the adapter is trained, usually 1"
+        )
+    return recipe
+
+
+def describe() -> str:
+    """Every setting with its default and what it is, one a line."""
+    lines = []
+    for name, entry in Settings.model_fields.items():
+        default = "needed" if entry.is_required() else json.dumps(entry.get_default(), default=str)
+        lines.append(f"{name} ({default}): {(entry.description or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _takes_text(name: str) -> bool:
+    return str in _types(Settings.model_fields[name].annotation)
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types in an annotation; of a choice of words, that of the words."""
+    inner = get_args(annotation)
+    return (
+        {annotation}
+        if not inner
+        else set().union(*({type(each)} if isinstance(each, str) else _types(each) for each in inner))
+    )
+
+
+def _problems(values: Mapping[str, Any]) -> str:
+    """What else is wrong with a config, as lines."""
+    try:
+        Settings.model_validate(values)
+    except ValidationError as error:
+        return "".join(f"  wrong: {line}\n" for line in _explain(error.errors(), Settings))
+    return ""
+
+
 def _is_name_in_output_dir(resume: str, folder: Path) -> bool:
     """`checkpoint-500` is the one in output_dir, unless the config's folder has one of that name itself."""
     return Path(resume).name == resume and not (folder / resume).exists()
 
 
-def _explain(problem: Any, model: type[BaseModel]) -> str:
+def _explain(problems: Sequence[Any], model: type[BaseModel]) -> list[str]:
+    """One line for each problem; many unknown keys share some."""
+    strange = {str(each["loc"][0]): each["input"] for each in problems if each["type"] == "extra_forbidden"}
+    lines = [_explained(each, model) for each in problems if each["type"] != "extra_forbidden"]
+    if len(lines) > LINES:
+        lines = [*lines[:LINES], f"and {len(lines) - LINES} more"]
+    known = list(model.model_fields)
+    close = {key: nearest(key, known, limit=1) for key in strange}
+    hinted = [
+        f"unknown key {key!r}; did you mean {near[0]!r}? (its value was {_short(strange[key])})"
+        for key, near in close.items()
+        if near
+    ]
+    if len(hinted) > LINES:
+        hinted = [*hinted[:LINES], f"and {len(hinted) - LINES} more like these"]
+    lost = [key for key, near in close.items() if not near]
+    if lost:
+        more = f", ... ({len(lost)})" if len(lost) > SHOWN else ""
+        lines.append(f"unknown key{'s' if len(lost) > 1 else ''} {', '.join(map(repr, lost[:SHOWN]))}{more}")
+    if strange:
+        hinted.append("`lycoris train --list-settings` tells every key")
+    return [*lines, *hinted]
+
+
+def _explained(problem: Any, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return unknown("key", key, model.model_fields) + f" (its value was {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{key} is missing: {model.model_fields[key].description}"
     if not key:
         return str(message)
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} = {_short(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= WIDEST else f"{shown[:WIDEST]}..."

@@ -31,18 +31,22 @@ class Outcome:
     checkpoint: Path | None = None
 
 
-def train(settings: Settings, console: Console) -> Outcome:
+def train(settings: Settings, console: Console, *, overwrite: bool = False) -> Outcome:
     """Check, train, save the adapter, reload it from its file into a fresh pipeline, and report.
 
-    Raises ConfigError, PlanError or FileError before anything is written, and NotFiniteError when training diverges.
+    `overwrite` replaces the run that `output_dir` holds, its checkpoints included. Raises ConfigError, PlanError or
+    FileError before anything is written, and NotFiniteError when training diverges.
     """
     started = time.perf_counter()
-    checked = check(settings)
+    checked = check(settings, overwrite=overwrite)
     _announce(checked, console)
     with _fresh_accelerate():
         run = prepare(checked, console)
         say(console, str(run.plan))
         settings.output_dir.mkdir(parents=True, exist_ok=True)
+        if checked.resume is None:
+            # Nothing, or what `overwrite` gave up: the new run's checkpoints must not be taken for its own.
+            checkpoint.remove_all(settings.output_dir)
         run.accelerator.init_trackers("logs")
         finished = fit(run, console)
         run.accelerator.end_training()
@@ -60,6 +64,8 @@ def _report(run: Run, adapter: Path, started: float, console: Console) -> report
     measured = measure(run, adapter)
     numbers = report.Report(
         adapter=str(adapter),
+        base=run.settings.pretrained_model_name_or_path,
+        prompt=next(iter((*run.settings.validation_prompts, *(each.caption for each in run.checked.training)))),
         multiplier=run.checked.recipe.multiplier,
         steps=run.step,
         images=len(run.checked.training),

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lycoris.errors import FileError, unknown
-from lycoris.jsons import json_object
+from lycoris.errors import ConfigError, FileError, unknown
+from lycoris.jsons import read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST = 4 * 2**20
@@ -184,9 +184,9 @@ def load_config(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST:
         raise FileError(f"{path} has {path.stat().st_size} bytes; a config has at most {LARGEST}")
     try:
-        return json_object(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(f"{path} is not JSON with settings by name: {error}") from error
+        return read_json(path)
+    except ConfigError as error:
+        raise FileError(str(error)) from error
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -26,6 +26,7 @@ from lycoris.files.peft.factors import Factors, makes, settings
 from lycoris.files.peft.layers import base_of, unlike
 from lycoris.files.peft.reading import PREFIX
 from lycoris.files.storage import save_tensors
+from lycoris.files.target import check_target
 from lycoris.geometry import Geometry, Site, site
 from lycoris.report import some
 
@@ -77,6 +78,7 @@ def write_peft(
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a folder that PEFT loads, whole or not at all. `base_model` is the name that PEFT keeps of the model.
 
@@ -84,8 +86,10 @@ def write_peft(
     have counterparts, all layers of one kind. PEFT's IA3 scales the bias of a layer with its output: a stack that does
     so, as `read_peft` makes it, is written when `model` is there to tell.
 
-    Raises `FileError` for everything else, naming layers and what to do.
+    Raises `FileError` for everything else, naming layers and what to do, and with `overwrite=False` where the folder
+    has such files.
     """
+    check_target(folder, overwrite=overwrite)
     tensors, config = encode_peft(bundle, model)
     if dtype is not None:
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
