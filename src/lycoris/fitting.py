@@ -154,12 +154,13 @@ def alike(target: str, classes: Iterable[str]) -> list[str]:
 def _few(recipe: Recipe, model: nn.Module, made: Plan) -> Iterator[Remark]:
     """That classes which were named reach few layers, and which classes have the others.
 
-    Lists that name paths are narrow on purpose.
+    Lists that name paths, to reach or to leave out, are narrow on purpose.
     """
     named = _named_classes(recipe)
-    if not named or recipe.preset.target_name or recipe.preset.name_algo_map:
+    preset = recipe.preset
+    if not named or preset.target_name or preset.name_algo_map or preset.exclude_name:
         return
-    layers = servable(model)
+    layers = [path for path, (_, geometry) in servable(model).items() if preset.enable_conv or geometry.pointwise]
     got = {each.path for each in made.placements}
     reached = sum(path in got for path in layers)
     if reached >= SMALL * len(layers):
