@@ -63,6 +63,8 @@ def check(settings: Settings) -> Checked:
         inside=settings.validation_prompts,
         outside=settings.validation_prompts_outside,
     )
+    if settings.keep_best and not held_out:
+        raise ConfigError("keep_best goes by the held-out loss, and no image is held out; set num_eval_images above 0")
     resume = checkpoint.to_resume(settings.output_dir, settings.resume_from_checkpoint)
     return Checked(settings, recipe, training, held_out, found.problems, found.unused, resume)
 

@@ -46,22 +46,24 @@ def train(settings: Settings, console: Console) -> Outcome:
         run.accelerator.init_trackers("logs")
         finished = fit(run, console)
         run.accelerator.end_training()
+        step_saved = run.return_to_best()
         adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
         if not finished:
             return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
-        say(console, f"saved {adapter}; reloading it into a fresh pipeline")
-        outcome = Outcome(adapter, _report(run, adapter, started, console))
+        say(console, f"saved {adapter}, from step {step_saved}; reloading it into a fresh pipeline")
+        outcome = Outcome(adapter, _report(run, adapter, step_saved, started, console))
         if settings.checkpointing_steps == 0:
             checkpoint.remove_interrupted(settings.output_dir)
         return outcome
 
 
-def _report(run: Run, adapter: Path, started: float, console: Console) -> report.Report:
+def _report(run: Run, adapter: Path, step_saved: int, started: float, console: Console) -> report.Report:
     measured = measure(run, adapter)
     numbers = report.Report(
         adapter=str(adapter),
         multiplier=run.checked.recipe.multiplier,
         steps=run.step,
+        step_saved=step_saved,
         images=len(run.checked.training),
         images_held_out=len(run.checked.held_out),
         images_skipped=len(run.checked.skipped),
