@@ -50,7 +50,9 @@ def train(settings: Settings, console: Console) -> Outcome:
         adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
         if not finished:
             return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
-        say(console, f"saved {adapter}, from step {step_saved}; reloading it into a fresh pipeline")
+        if step_saved != run.step:
+            say(console, f"keeping the adapter of step {step_saved}, where the held-out loss was lowest")
+        say(console, f"saved {adapter}; reloading it into a fresh pipeline")
         outcome = Outcome(adapter, _report(run, adapter, step_saved, started, console))
         if settings.checkpointing_steps == 0:
             checkpoint.remove_interrupted(settings.output_dir)
