@@ -103,14 +103,19 @@ class Data:
     held_out: list[int]
 
 
+def kept_out(folder: Path, count: int = 32) -> set[str]:
+    """Names of the concepts that are kept from training in every style."""
+    names = {each.name for style in STYLES for each in sheets.load(folder, style)[1]}
+    return set(random.Random(1).sample(sorted(names - set(sheets.SHOWN)), count))
+
+
 @torch.no_grad()
-def read(folder: Path, vae: AutoencoderKL, held_out: int = 32) -> Data:
-    """All images of both styles; `held_out` concepts are kept from training in every style."""
+def read(folder: Path, vae: AutoencoderKL) -> Data:
+    """All images of both styles."""
     parts = [sheets.load(folder, style) for style in STYLES]
     images, emoji = torch.cat([part[0] for part in parts]), [e for part in parts for e in part[1]]
     latents = torch.cat([vae.encode(sheets.to_unit(part)).latent_dist.mean for part in images.split(64)])
-    names = sorted({e.name for e in emoji} - set(sheets.SHOWN))
-    kept = set(random.Random(1).sample(names, held_out))
+    kept = kept_out(folder)
     train = [i for i, e in enumerate(emoji) if e.name not in kept]
     return Data(latents, images, emoji, train, [i for i, e in enumerate(emoji) if e.name in kept])
 

@@ -190,7 +190,7 @@ def change(config: Path, **changes: Any) -> None:
     ("old", "new", "words"),
     [
         ('"out"', '"config.json/out"', "config.json is a file"),
-        ('"learning_rate": 0.004', '"learning_rate": 1e999', "learning_rate = inf"),
+        ('"learning_rate": 0.002', '"learning_rate": 1e999', "learning_rate = inf"),
         ('"seed": 42', f'"seed": {2**70}', f"seed = {2**70}"),
     ],
 )

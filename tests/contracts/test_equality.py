@@ -80,6 +80,7 @@ def test_strength_is_a_straight_line(algorithm, case) -> None:
 
 def test_gradients_of_both_ways_agree(algorithm, case) -> None:
     model, x, adapters = made(case, algorithm)
+    model.requires_grad_(True)
     adapters.set_strength(0.7)
     inputs = [x.requires_grad_()] if x.is_floating_point() else []
     parameters = [*inputs, *adapters.parameters(), *(p for p in model.parameters() if p.dim() == 1)]

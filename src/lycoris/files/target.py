@@ -19,7 +19,7 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
     for source in sources:
         if any(_same(one, other) for one in _parts(source) for other in written):
             raise FileError(f"{target} is read here, and the input is never the output; name another")
-    there = next((each for each in (written[1:] if path.is_dir() else written[:1]) if each.exists()), None)
+    there = next((each for each in (written[1:] if path.is_dir() else written[:1]) if _exists(each)), None)
     if there is not None and not overwrite:
         raise FileError(f"{there} exists; name another, or write over it (--force, in Python overwrite=True)")
 
@@ -27,6 +27,14 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
 def _parts(path: Path) -> tuple[Path, ...]:
     """A path, and the files that it holds as a folder of PEFT's."""
     return path, path / WEIGHTS, path / CONFIG, path / PICKLE
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # No file can have such a name; writing says why.
+        return False
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -24,7 +24,7 @@ STATE = "training_state.pt"
 INTERRUPTED = "interrupted"
 """A file of this name says that the checkpoint was saved because training was interrupted."""
 KEYS = (
-    *("step", "optimizer", "rates", "scaler", "history", "settings", "images"),
+    *("step", "optimizer", "rates", "scaler", "history", "settings", "images", "best"),
     *("adapter", "recipe", "random"),
 )
 """What the state of a run is made of: the first row comes from the run, the second is added by `save`."""

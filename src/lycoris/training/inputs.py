@@ -65,6 +65,8 @@ def check(settings: Settings, *, overwrite: bool = False) -> Checked:
         inside=settings.validation_prompts,
         outside=settings.validation_prompts_outside,
     )
+    if settings.keep_best and not held_out:
+        raise ConfigError("keep_best goes by the held-out loss, and no image is held out; set num_eval_images above 0")
     families.check(settings)
     return Checked(settings, recipe, training, held_out, found.problems, found.unused, resume)
 

@@ -105,6 +105,9 @@ def _measure(run: Run) -> None:
     if loss is not None:
         run.history.held_out[run.step] = loss
         run.accelerator.log({"held_out_loss": loss}, step=run.step)
+        # Before the first step there is nothing worth keeping: the adapter does nothing yet.
+        if run.settings.keep_best and run.step > 0:
+            run.remember_if_best(loss)
 
 
 def _complaint(run: Run, what: str, batch: Batch) -> str:

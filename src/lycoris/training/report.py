@@ -40,6 +40,8 @@ class Report:
     multiplier: float
     """Strength at which the adapter was trained and its loss was measured."""
     steps: int
+    step_saved: int
+    """The step that the saved adapter is from: the last, or with `keep_best` that of the lowest held-out loss."""
     images: int
     images_held_out: int
     images_skipped: int
@@ -111,6 +113,8 @@ def summarise(report: Report, written: Sequence[Path], console: Console) -> None
         _loss(report.held_out_loss_base),
     )
     table.add_row("seconds of training", f"{report.seconds_training:.0f} for {report.steps} steps", "")
+    if report.step_saved != report.steps:
+        table.add_row("saved, lowest held-out loss", f"step {report.step_saved}", "")
     table.add_row("seconds in all", f"{report.seconds_total:.0f}", "")
     table.add_row("merged - attached, largest", f"{report.merge_difference:.3f} of 255", "")
     console.print(table)

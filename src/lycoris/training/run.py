@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,15 @@ class History:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Best:
+    """The adapter at the lowest held-out loss so far, in CPU memory."""
+
+    step: int
+    loss: float
+    adapter: dict[str, torch.Tensor]
+
+
 @dataclass
 class Run:
     """A run that can take steps."""
@@ -51,6 +61,8 @@ class Run:
     no_text: torch.Tensor
     history: History
     step: int = 0
+    best: Best | None = None
+    """With `keep_best`, from the first measurement on."""
 
     @property
     def settings(self) -> Settings:
@@ -73,6 +85,19 @@ class Run:
         with evaluating(self.pipe.unet):
             return objective.held_out_loss(self.predict, self.noise_schedule, self.held_out, self.accelerator.device)
 
+    def remember_if_best(self, loss: float) -> None:
+        """Copy the adapter if its held-out loss, `loss`, is lower than any before."""
+        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
+            adapter = {name: tensor.detach().cpu().clone() for name, tensor in self.adapters.state_dict().items()}
+            self.best = Best(self.step, loss, adapter)
+
+    def return_to_best(self) -> int:
+        """Put the remembered adapter, if any, in place of the last step's; the step that it is from."""
+        if self.best is None:
+            return self.step
+        self.adapters.load_state_dict(self.best.adapter)
+        return self.best.step
+
 
 def save(run: Run, *, interrupted: bool = False) -> Path:
     """Write a checkpoint of the step just taken, and remove those beyond the limit."""
@@ -85,6 +110,7 @@ def save(run: Run, *, interrupted: bool = False) -> Path:
         "history": dataclasses.asdict(run.history),
         "settings": _binding(run.settings),
         "images": _fingerprint(run.checked),
+        "best": None if run.best is None else vars(run.best),
     }
     checkpoint.save(folder, state, run.adapters, run.checked.recipe, interrupted=interrupted)
     checkpoint.prune(run.settings.output_dir, run.settings.checkpoints_total_limit)
@@ -109,6 +135,8 @@ def restore(run: Run, folder: Path) -> None:
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step, run.history = state["step"], History(**state["history"])
+    if run.settings.keep_best and state["best"] is not None:
+        run.best = Best(**state["best"])
 
 
 def _binding(settings: Settings) -> dict[str, Any]:

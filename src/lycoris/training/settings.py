@@ -35,7 +35,7 @@ FREE_ON_RESUME = (
     *("max_train_steps", "skip_unreadable_images", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
     *("eval_steps_interval", "validation_steps", "validation_prompts", "validation_prompts_outside"),
     *("validation_negative_prompt", "validation_num_inference_steps", "validation_guidance", "validation_seed"),
-    "validation_lycoris_strength",
+    *("validation_lycoris_strength", "keep_best"),
 )
 """Settings that may differ when a run goes on: they move files or change what is shown, not what a step does.
 
@@ -116,6 +116,9 @@ class Settings(BaseModel):
 
     eval_steps_interval: Annotated[int, Field(ge=0)] = 0
     """Measure the held-out loss every so many steps; 0 measures it only before and after training."""
+    keep_best: bool = False
+    """Save the adapter as it was when the held-out loss, measured every `eval_steps_interval` steps, was lowest, not as
+    it was after the last step. Checkpoints hold both."""
     validation_steps: Annotated[int, Field(ge=0)] = 0
     """Draw the validation prompts every so many steps; 0 draws them only in the final report."""
     validation_prompts: Prompts = ()
@@ -148,6 +151,12 @@ class Settings(BaseModel):
         both = sorted(set(self.validation_prompts) & set(self.validation_prompts_outside))
         if both:
             raise ValueError(f"{both} are in validation_prompts and in validation_prompts_outside; keep them in one")
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_measured(self) -> Settings:
+        if self.keep_best and not self.eval_steps_interval:
+            raise ValueError("keep_best needs the held-out loss during training; set eval_steps_interval above 0")
         return self
 
     @classmethod

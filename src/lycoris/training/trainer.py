@@ -50,17 +50,20 @@ def train(settings: Settings, console: Console, *, overwrite: bool = False) -> O
         run.accelerator.init_trackers("logs")
         finished = fit(run, console)
         run.accelerator.end_training()
+        step_saved = run.return_to_best()
         adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
         if not finished:
             return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
+        if step_saved != run.step:
+            say(console, f"keeping the adapter of step {step_saved}, where the held-out loss was lowest")
         say(console, f"saved {adapter}; reloading it into a fresh pipeline")
-        outcome = Outcome(adapter, _report(run, adapter, started, console))
+        outcome = Outcome(adapter, _report(run, adapter, step_saved, started, console))
         if settings.checkpointing_steps == 0:
             checkpoint.remove_interrupted(settings.output_dir)
         return outcome
 
 
-def _report(run: Run, adapter: Path, started: float, console: Console) -> report.Report:
+def _report(run: Run, adapter: Path, step_saved: int, started: float, console: Console) -> report.Report:
     measured = measure(run, adapter)
     numbers = report.Report(
         adapter=str(adapter),
@@ -68,6 +71,7 @@ def _report(run: Run, adapter: Path, started: float, console: Console) -> report
         prompt=next(iter((*run.settings.validation_prompts, *(each.caption for each in run.checked.training)))),
         multiplier=run.checked.recipe.multiplier,
         steps=run.step,
+        step_saved=step_saved,
         images=len(run.checked.training),
         images_held_out=len(run.checked.held_out),
         images_skipped=len(run.checked.skipped),
