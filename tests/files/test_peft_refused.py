@@ -57,7 +57,7 @@ def test_a_hostile_folder_is_refused(tmp_path: Path) -> None:
     trained(peft.LoraConfig(r=3, target_modules=at("linear"))).save_pretrained(folder)
     good = config.read_text()
     for text, told in (
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[1]", "it is list, not an object"),
         (" " * (5 * 2**20), "bytes"),
         ("{", "JSON"),

@@ -124,8 +124,8 @@ def test_text_encoders_are_those_of_the_family(tmp_path: Path) -> None:
         layers = {f"lora_te1_{encoder}": (768, 768)}
         found = detect(written(tmp_path / "a.safetensors", layers, told))
         assert found.fits["text_encoder"][0].architecture.name == kind
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", overwrite=True)
         names = {name.partition(".lora_")[0] for name in load_file(tmp_path / "b.safetensors")}
         assert names == {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj"}
-        convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
+        convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", overwrite=True)
         assert {name.partition(".")[0] for name in load_file(tmp_path / "c.safetensors")} == {f"lora_te1_{encoder}"}

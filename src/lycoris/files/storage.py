@@ -126,8 +126,9 @@ def fitting(metadata: Mapping[str, str], tensors: Iterable[str], path: str | os.
     return {key: value for key, value in metadata.items() if key not in left_out}
 
 
-def _stored_size(text: str) -> int:
-    """Bytes of a text in a header; only a long one is worth counting exactly."""
+def _stored_size(given: object) -> int:
+    """Bytes of a text in a header; only a long one is worth counting exactly. What is no text is refused later."""
+    text = str(given)
     return 6 * len(text) + 8 if len(text) < 10**5 else len(json.dumps(text, ensure_ascii=False).encode()) + 8
 
 
