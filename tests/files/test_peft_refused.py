@@ -58,7 +58,7 @@ def test_a_hostile_folder_is_refused(tmp_path: Path) -> None:
     good = config.read_text()
     for text, told in (
         ("[" * 100_000, "cannot be read as JSON"),
-        ("[1]", "it is list, not an object"),
+        ("[1]", "holds a JSON list; expected an object"),
         (" " * (5 * 2**20), "bytes"),
         ("{", "JSON"),
     ):

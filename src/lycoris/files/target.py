@@ -19,7 +19,9 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
     for source in sources:
         if any(_same(one, other) for one in _parts(source) for other in written):
             raise FileError(f"{target} is read here, and the input is never the output; name another")
-    there = next((each for each in (written[1:] if path.is_dir() else written[:1]) if _exists(each)), None)
+    # These answer for names that no file can have; writing says why.
+    candidates = written[1:] if os.path.isdir(path) else written[:1]  # noqa: PTH112 -- Path.is_dir raises for them
+    there = next((each for each in candidates if os.path.exists(each)), None)  # noqa: PTH110 -- likewise
     if there is not None and not overwrite:
         raise FileError(f"{there} exists; name another, or write over it (--force, in Python overwrite=True)")
 
@@ -27,14 +29,6 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
 def _parts(path: Path) -> tuple[Path, ...]:
     """A path, and the files that it holds as a folder of PEFT's."""
     return path, path / WEIGHTS, path / CONFIG, path / PICKLE
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        # No file can have such a name; writing says why.
-        return False
 
 
 def _same(one: Path, other: Path) -> bool:
