@@ -179,7 +179,7 @@ class Steering:
     @property
     def merged(self) -> bool:
         """Whether the adapters are part of the layers' weights."""
-        raise NotImplementedError
+        raise NotImplementedError  # AdapterSet has it
 
     @property
     def rank_masked(self) -> bool:
@@ -188,4 +188,4 @@ class Steering:
 
     def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
         """Whether another set has put an adapter on or merged it."""
-        raise NotImplementedError
+        raise NotImplementedError  # AdapterSet has it
