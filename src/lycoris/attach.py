@@ -7,6 +7,7 @@ off restores the class.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, ClassVar
@@ -127,7 +128,15 @@ class Adapted:
         # A layer that stores its weight in float8 may be cast in and out in every pass; its adapters must not be.
         before = bases.precision(self)
         base: Any = base_class(self)
-        base._apply(self, fn, recurse=False)
+        try:
+            base._apply(self, fn, recurse=False)
+        except RuntimeError as error:
+            if "weakref" not in str(error.__cause__):
+                raise
+            # torch swaps quantized weights only while no weak reference to them is left, and a finished compilation
+            # leaves some behind in reference cycles.
+            gc.collect()
+            base._apply(self, fn, recurse=False)
         for child in self.children() if recurse else ():
             stays = isinstance(child, Adapter) and bases.is_float8(before, bases.precision(self))
             child._apply((lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)) if stays else fn)

@@ -156,18 +156,33 @@ def _unserved(value: Any) -> Literal["error", "skip"]:
 
 
 def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
-    """The rank schedule in a file's header, by itself or in its `lycoris_config`, or None."""
+    """The rank schedule in a file's header, by itself or in the settings of its training, or None."""
     from lycoris.schedule import in_header
 
     if (found := in_header(metadata)) is not None:
         return found
-    text = metadata.get("lycoris_config", "{}")
-    try:
-        config = json_object(text)
-    except ValueError:
-        logger.warning("the header's lycoris_config is no JSON object and was left aside: %.80s", text)
-        return None
-    return schedule_in(config)
+    settings, unreadable = settings_of(metadata)
+    for key in unreadable:
+        logger.warning("the header's %s is no JSON object and was left aside: %.80s", key, metadata[key])
+    return schedule_in(settings)
+
+
+def settings_of(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of training in a file's header, and the keys of the header whose text is no JSON object.
+
+    sd-scripts and Musubi Tuner write `ss_network_args` and `ss_network_dim`, SimpleTuner and this library
+    `lycoris_config`, which counts where both say something.
+    """
+    settings: dict[str, Any] = {}
+    unreadable = []
+    if (rank := metadata.get("ss_network_dim", "")).isdecimal():
+        settings["linear_dim"] = rank
+    for key in ("ss_network_args", "lycoris_config"):
+        try:
+            settings |= json_object(metadata.get(key, "{}"))
+        except ValueError:
+            unreadable.append(key)
+    return settings, unreadable
 
 
 def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:

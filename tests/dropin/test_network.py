@@ -211,6 +211,15 @@ def test_a_header_gives_the_schedule_and_outranks_options(model: MyModel, tmp_pa
     assert network.adapters.schedule == RankSchedule(max_rank=2, alpha=3.0)
 
 
+def test_settings_in_the_header_of_sd_scripts_give_the_schedule(model: MyModel, tmp_path: Path) -> None:
+    network = create_lycoris(model, 1.0, linear_dim=2, algo="tlora", tlora_alpha=2.0)
+    arguments = json.dumps({"algo": "tlora", "tlora_alpha": "2.0"})
+    header = {"ss_network_module": "lycoris.kohya", "ss_network_dim": "2", "ss_network_args": arguments}
+    network.save_weights(tmp_path / "a.safetensors", None, header)
+    read, _ = create_lycoris_from_weights(1.0, tmp_path / "a.safetensors", model)
+    assert read.adapters.schedule == network.adapters.schedule == RankSchedule(max_rank=2, alpha=2.0)
+
+
 def test_a_header_that_is_no_json_is_reported(model: MyModel, tmp_path: Path, caplog: Any) -> None:
     path = header(model, tmp_path / "a.safetensors", "{'algo': 'tlora'}")
     caplog.clear()

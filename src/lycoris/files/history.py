@@ -13,7 +13,7 @@ from lycoris.algorithm import Entry
 from lycoris.algorithms import LoRA
 from lycoris.errors import FileError
 from lycoris.files.dialect import Dialect
-from lycoris.jsons import json_object
+from lycoris.recipe import settings_of
 
 SCALES = "lycoris_scale"
 """Header key under which this library writes the scale of every adapter: such a file means what it says."""
@@ -34,7 +34,7 @@ def as_trained(
         return stack, ""
     alpha, rank = entry.algorithm.stored_alpha(entry.geometry), entry.algorithm.rank
     assert alpha is not None
-    settings = _settings(header)
+    settings, _ = settings_of(header)
     if _text(settings.get("algo")) == "dylora":
         block = _block(settings.get("block_size"), rank, layer)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
@@ -60,18 +60,6 @@ def _block_diagonal(up: Tensor, parts: int) -> bool:
     if any(not len(rows) for rows in columns):
         return False
     return all(int(a.max()) < int(b.min()) for a, b in pairwise(columns))
-
-
-def _settings(header: Mapping[str, str]) -> dict[str, Any]:
-    """What the header says that the adapter was trained with."""
-    return _object(header, "ss_network_args") | _object(header, "lycoris_config")
-
-
-def _object(header: Mapping[str, str], key: str) -> dict[str, Any]:
-    try:
-        return json_object(header.get(key, "{}"))
-    except ValueError:
-        return {}
 
 
 def _block(told: Any, rank: int, layer: str) -> int:
