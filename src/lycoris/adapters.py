@@ -105,7 +105,9 @@ class AdapterSet(Steering):
         return self
 
     def _put_all_on(self) -> None:
-        self._attached_as = f"adapter_{attach.free_name(self._layers.values()) if self.name is None else self.name}"
+        name = attach.free_name(self._layers.values()) if self.name is None else self.name
+        # No module's name may have a dot, and names such as v1.5 are common.
+        self._attached_as = f"adapter_{name.replace('.', '_')}"
         with ExitStack() as undo:
             for path, at, adapter in self._each():
                 self._put_on(path, at, adapter)

@@ -331,3 +331,17 @@ def test_a_pass_without_checkpointing_does_not_mislead_a_later_one(reentrant: bo
     plain = gradient(None, [1.0, 0.0, 0.0, 0.0])
     gradient(None, [1.0, 1.0, 1.0, 0.0])
     assert torch.equal(gradient(reentrant, [1.0, 0.0, 0.0, 0.0]), plain)
+
+
+def test_names_of_sets_may_have_dots() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    made = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))), name="style.v1.5").attach()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "0.adapter_style_v1_5.up",
+        "0.adapter_style_v1_5.down",
+    ]
+    with pytest.raises(AttachError, match="choose another set name"):
+        AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))), name="style.v1_5").attach()
+    made.merge()
+    made.detach()
+    assert type(model[0]) is nn.Linear
