@@ -161,28 +161,32 @@ def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
 
     if (found := in_header(metadata)) is not None:
         return found
-    settings, unreadable = settings_of(metadata)
-    for key in unreadable:
-        logger.warning("the header's %s is no JSON object and was left aside: %.80s", key, metadata[key])
-    return schedule_in(settings)
+    for key in SETTINGS:
+        if _read_settings(metadata, key) is None:
+            logger.warning("the header's %s is no JSON object and was left aside: %.80s", key, metadata[key])
+    return schedule_in(settings_of(metadata))
 
 
-def settings_of(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of training in a file's header, and the keys of the header whose text is no JSON object.
+SETTINGS = ("ss_network_args", "lycoris_config")
+"""Header keys with settings of training as JSON: of sd-scripts and Musubi Tuner; of SimpleTuner and this library."""
 
-    sd-scripts and Musubi Tuner write `ss_network_args` and `ss_network_dim`, SimpleTuner and this library
-    `lycoris_config`, which counts where both say something.
-    """
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of training in a file's header, as far as it can be read; what `lycoris_config` says counts most."""
     settings: dict[str, Any] = {}
-    unreadable = []
     if (rank := metadata.get("ss_network_dim", "")).isdecimal():
         settings["linear_dim"] = rank
-    for key in ("ss_network_args", "lycoris_config"):
-        try:
-            settings |= json_object(metadata.get(key, "{}"))
-        except ValueError:
-            unreadable.append(key)
-    return settings, unreadable
+    for key in SETTINGS:
+        settings |= _read_settings(metadata, key) or {}
+    return settings
+
+
+def _read_settings(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
+    """None for what is no JSON object."""
+    try:
+        return json_object(metadata.get(key, "{}"))
+    except ValueError:
+        return None
 
 
 def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:

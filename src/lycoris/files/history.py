@@ -34,7 +34,7 @@ def as_trained(
         return stack, ""
     alpha, rank = entry.algorithm.stored_alpha(entry.geometry), entry.algorithm.rank
     assert alpha is not None
-    settings, _ = settings_of(header)
+    settings = settings_of(header)
     if _text(settings.get("algo")) == "dylora":
         block = _block(settings.get("block_size"), rank, layer)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
