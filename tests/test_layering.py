@@ -9,7 +9,19 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
-    {"errors", "remarks", "jsons", "finite", "ops", "paths", "batch_layout", "geometry", "seen", "ties"},
+    {
+        "errors",
+        "remarks",
+        "jsons",
+        "finite",
+        "ops",
+        "paths",
+        "batch_layout",
+        "geometry",
+        "seen",
+        "ties",
+        "torch_private",
+    },
     {"algorithm", "additive"},
     {"algorithms"},
     {

@@ -9,8 +9,6 @@ graph, and what was in force at each pass through the region is kept on that obj
 - `use_reentrant=True`, and the autograd functions of other libraries that recompute: the context of the function, which
   is on the call stack during the first run and is the node that autograd executes during the recomputation.
 - A compiled layer inside a checkpointed region looks the region up by an operator that stays in the graph.
-
-This is the only file that uses private functions of torch for that; `tests/contracts/test_recomputation.py` names them.
 """
 
 from __future__ import annotations
@@ -25,20 +23,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _CheckpointFrame
 
 from lycoris.algorithm import Call
 from lycoris.errors import AttachError
+from lycoris.torch_private import (
+    CheckpointFrame,
+    current_graph_task,
+    current_node,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    sequence_number,
+    top_saved_tensors_hooks,
+)
 
 PASSES = "_lycoris_passes"
 """Attribute of a region's object: what was in force at the passes through it."""
-
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
-_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_sequence_number = torch._C._autograd._get_sequence_nr
-_current_node = torch._C._current_autograd_node
-_graph_task = torch._C._current_graph_task_id
 
 
 class PassState(NamedTuple):
@@ -107,8 +106,12 @@ class PassHistory:
         Raises `AttachError` where adapters were merged or unmerged since, and for a recomputation of which the first
         run is not known while it could have had another state.
         """
-        in_backward = _graph_task() != -1
-        if not in_backward and _top_hooks(True) is None and (torch.is_grad_enabled() or self._outside_functions()):
+        in_backward = current_graph_task() != -1
+        if (
+            not in_backward
+            and top_saved_tensors_hooks(True) is None
+            and (torch.is_grad_enabled() or self._outside_functions())
+        ):
             self._note(now)
             return now
         regions = _regions() + _functions()
@@ -143,7 +146,7 @@ class PassHistory:
     def _outside_functions(self) -> bool:
         """Whether no autograd function that may recompute this pass is running, for passes without gradients."""
         # A function takes a sequence number when it starts: until the next number, none can have started.
-        here = (threading.get_ident(), _sequence_number())
+        here = (threading.get_ident(), sequence_number())
         if here != self._outside and not _functions():
             self._outside = here
         return here == self._outside
@@ -159,9 +162,9 @@ def _functions() -> list[_Region]:
 def _regions() -> list[_Region]:
     """Checkpointed regions around the pass that is about to begin, innermost first, without those of `_functions`."""
     regions = [region for pack in _pack_hooks() if (region := _region_of(pack)) is not None]
-    node = _current_node()
+    node = current_node()
     if node is not None and hasattr(node, PASSES):
-        regions.append(_Region(node, _graph_task()))
+        regions.append(_Region(node, current_graph_task()))
     return regions
 
 
@@ -169,12 +172,12 @@ def _pack_hooks() -> list[Any]:
     """The pack functions of all hooks for saved tensors that are in force, innermost first."""
     stack = []
     try:
-        while (hooks := _top_hooks(True)) is not None:
+        while (hooks := top_saved_tensors_hooks(True)) is not None:
             stack.append(hooks)
-            _pop_hooks()
+            pop_saved_tensors_hooks()
     finally:
         for hooks in reversed(stack):
-            _push_hooks(*hooks)
+            push_saved_tensors_hooks(*hooks)
     return [pack for pack, _ in stack]
 
 
@@ -183,9 +186,9 @@ def _region_of(pack: Any) -> _Region | None:
     # The first run's hooks hold the frame, those of the recomputation a weak reference to it.
     for cell in getattr(pack, "_torchdynamo_orig_callable", pack).__closure__ or ():
         content = cell.cell_contents
-        if isinstance(content, _CheckpointFrame):
+        if isinstance(content, CheckpointFrame):
             return _Region(content, None)
-        if isinstance(content, weakref.ref) and isinstance(content(), _CheckpointFrame):
+        if isinstance(content, weakref.ref) and isinstance(content(), CheckpointFrame):
             return _Region(content(), pack)
     return None
 

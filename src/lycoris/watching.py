@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lycoris.adapter import Adapter
 from lycoris.seen import Seen
+from lycoris.torch_private import current_node, queue_callback
 
 SHOWN = 10
 READ = (
@@ -133,7 +134,7 @@ def _at_end_of_backward(call: Callable[[], None]) -> None:
     """Call something when the backward pass under way has ended: the outermost, where checkpointing nests them."""
 
     def ended() -> None:
-        node = torch._C._current_autograd_node()
+        node = current_node()
         if node is None:
             call()
         else:
@@ -141,6 +142,6 @@ def _at_end_of_backward(call: Callable[[], None]) -> None:
             node.register_hook(again)
 
     def again(*_: Any) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(ended)
+        queue_callback(ended)
 
     again()

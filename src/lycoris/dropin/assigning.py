@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lycoris.errors import ConfigError
 from lycoris.recipe import Recipe
+from lycoris.torch_private import DisableTorchFunction
 
 logger = logging.getLogger("LyCORIS")
 
@@ -140,7 +141,7 @@ class Constant(Tensor):
                 f"writing to {written._name} would change nothing: it is a setting, which does not change; make a new "
                 "module with it"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunction():
             found = func(*args, **(kwargs or {}))
             if written is not None and _shares(name, func) and isinstance(found, Tensor):
                 found = found.as_subclass(cls)

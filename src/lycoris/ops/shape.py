@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from lycoris.torch_private import unsafe_view
 
 
 def unflattened(fresh: Tensor, shape: Sequence[int]) -> Tensor:
@@ -13,4 +14,5 @@ def unflattened(fresh: Tensor, shape: Sequence[int]) -> Tensor:
 
     FSDP2 hangs the gathering of parameters for backward on a module's output, which work in place on a view would lose.
     """
-    return torch.ops.aten._unsafe_view(fresh, list(shape))
+    found: Tensor = unsafe_view(fresh, list(shape))
+    return found

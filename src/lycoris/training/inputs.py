@@ -12,6 +12,7 @@ import torch
 
 from lycoris.errors import ConfigError
 from lycoris.recipe import Recipe
+from lycoris.torch_private import has_bfloat16_on_cpu
 from lycoris.training import checkpoint, data, families
 from lycoris.training.settings import Settings, load_recipe
 
@@ -37,7 +38,7 @@ def fast_in_bfloat16() -> bool:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return True
     # Torch asks itself this before every convolution, and tells it nowhere in public.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return has_bfloat16_on_cpu()
 
 
 def check(settings: Settings, *, overwrite: bool = False) -> Checked:
