@@ -32,7 +32,7 @@ ORDER = (
     {"preset", "options", "recipe", "fitting", "strengths", "filling", "steering", "saving", "adapters"},
     {"explain", "memory", "outline", "verification"},
     {"files"},
-    {"generation", "training", "checkpoints"},
+    {"generation", "training", "checkpoints", "tools"},
     {
         "integrations",
         "dropin",

@@ -12,6 +12,7 @@ from lycoris.cli.convert import check, convert
 from lycoris.cli.demo import demo
 from lycoris.cli.outcome import DEBUG, silence_libraries
 from lycoris.cli.plan import plan
+from lycoris.cli.tools import combine, inspect, resize
 from lycoris.cli.train import train
 
 app = typer.Typer(
@@ -25,6 +26,9 @@ app.command()(demo)
 app.command()(plan)
 app.command()(convert)
 app.command()(check)
+app.command()(inspect)
+app.command()(resize)
+app.command()(combine)
 
 
 def main() -> None:

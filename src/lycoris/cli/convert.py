@@ -44,7 +44,7 @@ def convert(
         from lycoris.cli.plan import precision
         from lycoris.files import convert as run
 
-        model, weights = _base(base)
+        model, weights = open_base(base)
         wanted = None if dtype is None else precision("dtype", dtype)
         print(
             run(
@@ -77,13 +77,13 @@ def check(
     with plain_errors(debug):
         from lycoris.files import check as run
 
-        found = run(file, program, base=_base(base)[0])
+        found = run(file, program, base=open_base(base)[0])
         print(found)
         if not found.as_trained:
             raise typer.Exit(1)
 
 
-def _base(name: str | None) -> tuple[Any, Any]:
+def open_base(name: str | None) -> tuple[Any, Any]:
     """The model without weights, and its weights where a folder has them."""
     if name is None:
         return None, None

@@ -1,0 +1,128 @@
+"""`lycoris inspect`, `resize` and `combine`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lycoris.cli.convert import Base, open_base
+from lycoris.cli.outcome import Debug, Force, plain_errors
+
+In = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file, or a folder of PEFT's.", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)]
+
+
+def inspect(
+    file: In,
+    base: Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, every layer included.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What is in an adapter file: format, settings, size, how strong each layer is, and how many ranks it uses."""
+    with plain_errors(debug):
+        import json
+
+        from lycoris.tools import inspect as run
+
+        model, weights = open_base(base)
+        found = run(file, base=model, weights=weights)
+        print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+
+
+def resize(
+    source: In,
+    target: Out,
+    rank: Annotated[int | None, typer.Option(help="Ranks of each layer.", show_default=False)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of the squared singular values to keep, per layer.", show_default=False)
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Relative error of each layer that is allowed.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of the file, such as 20MB: ranks go to the layers that need them most.", show_default=False),
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter file with fewer ranks, with the smallest error that is possible, which is reported."""
+    with plain_errors(debug):
+        from lycoris.cli.plan import precision
+        from lycoris.tools import Limit
+        from lycoris.tools import resize as run
+
+        limit = Limit(rank=rank, energy=energy, error=error, size=None if size is None else parse_size(size))
+        model, weights = open_base(base)
+        wanted = None if dtype is None else precision("dtype", dtype)
+        print(run(source, target, limit, base=model, weights=weights, dtype=wanted, overwrite=force))
+        print(target)
+
+
+def combine(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE[:STRENGTH]... OUT", help="Adapter files, then the one to write.", show_default=False
+        ),
+    ],
+    rank: Annotated[
+        int | None, typer.Option(help="Truncate what several files change to this rank.", show_default=False)
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    allow_growth: Annotated[
+        bool, typer.Option("--allow-growth", help="Accept a result larger than its parts.")
+    ] = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write one adapter file that does what several do together, each at its strength: `combine a:0.7 b:0.4 out`."""
+    with plain_errors(debug):
+        from lycoris.cli.plan import precision
+        from lycoris.errors import ConfigError
+        from lycoris.tools import combine as run
+
+        if len(files) < 2:
+            raise ConfigError("give the files to combine, and then the file to write: combine a:0.7 b:0.4 out")
+        *sources, target = files
+        wanted = None if dtype is None else precision("dtype", dtype)
+        print(
+            run(
+                [parse_source(each) for each in sources],
+                target,
+                rank=rank,
+                base=open_base(base)[0],
+                dtype=wanted,
+                allow_growth=allow_growth,
+                overwrite=force,
+            )
+        )
+        print(target)
+
+
+def parse_source(text: str) -> tuple[str, float]:
+    """`FILE:0.7` → the file and its strength, 1 without one. A colon that no number follows is part of the name."""
+    name, colon, strength = text.rpartition(":")
+    try:
+        return (name, float(strength)) if colon and name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `20MB`, `1.5 GB`, `300k` or a plain number; units are powers of 1000. Raises `ConfigError`."""
+    from lycoris.errors import ConfigError
+
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+    number = text.strip().lower().removesuffix("b").strip()
+    unit = number[-1:] if number[-1:] in ("k", "m", "g") else ""
+    try:
+        return int(float(number.removesuffix(unit)) * units[unit])
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{text!r} is no size; write it as 20MB, 300kB or 1.5GB") from None

@@ -1,0 +1,248 @@
+"""Several adapters as one."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lycoris import recast
+from lycoris.additive import Ranked
+from lycoris.algorithm import Entry
+from lycoris.algorithms import Full, LoRA, Norm
+from lycoris.bundle import Bundle
+from lycoris.errors import ConfigError, FileError
+from lycoris.files import placing
+from lycoris.files.layout import Layout
+from lycoris.files.target import check_target
+from lycoris.ops.svd import relative
+from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes
+from lycoris.tools.resizing import as_lora, decompose_entry
+
+GROWTH = 1.1
+"""How much larger than all files together a result may be unasked."""
+
+
+class Weighted(NamedTuple):
+    """An adapter of a layer, and how much of it is added."""
+
+    strength: float
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What `combine` did. `str` tells it in lines."""
+
+    forms: Mapping[Layer, str]
+    """Layer → what its adapters became."""
+    errors: Mapping[Layer, float]
+    """Layer → relative error, for those that were truncated to a rank."""
+    bytes_before: int
+    """Of all files together."""
+    bytes_after: int
+
+    def __str__(self) -> str:
+        lines = [f"{count} layers: {form}" for form, count in Counter(self.forms.values()).most_common()]
+        if self.errors:
+            layer, worst = max(self.errors.items(), key=lambda item: item[1])
+            lines.append(f"relative error up to {worst:.2e}, at {layer}")
+        return "\n".join([*lines, f"{self.bytes_before:,} bytes became {self.bytes_after:,}"])
+
+
+def combine(
+    sources: Sequence[tuple[str | os.PathLike[str], float]],
+    target: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    base: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    allow_growth: bool = False,
+    overwrite: bool = False,
+) -> Combination:
+    """Write one adapter file that does what several do together, each at its strength: ΔW = Σ strength · ΔW.
+
+    Exact unless `rank` is given, which truncates what came of several to the best LoRA of that rank. A layer that one
+    file alone has keeps its algorithm. Others become a LoRA of all their factors, or a whole difference where that is
+    smaller. The result has the format of the first file.
+
+    Raises `FileError` where a sum depends on the base's weights (two DoRA on one layer, or one at a strength other than
+    1), for files of different models, and for a result that is more than 10 % larger than all of them together, unless
+    `allow_growth`.
+    """
+    if not sources:
+        raise ConfigError("no file to combine was given")
+    check_target(target, [Path(path) for path, _ in sources], overwrite=overwrite)
+    files = [(AdapterFile.open(path, base), float(strength)) for path, strength in sources]
+    first = _with_components(files[0][0], [file for file, _ in files[1:]])
+    parts: dict[Layer, list[tuple[float, Stack]]] = {}
+    for file, strength in files:
+        for layer, stack in _renamed_like(file, first):
+            parts.setdefault(layer, []).append((strength, stack))
+    stacks, forms, errors = dict[Layer, Stack](), dict[Layer, str](), dict[Layer, float]()
+    for layer, given in parts.items():
+        stacks[layer] = _add(given, str(layer))
+        if rank is not None and len(given) > 1 and _has_rank(stacks[layer][0]):
+            stacks[layer], errors[layer] = _truncate(stacks[layer], rank)
+        forms[layer] = _describe(given, stacks[layer])
+    _check_growth(stacks, [file for file, _ in files], allow_growth)
+    first.write(target, stacks, dtype=dtype)
+    after = AdapterFile(Path(target), first.opened).size
+    return Combination(forms, errors, sum(file.size for file, _ in files), after)
+
+
+def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
+    """The same adapter, so that strength 1 does what `strength` did.
+
+    Raises `FileError` for a change that does not grow in proportion to some of its tensors.
+    """
+    if strength == 1:
+        return entry
+    algorithm, tensors = entry.algorithm, entry.tensors
+    if isinstance(algorithm, Full | Norm):
+        return entry._replace(tensors={name: _times(tensor, strength) for name, tensor in tensors.items()})
+    if isinstance(algorithm, Ranked) and not recast.needs_base(entry):
+        stronger = replace(algorithm, alpha=algorithm.rank * strength * algorithm.scale(entry.geometry), rs_lora=False)
+        if math.isclose(stronger.scale(entry.geometry), strength * algorithm.scale(entry.geometry), rel_tol=1e-12):
+            return entry._replace(algorithm=stronger)
+        # As a gate, which files hold folded into a factor.
+        gated, gate = replace(algorithm, gate=True), torch.tensor(strength, dtype=torch.float64)
+        wide = {name: _widen(tensor) for name, tensor in tensors.items()}
+        wide["gate"] = wide["gate"] * gate if "gate" in wide else gate
+        return Entry(replace(algorithm, gate=False), entry.geometry, gated.stored(wide, entry.geometry))
+    raise FileError(
+        f"{where}: no {algorithm.name} does at strength 1 what this one does at {strength}; merge it into the base "
+        "model instead"
+    )
+
+
+def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
+    """One stack for a layer, from those of several files."""
+    if len(given) == 1:
+        strength, stack = given[0]
+        return tuple(scale_entry(entry, strength, where) for entry in stack)
+    terms = [Weighted(strength, entry) for strength, stack in given for entry in stack]
+    bound = sorted({term.entry.algorithm.name for term in terms if recast.needs_base(term.entry)})
+    if bound:
+        raise FileError(
+            f"{where}: {' and '.join(bound)} depends on the base model's weights, and so does its sum with others; "
+            "merge them into the base model one after the other instead"
+        )
+    scaled = [scale_entry(term.entry, term.strength, where) for term in terms]
+    if all(isinstance(entry.algorithm, Norm) for entry in scaled):
+        return (scaled[0]._replace(tensors=_sum([entry.tensors for entry in scaled])),)
+    biases = [entry.tensors["diff_b"] for entry in scaled if "diff_b" in entry.tensors]
+    weights = [_without_bias(entry) for entry in scaled if set(entry.tensors) != {"diff_b"}]
+    stack = (_concatenated(weights),) if weights else ()
+    if not biases:
+        return stack
+    bias = _sum([{"diff_b": each} for each in biases])["diff_b"]
+    if stack and isinstance(stack[0].algorithm, Full):
+        return (stack[0]._replace(algorithm=Full(), tensors={**stack[0].tensors, "diff_b": bias}),)
+    return (*stack, Entry(Full(weight=False), scaled[0].geometry, {"diff_b": bias}))
+
+
+def _without_bias(entry: Entry) -> Entry:
+    if "diff_b" not in entry.tensors:
+        return entry
+    return entry._replace(algorithm=Full(bias=False), tensors={"diff": entry.tensors["diff"]})
+
+
+def _concatenated(entries: list[Entry]) -> Entry:
+    """The sum as a LoRA with the ranks of all, or as a whole difference where that is smaller."""
+    g = entries[0].geometry
+    factors = [recast.low_rank(entry, always=True) for entry in entries]
+    pairs = [each for each in factors if each is not None]
+    total = sum(each.tensors["down"].shape[0] for each in pairs)
+    if g.stack or len(pairs) < len(entries) or total * (g.out_features + g.fan_in) >= g.size:
+        dense = [{"diff": recast.dense(entry).tensors["diff"]} for entry in entries]
+        return Entry(Full(bias=False), g, _sum(dense))
+    ups = [_times(each.tensors["up"], each.algorithm.scale(g)) for each in pairs]
+    tensors = {"up": torch.cat(ups, dim=1), "down": torch.cat([each.tensors["down"] for each in pairs])}
+    return Entry(LoRA(rank=total, alpha=float(total)), g, tensors)
+
+
+def _check_growth(stacks: Mapping[Layer, Stack], files: Sequence[AdapterFile], allowed: bool) -> None:
+    before, after = sum(file.size for file in files), sum(count_bytes(*stack) for stack in stacks.values())
+    if after > GROWTH * before and not allowed:
+        raise FileError(
+            f"the sum takes {after:,} bytes, and the files together {before:,}: give a rank that it is truncated to "
+            "(--rank), or accept the size (--allow-growth, in Python allow_growth=True)"
+        )
+
+
+def _has_rank(entry: Entry) -> bool:
+    return not isinstance(entry.algorithm, Norm) and not entry.geometry.stack and set(entry.tensors) != {"diff_b"}
+
+
+def _truncate(stack: Stack, rank: int) -> tuple[Stack, float]:
+    """The first of a stack as a LoRA of at most that rank, and the relative error."""
+    entry, rest = stack[0], stack[1:]
+    if "diff_b" in entry.tensors:
+        rest = (Entry(Full(weight=False), entry.geometry, {"diff_b": entry.tensors["diff_b"]}), *rest)
+        entry = _without_bias(entry)
+    found = decompose_entry(entry)
+    energies = found.energies()
+    kept = min(rank, len(found.values))
+    return (as_lora(found, kept, entry), *rest), relative(float(energies[kept]), float(energies[0]))
+
+
+def _describe(given: list[tuple[float, Stack]], stack: Stack) -> str:
+    names = [entry.algorithm.name for _, each in given for entry in each]
+    if len(given) == 1:
+        return f"{' and '.join(names)}, as it was" + (f", times {given[0][0]:g}" if given[0][0] != 1 else "")
+    result = stack[0].algorithm
+    became = f"LoRA of rank {result.rank}" if isinstance(result, LoRA) else f"one {result.name}"
+    return f"{' + '.join(names)} became {became}"
+
+
+def _with_components(first: AdapterFile, others: list[AdapterFile]) -> AdapterFile:
+    """The first file, as one that could have the components of all."""
+    bundles, layouts = dict[str, Bundle](), dict[str, Layout]()
+    for file in (*reversed(others), first):
+        bundles |= file.opened.bundles
+        layouts |= file.opened.layouts
+    return replace(first, opened=first.opened._replace(bundles=bundles, layouts=layouts))
+
+
+def _renamed_like(file: AdapterFile, first: AdapterFile) -> list[tuple[Layer, Stack]]:
+    """The layers of a file under the names that another has for them. Raises `FileError` where it has none."""
+    found = []
+    for component, bundle in file.opened.bundles.items():
+        own, other = file.opened.layouts[component], first.opened.layouts[component]
+        lacking = [path for path, g in own.layers.items() if path in bundle.entries and other.layers.get(path) != g]
+        if own.architecture is not other.architecture or (own.architecture is None and lacking):
+            raise FileError(
+                f"{file.path} is for {own.owner} and {first.path} for {other.owner}, which has other layers"
+            )
+        places = placing.place(bundle.entries, other, own.naming, dense=False)
+        if places.refused:
+            layer, why = next(iter(places.refused.items()))
+            raise FileError(f"{file.path}: {layer}: {why}")
+        found += [(Layer(component, path), stack) for path, stack in places.entries.items()]
+    return found
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In at least float32, so that nothing is rounded twice."""
+    return tensor if factor == 1 else _widen(tensor) * factor
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def _sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """By name, in at least float32; a name that some lack is nothing there."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in (pair for each in tensors for pair in each.items()):
+        wide = _widen(tensor)
+        found[name] = found[name] + wide if name in found else wide
+    return found
