@@ -16,7 +16,7 @@ ORDER = (
         *("sharding", "freezing", "recomputation", "bases", "derivative", "adapter", "attach"),
         *("watching", "checked", "restoring", "merging"),
     },
-    {"report", "fingerprint", "bundle", "recast", "rows", "planning", "schedule"},
+    {"report", "fingerprint", "bundle", "recast", "rows", "planning", "families", "schedule"},
     {"preset", "options", "recipe", "fitting", "strengths", "filling", "steering", "saving", "adapters"},
     {"explain", "memory", "outline", "verification"},
     {"files"},

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from lycoris import outline
-from lycoris.files.families import ARCHITECTURES, FAMILIES
-from lycoris.files.naming import Naming
+from lycoris.families import ARCHITECTURES, FAMILIES
+from lycoris.families.naming import Naming
+from lycoris.families.others import OTHERS
 from lycoris.files.skeleton import Skeleton, named, namings, skeleton, translate
 
 KNOWN = [
@@ -284,13 +285,15 @@ class TestClasses:
             told = outline.told(model)
             assert told["class"] in architecture.classes
             found = {type(module).__name__ for module in outline.known(model).modules()}
-            assert found & set(architecture.targets)
+            assert found & set(architecture.blocks)
+            for role in (architecture.attention, architecture.feed_forward):
+                assert found & {name.partition(".")[0] for name in role}
 
     def test_exist_in_the_libraries(self) -> None:
         diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
         there = {*dir(diffusers), *dir(transformers)}
-        assert {each.name for each in ARCHITECTURES.values() if each.classes[0] not in there} == set()
-        assert {name for each in FAMILIES.values() for name in each.pipelines} <= there
+        known = (*ARCHITECTURES.values(), *OTHERS)
+        assert {each.name for each in known if each.classes and each.classes[0] not in there} == set()
 
     @pytest.mark.parametrize(
         ("name", "naming", "trained", "left_out"),
@@ -310,8 +313,8 @@ class TestClasses:
     def test_excludes(self, name: str, naming: str, trained: str, left_out: str) -> None:
         architecture = ARCHITECTURES[name]
         assert {trained, left_out} <= {each for model in architecture.outlines for each in spelt(name, naming, model)}
-        assert not any(re.match(pattern, trained) for pattern in architecture.excludes)
-        assert any(re.match(pattern, left_out) for pattern in architecture.excludes)
+        assert not any(re.match(pattern, trained) for pattern in architecture.musubi.excludes)
+        assert any(re.match(pattern, left_out) for pattern in architecture.musubi.excludes)
 
 
 class TestFamilies:

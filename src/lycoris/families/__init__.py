@@ -1,11 +1,14 @@
-"""What is known of each family of models, as data."""
+"""What is known of each family of models, as data: one file for each, and nothing of them elsewhere.
+
+A new family is a new file here, its name in `_MODULES`, and `make models`, which writes its outlines.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lycoris.files.families import (
+from lycoris.families import (
     flux1,
     flux2,
     framepack,
@@ -21,8 +24,9 @@ from lycoris.files.families import (
     wan,
     z_image,
 )
-from lycoris.files.families.text_encoders import TEXT_ENCODERS
-from lycoris.files.family import Architecture, Family
+from lycoris.families.family import Architecture, Family
+from lycoris.families.others import OTHERS
+from lycoris.families.text_encoders import TEXT_ENCODERS
 
 _MODULES = (
     sd15,
@@ -46,4 +50,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({module.FAMILY.name: module.FA
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {each.name: each for each in (*(each for module in _MODULES for each in module.ARCHITECTURES), *TEXT_ENCODERS)}
 )
-"""By name: denoisers and language models, then text encoders."""
+"""Those of which models are known, by name: denoisers and language models, then text encoders."""
+
+_TEXT = (*language_models.ARCHITECTURES, *TEXT_ENCODERS)
+DENOISERS: tuple[Architecture, ...] = (*(each for each in ARCHITECTURES.values() if each not in _TEXT), *OTHERS)
+"""All denoisers, the ones without a known model too."""

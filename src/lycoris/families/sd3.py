@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.text_encoders import CLIP_WITH_PROJECTION, T5
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside
+from lycoris.families.family import Architecture, Family
+from lycoris.families.naming import Rename, Table, inside
+from lycoris.families.text_encoders import CLIP_WITH_PROJECTION, T5
 
 MMDIT = Table(
     (
@@ -48,9 +48,36 @@ MMDIT = Table(
 TRANSFORMER = Architecture(
     name="sd3",
     classes=("SD3Transformer2DModel", "MMDiT"),
-    outlines=("sd3-medium", "sd3.5-medium", "sd3.5-large"),
+    models={
+        "sd3-medium": {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        "sd3.5-medium": {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        },
+        "sd3.5-large": {
+            "sample_size": 128,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    },
     namings={"original": MMDIT},
-    targets=("JointTransformerBlock", "JointBlock", "MMDiTBlock", "SingleDiTBlock"),
+    blocks=("JointTransformerBlock", "SD3SingleTransformerBlock", "JointBlock", "MMDiTBlock", "SingleDiTBlock"),
+    attention=("Attention", "SelfAttention", "AttentionLinears"),
+    feed_forward=("FeedForward", "Mlp", "MLP"),
 )
 
 FAMILY = Family(
@@ -61,11 +88,6 @@ FAMILY = Family(
         "text_encoder_2": CLIP_WITH_PROJECTION.name,
         "text_encoder_3": T5.name,
     },
-    pipelines=(
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-    ),
     kohya={
         "lora_unet": "",
         "lora_te1": "text_encoder",

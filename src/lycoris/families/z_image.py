@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.language_models import LANGUAGE_MODEL
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside
+from lycoris.families.family import Architecture, Family, Trained
+from lycoris.families.language_models import LANGUAGE_MODEL
+from lycoris.families.naming import Rename, Table, inside
 
 TRANSFORMER = Architecture(
     name="z-image",
     classes=("ZImageTransformer2DModel",),
-    outlines=("z-image",),
+    models={
+        "z-image": {},
+    },
     namings={
         "comfyui": Table(
             (
@@ -26,14 +28,16 @@ TRANSFORMER = Architecture(
             )
         )
     },
-    targets=("ZImageTransformerBlock",),
-    excludes=(r".*(_modulation|_refiner).*",),
+    blocks=("ZImageTransformerBlock",),
+    attention=("Attention", "ZImageAttention"),
+    feed_forward=("FeedForward",),
+    musubi=Trained(("ZImageTransformerBlock",), (r".*(_modulation|_refiner).*",)),
+    timestep="reversed",
 )
 
 FAMILY = Family(
     name="z-image",
     components={"": TRANSFORMER.name, "text_encoder": LANGUAGE_MODEL.name},
-    pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "ZImageOmniPipeline"),
     kohya={"lora_unet": ""},
     comfyui={"qwen3_4b": "text_encoder"},
     versions=("z-image", "z_image"),

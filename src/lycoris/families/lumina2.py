@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.language_models import LANGUAGE_MODEL
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside, square_first
+from lycoris.families.family import Architecture, Family
+from lycoris.families.language_models import LANGUAGE_MODEL
+from lycoris.families.naming import Rename, Table, inside, square_first
 
 TRANSFORMER = Architecture(
     name="lumina2",
     classes=("Lumina2Transformer2DModel", "NextDiT"),
-    outlines=("lumina2",),
+    models={
+        "lumina2": {"cap_feat_dim": 2304},
+    },
     namings={
         "original": Table(
             (
@@ -37,13 +39,15 @@ TRANSFORMER = Architecture(
             )
         )
     },
-    targets=("Lumina2TransformerBlock", "JointTransformerBlock"),
+    blocks=("Lumina2TransformerBlock", "JointTransformerBlock", "FinalLayer"),
+    attention=("Attention", "JointAttention"),
+    feed_forward=("LuminaFeedForward", "FeedForward"),
+    timestep="reversed",
 )
 
 FAMILY = Family(
     name="lumina2",
     components={"": TRANSFORMER.name, "text_encoder": LANGUAGE_MODEL.name},
-    pipelines=("Lumina2Pipeline",),
     kohya={"lora_unet": "", "lora_te": "text_encoder", "lora_te1": "text_encoder"},
     comfyui={"gemma2_2b": "text_encoder"},
     versions=("lumina2", "lumina-2"),

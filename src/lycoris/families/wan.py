@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.text_encoders import T5
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside
+from lycoris.families.family import Architecture, Family, Trained
+from lycoris.families.naming import Rename, Table, inside
+from lycoris.families.text_encoders import T5
 
 _ATTENTION = (
     Rename("q", "to_q"),
@@ -19,7 +19,19 @@ _ATTENTION = (
 TRANSFORMER = Architecture(
     name="wan",
     classes=("WanTransformer3DModel", "WanModel"),
-    outlines=("wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"),
+    models={
+        "wan2.1-t2v-14b": {},
+        "wan2.1-t2v-1.3b": {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30},
+        "wan2.1-i2v-14b": {"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36},
+        "wan2.2-i2v-a14b": {"in_channels": 36},
+        "wan2.2-ti2v-5b": {
+            "ffn_dim": 14336,
+            "in_channels": 48,
+            "out_channels": 48,
+            "num_attention_heads": 24,
+            "num_layers": 30,
+        },
+    },
     namings={
         "original": Table(
             (
@@ -55,14 +67,21 @@ TRANSFORMER = Architecture(
             )
         )
     },
-    targets=("WanTransformerBlock", "WanAttentionBlock"),
-    excludes=(r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",),
+    blocks=("WanTransformerBlock", "WanVACETransformerBlock", "WanAttentionBlock"),
+    attention=(
+        "WanAttention",
+        *("WanSelfAttention", "WanCrossAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
+    ),
+    feed_forward=("FeedForward", "WanAttentionBlock.ffn"),
+    musubi=Trained(
+        ("WanAttentionBlock",),
+        (r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",),
+    ),
 )
 
 FAMILY = Family(
     name="wan",
     components={"": TRANSFORMER.name, "transformer_2": TRANSFORMER.name, "text_encoder": T5.name},
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     kohya={"lora_unet": ""},
     comfyui={"umt5xxl": "text_encoder"},
     versions=("wan",),

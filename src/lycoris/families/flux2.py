@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.flux1 import DOUBLE_ATTENTION, FINAL, embedders
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside
+from lycoris.families.family import Architecture, Family
+from lycoris.families.flux1 import DOUBLE_ATTENTION, FINAL, MUSUBI, embedders
+from lycoris.families.naming import Rename, Table, inside
 
 TRANSFORMER = Architecture(
     name="flux2",
     classes=("Flux2Transformer2DModel", "Flux2"),
-    outlines=("flux.2-dev", "flux.2-klein-4b", "flux.2-klein-9b"),
+    models={
+        "flux.2-dev": {},
+        "flux.2-klein-4b": {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        "flux.2-klein-9b": {
+            "num_layers": 8,
+            "num_single_layers": 24,
+            "num_attention_heads": 32,
+            "joint_attention_dim": 12288,
+            "guidance_embeds": False,
+        },
+    },
     namings={
         "original": Table(
             (
@@ -41,14 +57,21 @@ TRANSFORMER = Architecture(
             )
         )
     },
-    targets=("Flux2TransformerBlock", "Flux2SingleTransformerBlock", "DoubleStreamBlock", "SingleStreamBlock"),
-    excludes=(r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*", r".*(norm).*"),
+    blocks=("Flux2TransformerBlock", "Flux2SingleTransformerBlock", "DoubleStreamBlock", "SingleStreamBlock"),
+    attention=("Flux2Attention", "Flux2ParallelSelfAttention", "SelfAttention"),
+    feed_forward=(
+        "Flux2FeedForward",
+        "Flux2ParallelSelfAttention",
+        *("DoubleStreamBlock.img_mlp", "DoubleStreamBlock.txt_mlp"),
+        *("SingleStreamBlock.linear1", "SingleStreamBlock.linear2"),
+    ),
+    musubi=MUSUBI,
+    timestep="fraction",
 )
 
 FAMILY = Family(
     name="flux2",
     components={"": TRANSFORMER.name},
-    pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"),
     kohya={"lora_unet": ""},
     versions=("flux2", "flux-2", "flux.2", "flux_2"),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.flux1 import DOUBLE, FINAL, SINGLE, embedders
-from lycoris.files.families.language_models import LANGUAGE_MODEL
-from lycoris.files.families.text_encoders import CLIP
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside, square_but_last
+from lycoris.families.family import Architecture, Family, Trained
+from lycoris.families.flux1 import DOUBLE, FINAL, SINGLE, embedders
+from lycoris.families.language_models import LANGUAGE_MODEL
+from lycoris.families.naming import Rename, Table, inside, square_but_last
+from lycoris.families.text_encoders import CLIP
 
 _CONTEXT_TIME = "context_embedder.time_text_embed.timestep_embedder"
 _CONTEXT_TEXT = "context_embedder.time_text_embed.text_embedder"
@@ -103,24 +103,41 @@ COMFYUI = Table(
     )
 )
 
+BLOCKS = (
+    *("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    *("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+    "HunyuanVideoIndividualTokenRefinerBlock",
+)
+FEED_FORWARD = (
+    "FeedForward",
+    *(f"{block}.{layer}" for block in (BLOCKS[1], BLOCKS[3]) for layer in ("proj_mlp", "proj_out")),
+)
+"""In diffusers."""
+
 TRANSFORMER = Architecture(
     name="hunyuanvideo",
     classes=("HunyuanVideoTransformer3DModel", "HYVideoDiffusionTransformer"),
-    outlines=("hunyuanvideo",),
+    models={
+        "hunyuanvideo": {},
+    },
     namings={"original": ORIGINAL, "comfyui": COMFYUI},
-    targets=(
-        "HunyuanVideoTransformerBlock",
-        "HunyuanVideoSingleTransformerBlock",
-        "MMDoubleStreamBlock",
-        "MMSingleStreamBlock",
+    blocks=(*BLOCKS, "MMDoubleStreamBlock", "MMSingleStreamBlock"),
+    attention=(
+        "Attention",
+        *(f"MMDoubleStreamBlock.{side}_attn_{what}" for side in ("img", "txt") for what in ("qkv", "proj")),
+        *("IndividualTokenRefinerBlock.self_attn_qkv", "IndividualTokenRefinerBlock.self_attn_proj"),
     ),
-    excludes=(r".*(img_mod|txt_mod|modulation).*",),
+    feed_forward=(
+        *FEED_FORWARD,
+        "MLP",
+        *("MMSingleStreamBlock.linear1", "MMSingleStreamBlock.linear2"),
+    ),
+    musubi=Trained(("MMDoubleStreamBlock", "MMSingleStreamBlock"), (r".*(img_mod|txt_mod|modulation).*",)),
 )
 
 FAMILY = Family(
     name="hunyuanvideo",
     components={"": TRANSFORMER.name, "text_encoder": LANGUAGE_MODEL.name, "text_encoder_2": CLIP.name},
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
     kohya={"lora_unet": ""},
     comfyui={"llama": "text_encoder", "clip_l": "text_encoder_2"},
     versions=("hunyuan-video", "hunyuan_video"),

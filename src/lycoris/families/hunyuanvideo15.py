@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.flux1 import DOUBLE, FINAL, embedders
-from lycoris.files.families.hunyuanvideo import COMFYUI_CONTEXT, CONTEXT, DOUBLE_REST, timestep
-from lycoris.files.families.text_encoders import T5
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside
+from lycoris.families.family import Architecture, Family, Trained
+from lycoris.families.flux1 import DOUBLE, FINAL, embedders
+from lycoris.families.hunyuanvideo import COMFYUI_CONTEXT, CONTEXT, DOUBLE_REST, timestep
+from lycoris.families.naming import Rename, Table, inside
+from lycoris.families.text_encoders import T5
 
 _INPUTS = (
     Rename("img_in", "x_embedder"),
@@ -24,7 +24,9 @@ _INPUTS = (
 TRANSFORMER = Architecture(
     name="hunyuanvideo-1.5",
     classes=("HunyuanVideo15Transformer3DModel", "HunyuanVideo_1_5_DiffusionTransformer"),
-    outlines=("hunyuanvideo-1.5",),
+    models={
+        "hunyuanvideo-1.5": {},
+    },
     namings={
         "original": Table(
             (
@@ -57,14 +59,21 @@ TRANSFORMER = Architecture(
             )
         ),
     },
-    targets=("HunyuanVideo15TransformerBlock", "MMDoubleStreamBlock"),
-    excludes=(r".*(_in).*",),
+    blocks=(
+        *("HunyuanVideo15TransformerBlock", "HunyuanVideo15IndividualTokenRefinerBlock"),
+        "MMDoubleStreamBlock",
+    ),
+    attention=(
+        "Attention",
+        *(f"MMDoubleStreamBlock.{side}_attn_{what}" for side in ("img", "txt") for what in ("q", "k", "v", "proj")),
+    ),
+    feed_forward=("FeedForward", "MLP"),
+    musubi=Trained(("MMDoubleStreamBlock",), (r".*(_in).*",)),
 )
 
 FAMILY = Family(
     name="hunyuanvideo-1.5",
     components={"": TRANSFORMER.name, "text_encoder_2": T5.name},
-    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     kohya={"lora_unet": ""},
     versions=("hunyuan-video-1.5", "hunyuan_video_1_5"),
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lycoris.files.families.text_encoders import CLIP, T5
-from lycoris.files.family import Architecture, Family
-from lycoris.files.naming import Rename, Table, inside, square_but_last
+from lycoris.families.family import Architecture, Family, Trained
+from lycoris.families.naming import Rename, Table, inside, square_but_last
+from lycoris.families.text_encoders import CLIP, T5
 
 DOUBLE_ATTENTION = (
     Rename("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
@@ -44,10 +44,19 @@ def embedders(there: str, here: str) -> tuple[Rename, ...]:
     return (Rename(f"{there}.in_layer", f"{here}.linear_1"), Rename(f"{there}.out_layer", f"{here}.linear_2"))
 
 
+MUSUBI = Trained(
+    ("DoubleStreamBlock", "SingleStreamBlock"),
+    (r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*", r".*(norm).*"),
+)
+"""Of Flux.2 too."""
+
 TRANSFORMER = Architecture(
     name="flux1",
     classes=("FluxTransformer2DModel", "Flux"),
-    outlines=("flux.1-dev", "flux.1-schnell"),
+    models={
+        "flux.1-dev": {"guidance_embeds": True},
+        "flux.1-schnell": {"guidance_embeds": False},
+    },
     namings={
         "original": Table(
             (
@@ -62,22 +71,21 @@ TRANSFORMER = Architecture(
             )
         )
     },
-    targets=("FluxTransformerBlock", "FluxSingleTransformerBlock", "DoubleStreamBlock", "SingleStreamBlock"),
-    excludes=(r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*", r".*(norm).*"),
+    blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock", "DoubleStreamBlock", "SingleStreamBlock"),
+    attention=("FluxAttention", "SelfAttention"),
+    feed_forward=(
+        "FeedForward",
+        *("FluxSingleTransformerBlock.proj_mlp", "FluxSingleTransformerBlock.proj_out"),
+        *("DoubleStreamBlock.img_mlp", "DoubleStreamBlock.txt_mlp"),
+        *("SingleStreamBlock.linear1", "SingleStreamBlock.linear2"),
+    ),
+    musubi=MUSUBI,
+    timestep="fraction",
 )
 
 FAMILY = Family(
     name="flux1",
     components={"": TRANSFORMER.name, "text_encoder": CLIP.name, "text_encoder_2": T5.name},
-    pipelines=(
-        "FluxPipeline",
-        "FluxImg2ImgPipeline",
-        "FluxInpaintPipeline",
-        "FluxFillPipeline",
-        "FluxKontextPipeline",
-        "FluxKontextInpaintPipeline",
-        "FluxControlPipeline",
-    ),
     kohya={
         "lora_unet": "",
         "lora_te1": "text_encoder",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lycoris.files.naming import Rename, Span, Table
+from lycoris.families.naming import Rename, Span, Table
 
 RESIDUAL: Mapping[str, str] = MappingProxyType(
     {

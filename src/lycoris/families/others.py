@@ -1,0 +1,244 @@
+"""Networks of which only classes and timesteps are known here: they have no outline, so files of them are not told.
+
+Presets reach them and T-LoRA's schedule follows them. One that gets an outline gets a file of its own.
+"""
+
+from __future__ import annotations
+
+from lycoris.families.family import Architecture
+
+OTHERS = (
+    Architecture(
+        name="unet-blocks",
+        classes=(),
+        blocks=("BasicTransformerBlock",),  # Stable Cascade and others; inside Transformer2DModel elsewhere
+        attention=("Attention", "CrossAttention"),
+        feed_forward=("FeedForward",),
+    ),
+    Architecture(
+        name="ace-step",
+        classes=("AceStepTransformer1DModel",),
+        blocks=("AceStepTransformerBlock", "AceStepEncoderLayer", "AceStepDiTLayer"),
+        attention=("AceStepAttention",),
+        feed_forward=("AceStepMLP",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="bria",
+        classes=("BriaTransformer2DModel",),
+        blocks=("BriaTransformerBlock", "BriaSingleTransformerBlock"),
+        attention=("BriaAttention",),
+        feed_forward=(
+            "FeedForward",
+            *("BriaSingleTransformerBlock.proj_mlp", "BriaSingleTransformerBlock.proj_out"),
+        ),
+    ),
+    Architecture(
+        name="bria-fibo-2",
+        classes=("BriaFibo2Transformer2DModel",),
+        blocks=("BriaFibo2TransformerBlock",),
+        attention=("BriaFibo2Attention",),
+        feed_forward=("FeedForward",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="hunyuan-dit",
+        classes=("HunyuanDiT2DModel", "HunYuanDiT"),
+        blocks=("HunyuanDiTBlock", "HunYuanDiTBlock"),
+        attention=("Attention",),
+        feed_forward=("FeedForward",),
+    ),
+    Architecture(name="lens", classes=(), blocks=("LensTransformerBlock",)),
+    Architecture(
+        name="longcat-audio",
+        classes=("LongCatAudioDiTTransformer",),
+        blocks=("AudioDiTBlock",),
+        attention=("AudioDiTAttention",),
+        feed_forward=("AudioDiTFeedForward",),
+        timestep="reversed",  # its scheduler has `invert_sigmas`: its timesteps run from 0 (noise) to T (clean)
+    ),
+    Architecture(
+        name="lumina-next",
+        classes=("LuminaNextDiT2DModel",),
+        blocks=("LuminaNextDiTBlock",),
+        attention=("Attention",),
+        feed_forward=("LuminaFeedForward",),
+        timestep="reversed",
+    ),
+    Architecture(
+        name="nucleus-moe-image",
+        classes=("NucleusMoEImageTransformer2DModel",),
+        blocks=("NucleusMoEImageTransformerBlock",),
+        attention=("Attention",),
+        feed_forward=("FeedForward", "NucleusMoELayer"),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="prx",
+        classes=("PRXTransformer2DModel",),
+        blocks=("PRXBlock",),
+        attention=("PRXAttention",),
+        feed_forward=("PRXBlock.gate_proj", "PRXBlock.up_proj", "PRXBlock.down_proj"),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="chroma",
+        classes=("ChromaTransformer2DModel",),
+        blocks=(
+            "ChromaTransformerBlock",
+            "ChromaSingleTransformerBlock",
+        ),
+        attention=("FluxAttention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="auraflow",
+        classes=("AuraFlowTransformer2DModel",),
+        blocks=(
+            "AuraFlowJointTransformerBlock",
+            "AuraFlowSingleTransformerBlock",
+        ),
+        attention=("Attention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="hidream",
+        classes=("HiDreamImageTransformer2DModel",),
+        blocks=(
+            "HiDreamImageTransformerBlock",
+            "HiDreamImageSingleTransformerBlock",
+        ),
+        attention=("HiDreamAttention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="cogvideox",
+        classes=("CogVideoXTransformer3DModel",),
+        blocks=("CogVideoXBlock",),
+        attention=("Attention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="cogview4",
+        classes=("CogView4Transformer2DModel",),
+        blocks=("CogView4TransformerBlock",),
+        attention=("Attention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="ltx",
+        classes=("LTXVideoTransformer3DModel",),
+        blocks=("LTXVideoTransformerBlock",),
+        attention=("LTXAttention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="ltx2",
+        classes=("LTX2VideoTransformer3DModel",),
+        blocks=("LTX2VideoTransformerBlock",),
+        attention=("LTX2Attention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="sana",
+        classes=("SanaTransformer2DModel",),
+        blocks=(
+            "SanaTransformerBlock",
+            "SanaVideoTransformerBlock",
+        ),
+        attention=("SanaMultiscaleLinearAttention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="cosmos",
+        classes=("CosmosTransformer3DModel",),
+        blocks=(
+            "CosmosTransformerBlock",
+            "Block",
+            "PatchEmbed",
+            "TimestepEmbedding",
+            "FinalLayer",
+        ),
+        attention=("CosmosAttention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="mochi",
+        classes=("MochiTransformer3DModel",),
+        blocks=("MochiTransformerBlock",),
+        attention=("MochiAttention",),
+        timestep="reversed steps",
+    ),
+    Architecture(
+        name="kandinsky5",
+        classes=("Kandinsky5Transformer3DModel",),
+        blocks=(
+            "Kandinsky5TransformerEncoderBlock",
+            "Kandinsky5TransformerDecoderBlock",
+        ),
+        attention=("Kandinsky5Attention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="longcat-image",
+        classes=("LongCatImageTransformer2DModel",),
+        blocks=(
+            "LongCatImageTransformerBlock",
+            "LongCatImageSingleTransformerBlock",
+        ),
+        attention=("LongCatImageAttention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="ovis-image",
+        classes=("OvisImageTransformer2DModel",),
+        blocks=(
+            "OvisImageTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+        ),
+        attention=("OvisImageAttention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="qwen-image-2.1",
+        classes=("QwenImage21Transformer2DModel",),
+        blocks=("QwenImage21TransformerBlock",),
+        attention=("QwenImage21Attention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="krea2",
+        classes=("Krea2Transformer2DModel",),
+        blocks=(
+            "Krea2TransformerBlock",
+            "Krea2TextFusionBlock",
+            "TextFusionBlock",
+        ),
+        attention=("Krea2Attention",),
+        timestep="fraction",
+    ),
+    Architecture(
+        name="ideogram4",
+        classes=("Ideogram4Transformer2DModel",),
+        blocks=("Ideogram4TransformerBlock",),
+        attention=("Ideogram4Attention",),
+        timestep="reversed",
+    ),
+    Architecture(
+        name="ernie-image",
+        classes=("ErnieImageTransformer2DModel",),
+        blocks=("ErnieImageSharedAdaLNBlock",),
+        attention=("ErnieImageAttention",),
+        timestep="steps",
+    ),
+    Architecture(
+        name="hunyuanimage",
+        classes=("HunyuanImageTransformer2DModel",),
+        blocks=(
+            "HunyuanImageTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+        ),
+        attention=("Attention",),
+        timestep="steps",
+    ),
+)
