@@ -1,6 +1,6 @@
 """Write the outline of every known model, and the table of families, from the real classes.
 
-`make models`, or `python -m tools.models [NAME ...]` for some. Classes are built on the meta device: no weights are needed.
+`make models`, or `python -m tools.models [NAME ...]` for some. Classes are built on the meta device, without weights.
 What each is built with is in its family's file, `lycoris.families`.
 """
 

@@ -63,25 +63,22 @@ COMFYUI_CONTEXT = (
     *embedders("txt_in.t_embedder", _CONTEXT_TIME),
     *embedders("txt_in.c_embedder", _CONTEXT_TEXT),
 )
+DOUBLE_ATTENTION = (
+    Rename("img_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    Rename("txt_attn_qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+)
+SINGLE_BLOCK = (
+    Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), sizes=square_but_last),
+    Rename("linear2", "proj_out"),
+    Rename("q_norm", "attn.norm_q"),
+    Rename("k_norm", "attn.norm_k"),
+    Rename("modulation.linear", "norm.linear"),
+)
 
 ORIGINAL = Table(
     (
-        *inside(
-            "double_blocks.*",
-            "transformer_blocks.*",
-            Rename("img_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
-            Rename("txt_attn_qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-            *DOUBLE_REST,
-        ),
-        *inside(
-            "single_blocks.*",
-            "single_transformer_blocks.*",
-            Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), sizes=square_but_last),
-            Rename("linear2", "proj_out"),
-            Rename("q_norm", "attn.norm_q"),
-            Rename("k_norm", "attn.norm_k"),
-            Rename("modulation.linear", "norm.linear"),
-        ),
+        *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE_ATTENTION, *DOUBLE_REST),
+        *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE_BLOCK),
         *CONTEXT,
         Rename("img_in", "x_embedder"),
         *timestep("time_in", "time_text_embed.timestep_embedder"),

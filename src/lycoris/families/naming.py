@@ -28,10 +28,12 @@ class Span(NamedTuple):
     parts: tuple[str, ...]
     swapped: bool = False
     """Whether shift and scale, the two halves of the rows of a modulation, are the other way round; see `swaps`."""
+    gated: bool = False
+    """Whether gate and value, the two halves of the rows of a feed-forward's first layer, are."""
 
     def swaps(self, g: Geometry) -> bool:
-        """Whether that is so for a layer of this shape: only modulations of just two chunks are exchanged."""
-        return self.swapped and g.out_features == 2 * g.fan_in
+        """Whether that is so for a layer of this shape: of modulations, only those of just two chunks are exchanged."""
+        return self.gated or (self.swapped and g.out_features == 2 * g.fan_in)
 
 
 class Naming(Protocol):
@@ -70,6 +72,8 @@ class Rename:
     here: str | Sequence[str]
     """In diffusers; several for a module that holds the rows of all of them, in this order."""
     swapped: bool = False
+    gated: bool = False
+    """This and the one before: see `Span`."""
     sizes: Sizes = even
 
     @property
@@ -95,7 +99,7 @@ class Table:
         for rename in self.renames:
             found = _match(rename.there, name)
             if found is not None:
-                return Span(tuple(_filled(part, found) for part in rename.parts), rename.swapped)
+                return Span(tuple(_filled(part, found) for part in rename.parts), rename.swapped, rename.gated)
         return None
 
     def home(self, path: str) -> str | None:
