@@ -9,12 +9,14 @@ middle: every other naming says what its names stand for in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Protocol, TypeVar
 
 from lycoris.geometry import Geometry
+
+Each = TypeVar("Each")
 
 DIFFUSERS = "diffusers"
 """What the naming in the middle goes by."""
@@ -96,23 +98,46 @@ class Table:
     renames: tuple[Rename, ...]
 
     def span(self, name: str) -> Span | None:
-        for rename in self.renames:
+        for rename in self._there(_first(name)):
             found = _match(rename.there, name)
             if found is not None:
                 return Span(tuple(_filled(part, found) for part in rename.parts), rename.swapped, rename.gated)
         return None
 
     def home(self, path: str) -> str | None:
-        for rename in self.renames:
-            for part in rename.parts:
-                found = _match(part, path)
-                if found is not None:
-                    return _filled(rename.there, found)
+        for rename, part in self._here(_first(path)):
+            found = _match(part, path)
+            if found is not None:
+                return _filled(rename.there, found)
         return None
 
     def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
-        rename = next((each for each in self.renames if _match(each.there, name) is not None), None)
+        rename = next((each for each in self._there(_first(name)) if _match(each.there, name) is not None), None)
         return (rows,) if rename is None else rename.sizes(rows, columns, len(rename.parts))
+
+    def _there(self, first: str) -> Sequence[Rename]:
+        """The renames that a name of this naming with such a first step may match."""
+        return self._by_first[0].get(first, self._by_first[0]["*"])
+
+    def _here(self, first: str) -> Sequence[tuple[Rename, str]]:
+        """The same for diffusers' names, with the pattern that may match."""
+        return self._by_first[1].get(first, self._by_first[1]["*"])
+
+    @cached_property
+    def _by_first(self) -> tuple[Mapping[str, Sequence[Rename]], Mapping[str, Sequence[tuple[Rename, str]]]]:
+        """The renames by the first step of their patterns; those that start with a star are in all of them."""
+        there = [(_first(each.there), each) for each in self.renames]
+        here = [(_first(part), (each, part)) for each in self.renames for part in each.parts]
+        return _grouped(there), _grouped(here)
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _grouped(all_: Sequence[tuple[str, Each]]) -> dict[str, list[Each]]:
+    firsts = {"*", *(first for first, _ in all_)}
+    return {first: [each for own, each in all_ if own in (first, "*")] for first in firsts}
 
 
 @lru_cache(maxsize=4096)
