@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lycoris.families.family import Architecture, Family
 from lycoris.families.naming import Rename, Table, inside
 from lycoris.families.text_encoders import T5
@@ -14,9 +17,9 @@ _ATTENTION = (
     Rename("q_norm", "norm_q"),
     Rename("k_norm", "norm_k"),
 )
-_PREDICT2 = {"extra_pos_embed_type": None}
-_SMALL = {"num_attention_heads": 16, **_PREDICT2}
-_LARGE = {"num_attention_heads": 40, "num_layers": 36, **_PREDICT2}
+_PREDICT2: Mapping[str, Any] = {"extra_pos_embed_type": None}
+_SMALL: Mapping[str, Any] = {"num_attention_heads": 16, **_PREDICT2}
+_LARGE: Mapping[str, Any] = {"num_attention_heads": 40, "num_layers": 36, **_PREDICT2}
 
 TRANSFORMER = Architecture(
     name="cosmos-predict2",

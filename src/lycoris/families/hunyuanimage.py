@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lycoris.families.family import Architecture, Family
 from lycoris.families.flux1 import DOUBLE, FINAL, SINGLE, embedders
 from lycoris.families.hunyuanvideo import (
@@ -21,12 +24,12 @@ _INPUTS = (
     Rename("byt5_in.fc2", "context_embedder_2.linear_2"),
     Rename("byt5_in.fc3", "context_embedder_2.linear_3"),
 )
-_TIMES = {
+_TIMES: Mapping[str, str] = {
     "time_in": "time_guidance_embed.timestep_embedder",
     "time_r_in": "time_guidance_embed.timestep_embedder_r",
     "guidance_in": "time_guidance_embed.guidance_embedder",
 }
-_BASE = {"text_embed_2_dim": 1472}
+_BASE: Mapping[str, Any] = {"text_embed_2_dim": 1472}
 
 TRANSFORMER = Architecture(
     name="hunyuanimage",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lycoris.families.family import Architecture, Family
 from lycoris.families.text_encoders import CLIP
 
-_LATENTS = {"in_visual_dim": 16, "out_visual_dim": 16}
-_LARGE_AXES = {"axes_dims": [32, 48, 48]}
+_LATENTS: Mapping[str, Any] = {"in_visual_dim": 16, "out_visual_dim": 16}
+_LARGE_AXES: Mapping[str, Any] = {"axes_dims": [32, 48, 48]}
 
 TRANSFORMER = Architecture(
     name="kandinsky5",
