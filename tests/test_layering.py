@@ -17,7 +17,7 @@ ORDER = (
         *("watching", "checked", "restoring", "merging"),
     },
     {"report", "fingerprint", "bundle", "recast", "rows", "planning", "families", "schedule"},
-    {"preset", "options", "recipe", "fitting", "strengths", "filling", "steering", "saving", "adapters"},
+    {"preset", "roles", "options", "recipe", "fitting", "strengths", "filling", "steering", "saving", "adapters"},
     {"explain", "memory", "outline", "verification"},
     {"files"},
     {"generation", "training", "checkpoints"},
