@@ -1,4 +1,4 @@
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all check bench models
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,10 @@ check: $(STAMP)
 # ARGS picks less, such as `make bench ARGS=--quick`; docs/benchmarks.md.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layers $(ARGS)
+
+# Outlines of the known models and docs/models.md, from the classes of diffusers and transformers.
+models: $(STAMP)
+	$(BIN)/python -m tools.models
 
 # torch goes first and from constraints.txt: any other requirement would bring gigabytes of CUDA onto a CPU machine.
 $(RUN): pyproject.toml constraints.txt

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 
 import pytest
-import torch
+from tools.models import PAGE, made, table
+from tools.models import known as known_models
 from torch import nn
 
 from cases import LAYERS
 from lycoris import ConfigError, outline
+from lycoris.families import ARCHITECTURES
 from lycoris.geometry import describe, sites
 
 
@@ -56,48 +57,30 @@ def test_places_are_the_sites(name: str) -> None:
     assert [*outline.places(outline.told(name))] == [(s.path, s.geometry) for s in sites(outline.known(name))]
 
 
-def of_the_library(config: dict) -> nn.Module:
-    if "_class_name" in config:
-        return getattr(pytest.importorskip("diffusers"), config["_class_name"]).from_config(config)
-    transformers = pytest.importorskip("transformers")
-    (name,) = config["architectures"]
-    if name.startswith("CLIP") and int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers before 5 has another level in the class")
-    return getattr(transformers, name)(transformers.AutoConfig.for_model(**config).get_text_config())
+MODELS = known_models()
+QUICK = tuple(each.outlines[0] for each in ARCHITECTURES.values())
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "sd-1.5",
-        "sdxl",
-        "sd3.5-medium",
-        "flux.1-dev",
-        "z-image",
-        "wan2.1-t2v-1.3b",
-        "framepack-i2v",
-        "clip-l",
-        "clip-l-projection",
-        "clip-bigg",
-        "openclip-h",
-        "t5-xxl",
-        "llama-3.1-8b",
-        "llama-3.2-1b",
-        "qwen2.5-7b",
-        "qwen3-8b",
-        "mistral-7b-v0.3",
-        "gemma2-2b",
-    ],
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 )
 def test_known_models_are_those_of_the_library(name: str) -> None:
-    config = json.loads((files("lycoris") / "models" / f"{name}.json").read_text())["config"]
-    with torch.device("meta"):
-        model = of_the_library(config)
-    known = outline.known(name)
+    """What `make models` would write now, and a model that is built from it."""
+    pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    architecture, config = MODELS[name]
+    if architecture.classes[0].startswith("CLIP") and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers before 5 has another level in the class")
+    model, known = made(architecture, config), outline.known(name)
+    assert outline.told(name) == json.loads(json.dumps(outline.outline(model)))
     assert {n: p.shape for n, p in known.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert {p: (type(m).__name__, describe(m)) for p, m in known.named_modules()} == {
         p: (type(m).__name__, describe(m)) for p, m in model.named_modules()
     }
+
+
+def test_the_page_of_models_is_what_make_models_writes() -> None:
+    assert PAGE.read_text(encoding="utf-8") == table()
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:

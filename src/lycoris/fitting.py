@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from lycoris.planning import USUAL, Plan, around, block_classes, check_something
 from lycoris.preset import LAYER_CLASSES, names_class
 from lycoris.recipe import Recipe
 from lycoris.remarks import Remark
+from lycoris.roles import expanded
 
 SMALL = 0.25
 """Share of a model's layers below which classes that were named reach few of them."""
@@ -29,11 +30,12 @@ SHOWN = 5
 
 def plan(recipe: Recipe, model: nn.Module) -> Plan:
     """See `Recipe.plan`."""
+    preset, roles = expanded(recipe.preset, model)
 
     def choose(
         path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
     ) -> tuple[Algorithm, ...] | None:
-        override = recipe.preset.options_for(path, layer, around)
+        override = preset.options_for(path, layer, around)
         if geometry.kind == "norm":
             return _norm(recipe, path, override)
         if override is None or not (geometry.pointwise or recipe.preset.enable_conv):
@@ -41,7 +43,7 @@ def plan(recipe: Recipe, model: nn.Module) -> Plan:
         # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
         return (algorithm(recipe, geometry, override),) if geometry.kind in ("linear", "conv") else None
 
-    remarks = [*recipe.remarks, *_unmatched(recipe, model)]
+    remarks = [*recipe.remarks, *roles.values(), *_unmatched(recipe, model, roles)]
     made = place(model, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
     check_something_left(made)
     if not made.placements:
@@ -120,8 +122,8 @@ def _named_classes(recipe: Recipe) -> list[str]:
     return [*dict.fromkeys([*named, *preset.module_algo_map])]
 
 
-def _unmatched(recipe: Recipe, model: nn.Module) -> Iterator[Remark]:
-    """Targets that the user named and that mean no layer which could get an adapter."""
+def _unmatched(recipe: Recipe, model: nn.Module, roles: Collection[str]) -> Iterator[Remark]:
+    """Targets that the user named and that mean no layer which could get an adapter; `roles` stand for others."""
     preset, conv = recipe.preset, recipe.preset.enable_conv
     layers = servable(model, (*USUAL, "norm") if _trains_norms(recipe) else USUAL)
     meant = {path: layer for path, (layer, geometry) in layers.items() if conv or geometry.pointwise}
@@ -130,7 +132,7 @@ def _unmatched(recipe: Recipe, model: nn.Module) -> Iterator[Remark]:
     text = f"matches no layer of {type(model).__name__} that adapters can serve{but}"
     targets = _named_classes(recipe)
     for name in targets:
-        if not any(names_class(name, each) for each in classes):
+        if name not in roles and not any(names_class(name, each) for each in classes):
             close = [each for each in alike(name, classes) if not any(names_class(other, each) for other in targets)]
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             yield Remark(f"{name!r} {text}{hint}", "unmatched")

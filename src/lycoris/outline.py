@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -73,11 +74,17 @@ def told(name: str) -> Outline:
 def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
     """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
     own = {key: value for key, value in told.items() if key not in ("children", "tied")}
-    yield from ((site.path, site.geometry) for site in sites(build(own)))
+    yield from _own(json.dumps(own))
     for name, child in told.get("children", {}).items():
         inner = [*places(child)]
         for each, _ in _each({name: child}):
             yield from ((f"{each}.{path}" if path else each, geometry) for path, geometry in inner)
+
+
+@lru_cache(maxsize=4096)
+def _own(told: str) -> tuple[tuple[str, Geometry], ...]:
+    """Those of a module without children. Most of a model's are alike, and so are many of several models."""
+    return tuple((site.path, site.geometry) for site in sites(build(json.loads(told))))
 
 
 def _folder() -> Any:

@@ -9,43 +9,22 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lycoris.errors import ConfigError, FileError
+from lycoris.families import DENOISERS
+from lycoris.families.family import TimestepUnit
 from lycoris.jsons import json_object
 
-Unit = Literal["steps", "fraction", "reversed", "reversed steps"]
-
-TIMESTEP_UNITS: Mapping[str, Unit] = MappingProxyType(
-    {
-        "AceStepTransformer1DModel": "fraction",
-        "AuraFlowTransformer2DModel": "fraction",
-        "BriaFibo2Transformer2DModel": "fraction",
-        "ChromaTransformer2DModel": "fraction",
-        "Flux2Transformer2DModel": "fraction",
-        "FluxTransformer2DModel": "fraction",
-        "Krea2Transformer2DModel": "fraction",
-        "LongCatImageTransformer2DModel": "fraction",
-        "NucleusMoEImageTransformer2DModel": "fraction",
-        "OvisImageTransformer2DModel": "fraction",
-        "PRXTransformer2DModel": "fraction",
-        "QwenImage21Transformer2DModel": "fraction",
-        "QwenImageTransformer2DModel": "fraction",
-        "Ideogram4Transformer2DModel": "reversed",
-        "LongCatAudioDiTTransformer": "reversed",
-        "Lumina2Transformer2DModel": "reversed",
-        "LuminaNextDiT2DModel": "reversed",
-        "ZImageTransformer2DModel": "reversed",
-        "MochiTransformer3DModel": "reversed steps",
-    }
+TIMESTEP_UNITS: Mapping[str, TimestepUnit] = MappingProxyType(
+    {name: each.timestep for each in DENOISERS for name in each.classes[:1] if each.timestep != "steps"}
 )
 """What diffusers' own pipelines hand to a denoiser as its timestep; classes not listed get steps of 0..T.
 
-fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. LongCatAudioDiT and Mochi come by theirs through a scheduler
-with `invert_sigmas`, whose own timesteps run from 0 (noise) to T (clean).
+fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. Each is a fact of the class's family (`lycoris.families`).
 """
 
 KEY = "lycoris_schedule"

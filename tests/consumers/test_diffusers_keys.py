@@ -18,13 +18,28 @@ from lycoris.errors import FileError
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.consumers.keys import DENOISERS, DIFFUSERS, Known
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
+from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.writing import compose
 from lycoris.recast import adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
-PIPELINES = {family.components[""]: family.pipelines[0] for family in FAMILIES.values() if family.pipelines}
+PIPELINES = {
+    "flux1": "FluxPipeline",
+    "flux2": "Flux2Pipeline",
+    "framepack": "HunyuanVideoFramepackPipeline",
+    "hunyuanvideo": "HunyuanVideoPipeline",
+    "hunyuanvideo-1.5": "HunyuanVideo15Pipeline",
+    "lumina2": "Lumina2Pipeline",
+    "qwen-image": "QwenImagePipeline",
+    "sd1.5-unet": "StableDiffusionPipeline",
+    "sd2-unet": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sdxl-unet": "StableDiffusionXLPipeline",
+    "wan": "WanPipeline",
+    "z-image": "ZImagePipeline",
+}
+"""Architecture → a pipeline that reads files of its adapters."""
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}
 CASES = [
     pytest.param(dialect, name, marks=() if name in DIFFUSERS.get(dialect, {}) else pytest.mark.slow)

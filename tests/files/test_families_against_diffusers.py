@@ -12,15 +12,22 @@ import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
-from lycoris.files.families import ARCHITECTURES
-from lycoris.files.skeleton import named, skeleton
+from lycoris.families import ARCHITECTURES
+from lycoris.files.skeleton import named, namings, skeleton
 
-SCALES = ("query_norm", "key_norm")
+SCALES = ("query_norm", "key_norm", ".qnorm", ".knorm", ".prenorm", ".postnorm", "txtmlp.0", "last.norm")
 """Norms whose weight is called scale."""
 BARE = ("positional_embedding",)
 """Parameters there that are the weight of a module here."""
 UNCHECKED = ("text_projection",)
 """Stored transposed."""
+BESIDE = {
+    **{model: {"pos_embed": torch.zeros(1)} for model in ("sd3-medium", "sd3.5-medium", "sd3.5-large")},
+    **{m: {"pos_embed": torch.zeros(1), "y_embedder.y_embedding": torch.zeros(1)} for m in ("sana-1600m", "sana-600m")},
+}
+"""Buffers of a checkpoint, which are no place for adapters."""
+OPTIONS = {"minimax-h3": {"config": {}}}
+"""What a conversion wants to know besides."""
 
 
 def checkpoints(model: str, naming: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -28,7 +35,7 @@ def checkpoints(model: str, naming: str) -> tuple[dict[str, Tensor], dict[str, T
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
     layers = skeleton(model)
     original, expected, start = {}, {}, 0
-    for name, span in named(layers, architecture.namings[naming]).items():
+    for name, span in named(layers, namings(architecture)[naming]).items():
         if name in UNCHECKED:
             continue
         for kind in ("weight", "bias"):
@@ -54,7 +61,8 @@ def key(name: str, tensor: str, kind: str) -> str:
         return name.removesuffix("weight") + tensor
     if kind == "parameter" or name in BARE:
         return name
-    return f"{name}.{'scale' if name.endswith(SCALES) and tensor == 'weight' else tensor}"
+    scaled = name.endswith(SCALES) or name.startswith("distilled_guidance_layer.norms.")
+    return f"{name}.{'scale' if scaled and tensor == 'weight' else tensor}"
 
 
 def assert_same(converted: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -89,14 +97,35 @@ def test_unets(model: str) -> None:
         ("wan2.2-ti2v-5b", "original", "convert_wan_transformer_to_diffusers"),
         ("hunyuanvideo", "original", "convert_hunyuan_video_transformer_to_diffusers"),
         ("lumina2", "original", "convert_lumina2_to_diffusers"),
+        ("chroma1-hd", "original", "convert_chroma_transformer_checkpoint_to_diffusers"),
+        ("flux.3", "original", "convert_flux3_transformer_checkpoint_to_diffusers"),
+        ("qwen-image-2.1", "comfyui", "convert_qwen_image21_transformer_checkpoint_to_diffusers"),
+        ("auraflow", "original", "convert_auraflow_transformer_checkpoint_to_diffusers"),
+        ("sana-1600m", "original", "convert_sana_transformer_to_diffusers"),
+        ("sana-600m", "original", "convert_sana_transformer_to_diffusers"),
+        ("hidream-i1", "diffusers", "convert_hidream_transformer_to_diffusers"),
+        ("krea-2", "original", "convert_krea2_transformer_checkpoint_to_diffusers"),
+        ("ernie-image", "diffusers", "convert_ernie_image_transformer_checkpoint_to_diffusers"),
+        ("cosmos-predict2-2b", "original", "convert_cosmos_transformer_checkpoint_to_diffusers"),
+        ("cosmos-predict2-14b-video", "original", "convert_cosmos_transformer_checkpoint_to_diffusers"),
+        ("ltx-video-2b", "original", "convert_ltx_transformer_checkpoint_to_diffusers"),
+        ("ltx-video-13b", "original", "convert_ltx_transformer_checkpoint_to_diffusers"),
+        ("ltx-2", "original", "convert_ltx2_transformer_to_diffusers"),
+        ("mochi-1", "original", "convert_mochi_transformer_checkpoint_to_diffusers"),
+        ("minimax-h3", "original", "convert_minimax_h3_transformer_checkpoint_to_diffusers"),
     ],
 )
 def test_transformers(model: str, naming: str, convert: str) -> None:
     original, expected = checkpoints(model, naming)
-    beside = {"pos_embed": torch.zeros(1)} if model.startswith("sd3") else {}  # a buffer, no place for adapters
-    converted = getattr(single_file, convert)({**original, **beside})
-    converted.pop("pos_embed.pos_embed", None)
-    assert_same(converted, expected)
+    converted = getattr(single_file, convert)({**original, **BESIDE.get(model, {})}, **OPTIONS.get(model, {}))
+    if model.startswith("sd3"):
+        del converted["pos_embed.pos_embed"]
+    assert_same(flat(converted), flat(expected))
+
+
+def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Krea 2's published code has the six vectors of a block as one."""
+    return {name: value.flatten() if name.endswith("scale_shift_table") else value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize(("model", "width", "root"), [("openclip-h", 1024, "text_model."), ("clip-bigg", 1280, "")])

@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
+from lycoris.families import DENOISERS
+
 CONVOLVED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 """Blocks of convolutions in UNets."""
-
-ORIGINAL = (
-    "HunYuanDiTBlock",
-    *("DoubleStreamBlock", "SingleStreamBlock"),  # Flux, Flux.2
-    "SingleDiTBlock",  # Stable Diffusion 3
-    *("MMDoubleStreamBlock", "MMSingleStreamBlock"),  # HunyuanVideo
-    "WanAttentionBlock",
-    "JointTransformerBlock",  # Lumina 2; in diffusers Stable Diffusion 3
-    "FinalLayer",
-    "LensTransformerBlock",
-    "Ideogram4TransformerBlock",
-    "ZImageTransformerBlock",
-    *("AceStepEncoderLayer", "AceStepDiTLayer"),
-    "TextFusionBlock",  # Krea 2
-    *("Block", "PatchEmbed", "TimestepEmbedding"),  # Anima
-)
-"""Blocks of transformers as the code calls them that models were published with."""
-
-DIFFUSERS = (
-    "Transformer2DModel",
-    *("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-    *("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
-    "SD3SingleTransformerBlock",
-    *("WanTransformerBlock", "WanVACETransformerBlock"),
-    *("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-    *("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
-    *("HunyuanVideoIndividualTokenRefinerBlock", "HunyuanVideo15IndividualTokenRefinerBlock"),
-    "HunyuanVideo15TransformerBlock",
-    *("HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"),
-    "Lumina2TransformerBlock",
-    "QwenImageTransformerBlock",
-    *("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
-    *("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
-    *("HiDreamImageTransformerBlock", "HiDreamImageSingleTransformerBlock"),
-    *("CogVideoXBlock", "CogView4TransformerBlock"),
-    *("LTXVideoTransformerBlock", "LTX2VideoTransformerBlock"),
-    *("SanaTransformerBlock", "SanaVideoTransformerBlock"),
-    *("CosmosTransformerBlock", "MochiTransformerBlock"),
-    *("Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"),
-    *("LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock"),
-    *("BriaTransformerBlock", "BriaSingleTransformerBlock"),
-    "ErnieImageSharedAdaLNBlock",
-    *("AceStepTransformerBlock", "Krea2TransformerBlock", "Krea2TextFusionBlock"),
-    "BasicTransformerBlock",  # PixArt, Stable Cascade and others; inside Transformer2DModel elsewhere
-)
-"""Blocks of transformers as diffusers calls them."""
 
 LANGUAGE_ADAPTER = "LLMAdapterTransformerBlock"
 """Of Anima; trained only with `train_llm_adapter`."""
 
-TRANSFORMERS = (*DIFFUSERS, *ORIGINAL, LANGUAGE_ADAPTER)
+TRANSFORMERS: tuple[str, ...] = (
+    *dict.fromkeys(name for each in DENOISERS for name in each.blocks),
+    LANGUAGE_ADAPTER,
+)
+"""Blocks of transformers."""
 
-ATTENTION = (
-    *("CrossAttention", "SelfAttention", "Attention"),
-    *("FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention"),
-    *("WanAttention", "WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
-    *("JointAttention", "ZImageAttention", "HiDreamAttention", "LTXAttention", "LTX2Attention", "CosmosAttention"),
-    *("Kandinsky5Attention", "LongCatImageAttention", "BriaAttention", "Ideogram4Attention", "AceStepAttention"),
-    *("Krea2Attention", "ErnieImageAttention", "SanaMultiscaleLinearAttention"),
+ATTENTION: tuple[str, ...] = tuple(
+    dict.fromkeys(name for each in DENOISERS for name in each.attention if "." not in name)
 )
 """Attention layers of denoisers."""
 
@@ -74,6 +29,7 @@ TEXT_ATTENTION = (
     *("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention"),
     *("Qwen3Attention", "Qwen3FlashAttention2", "Qwen3SdpaAttention"),
 )
+"""Of the text encoders that the presets of lycoris-lora 4.1.3 train, which are not all that are known."""
 TEXT = (*TEXT_ATTENTION, "CLIPMLP", "MT5Block", "BertLayer", "Gemma2MLP", "Qwen3MLP")
 TEXT_ATTENTION_ONLY = (*TEXT_ATTENTION, "BertAttention", "MT5LayerSelfAttention")
 

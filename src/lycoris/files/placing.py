@@ -43,7 +43,8 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bo
         try:
             if span.parts in whole:
                 to = whole[span.parts]
-                found.entries[to] = _turned(stack, span.swapped != own[to].swapped, span, found, to)
+                g = stack[0].geometry
+                found.entries[to] = _turned(stack, span.swaps(g) != own[to].swaps(g), found, to)
                 continue
             for part, single in _parted(stack, span, layout, found).items():
                 if (part,) in whole:
@@ -57,8 +58,8 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bo
     return found
 
 
-def _turned(stack: Stack, turn: bool, span: Span, found: Places, name: str) -> Stack:
-    if not turn or not span._replace(swapped=True).swaps(stack[0].geometry):
+def _turned(stack: Stack, turn: bool, found: Places, name: str) -> Stack:
+    if not turn:
         return stack
     return tuple(_noted(rows.swapped(entry, name, dense=found.dense), found, name) for entry in stack)
 

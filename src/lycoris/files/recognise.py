@@ -13,7 +13,6 @@ from lycoris import outline
 from lycoris.files.dialect import flatten
 from lycoris.files.families import ARCHITECTURES
 from lycoris.files.family import Architecture
-from lycoris.files.naming import Naming
 from lycoris.files.skeleton import Skeleton, named, namings, skeleton
 
 Size = tuple[int, int]
@@ -41,18 +40,23 @@ class Fit(NamedTuple):
 def fits(layers: Mapping[str, Size], *, flat: bool = False) -> list[Fit]:
     """Every known model that has some of these names, in every naming, in no order.
 
-    `flat` names have underscores for dots. Dotted ones are compared with patterns too, so that a model of unknown size
-    is found.
+    `flat` names have underscores for dots. Names that are like those of an architecture but for their numbers are only
+    counted first: which model it may be is looked up where at least half as many are as where most are, and of dotted
+    ones a model of unknown size is found too.
     """
-    choices = [(each, *naming) for each in ARCHITECTURES.values() for naming in namings(each).items()]
-    if flat:
-        return [fit for each, naming, _ in choices for fit in _known(layers, each, naming, flat)]
-    patterned = [(_patterned(layers, each, naming), each, name) for each, name, naming in choices]
-    least = max((count for count, *_ in patterned), default=0) / 2
+    kinds = Counter(map(_kind, layers))
+    choices = []
+    for each in ARCHITECTURES.values():
+        for naming in namings(each):
+            there = _names(each.name, naming, flat)
+            choices.append((sum(count for kind, count in kinds.items() if kind in there), each, naming))
+    least = max((count for count, *_ in choices), default=0) / 2
     found = []
-    for count, architecture, naming in patterned:
+    for count, architecture, naming in choices:
         if count and count >= least:
-            found += [Fit(architecture, naming, None, count, 0), *_known(layers, architecture, naming, flat)]
+            if not flat:
+                found.append(Fit(architecture, naming, None, count, 0))
+            found += _known(layers, architecture, naming, flat)
     return found
 
 
@@ -131,22 +135,14 @@ def _layers(architecture: str, naming: str, model: str, flat: bool) -> _Layers:
     return _Layers(MappingProxyType(sizes), MappingProxyType(Counter(map(_kind, sizes))))
 
 
-def _patterned(layers: Mapping[str, Size], architecture: Architecture, naming: Naming) -> int:
-    """How many dotted names are like those of an architecture but for their numbers."""
-    known = frozenset[str]().union(*map(_kinds, architecture.outlines))
-    counts = Counter(map(_kind, layers))
-    examples = {_kind(layer): layer for layer in layers}
-    return sum(
-        counts[kind] for kind, layer in examples.items() if (parts := _parts(layer, naming)) and known.issuperset(parts)
-    )
-
-
-def _parts(name: str, naming: Naming) -> list[str]:
-    """The kinds of layers that a name holds; none when the naming calls the layer of that name otherwise."""
-    span = naming.span(name)
-    if span is not None:
-        return [_kind(part) for part in span.parts]
-    return [_kind(name)] if naming.home(name) is None else []
+@lru_cache(maxsize=512)
+def _names(architecture: str, naming: str, flat: bool) -> frozenset[str]:
+    """The kinds of names that the known models of an architecture have in a naming."""
+    known = ARCHITECTURES[architecture]
+    names = namings(known)[naming]
+    examples = {kind: path for model in known.outlines for kind, path in _kinds(model).items()}
+    own = (names.home(path) or path for path in examples.values())
+    return frozenset(_kind(flatten(name) if flat else name) for name in own)
 
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
@@ -157,15 +153,17 @@ def _kind(path: str) -> str:
     return _NUMBER.sub("*", path)
 
 
-@lru_cache(maxsize=64)
-def _kinds(model: str) -> frozenset[str]:
-    """The kinds of paths in a known model, read off its outline."""
-    return frozenset(_walk(outline.told(model), ""))
+@lru_cache(maxsize=256)
+def _kinds(model: str) -> Mapping[str, str]:
+    """The kinds of paths in a known model, read off its outline, and one path of each."""
+    return MappingProxyType({_kind(path): path for path in _walk(outline.told(model), "")})
 
 
 def _walk(told: outline.Outline, path: str) -> Iterator[str]:
-    yield _kind(path)
+    """The paths of an outline; of modules that are alike, those of the first."""
+    yield path
     start = f"{path}." if path else ""
-    yield from (_kind(start + name) for name in told.get("parameters", ()))
+    yield from (start + name for name in told.get("parameters", ()))
     for name, child in told.get("children", {}).items():
-        yield from _walk(child, start + ("*" if name.replace("..", "").isdigit() else name))
+        first, _, last = name.partition("..")
+        yield from _walk(child, start + (first if last.isdigit() else name))
