@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
     {"errors", "remarks", "jsons", "finite", "ops", "paths", "batch_layout", "geometry", "seen", "ties"},
-    {"algorithm", "additive"},
+    {"algorithm", "additive", "slices"},
     {"algorithms"},
     {
         *("sharding", "freezing", "recomputation", "bases", "derivative", "adapter", "attach"),

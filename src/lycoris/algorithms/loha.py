@@ -14,6 +14,7 @@ from typing_extensions import Self
 from lycoris.additive import Additive, Ranked, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.khatri_rao import khatri_rao
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
@@ -82,9 +83,12 @@ class LoHa(Ranked, Additive):
         length = length.to(p["w1_a"])
         return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         axis = 1 if "t1" in p else 0
-        return self, dict(p) | {name: p[name].index_select(axis, rows) for name in ("w1_a", "w2_a")}
+        return dict(p) | {name: run.of(p[name], axis) for name in ("w1_a", "w2_a")}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
@@ -56,8 +57,11 @@ class LoRA(Ranked, Additive):
     def stretched(self, p: Params, length: Tensor) -> Params:
         return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, dict(p) | {"up": p["up"][rows]}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return dict(p) | {"up": run.of(p["up"])}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
