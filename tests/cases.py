@@ -91,6 +91,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dora-drops": DoRA(over=LoRA(rank=3, dropout=0.3, rank_dropout=0.3)),
     "loha-stable": LoHa(rank=3, stable_init=True),
     "lokr-stable": LoKr(rank=1, stable_init=True, decompose_both=True),
+}
+"""Ranks above what the smallest layers hold are meant: such adapters are wasteful, and exact."""
+
+SLICES: dict[str, Algorithm] = {
     "slice-lora": AdditiveSlice(over=LoRA(rank=3, alpha=2.0), start=2, others=5),
     "slice-lokr": AdditiveSlice(over=LoKr(rank=1, alpha=0.5, dropout=0.2), start=3, others=6),
     "slice-lokr-rolled": AdditiveSlice(over=LoKr(full_matrix=True, factor=4), start=3),
@@ -100,9 +104,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "slice-oft": Slice(over=OFT(block_size=2, constraint=0.02, rescale=True), start=2, others=4),
     "slice-boft-rolled": Slice(over=BOFT(block_size=2), start=3),
 }
-"""Ranks above what the smallest layers hold are meant: such adapters are wasteful, and exact."""
+"""Rows of an algorithm on a fused layer: in no file by themselves, and on a layer like any algorithm."""
+WITH_SLICES = ALGORITHMS | SLICES
 
-NOT_ALONE = (ALGORITHMS["slice-boft-rolled"],)
+NOT_ALONE = (SLICES["slice-boft-rolled"],)
 """Slices that no file can hold by themselves: their rows are an adapter only together with the others."""
 
 
@@ -205,12 +210,13 @@ def serves(model: nn.Module, algorithm: Algorithm) -> bool:
     return True
 
 
-PAIRS = [
+PAIRS_WITH_SLICES = [
     (name, layer)
     for layer, case in LAYERS.items()
-    for name, algorithm in ALGORITHMS.items()
+    for name, algorithm in WITH_SLICES.items()
     if serves(One(case.layer()), algorithm)
 ]
+PAIRS = [(name, layer) for name, layer in PAIRS_WITH_SLICES if name in ALGORITHMS]
 """Every algorithm on every layer that it serves."""
 
 

@@ -135,26 +135,32 @@ def _then_on(step: Step, g: Geometry, where: str) -> Step:
 
 
 def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
-    entry = _computable(slices.own_rows(entry) or entry)
+    entry, told = _separate(_computable(slices.own_rows(entry) or entry), where, dense)
     algorithm, g, _ = entry
     if run.splits(algorithm.grain(g)):
         few = run.rows < run.total
         what = f"cut to {run.rows} of its {g.out_features} rows" if few else "given its rows in another order"
         plain = _plain(entry, what, where, dense)
-        return Step(found := slices.cut_entry(plain, run), _told([entry], found))
+        return Step(found := slices.cut_entry(plain, run), told or _told([entry], found))
     if not recast.has_start(entry):
         raise FileError(
             f"{where}: what its {algorithm.name} started from is left out and follows from the weight of the fused "
             f"layer; without the base model's weights it cannot be cut to {run.rows} of its {g.out_features} rows"
         )
-    found = slices.cut_entry(entry, run)
-    if not isinstance(found.algorithm, DoRA) or not isinstance(found.algorithm.over, Slice):
-        return Step(found)
-    lengths = found.tensors["magnitude"]
-    inner = apart(Entry(found.algorithm.over, found.geometry, _without(found.tensors, "magnitude")), where, dense=dense)
-    assert isinstance(inner.entry.algorithm, Additive)
-    own = replace(found.algorithm, over=inner.entry.algorithm)
-    return inner._replace(entry=Entry(own, found.geometry, inner.entry.tensors | {"magnitude": lengths}))
+    own = _separate(slices.cut_entry(entry, run), where, dense)
+    return own._replace(note=told or own.note)
+
+
+def _separate(entry: Entry, where: str, dense: bool) -> Step:
+    """DoRA over a slice as DoRA over an adapter of the layer's own."""
+    algorithm, g, tensors = entry
+    if not isinstance(algorithm, DoRA) or not isinstance(algorithm.over, Slice):
+        return Step(entry)
+    step = apart(Entry(algorithm.over, g, _without(tensors, "magnitude")), where, dense=dense)
+    inner = step.entry
+    assert isinstance(inner.algorithm, Additive)
+    own = inner.tensors | {"magnitude": tensors["magnitude"]}
+    return Step(Entry(replace(algorithm, over=inner.algorithm), g, own), step.note)
 
 
 def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

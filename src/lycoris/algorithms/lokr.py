@@ -205,7 +205,9 @@ class LoKr(Ranked, Additive):
             return ol + ok
         if self._applied_split(g):
             return self.rank * (im + ol)
-        return ol * inner if first_small((ol, im), (ok, inner)) else im * ok
+        # Mixing the groups of a convolution's input copies it into another order.
+        first = ol * inner + (g.channels_in if g.kind == "conv" else 0)
+        return first if first_small((ol, im), (ok, inner)) else im * ok
 
     def max_rank(self, g: Geometry) -> int:
         ol, im, w1_split, w2_split, _ = self.layout_for(g)

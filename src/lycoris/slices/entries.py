@@ -45,7 +45,7 @@ def fused_entry(entry: Entry) -> Entry:
 
 def own_rows(entry: Entry) -> Entry | None:
     """A slice as an adapter of its own, with tensors of its own; None where its rows are none by themselves."""
-    own, g, p = entry
+    own, g, _ = entry
     if not isinstance(own, Slice):
         return entry
     if not own.is_own(g):

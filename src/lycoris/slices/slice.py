@@ -342,16 +342,11 @@ def _back(run: Run) -> Run:
 
 def cut_additive(over: Additive, g: Geometry, run: Run) -> Additive:
     """The settings for some rows, whatever block they split."""
-    if isinstance(over, AdditiveSlice):
-        part = over.rows(g).part(run)
-        assert part is not None, "the rows of a slice are cut where it is"
-        cut: Algorithm = Slice.of(over.over, part, over.fused(g).has_bias)
-    else:
-        cut = Slice.of(over, run, g.has_bias) if run.splits(over.grain(g)) else over.cut(g, run)
+    cut = Slice.of(over, run, g.has_bias) if run.splits(over.grain(g)) else over.cut(g, run)
     assert isinstance(cut, Additive)
     return cut
 
 
 def take_additive(over: Additive, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
     """The tensors for `cut_additive`."""
-    return dict(p) if isinstance(over, AdditiveSlice) or run.splits(over.grain(g)) else over.take(p, g, run)
+    return dict(p) if run.splits(over.grain(g)) else over.take(p, g, run)
