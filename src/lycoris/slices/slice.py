@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -79,7 +82,7 @@ class Slice(Algorithm):
 
     def is_own(self, g: Geometry) -> bool:
         """Whether the rows are an adapter of the same algorithm by themselves."""
-        return not self.rows(g).splits(self.over.grain(self.fused(g)))
+        return _form(self, g).outer == _form(self, g).run
 
     def check(self, g: Geometry) -> None:
         super().check(g)
@@ -122,12 +125,12 @@ class Slice(Algorithm):
         return self.rows(g).of(self.over.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
 
     def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
-        """The rows by themselves."""
-        fused, run = self.fused(g), self.rows(g)
-        own = self.over.take(p, fused, run)
+        """The rows by themselves, where that `is_own`."""
+        form = _form(self, g)
+        own = self.over.take(p, form.fused, form.run)
         if not g.has_bias:
             own = {name: tensor for name, tensor in own.items() if name not in BIASES}
-        return self.over.cut(fused, run), own
+        return form.algorithm, own
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
@@ -173,12 +176,10 @@ class Slice(Algorithm):
         return None if most is None else min(most, g.out_features, g.fan_in)
 
     def building(self, g: Geometry) -> int:
-        return self.over.cut(self.fused(g), self.rows(g)).building(g) if self.is_own(g) else self.over.building(g)
+        return _form(self, g).algorithm.building(g)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
-        if self.is_own(g):
-            return self.over.cut(self.fused(g), self.rows(g)).cost(g, tokens, alone=alone)
-        return self.over.cost(g, tokens, alone=alone)
+        return _form(self, g).algorithm.cost(g, tokens, alone=alone)
 
     def __str__(self) -> str:
         return f"{self.over}, rows from {self.start} on of a fused layer"
@@ -212,42 +213,42 @@ class AdditiveSlice(Slice, Additive):
         return (Slice if self.is_own(g) else Additive).cost(self, g, tokens, alone=alone)
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        around = self._around(g)
-        weight, bias = around.algorithm.delta(around.take(p), around.geometry, keep)
-        return Affine(around.inside.of(weight), None if bias is None or not g.has_bias else around.inside.of(bias))
+        over, around, inside = self._around(g)
+        weight, bias = over.delta(self._taken(p, g), around, keep)
+        return Affine(inside.of(weight), None if bias is None or not g.has_bias else inside.of(bias))
 
     def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
-        around = self._around(g)
-        pair = around.algorithm.pair(around.take(p), around.geometry)
-        return None if pair is None else (around.inside.of(pair[0]), pair[1])
+        over, around, inside = self._around(g)
+        pair = over.pair(self._taken(p, g), around)
+        return None if pair is None else (inside.of(pair[0]), pair[1])
 
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
-        around = self._around(g)
-        if axis != 0 and around.inside.rows < around.inside.total:
+        over, around, inside = self._around(g)
+        if axis != 0 and inside.rows < inside.total:
             return None  # the squares of the rows around would be among those of a column
-        gram = around.algorithm.gram(around.take(p), around.inside.spread(weight), around.geometry, axis)
+        gram = over.gram(self._taken(p, g), inside.spread(weight), around, axis)
         if gram is None or axis != 0:
             return gram
-        return around.inside.of(gram[0]), around.inside.of(gram[1])
+        return inside.of(gram[0]), inside.of(gram[1])
 
     def work(self, g: Geometry) -> int | None:
-        around = self._around(g)
-        return around.algorithm.work(around.geometry)
+        over, around, _ = self._around(g)
+        return over.work(around)
 
     def building(self, g: Geometry) -> int:
-        around = self._around(g)
-        return around.algorithm.building(around.geometry)
+        over, around, _ = self._around(g)
+        return over.building(around)
 
     def kept(self, g: Geometry) -> int:
-        around = self._around(g)
-        return around.algorithm.kept(around.geometry)
+        over, around, _ = self._around(g)
+        return over.kept(around)
 
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
-        around, axis = self._around(g), g.channel_axis
+        over, around, inside = self._around(g)
         shape = list(y.shape)
-        shape[axis] = around.geometry.out_features
-        whole = around.algorithm.product(y.new_zeros(shape), around.take(p), around.geometry, x, gain, call)
-        return y + around.inside.of(whole, axis)
+        shape[g.channel_axis] = around.out_features
+        added = over.product(y.new_zeros(shape), self._taken(p, g), around, x, gain, call)
+        return y + inside.of(added, g.channel_axis)
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         return self.over.masked(p, self.fused(g), keep)
@@ -258,34 +259,46 @@ class AdditiveSlice(Slice, Additive):
     def gate_of(self, p: Params) -> Tensor | float:
         return self.over.gate_of(p)
 
-    def _around(self, g: Geometry) -> _Around:
-        fused, run = self.fused(g), self.rows(g)
-        outer = run.around(self.over.grain(fused))
-        return _Around(self.over, fused, outer, run.inside(outer))
+    def _around(self, g: Geometry) -> tuple[Additive, Geometry, Run]:
+        """What computes the rows around, the layer of these, and where the slice is among them."""
+        form = _form(self, g)
+        assert isinstance(form.algorithm, Additive)
+        return form.algorithm, form.geometry, form.inside
+
+    def _taken(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        """The tensors of the rows around."""
+        form = _form(self, g)
+        return self.over.take(p, form.fused, form.outer)
 
 
-@dataclass(frozen=True)
-class _Around:
-    """The rows of a fused layer that are computed for a slice."""
+class _Form(NamedTuple):
+    """What a slice is on a layer."""
 
-    over: Additive
     fused: Geometry
+    run: Run
+    """Its rows."""
     outer: Run
+    """The least rows around them that split no block; the same where they split none."""
     inside: Run
-    """Where the slice is among them."""
+    """Where its rows are among those."""
+    algorithm: Algorithm
+    """The settings for those rows."""
+    geometry: Geometry
+    """A layer of those rows."""
 
-    @property
-    def algorithm(self) -> Additive:
-        cut = self.over.cut(self.fused, self.outer)
-        assert isinstance(cut, Additive)
-        return cut
 
-    @property
-    def geometry(self) -> Geometry:
-        return replace(self.fused, shape=(self.outer.rows, *self.fused.shape[1:]))
+@lru_cache(maxsize=4096)
+def _known_form(own: Slice, g: Geometry) -> _Form:
+    fused, run = own.fused(g), own.rows(g)
+    outer = run.around(own.over.grain(fused))
+    shape = (outer.rows, *fused.shape[1:])
+    cut = own.over.cut(fused, outer)
+    return _Form(fused, run, outer, run.inside(outer), cut, replace(fused, shape=shape))
 
-    def take(self, p: Params) -> dict[str, Tensor]:
-        return self.over.take(p, self.fused, self.outer)
+
+def _form(own: Slice, g: Geometry) -> _Form:
+    # Every pass asks for it; a compiler looks at what is computed, not at what is remembered.
+    return (_known_form.__wrapped__ if torch.compiler.is_compiling() else _known_form)(own, g)
 
 
 class _Fused:
