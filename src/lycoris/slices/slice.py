@@ -82,7 +82,7 @@ class Slice(Algorithm):
 
     def is_own(self, g: Geometry) -> bool:
         """Whether the rows are an adapter of the same algorithm by themselves."""
-        return _form(self, g).outer == _form(self, g).run
+        return _form(self, g).is_own
 
     def check(self, g: Geometry) -> None:
         super().check(g)
@@ -119,18 +119,19 @@ class Slice(Algorithm):
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
-        if self.is_own(g):
-            cut, own = self.own(p, g)
-            return cut.forward(own, below, x, call)
+        form = _form(self, g)
+        if form.is_own:
+            return form.algorithm.forward(self._own(p, g, form), below, x, call)
         return self.rows(g).of(self.over.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
 
     def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
         """The rows by themselves, where that `is_own`."""
         form = _form(self, g)
+        return form.algorithm, self._own(p, g, form)
+
+    def _own(self, p: Params, g: Geometry, form: _Form) -> dict[str, Tensor]:
         own = self.over.take(p, form.fused, form.run)
-        if not g.has_bias:
-            own = {name: tensor for name, tensor in own.items() if name not in BIASES}
-        return form.algorithm, own
+        return own if g.has_bias else {name: tensor for name, tensor in own.items() if name not in BIASES}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
@@ -279,6 +280,8 @@ class _Form(NamedTuple):
     """Its rows."""
     outer: Run
     """The least rows around them that split no block; the same where they split none."""
+    is_own: bool
+    """Whether these are its rows and no others."""
     inside: Run
     """Where its rows are among those."""
     algorithm: Algorithm
@@ -293,7 +296,7 @@ def _known_form(own: Slice, g: Geometry) -> _Form:
     outer = run.around(own.over.grain(fused))
     shape = (outer.rows, *fused.shape[1:])
     cut = own.over.cut(fused, outer)
-    return _Form(fused, run, outer, run.inside(outer), cut, replace(fused, shape=shape))
+    return _Form(fused, run, outer, outer == run, run.inside(outer), cut, replace(fused, shape=shape))
 
 
 def _form(own: Slice, g: Geometry) -> _Form:
