@@ -27,8 +27,9 @@ from lycoris.files.layout import Layout
 from lycoris.files.peft.writing import encode_peft
 from lycoris.geometry import Geometry, describe
 from lycoris.memory import memory
+from lycoris.ops.equality import same
 from lycoris.rows import apart, join, share
-from lycoris.slices import AdditiveSlice, Slice, fused_entry, same
+from lycoris.slices import AdditiveSlice, Slice, fused_entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers")
 

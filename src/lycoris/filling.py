@@ -18,6 +18,7 @@ from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, FileError, nearest
 from lycoris.geometry import Site, site, sites
+from lycoris.ops.equality import same
 from lycoris.planning import Plan
 from lycoris.slices import Slice
 
@@ -237,7 +238,7 @@ def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
     for path, adapter, tensors in pairs:
         if adapter.group is not None:
             where, others = first.setdefault(adapter.group, (path, tensors))
-            if not slices.same(tensors, others):
+            if not same(tensors, others):
                 raise FileError(f"{where} and {path} share their tensors here, and those for them are not the same")
     put([(adapter, tensors) for _, adapter, tensors in pairs])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, low_rank_work, side_by_side
+from lycoris.additive import Additive, Ranked, joined_outputs, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import Run
@@ -92,10 +92,14 @@ class LoHa(Ranked, Additive):
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        scale, first = cls.common_scale(parts), parts[0].entry.tensors
+        one = None if scale is None else joined_outputs(parts, g, ["w1_a", "w2_a"], 1 if "t1" in first else 0)
+        if one is not None and scale is not None:
+            rank = len(first["w1_b"])
+            return cls(rank=rank, alpha=scale * rank, tucker="t1" in first), one
         # Where one part's factors are not zero both of another's are: the products across parts vanish.
         if any("t1" in part.entry.tensors for part in parts):
             return None
-        scale = cls.common_scale(parts)
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
         into = {name: torch.cat([part.entry.tensors[name] for part in parts]) for name in ("w1_b", "w2_b")}
         rank = len(into["w1_b"])

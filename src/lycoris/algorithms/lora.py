@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work, side_by_side
+from lycoris.additive import Additive, Ranked, add_mixed, amplified, joined_outputs, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import Run
@@ -65,10 +65,13 @@ class LoRA(Ranked, Additive):
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        scale, rank = cls.common_scale(parts), len(parts[0].entry.tensors["down"])
+        one = None if scale is None else joined_outputs(parts, g, ["up"])
+        if one is not None and scale is not None:
+            return LoRA(rank=rank, alpha=scale * rank, tucker="mid" in one), one
         # The ranks of one part come after those of another, so that the first few alone mean nothing any more.
         if any("mid" in part.entry.tensors for part in parts):
             return None
-        scale = cls.common_scale(parts)
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
         down = torch.cat([part.entry.tensors["down"] for part in parts])
         rank = len(down)

@@ -1,6 +1,6 @@
 """Slices: an adapter of a fused layer, shared by the layers that have its rows."""
 
-from lycoris.slices.entries import cut_entry, fused_entry, own_rows, rejoin, same, share
+from lycoris.slices.entries import cut_entry, fused_entry, own_rows, rejoin, share
 from lycoris.slices.slice import BIASES, AdditiveSlice, Slice, cut_additive, take_additive
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "fused_entry",
     "own_rows",
     "rejoin",
-    "same",
     "share",
     "take_additive",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from lycoris.algorithm import Entry, Params, Part
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import Run
+from lycoris.ops.equality import same
 from lycoris.slices.slice import BIASES, Slice
 
 
@@ -86,17 +87,3 @@ def _continues(part: Part, first: Entry, g: Geometry) -> bool:
     place = Run(part.start, part.entry.geometry.out_features, g.out_features)
     alike = own.over == other.over and own.bias == other.bias and own.rows(part.entry.geometry) == place
     return alike and same(part.entry.tensors, first.tensors)
-
-
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether tensors by name are the same numbers in the same precision, mostly because they are the same objects."""
-    if one.keys() != other.keys():
-        return False
-    pairs = [(one[name], other[name]) for name in one]
-    return all(a is b or (a.dtype == b.dtype and a.shape == b.shape and _equal(a, b)) for a, b in pairs)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    # Of one byte torch compares nothing.
-    small = a.is_floating_point() and a.itemsize == 1
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if small else torch.equal(a, b)
