@@ -33,6 +33,7 @@ from lycoris.algorithm import Algorithm
 from lycoris.attach import base_class, top
 from lycoris.errors import ConfigError
 from lycoris.geometry import sites
+from lycoris.slices import AdditiveSlice, Slice
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),
@@ -92,6 +93,22 @@ ALGORITHMS: dict[str, Algorithm] = {
     "lokr-stable": LoKr(rank=1, stable_init=True, decompose_both=True),
 }
 """Ranks above what the smallest layers hold are meant: such adapters are wasteful, and exact."""
+
+SLICES: dict[str, Algorithm] = {
+    "slice-lora": AdditiveSlice(over=LoRA(rank=3, alpha=2.0), start=2, others=5),
+    "slice-lokr": AdditiveSlice(over=LoKr(rank=1, alpha=0.5, dropout=0.2), start=3, others=6),
+    "slice-lokr-rolled": AdditiveSlice(over=LoKr(full_matrix=True, factor=4), start=3),
+    "slice-tlora": AdditiveSlice(over=TLoRA(rank=2), start=4, others=4),
+    "slice-full": AdditiveSlice(over=Full(), start=1, others=3),
+    "slice-dora-lokr": Slice(over=DoRA(over=LoKr(full_matrix=True, factor=4)), start=3, others=6),
+    "slice-oft": Slice(over=OFT(block_size=2, constraint=0.02, rescale=True), start=2, others=4),
+    "slice-boft-rolled": Slice(over=BOFT(block_size=2), start=3),
+}
+"""Rows of an algorithm on a fused layer: in no file by themselves, and on a layer like any algorithm."""
+WITH_SLICES = ALGORITHMS | SLICES
+
+NOT_ALONE = (SLICES["slice-boft-rolled"],)
+"""Slices that no file can hold by themselves: their rows are an adapter only together with the others."""
 
 
 class HalfNorm(nn.Module):
@@ -193,12 +210,13 @@ def serves(model: nn.Module, algorithm: Algorithm) -> bool:
     return True
 
 
-PAIRS = [
+PAIRS_WITH_SLICES = [
     (name, layer)
     for layer, case in LAYERS.items()
-    for name, algorithm in ALGORITHMS.items()
+    for name, algorithm in WITH_SLICES.items()
     if serves(One(case.layer()), algorithm)
 ]
+PAIRS = [(name, layer) for name, layer in PAIRS_WITH_SLICES if name in ALGORITHMS]
 """Every algorithm on every layer that it serves."""
 
 

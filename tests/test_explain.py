@@ -11,17 +11,17 @@ from benchmarks.kept import Kept
 from torch import Tensor, nn
 
 import lycoris
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, serves
+from cases import ALGORITHMS, LAYERS, PAIRS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, serves
 from lycoris import AdapterSet, ConfigError, DoRA, LoHa, LoRA, Rule, explain, plan
 from lycoris.additive import Additive
 from lycoris.algorithm import Algorithm
 from lycoris.files.writing import encode
 from lycoris.geometry import sites
 
-IDS = ["-on-".join(pair) for pair in PAIRS]
+IDS = ["-on-".join(pair) for pair in PAIRS_WITH_SLICES]
 
 
-@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_parameters_and_file_are_those_of_the_adapters(name: str, layer: str) -> None:
     model = One(LAYERS[layer].layer(torch.float32))
     adapters = adapt(model, ALGORITHMS[name])
@@ -34,10 +34,10 @@ def test_parameters_and_file_are_those_of_the_adapters(name: str, layer: str) ->
     assert told.layers == explain(planned).layers
 
 
-@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("name", "layer"), PAIRS_WITH_SLICES, ids=IDS)
 def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: str) -> None:
     model = One(LAYERS[layer].layer())
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     ((path, (adapter,)),) = adapters.stacks.items()
     most = explain(adapters).layers[0].rank
     if most is None:
@@ -61,7 +61,9 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(64, 64, 3, padding=1),
     "embedding": lambda: nn.Embedding(256, 256),
 }
-HELD = [(name, kind) for kind in MAKE for name, algorithm in ALGORITHMS.items() if serves(One(MAKE[kind]()), algorithm)]
+HELD = [
+    (name, kind) for kind in MAKE for name, algorithm in WITH_SLICES.items() if serves(One(MAKE[kind]()), algorithm)
+]
 
 
 def saved_per_token(algorithm: Algorithm, dtype: torch.dtype, kind: str = "linear") -> tuple[float, bool]:
@@ -85,7 +87,7 @@ def saved_per_token(algorithm: Algorithm, dtype: torch.dtype, kind: str = "linea
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "kind"), HELD, ids=["-on-".join(held) for held in HELD])
 def test_what_is_kept_for_backward_is_what_autograd_keeps(name: str, kind: str, dtype: torch.dtype) -> None:
-    algorithm = ALGORITHMS[name]
+    algorithm = WITH_SLICES[name]
     planned = plan(One(MAKE[kind]()), Rule(algorithm, kind="*"), strict=False)
     told = explain(planned, tokens=512, dtype=dtype)
     found, needs_input = saved_per_token(algorithm, dtype, kind)
@@ -152,7 +154,7 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
         explain(plan(One(nn.Linear(4, 4)), Rule(LoRA(rank=2))), **wrong)
 
 
-@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> None:
     """Factored products are told by the algorithm's own `product` being called."""
     algorithm = ALGORITHMS[name]

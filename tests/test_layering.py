@@ -22,7 +22,7 @@ ORDER = (
         "ties",
         "torch_private",
     },
-    {"algorithm", "additive"},
+    {"algorithm", "additive", "slices"},
     {"algorithms"},
     {
         *("sharding", "freezing", "recomputation", "bases", "derivative", "adapter", "attach"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from cases import ALGORITHMS, LAYERS, PAIRS, Experts, Fused, One, perturb
+from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, Experts, Fused, One, perturb
 from lycoris import (
     AdapterSet,
     AttachError,
@@ -159,10 +159,10 @@ def test_a_layer_without_a_derivative_is_told_by_its_error() -> None:
     assert found.gradient_error is None
 
 
-@pytest.mark.parametrize(("name", "layer"), [pair for pair in PAIRS if pair[1] in SOME])
+@pytest.mark.parametrize(("name", "layer"), [pair for pair in PAIRS_WITH_SLICES if pair[1] in SOME])
 def test_every_algorithm_passes(name: str, layer: str) -> None:
     model = One(LAYERS[layer].layer()).requires_grad_(False)
-    adapters = AdapterSet.build(model, plan(model, Rule(ALGORITHMS[name], kind="*"), strict=False)).attach()
+    adapters = AdapterSet.build(model, plan(model, Rule(WITH_SLICES[name], kind="*"), strict=False)).attach()
     found = verify(adapters, LAYERS[layer].input())
     assert found.ok, f"{found}\n{found.problems}"
     assert all(each.effect > 0 and each.difference < 1e-4 for each in found.layers)

@@ -18,6 +18,10 @@ from lycoris.recomputation import PassHistory, PassState, values_of_pass
 from lycoris.seen import Seen, is_exporting
 
 
+class Group:
+    """What adapters have in common that share their tensors, such as the slices of one adapter: its identity."""
+
+
 class Adapter(nn.Module):
     """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
 
@@ -48,6 +52,8 @@ class Adapter(nn.Module):
         self.path = ""
         """Of the layer, for messages; known once it is attached."""
         self.seen = Seen()
+        self.group: Group | None = None
+        """Of the adapters whose tensors these are too; None: no others."""
         self._dropping = torch.tensor(1.0)
         # A tensor, so that a graph compiled for one block serves the others.
         self._identity, self._history = torch.tensor(id(self)), PassHistory(id(self))
@@ -59,6 +65,17 @@ class Adapter(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
+
+    @classmethod
+    def sharing(cls, first: Adapter, algorithm: Algorithm, geometry: Geometry) -> Adapter:
+        """An adapter whose tensors are those of another, the very same objects."""
+        made = cls(algorithm, geometry, device="meta")
+        made.group = first.group = first.group or Group()
+        for name, parameter in first._parameters.items():
+            made._parameters[name] = parameter
+        for name, buffer in first._buffers.items():
+            made._buffers[name] = buffer
+        return made
 
     def tensors(self) -> dict[str, Tensor]:
         """By slot name, live."""

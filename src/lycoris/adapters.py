@@ -248,12 +248,15 @@ class AdapterSet(Steering):
     # -- contents ----------------------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors."""
+        """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors.
+
+        Those that slices of one adapter share are given once.
+        """
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with their names in `state_dict`."""
-        for path, at, adapter in self._each():
+        for path, at, adapter in filling.each_once(self.stacks):
             for slot, tensor in adapter.kept().items():
                 if isinstance(tensor, nn.Parameter):
                     yield f"{path}/{at}/{slot}", tensor

@@ -26,10 +26,12 @@ from lycoris.algorithm import (
     common_dtype,
     dropped,
     in_dtype_of,
+    joined_rows,
     one_mask,
 )
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.equality import same
 from lycoris.ops.lowrank import add_product
 from lycoris.ops.rebuild import Build, rebuilt
 from lycoris.ops.rounding import widened
@@ -338,6 +340,18 @@ def side_by_side(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, g
         whole[(part.rows, columns) if axis == 0 else (columns, part.rows)] = tensor
         at += rank
     return whole
+
+
+def joined_outputs(parts: Sequence[Part], g: Geometry, slots: Sequence[str], axis: int = 0) -> dict[str, Tensor] | None:
+    """Tensors of parts that differ in these slots alone, which have a row for each of a layer's: the rows together.
+
+    None where they differ in more, as adapters do that were not cut from one.
+    """
+    tensors = [part.entry.tensors for part in parts]
+    rest = [{name: t for name, t in each.items() if name not in slots} for each in tensors]
+    if not all(same(each, rest[0]) for each in rest):
+        return None
+    return rest[0] | {name: joined_rows(parts, g, name, axis) for name in slots}
 
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:

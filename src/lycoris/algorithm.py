@@ -21,8 +21,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.batch_layout import BatchLayout
-from lycoris.errors import ConfigError, PlanError, unknown
+from lycoris.errors import ConfigError, PlanError, check_type, unknown
 from lycoris.geometry import Geometry, Kind
+from lycoris.ops.blocks import Run
 
 Params = Mapping[str, Tensor]
 Role = Literal["in", "out", "core", "gate", "length", "delta", "rotation", "frozen"]
@@ -134,7 +135,7 @@ class Algorithm(ABC):
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            _check_type(f"{f.name} of {self.name}", str(f.type), value)
+            check_type(f"{f.name} of {self.name}", str(f.type), value)
             if f.name.endswith("dropout") and not 0 <= value < 1:
                 raise ConfigError(f"{f.name} of {self.name} is a probability from 0 up to, but not, 1, not {value!r}")
 
@@ -198,12 +199,17 @@ class Algorithm(ABC):
         """The alpha that makes a plain reader, which divides it by the rank, arrive at our scale. None: no alpha."""
         return None
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
-        """What this does to some rows of the weight, by their indices, in that order; the layer then has only those.
+    def grain(self, g: Geometry) -> int:
+        """How many consecutive rows of the weight go together: `cut` and `take` split no block of so many."""
+        return g.out_features
 
-        None where no tensors of this algorithm can say that. Exact where it is something.
-        """
-        return None
+    def cut(self, g: Geometry, run: Run) -> Algorithm:
+        """The settings with which the tensors of `take` do to a layer of these rows alone what this does to them."""
+        return self
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        """The tensors for some rows of the weight, exact and differentiable; views of those of all rows, mostly."""
+        return dict(p)
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
@@ -321,20 +327,6 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def covers(parts: Sequence[Part], g: Geometry) -> bool:
     """Whether every row of the joined layer has a part."""
     return sum(part.entry.geometry.out_features for part in parts) == g.out_features
-
-
-def _check_type(what: str, annotation: str, value: Any) -> None:
-    """Raise `ConfigError` unless a field of truth values, whole numbers or numbers holds one.
-
-    Python would take "no" for true and True for 1. Fields of other types are for their classes to check.
-    """
-    words = {"bool": "True or False", "int": "a whole number", "float": "a number"}
-    kind, _, optional = annotation.partition(" | ")
-    if kind not in words or (optional == "None" and value is None):
-        return
-    fits: Mapping[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
-    if not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise ConfigError(f"{what} must be {words[kind]}, not {value!r}")
 
 
 def interpolate(base: Affine, adapted: Affine, strength: Tensor | float) -> Affine:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LycorisError(ValueError):
@@ -45,3 +46,17 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     close = nearest(given, names, limit=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {what} {given!r}{hint} Known: {', '.join(names)}"
+
+
+def check_type(what: str, annotation: str, value: Any) -> None:
+    """Raise `ConfigError` unless a field of truth values, whole numbers or numbers holds one.
+
+    Python would take "no" for true and True for 1. Fields of other types are for their classes to check.
+    """
+    words = {"bool": "True or False", "int": "a whole number", "float": "a number"}
+    kind, _, optional = annotation.partition(" | ")
+    if kind not in words or (optional == "None" and value is None):
+        return
+    fits: Mapping[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
+    if not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(f"{what} must be {words[kind]}, not {value!r}")

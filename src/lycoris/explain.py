@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from lycoris.adapter import Group
 from lycoris.adapters import AdapterSet
 from lycoris.additive import TOKENS
-from lycoris.algorithm import Algorithm, Cost
+from lycoris.algorithm import Algorithm, Cost, Entry
 from lycoris.algorithms import ALPHA, write_tensors
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
 from lycoris.planning import Placement, Plan
+from lycoris.slices import fused_entry
 
 WIDE = (torch.float32, torch.float64)
 
@@ -224,6 +226,8 @@ def explain(
         for path, geometry, algorithms in _places(what)
         for at, algorithm in enumerate(algorithms)
     )
+    if isinstance(what, AdapterSet):
+        layers = tuple(_without_shared(layers, what))
     skipped, remarks = (what.skipped, what.remarks) if isinstance(what, Plan) else ((), ())
     return Explanation(layers=layers, tokens=tokens, dtype=dtype, skipped=skipped, remarks=remarks)
 
@@ -238,6 +242,19 @@ def _places(
     placements = what.placements if isinstance(what, Plan) else [what] if isinstance(what, Placement) else what
     for placement in placements:
         yield placement.path, placement.geometry, placement.algorithms
+
+
+def _without_shared(layers: Sequence[LayerCost], adapters: AdapterSet) -> Iterator[LayerCost]:
+    """Tensors that slices of one adapter share are those of the first."""
+    owners: dict[Group, str] = {}
+    each = (adapter for stack in adapters.stacks.values() for adapter in stack)
+    for layer, adapter in zip(layers, each, strict=True):
+        first = layer.path if adapter.group is None else owners.setdefault(adapter.group, layer.path)
+        if first == layer.path:
+            yield layer
+        else:
+            why = f"{layer.why}; its tensors are those of {first}"
+            yield replace(layer, shapes=(), parameters=0, frozen=0, file_bytes=0, why=why)
 
 
 def _layer(
@@ -268,7 +285,8 @@ def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, A
     """What of `LayerCost` a model's activations have no part in."""
     slots = algorithm.slots(g)
     meta = {name: torch.empty(g.stacked(slot.shape), device="meta") for name, slot in slots.items()}
-    stored = write_tensors(algorithm, meta, g)
+    over, fused, _ = fused_entry(Entry(algorithm, g, meta))
+    stored = write_tensors(over, meta, fused)
     whole = {key for key, tensor in stored.items() if key == ALPHA or not tensor.is_floating_point()}
     numbers = {name: tensor.numel() for name, tensor in meta.items()}
     trained = [name for name, slot in slots.items() if slot.trainable]

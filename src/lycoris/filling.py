@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import attach, bases, merging, paths
-from lycoris.adapter import Adapter
+from lycoris import attach, bases, merging, paths, rows, slices
+from lycoris.adapter import Adapter, Group
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import AttachError, FileError, nearest
 from lycoris.geometry import Site, site, sites
+from lycoris.ops.equality import same
 from lycoris.planning import Plan
+from lycoris.slices import Slice
 
 
 def home(place: Site) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
 
 def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
+    if not isinstance(adapter.algorithm, Slice):
+        entry = rows.apart(entry, place.path).entry
     # Of what makes a start, a file does not tell all.
     alike = type(entry.algorithm) is type(adapter.algorithm)
     own = entry._replace(algorithm=adapter.algorithm) if alike else entry
@@ -102,9 +106,12 @@ def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, 
 
 
 def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
-    """New adapters with a bundle's tensors. Raises `FileError` for layers that the model does not have like that."""
-    places = _places(model, bundle)
-    return {path: tuple(_made(entry, places[path]) for entry in stack) for path, stack in bundle.entries.items()}
+    """New adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
+
+    Raises `FileError` for layers that the model does not have like that.
+    """
+    places, first = _places(model, bundle), dict[Any, Adapter]()
+    return {path: tuple(_made(entry, places[path], first) for entry in stack) for path, stack in bundle.entries.items()}
 
 
 def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
@@ -126,28 +133,73 @@ def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
     return found
 
 
-def _made(entry: Entry, place: Site) -> Adapter:
+def _made(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapter:
+    """`first` has the first one of all that share their tensors."""
     g, here = entry.geometry, place.geometry
     if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
         raise FileError(f"{place.path}: the file has {entry.algorithm} for a {g}, and this is a {here}")
-    adapter = Adapter(entry.algorithm, here, **home(place))
+    own = home(place)
+    whole = slices.fused_entry(entry)
+    # Layers on other devices, or in another precision, cannot have the same tensors.
+    key = (whole.algorithm, whole.geometry, tuple(map(id, whole.tensors.values())), *own.values())
+    if isinstance(entry.algorithm, Slice) and key in first:
+        adapter = Adapter.sharing(first[key], entry.algorithm, here)
+    else:
+        adapter = first[key] = Adapter(entry.algorithm, here, **own)
+        adapter.fill(fitted(adapter, entry, place))
     adapter.attribute = place.attribute
-    adapter.fill(fitted(adapter, entry, place))
     return adapter
 
 
 def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
-    """Adapters as values, whole."""
+    """Adapters as values, whole; those that share their tensors do so here as well."""
+    check_sharing(stacks)
+    found: dict[Any, dict[str, Tensor]] = {}
+
+    def whole(adapter: Adapter) -> dict[str, Tensor]:
+        key = adapter if adapter.group is None else adapter.group
+        if key not in found:
+            found[key] = adapter.whole()
+        return found[key]
+
     return {
-        path: tuple(Entry(each.algorithm, each.geometry, each.whole()) for each in stack)
+        path: tuple(Entry(each.algorithm, each.geometry, whole(each)) for each in stack)
         for path, stack in stacks.items()
     }
 
 
+def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
+    """Path, place in the stack and adapter; of adapters that share their tensors the first."""
+    seen: set[Group] = set()
+    for path, at, adapter in _each(stacks):
+        if adapter.group is None or adapter.group not in seen:
+            yield path, at, adapter
+        if adapter.group is not None:
+            seen.add(adapter.group)
+
+
+def check_sharing(stacks: Stacks) -> None:
+    """Raise `AttachError` where adapters of a group have tensors of their own by now: one would stand for all."""
+    first: dict[Group, tuple[str, Adapter]] = {}
+    for path, _, adapter in _each(stacks):
+        if adapter.group is None:
+            continue
+        where, other = first.setdefault(adapter.group, (path, adapter))
+        apart = [name for name, tensor in adapter._parameters.items() if tensor is not other._parameters[name]]
+        if apart:
+            raise AttachError(
+                f"{where} and {path} are slices of one adapter and no longer share its {', '.join(apart)}: something "
+                "gave one of them another parameter (to_empty() does so). Load the adapters again after that"
+            )
+
+
 def state(stacks: Stacks) -> dict[str, Tensor]:
     """Every tensor under `path/index/slot`, detached and whole."""
+    check_sharing(stacks)
     return {
-        f"{path}/{at}/{slot}": tensor for path, at, adapter in _each(stacks) for slot, tensor in adapter.whole().items()
+        f"{path}/{at}/{slot}": tensor
+        for path, at, adapter in each_once(stacks)
+        for slot, tensor in adapter.whole().items()
     }
 
 
@@ -164,7 +216,8 @@ def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
 
 def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     """Copy in what `state` gave. Raises `FileError` unless names and shapes are the same."""
-    own = {f"{path}/{at}/{slot}": t for path, at, adapter in _each(stacks) for slot, t in adapter.kept().items()}
+    check_sharing(stacks)
+    own = {f"{path}/{at}/{slot}": t for path, at, adapter in each_once(stacks) for slot, t in adapter.kept().items()}
     wrong = [key for key in own.keys() & values.keys() if own[key].shape != values[key].shape]
     off = sorted(own.keys() ^ values.keys()) + sorted(wrong)
     if off:
@@ -172,7 +225,7 @@ def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     put(
         [
             (adapter, {slot: values[f"{path}/{at}/{slot}"] for slot in adapter.kept()})
-            for path, at, adapter in _each(stacks)
+            for path, at, adapter in each_once(stacks)
         ]
     )
 
@@ -180,7 +233,14 @@ def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
 def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
     """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
     values = {path: _values(model, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
-    put([pair for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)])
+    pairs = [(path, *pair) for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)]
+    first: dict[Group, tuple[str, Mapping[str, Tensor]]] = {}
+    for path, adapter, tensors in pairs:
+        if adapter.group is not None:
+            where, others = first.setdefault(adapter.group, (path, tensors))
+            if not same(tensors, others):
+                raise FileError(f"{where} and {path} share their tensors here, and those for them are not the same")
+    put([(adapter, tensors) for _, adapter, tensors in pairs])
 
 
 def _values(

@@ -23,13 +23,19 @@ from lycoris.algorithms import DyLoRA, Full, GLoRA, LoRA, Norm
 from lycoris.bundle import Entry
 from lycoris.errors import PlanError
 from lycoris.geometry import Geometry
+from lycoris.slices import own_rows
 
 
 def needs_base(entry: Entry) -> bool:
     """Whether what an entry does to a layer depends on the weight below it."""
     if isinstance(entry.algorithm, Norm):
         return False
-    return not isinstance(entry.algorithm, Additive) or not _whole(entry)
+    return not isinstance(entry.algorithm, Additive) or not has_start(entry)
+
+
+def has_start(entry: Entry) -> bool:
+    """Whether an entry has all of its tensors: a file may leave out frozen ones that the base weight determines."""
+    return entry.tensors.keys() >= entry.algorithm.slots(entry.geometry).keys()
 
 
 def adapted(entry: Entry, base: Affine) -> Affine:
@@ -51,6 +57,7 @@ def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) 
 
     Raises `PlanError` when the change depends on the weight below and `base` is None.
     """
+    entry = own_rows(entry) or entry
     algorithm, g = entry.algorithm, entry.geometry
     if type(algorithm) is LoRA and not (algorithm.gate or algorithm.tucker):
         return entry
@@ -79,6 +86,7 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
 
     Raises `PlanError` when the change depends on the weight below and `base` is None.
     """
+    entry = own_rows(entry) or entry
     algorithm, g = entry.algorithm, entry.geometry
     if isinstance(algorithm, Full | Norm):
         return entry
@@ -146,17 +154,13 @@ def _of_glora(algorithm: GLoRA, g: Geometry) -> Callable[[Params, Tensor | None]
 
 def _completed(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
     """The tensors with those added that the weight below determines."""
-    if _whole(entry):
+    if has_start(entry):
         return entry.tensors
     weight, g = _required(entry, base).weight, _one(entry.geometry)
     if not entry.geometry.stack:
         return entry.algorithm.complete(entry.tensors, Matrix(g, weight))
     each = [entry.algorithm.complete(_at(entry.tensors, n), Matrix(g, w)) for n, w in enumerate(weight)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
-
-
-def _whole(entry: Entry) -> bool:
-    return entry.tensors.keys() >= entry.algorithm.slots(entry.geometry).keys()
 
 
 def _required(entry: Entry, base: Affine | None) -> Affine:

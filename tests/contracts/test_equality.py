@@ -9,25 +9,28 @@ import pytest
 import torch
 from torch import nn
 
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, dense, relative
+from cases import LAYERS, NOT_ALONE, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, relative
 from lycoris import AdapterSet, read, write
 from lycoris.algorithms import ALGORITHMS as REGISTRY
+from lycoris.errors import FileError
+from lycoris.slices import AdditiveSlice, Slice
 
 TOLERANCE = 1e-10
 
 
 def test_every_registered_algorithm_has_cases() -> None:
-    assert {case.name for case in ALGORITHMS.values()} == set(REGISTRY)
+    assert {case.name for case in WITH_SLICES.values()} == set(REGISTRY)
+    assert {type(case) for case in WITH_SLICES.values()} == {*REGISTRY.values(), Slice, AdditiveSlice}
 
 
-@pytest.fixture(params=PAIRS, ids="-on-".join)
+@pytest.fixture(params=PAIRS_WITH_SLICES, ids="-on-".join)
 def pair(request: pytest.FixtureRequest):
     return request.param
 
 
 @pytest.fixture
 def algorithm(pair):
-    return ALGORITHMS[pair[0]]
+    return WITH_SLICES[pair[0]]
 
 
 @pytest.fixture
@@ -98,6 +101,10 @@ def test_gradients_of_both_ways_agree(algorithm, case) -> None:
 def test_save_and_load_give_equal_output(algorithm, case, dialect: str, tmp_path: Path) -> None:
     model, x, adapters = made(case, algorithm)
     trained = model(x)
+    if algorithm in NOT_ALONE:
+        with pytest.raises(FileError, match="given its rows in another order without the base model's weights"):
+            write(adapters.bundle(), tmp_path / "a.safetensors", dialect)
+        return
     write(adapters.bundle(), tmp_path / "a.safetensors", dialect)
     adapters.detach()
     loaded = AdapterSet.load(model, read(tmp_path / "a.safetensors", model))
@@ -139,7 +146,7 @@ def _merge(adapters: AdapterSet) -> None:
 
 def test_forward_reads_as_the_layer_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    adapt(model, ALGORITHMS["lora"])
+    adapt(model, WITH_SLICES["lora"])
     assert isinstance(model[0], nn.Linear)
     assert type(model[0]).__name__ == "Linear"
     x = torch.randn(2, 4)

@@ -8,17 +8,21 @@ import torch.nn.functional as F
 from benchmarks.kept import Kept
 from torch import nn
 
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, relative
+from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, relative
 from lycoris import AdapterSet, LoRA, Rule, plan
 
-SMALL = [pair for pair in PAIRS if pair[1] in ("linear-prime", "conv1d", "embedding", "own-norm", "experts")]
-DROPS = [pair for pair in PAIRS if pair[1] in ("linear", "conv2d", "embedding") and ALGORITHMS[pair[0]].drops]
+SMALL = [
+    pair for pair in PAIRS_WITH_SLICES if pair[1] in ("linear-prime", "conv1d", "embedding", "own-norm", "experts")
+]
+DROPS = [
+    pair for pair in PAIRS_WITH_SLICES if pair[1] in ("linear", "conv2d", "embedding") and WITH_SLICES[pair[0]].drops
+]
 
 
 @pytest.mark.parametrize(("name", "layer"), SMALL, ids=["-on-".join(pair) for pair in SMALL])
 def test_gradcheck(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()).eval().requires_grad_(False), LAYERS[layer].input()
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     adapters.set_strength(0.6)
     inputs = [x.requires_grad_()] if x.is_floating_point() else []
     assert torch.autograd.gradcheck(lambda *_: model(x), [*inputs, *adapters.parameters()], fast_mode=True)
@@ -34,7 +38,7 @@ LEAN = ["lora", "lora-gate", "loha", "loha-high-rank", "lokr", "lokr-full-matrix
 def test_what_is_kept_for_backward(name: str) -> None:
     """x and tensors of rank size; the layer's output where it has to be; a weight never."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
-    adapters = AdapterSet.build(model, plan(model, Rule(ALGORITHMS[name]), strict=False)).attach()
+    adapters = AdapterSet.build(model, plan(model, Rule(WITH_SLICES[name]), strict=False)).attach()
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -54,7 +58,7 @@ def test_what_is_kept_for_backward(name: str) -> None:
 @pytest.mark.parametrize(("name", "layer"), DROPS, ids=["-on-".join(pair) for pair in DROPS])
 def test_training_draws_and_evaluation_does_not(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()), LAYERS[layer].input()
-    adapt(model, ALGORITHMS[name])
+    adapt(model, WITH_SLICES[name])
     model.train()
     seen = [model(x) for _ in range(24)]
     assert any(not torch.equal(seen[0], other) for other in seen[1:])
@@ -76,7 +80,7 @@ def test_training_draws_and_evaluation_does_not(name: str, layer: str) -> None:
 @pytest.mark.parametrize("name", ["dylora", "dylora-rs"])
 def test_dylora_trains_one_block_and_scales_by_the_ranks_in_use(name: str) -> None:
     model = One(nn.Linear(6, 5).double())
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     (adapter,) = adapters.stacks["layer"]
     x = torch.randn(3, 6, dtype=torch.float64)
     base = F.linear(x, model.layer.weight, model.layer.bias)

@@ -13,14 +13,18 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import ALGORITHMS, LAYERS, PAIRS, One, adapt, dense, perturb, relative, serves
+from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, perturb, relative, serves
 from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
 from lycoris.attach import top
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
 THREE = [("lokr", "dora-loha", "lora"), ("oft", "glora", "ia3"), ("dylora", "boft", "dora-loha-high-rank")]
 KINDS = ["linear", "conv2d", "conv2d-stride", "conv2d-groups"]
-ON = [(name, layer) for name, layer in PAIRS if layer in ("linear", "conv2d", "embedding", "rms-norm", "own-norm")]
+ON = [
+    (name, layer)
+    for name, layer in PAIRS_WITH_SLICES
+    if layer in ("linear", "conv2d", "embedding", "rms-norm", "own-norm")
+]
 """Every algorithm, each on some kinds of layers that it serves."""
 EVERY = pytest.mark.parametrize(("name", "layer"), ON, ids=["-on-".join(pair) for pair in ON])
 
@@ -30,7 +34,7 @@ EVERY = pytest.mark.parametrize(("name", "layer"), ON, ids=["-on-".join(pair) fo
 def test_two_sets_stack_and_come_off_in_any_order(stack: tuple[str, str], layer: str) -> None:
     model, x = One(LAYERS[layer].layer()), LAYERS[layer].input()
     before = model(x)
-    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(stack)]
+    sets = [adapt(model, WITH_SLICES[name], name=f"set{at}") for at, name in enumerate(stack)]
     both = model(x)
     assert relative(both, top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
     lower, upper = sets
@@ -47,10 +51,10 @@ def test_two_sets_stack_and_come_off_in_any_order(stack: tuple[str, str], layer:
 @pytest.mark.parametrize("names", THREE, ids="+".join)
 def test_three_sets(names: tuple[str, ...], layer: str, order: tuple[int, ...]) -> None:
     model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()
-    if not all(serves(model, ALGORITHMS[name]) for name in names):
+    if not all(serves(model, WITH_SLICES[name]) for name in names):
         pytest.skip("one of these does not serve this layer")
     before = model(x)
-    sets = [adapt(model, ALGORITHMS[name], name=f"set{at}") for at, name in enumerate(names)]
+    sets = [adapt(model, WITH_SLICES[name], name=f"set{at}") for at, name in enumerate(names)]
     assert relative(model(x), top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
     for at in order:
         sets[at].detach()
@@ -61,7 +65,7 @@ def test_three_sets(names: tuple[str, ...], layer: str, order: tuple[int, ...]) 
 @pytest.mark.parametrize("stack", list(itertools.permutations(STACKED, 2)), ids="+".join)
 def test_a_rule_may_stack_algorithms(stack: tuple[str, str]) -> None:
     model, x = One(LAYERS["linear"].layer()), LAYERS["linear"].input()
-    adapters = adapt(model, *(ALGORITHMS[name] for name in stack))
+    adapters = adapt(model, *(WITH_SLICES[name] for name in stack))
     attached = model(x)
     adapters.schedule = RankSchedule(max_rank=3)
     adapters.merge()
@@ -70,7 +74,7 @@ def test_a_rule_may_stack_algorithms(stack: tuple[str, str]) -> None:
 
 def test_merging_a_set_above_one_that_does_not_commute_is_refused() -> None:
     model = One(nn.Linear(4, 4).double())
-    lower = adapt(model, ALGORITHMS["dora-lora"], name="lower")
+    lower = adapt(model, WITH_SLICES["dora-lora"], name="lower")
     upper = adapt(model, LoRA(rank=2), name="upper")
     with pytest.raises(AttachError, match="do not commute"):
         upper.merge()
@@ -85,7 +89,7 @@ def test_merging_a_set_above_one_that_does_not_commute_is_refused() -> None:
 @EVERY
 def test_deepcopy_and_pickle_carry_the_adapters_along(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     y = model(x)
     y.sum().backward()
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -120,7 +124,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, layer: str, reentrant
     x = x.requires_grad_() if x.is_floating_point() else x
     if reentrant and not x.requires_grad:
         pytest.skip("reentrant checkpointing wants an input with a gradient, and indices have none")
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     parameters = list(adapters.parameters())
 
     def gradients(reentrant: bool | None) -> list[Tensor]:
@@ -169,7 +173,7 @@ def test_autocast(name: str, layer: str, dtype: torch.dtype) -> None:
     base = model(x)
     with torch.autocast("cpu", dtype):
         usual = model(x).dtype
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     exact = model(x)
     with torch.autocast("cpu", dtype):
         y = model(x)
@@ -187,7 +191,7 @@ def test_mixed_precisions(name: str, layer: str, own: torch.dtype, base: torch.d
     case = LAYERS[layer]
     model, x = One(case.layer(base)).eval(), case.input(base)
     plain = model(x)
-    placed = plan(model, Rule(ALGORITHMS[name], kind="*"), strict=False)
+    placed = plan(model, Rule(WITH_SLICES[name], kind="*"), strict=False)
     adapters = AdapterSet.build(model, placed, dtype=own, stochastic_rounding=True).attach()
     assert torch.equal(model(x), plain), "a fresh adapter changes nothing, in any precision"
     perturb(adapters, 0.1)
@@ -223,7 +227,7 @@ COMPILED_ON += [("lora", "parameter"), ("oft", "experts"), ("lora", "conv1d-tran
 @pytest.mark.parametrize(("name", "layer"), COMPILED_ON, ids=["-on-".join(pair) for pair in COMPILED_ON])
 def test_compiles_whole_and_once(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer(torch.float32)), LAYERS[layer].input(torch.float32)
-    adapters = adapt(model, ALGORITHMS[name])
+    adapters = adapt(model, WITH_SLICES[name])
     adapters.schedule = RankSchedule(max_rank=3)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -297,7 +301,7 @@ def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
 
 def test_a_weight_cannot_follow_one_mask_per_sample() -> None:
     model = One(nn.Linear(4, 4))
-    adapters = adapt(model, TLoRA(rank=2), ALGORITHMS["dora-lora"])
+    adapters = adapt(model, TLoRA(rank=2), WITH_SLICES["dora-lora"])
     adapters.set_keep(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     with pytest.raises(PlanError, match="one weight cannot follow 2 masks"):
         model(torch.randn(2, 4))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from cases import ALGORITHMS, PAIRS, adapt, relative
+from cases import PAIRS_WITH_SLICES, WITH_SLICES, adapt, relative
 from lycoris import OFT, AdapterSet, AttachError, DoRA, LoRA, RankSchedule, TLoRA
 
-EVERY = sorted({name for name, layer in PAIRS if layer == "linear"})
+EVERY = sorted({name for name, layer in PAIRS_WITH_SLICES if layer == "linear"})
 FORMS = pytest.mark.parametrize("reentrant", [False, True], ids=["frames", "reentrant"])
 
 
@@ -103,16 +103,16 @@ def steer_everything(adapters: AdapterSet, model: nn.Module, at: int) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_algorithm_with_strengths_timesteps_and_modes_mixed(name: str, reentrant: bool, kind: str) -> None:
     passes = inputs(5, kind)
-    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
-    check_same(gradients(Net(reentrant), passes, steer_everything, ALGORITHMS[name]), exact)
+    exact = gradients(Net(None), passes, steer_everything, WITH_SLICES[name])
+    check_same(gradients(Net(reentrant), passes, steer_everything, WITH_SLICES[name]), exact)
 
 
 @FORMS
 @pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora", "lokr-drops"])
 def test_forty_passes(name: str, reentrant: bool) -> None:
     passes = inputs(40, "equal")
-    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
-    check_same(gradients(Net(reentrant), passes, steer_everything, ALGORITHMS[name]), exact)
+    exact = gradients(Net(None), passes, steer_everything, WITH_SLICES[name])
+    check_same(gradients(Net(reentrant), passes, steer_everything, WITH_SLICES[name]), exact)
 
 
 STACKS = [
@@ -148,8 +148,8 @@ class Nested(Net):
 @pytest.mark.parametrize("name", ["lora", "tlora", "dora-drops"])
 def test_checkpoints_within_checkpoints(name: str, outer: bool, inner: bool) -> None:
     passes = inputs(4, "equal")
-    exact = gradients(Nested(None, None), passes, steer_everything, ALGORITHMS[name])
-    check_same(gradients(Nested(outer, inner), passes, steer_everything, ALGORITHMS[name]), exact)
+    exact = gradients(Nested(None, None), passes, steer_everything, WITH_SLICES[name])
+    check_same(gradients(Nested(outer, inner), passes, steer_everything, WITH_SLICES[name]), exact)
 
 
 class Inside(Net):
@@ -177,8 +177,8 @@ def test_what_changes_within_a_checkpointed_part(name: str, reentrant: bool) -> 
         steer_everything(adapters, model, at)
 
     passes = inputs(3, "equal")
-    exact = gradients(Inside(None), passes, steer, ALGORITHMS[name])
-    check_same(gradients(Inside(reentrant), passes, steer, ALGORITHMS[name]), exact)
+    exact = gradients(Inside(None), passes, steer, WITH_SLICES[name])
+    check_same(gradients(Inside(reentrant), passes, steer, WITH_SLICES[name]), exact)
 
 
 @FORMS
@@ -202,15 +202,15 @@ def test_a_pass_without_gradients_right_after_a_checkpointed_one_is_another_pass
 @pytest.mark.parametrize("name", ["lora-drops", "oft-drops", "dora-drops", "dylora"])
 def test_dropout_is_drawn_as_in_the_pass_when_the_checkpoint_does_not_care(name: str, reentrant: bool) -> None:
     passes = inputs(3, "equal")
-    exact = gradients(Net(None), passes, steer_everything, ALGORITHMS[name])
+    exact = gradients(Net(None), passes, steer_everything, WITH_SLICES[name])
     unkept = Net(reentrant, preserve_rng_state=False)
-    check_same(gradients(unkept, passes, steer_everything, ALGORITHMS[name]), exact)
+    check_same(gradients(unkept, passes, steer_everything, WITH_SLICES[name]), exact)
 
 
 @FORMS
 def test_a_recomputation_does_not_turn_random_numbers_back(reentrant: bool) -> None:
     model = Net(reentrant, preserve_rng_state=False).double()
-    adapt(model, ALGORITHMS["lora-drops"])
+    adapt(model, WITH_SLICES["lora-drops"])
     ((x, text),) = inputs(1, "equal")
     loss = model(x, text).square().sum()
     torch.rand(3)
@@ -239,8 +239,8 @@ class Hooked(Net):
 @FORMS
 def test_hooks_of_others_do_not_hide_the_region(reentrant: bool) -> None:
     passes = inputs(3, "equal")
-    exact = gradients(Hooked(None), passes, steer_everything, ALGORITHMS["tlora"])
-    check_same(gradients(Hooked(reentrant), passes, steer_everything, ALGORITHMS["tlora"]), exact)
+    exact = gradients(Hooked(None), passes, steer_everything, WITH_SLICES["tlora"])
+    check_same(gradients(Hooked(reentrant), passes, steer_everything, WITH_SLICES["tlora"]), exact)
 
 
 @FORMS
@@ -276,15 +276,15 @@ def test_compiled_blocks_in_checkpoints(name: str, reentrant: bool) -> None:
         adapters.set_keep(torch.eye(3)[at : at + 1])
 
     passes = inputs(3, "equal")
-    exact = gradients(Net(None), passes, steer, ALGORITHMS[name])
+    exact = gradients(Net(None), passes, steer, WITH_SLICES[name])
     model = Net(reentrant)
     for block in model.blocks:
         block.compile(backend="aot_eager")
     if name == "tlora":
         with pytest.raises(AttachError, match="leave the mask"):
-            gradients(model, passes, steer, ALGORITHMS[name])
+            gradients(model, passes, steer, WITH_SLICES[name])
         return
-    check_same(gradients(model, passes, steer, ALGORITHMS[name]), exact)
+    check_same(gradients(model, passes, steer, WITH_SLICES[name]), exact)
     torch._dynamo.reset()
 
 

@@ -25,6 +25,7 @@ from lycoris.algorithms.oft import OFT
 from lycoris.algorithms.tlora import TLoRA
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
+from lycoris.slices import Slice
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
     {
@@ -60,7 +61,12 @@ __all__ = [
 
 
 def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
-    """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in."""
+    """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in.
+
+    Raises `FileError` for a slice: its tensors are those of a layer with more rows.
+    """
+    if isinstance(algorithm, Slice):
+        raise FileError(f"a slice of the {algorithm.name} of a fused layer has no names in files: write all of it")
     if g.stack:
         one = replace(g, stack=0)
         each = [write_tensors(algorithm, {name: t[at] for name, t in p.items()}, one) for at in range(g.stack)]

@@ -13,6 +13,7 @@ from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forw
 from lycoris.algorithms.oft import OFT, length_slot
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import butterfly_sizes
 from lycoris.ops.rotation import butterfly_work, cayley, joined, joined_butterfly, stage, turn_all
 from lycoris.ops.shape import unflattened
@@ -72,8 +73,11 @@ class BOFT(OFT):
             return whole if whole.stride() == y.stride() else whole.contiguous()
         return y + (whole - y) * call.strength
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> None:
-        return None  # every row of the layer is mixed with every other
+    def grain(self, g: Geometry) -> int:
+        return g.out_features  # every row of the layer is mixed with every other
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return dict(p)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         if g.groups > 1:

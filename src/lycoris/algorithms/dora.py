@@ -28,7 +28,9 @@ from lycoris.algorithm import (
 )
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.channels import bend
+from lycoris.slices import cut_additive, take_additive
 
 Axis = Literal["out", "in"]
 
@@ -161,12 +163,16 @@ class DoRA(Algorithm):
     def _others(self, g: Geometry) -> list[int]:
         return [axis for axis in range(len(g.shape)) if axis != self._kept()]
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def grain(self, g: Geometry) -> int:
         # The length of a column runs over all rows, and only the base weight tells what is whose.
-        own = None if self.axis == "in" else self.over.take(_without_length(p), g, rows)
-        if own is None or not isinstance(own[0], Additive):
-            return None
-        return replace(self, over=own[0]), own[1] | {"magnitude": p["magnitude"][rows]}
+        return g.out_features if self.axis == "in" else 1
+
+    def cut(self, g: Geometry, run: Run) -> Algorithm:
+        return replace(self, over=cut_additive(self.over, g, run))
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        own = take_additive(self.over, _without_length(p), g, run)
+        return own | {"magnitude": run.of(p["magnitude"]) if self.axis == "out" else p["magnitude"]}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:

@@ -14,6 +14,7 @@ from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, joined_rows
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,11 @@ class Full(Additive):
     def delta_bias(self, p: Params) -> Tensor | None:
         return p.get("diff_b")
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, {name: t.index_select(self._axis(name, g), rows) for name, t in p.items()}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return {name: run.of(tensor, self._axis(name, g)) for name, tensor in p.items()}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:

@@ -12,7 +12,6 @@ from typing_extensions import Self
 from lycoris.additive import Ranked, add_mixed, amplified, low_rank_work
 from lycoris.algorithm import (
     Affine,
-    Algorithm,
     Base,
     Call,
     Cost,
@@ -23,6 +22,7 @@ from lycoris.algorithm import (
     uniform_like_linear,
 )
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.rounding import widened
 
 
@@ -78,9 +78,12 @@ class GLoRA(Ranked):
         own = self.masked(in_dtype_of(y, p), g, call.keep)
         return add_mixed(y, g, amplified(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         # W·A takes the rows of W along.
-        return self, dict(p) | {"b1": p["b1"][rows]}
+        return dict(p) | {"b1": run.of(p["b1"])}
 
     def max_rank(self, g: Geometry) -> int:
         # A bends the same channels at every place of the kernel, and W takes each place elsewhere.

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, covers, joined_rows
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.channels import bend
 
 
@@ -64,8 +65,11 @@ class IA3(Algorithm):
             "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
         )
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, dict(p) if self.on_input else {"w": p["w"].index_select(self._axis(g), rows)}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return dict(p) if self.on_input else {"w": run.of(p["w"], self._axis(g))}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:

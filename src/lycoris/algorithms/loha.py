@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, low_rank_work, side_by_side
+from lycoris.additive import Additive, Ranked, joined_outputs, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.khatri_rao import khatri_rao
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
@@ -82,16 +83,23 @@ class LoHa(Ranked, Additive):
         length = length.to(p["w1_a"])
         return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         axis = 1 if "t1" in p else 0
-        return self, dict(p) | {name: p[name].index_select(axis, rows) for name in ("w1_a", "w2_a")}
+        return dict(p) | {name: run.of(p[name], axis) for name in ("w1_a", "w2_a")}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        scale, first = cls.common_scale(parts), parts[0].entry.tensors
+        one = None if scale is None else joined_outputs(parts, g, ["w1_a", "w2_a"], 1 if "t1" in first else 0)
+        if one is not None and scale is not None:
+            rank = len(first["w1_b"])
+            return cls(rank=rank, alpha=scale * rank, tucker="t1" in first), one
         # Where one part's factors are not zero both of another's are: the products across parts vanish.
         if any("t1" in part.entry.tensors for part in parts):
             return None
-        scale = cls.common_scale(parts)
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
         into = {name: torch.cat([part.entry.tensors[name] for part in parts]) for name in ("w1_b", "w2_b")}
         rank = len(into["w1_b"])

@@ -15,7 +15,7 @@ from lycoris.additive import Additive, Ranked
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, covers, uniform_like_linear
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
-from lycoris.ops.blocks import whole_blocks
+from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import factorize, nearest_divisor
 from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up
 from lycoris.ops.tucker import tucker
@@ -144,13 +144,15 @@ class LoKr(Ranked, Additive):
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         return Affine(kron(*self._factors(p, g)), None)
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
-        layout = self.layout_for(g)
-        blocks = whole_blocks(rows, g.out_features // layout.ol)
-        if blocks is None:
-            return None
-        w1 = "w1_a" if layout.w1_split else "w1"
-        return replace(self, layout=layout._replace(ol=len(blocks))), dict(p) | {w1: p[w1][blocks]}
+    def grain(self, g: Geometry) -> int:
+        return g.out_features // self.layout_for(g).ol
+
+    def cut(self, g: Geometry, run: Run) -> Algorithm:
+        return replace(self, layout=self.layout_for(g)._replace(ol=run.rows // self.grain(g)))
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        w1 = "w1_a" if "w1_a" in p else "w1"
+        return dict(p) | {w1: run.blocks(self.grain(g)).of(p[w1])}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
@@ -203,7 +205,9 @@ class LoKr(Ranked, Additive):
             return ol + ok
         if self._applied_split(g):
             return self.rank * (im + ol)
-        return ol * inner if first_small((ol, im), (ok, inner)) else im * ok
+        # Mixing the groups of a convolution's input copies it into another order.
+        first = ol * inner + (g.channels_in if g.kind == "conv" else 0)
+        return first if first_small((ol, im), (ok, inner)) else im * ok
 
     def max_rank(self, g: Geometry) -> int:
         ol, im, w1_split, w2_split, _ = self.layout_for(g)

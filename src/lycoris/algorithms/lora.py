@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, add_mixed, amplified, low_rank_work, side_by_side
+from lycoris.additive import Additive, Ranked, add_mixed, amplified, joined_outputs, low_rank_work, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.lowrank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
@@ -56,15 +57,21 @@ class LoRA(Ranked, Additive):
     def stretched(self, p: Params, length: Tensor) -> Params:
         return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, dict(p) | {"up": p["up"][rows]}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return dict(p) | {"up": run.of(p["up"])}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+        scale, rank = cls.common_scale(parts), len(parts[0].entry.tensors["down"])
+        one = None if scale is None else joined_outputs(parts, g, ["up"])
+        if one is not None and scale is not None:
+            return LoRA(rank=rank, alpha=scale * rank, tucker="mid" in one), one
         # The ranks of one part come after those of another, so that the first few alone mean nothing any more.
         if any("mid" in part.entry.tensors for part in parts):
             return None
-        scale = cls.common_scale(parts)
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
         down = torch.cat([part.entry.tensors["down"] for part in parts])
         rank = len(down)

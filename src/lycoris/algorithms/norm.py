@@ -23,6 +23,7 @@ from lycoris.algorithm import (
     joined_rows,
 )
 from lycoris.geometry import Geometry, Kind
+from lycoris.ops.blocks import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,11 @@ class Norm(Algorithm):
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
         return below.run(x, whole.like(base))
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, {name: tensor[rows] for name, tensor in p.items()}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return {name: run.of(tensor) for name, tensor in p.items()}
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:

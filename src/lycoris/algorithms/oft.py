@@ -25,7 +25,7 @@ from lycoris.algorithm import (
 )
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
-from lycoris.ops.blocks import whole_blocks
+from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import nearest_divisor
 from lycoris.ops.rotation import cayley, limited, scaled_turn, turn_blocks
 
@@ -93,14 +93,17 @@ class OFT(Algorithm):
         bias = bias.to(y.dtype)
         return turn_blocks(y, turn, g.channel_axis, bias - turn_blocks(bias, turn))
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]] | None:
-        blocks = whole_blocks(rows, self.block_size)
-        if blocks is None:
-            return None
+    def grain(self, g: Geometry) -> int:
+        return self.block_size
+
+    def cut(self, g: Geometry, run: Run) -> Algorithm:
+        return replace(self, constraint=0.0) if self.constraint else self
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         # The limit is one for all blocks together: it has to be applied before they part.
         free = limited(p["blocks"], self.constraint * g.out_features)
-        own = {"blocks": free[blocks]} | ({"rescale": p["rescale"][rows]} if "rescale" in p else {})
-        return replace(self, constraint=0.0), own
+        own = {"blocks": run.blocks(self.block_size).of(free)}
+        return own | ({"rescale": run.of(p["rescale"])} if "rescale" in p else {})
 
     @classmethod
     def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Slot, one_mask
+from lycoris.algorithm import Affine, Base, Call, Params, Slot, one_mask
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
+from lycoris.ops.blocks import Run
 from lycoris.ops.rounding import widened
 
 Vectors = Literal["principal", "middle", "last"]
@@ -121,8 +122,11 @@ class TLoRA(Ranked, Additive):
         out = torch.cat([p["p"].flatten(1) * p["lam"], p["p0"].flatten(1) * -p["lam0"]], dim=1)
         return out, torch.cat([p["q"], p["q0"]])
 
-    def take(self, p: Params, g: Geometry, rows: Tensor) -> tuple[Algorithm, dict[str, Tensor]]:
-        return self, dict(p) | {name: p[name][rows] for name in ("p", "p0") if name in p}
+    def grain(self, g: Geometry) -> int:
+        return 1
+
+    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        return dict(p) | {name: run.of(p[name]) for name in ("p", "p0") if name in p}
 
     def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         # Masks may differ from sample to sample: they meet the activations.

@@ -89,7 +89,7 @@ def create_lycoris_from_weights(
     prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     try:
         known = None if prefix == "lycoris" else prefix
-        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known)
+        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known, shared=False)
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:

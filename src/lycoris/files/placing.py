@@ -20,6 +20,8 @@ class Places:
 
     dense: bool
     """Whether a dense difference may stand for what cannot be said otherwise."""
+    shared: bool
+    """Whether layers may have slices of one adapter, as a model can and a file cannot."""
 
     entries: dict[str, Stack] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -27,12 +29,34 @@ class Places:
     refused: dict[str, str] = field(default_factory=dict)
     """Layer → why that is impossible."""
 
+    def put(self, stacks: Mapping[str, Stack]) -> None:
+        """Add stacks under the names that they have."""
+        if self.shared:
+            self.entries |= stacks
+        for name, stack in () if self.shared else stacks.items():
+            self._put_own(name, stack)
 
-def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bool = True) -> Places:
-    """Stacks by the names of a naming, put onto the layers of a model; `dense` as in `lycoris.rows`."""
-    found = Places(dense=dense)
+    def _put_own(self, name: str, stack: Stack) -> None:
+        try:
+            self.entries[name] = self.own(stack, name)
+        except FileError as error:
+            self.refused[name] = str(error)
+
+    def own(self, stack: Stack, name: str) -> Stack:
+        """A stack without slices."""
+        return tuple(_noted(rows.apart(entry, name, dense=self.dense), self, name) for entry in stack)
+
+
+def place(
+    stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bool = True, shared: bool = False
+) -> Places:
+    """Stacks by the names of a naming, put onto the layers of a model; `dense` as in `lycoris.rows`.
+
+    `shared` keeps an adapter of several layers one, of which each has a slice; else each gets one of its own.
+    """
+    found = Places(dense, shared)
     if naming == layout.naming:
-        found.entries = dict(stacks)
+        found.put(stacks)
         return found
     theirs, own = layout.spans(naming), layout.spans(layout.naming)
     whole = {span.parts: name for name, span in own.items()}
@@ -48,7 +72,7 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bo
                 continue
             for part, single in _parted(stack, span, layout, found).items():
                 if (part,) in whole:
-                    found.entries[whole[part,]] = single
+                    found.put({whole[part,]: single})
                 else:
                     waiting.setdefault(holder[part], {})[part] = single
         except FileError as error:
@@ -58,10 +82,18 @@ def place(stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bo
     return found
 
 
+def separate(stacks: Mapping[str, Stack], *, dense: bool = True) -> Places:
+    """Stacks by the same names without slices, each layer with an adapter of its own."""
+    found = Places(dense, shared=False)
+    found.put(stacks)
+    return found
+
+
 def _turned(stack: Stack, turn: bool, found: Places, name: str) -> Stack:
     if not turn:
-        return stack
-    return tuple(_noted(rows.swapped(entry, name, dense=found.dense), found, name) for entry in stack)
+        return stack if found.shared else found.own(stack, name)
+    turned = tuple(_noted(rows.share_swapped(entry, name, dense=found.dense), found, name) for entry in stack)
+    return turned if found.shared else found.own(turned, name)
 
 
 def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str, Stack]:
@@ -72,9 +104,9 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
     for part in span.parts:
         geometry = layout.middle[part]
         at = slice(start, start + geometry.out_features)
-        own = [_noted(rows.take(entry, at, part, dense=found.dense), found, part) for entry in stack]
-        # A bias may be one that only other parts have.
-        parts[part] = tuple(rows.on(entry, geometry, part) for entry in own)
+        # Parts that are joined again, in another way, may turn out to be all of it.
+        steps = (rows.share(entry, at, geometry, part, dense=found.dense) for entry in stack)
+        parts[part] = tuple(_noted(step, found, part) for step in steps)
         start = at.stop
     return parts
 

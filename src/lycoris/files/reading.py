@@ -81,19 +81,33 @@ def resolve(
     prefix: str | None = None,
     strict: bool = True,
     family: str | None = None,
+    shared: bool = True,
 ) -> Bundle:
     """Tensors by file name, matched to a model's layers; `report` of the bundle says what became of each.
 
     The model is only asked for paths and shapes, so one on the meta device serves. `component` is which part of a
     pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components are reported. `dialect`
     and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised. `family`
-    tells how text encoders are counted; None: by the header, or by the model.
+    tells how text encoders are counted; None: by the header, or by the model. An adapter of a fused layer stays one,
+    and the layers that have its rows get slices of it (`lycoris.slices`); with `shared=False` each gets an adapter of
+    its own, which other programs' ways of training need, as a LoRA or a dense difference where it cannot be less.
 
     Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
     """
     layout = model if isinstance(model, Layout) else Layout.of(model)
-    found, _ = _resolve(tensors, layout, dialect, metadata or {}, component, prefix, strict, family, as_written=False)
+    found, _ = _resolve(
+        tensors,
+        layout,
+        dialect,
+        metadata or {},
+        component,
+        prefix,
+        strict,
+        family,
+        as_written=False,
+        shared=shared,
+    )
     other = "" if component or isinstance(model, Layout) else fingerprint.other_weights(metadata or {}, model)
     return found.remarked(other) if other else found
 
@@ -123,6 +137,7 @@ def _resolve(
     family: str | None,
     *,
     as_written: bool,
+    shared: bool = True,
 ) -> tuple[Bundle, Layout]:
     choices = _dialects(tensors, dialect, prefix)
     whose, contradiction = _family(family, header, component, layout)
@@ -139,7 +154,7 @@ def _resolve(
             "with strict=False"
         )
     found, mismatched = _entries(tensors, match, layout, header)
-    places = placing.place(found.stacks, layout, match.naming)
+    places = placing.place(found.stacks, layout, match.naming, shared=shared)
     mismatched |= places.refused
     remark = "" if component else fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle)
     report = Report(

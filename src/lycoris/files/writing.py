@@ -83,7 +83,7 @@ def compose(
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     by_prefix: dict[str, Bundle] = {}
     for name, each in bundles.items():
-        stacks = each.entries if own else _named(each, kind, layouts[name], found.notes)
+        stacks = _named(each, kind, None if own else layouts[name], found.notes)
         begin = f"{own[name]}_" if own else _prefix(kind, name, whose, layouts[name])
         _put(stacks, kind, begin, found.tensors, owner)
         by_prefix[begin] = Bundle(dict(stacks))
@@ -221,13 +221,16 @@ def _layout(bundle: Bundle, dialect: Dialect, model: nn.Module | Layout | None) 
     return Layout("the model", layers, middle=layers) if dialect.alike else Layout.around(layers)
 
 
-def _named(bundle: Bundle, dialect: Dialect, layout: Layout, notes: dict[str, str]) -> Mapping[str, placing.Stack]:
-    """The stacks under the names that a dialect uses for them."""
-    if layout.architecture is None:
-        return bundle.entries
-    to = layout.renamed(dialect.naming_for(layout.architecture))
+def _named(
+    bundle: Bundle, dialect: Dialect, layout: Layout | None, notes: dict[str, str]
+) -> Mapping[str, placing.Stack]:
+    """The stacks under the names that a dialect uses for them; None: under their own."""
     whole = dialect.algorithms is None or Full.name in dialect.algorithms
-    places = placing.place(bundle.entries, to, layout.naming, dense=whole)
+    if layout is None or layout.architecture is None:
+        places = placing.separate(bundle.entries, dense=whole)
+    else:
+        to = layout.renamed(dialect.naming_for(layout.architecture))
+        places = placing.place(bundle.entries, to, layout.naming, dense=whole)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
     notes |= places.notes

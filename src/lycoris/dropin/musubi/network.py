@@ -138,7 +138,7 @@ def read(
     Raises `FileError` when they are not of the algorithm of that name, with or without DoRA, or do not fit the model.
     """
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
-    bundle = files.resolve(tensors, unet, prefix=PREFIX)
+    bundle = files.resolve(tensors, unet, prefix=PREFIX, shared=False)
     others = sorted({below_lengths(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lycoris.algorithm import Algorithm
 from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
+from lycoris.files import placing
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.factors import Factors, makes, settings
 from lycoris.files.peft.layers import base_of, unlike
@@ -50,6 +51,7 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
     """
     if not bundle.entries:
         raise FileError("there are no adapters to write")
+    bundle = _separate(bundle)
     types = {path: _type(path, stack, model) for path, stack in bundle.entries.items()}
     _check_types(types, bundle)
     (type_,) = {name for name, _ in types.values()}
@@ -58,6 +60,14 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
     config = {"peft_type": type_, "target_modules": _targets(bundle, model), **_SETTINGS[type_](layers)}
     tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     return tensors, config
+
+
+def _separate(bundle: Bundle) -> Bundle:
+    """With an adapter of its own for each layer, which is what PEFT has."""
+    places = placing.separate(bundle.entries, dense=False)
+    if places.refused:
+        raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
+    return replace(bundle, entries=places.entries)
 
 
 def _targets(bundle: Bundle, model: nn.Module | None) -> list[str] | str:

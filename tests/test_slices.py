@@ -1,0 +1,400 @@
+"""An adapter of a fused layer on the layers that have its rows: one in memory, in training and in a file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tiny
+from cases import ALGORITHMS, perturb, relative
+from lycoris import BOFT, OFT, AdapterSet, DoRA, LoKr, LoRA, Rule, TLoRA, explain, plan, read, verify, write
+from lycoris.adapter import Adapter, Matrix
+from lycoris.algorithm import Affine, Algorithm, Entry, Part
+from lycoris.algorithms import write_tensors
+from lycoris.bundle import Bundle
+from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.files import encode, resolve
+from lycoris.files.layout import Layout
+from lycoris.files.peft.writing import encode_peft
+from lycoris.geometry import Geometry, describe
+from lycoris.memory import memory
+from lycoris.ops.equality import same
+from lycoris.rows import apart, join, share
+from lycoris.slices import AdditiveSlice, Slice, fused_entry
+
+pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers")
+
+SIZES = {"q": 8, "k": 5, "v": 7, "mlp": 16}
+"""Rows of the parts of a fused layer of 36: blocks of no size end where they do."""
+EXACT = 1e-10
+
+
+class Parts(nn.Module):
+    """A fused layer as a layer for each part."""
+
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        start = 0
+        for name, size in SIZES.items():
+            layer = nn.Linear(fused.in_features, size).double()
+            with torch.no_grad():
+                layer.weight.copy_(fused.weight[start : start + size])
+                layer.bias.copy_(fused.bias[start : start + size])
+            setattr(self, name, layer)
+            start += size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([getattr(self, name)(x) for name in SIZES], dim=-1)
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Linear(10, 36).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x)
+
+
+def entry_of(algorithm: Algorithm, layer: nn.Linear) -> Entry:
+    geometry = describe(layer)
+    assert geometry is not None
+    adapter = Adapter(algorithm, geometry, dtype=torch.float64)
+    adapter.initialise(Matrix(geometry, layer.weight.detach()))
+    tensors = {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()}
+    return Entry(algorithm, geometry, tensors)
+
+
+def parted(entry: Entry, parts: Parts) -> Bundle:
+    """Slices of an adapter for each part."""
+    entries, start = {}, 0
+    for name, size in SIZES.items():
+        geometry = describe(getattr(parts, name))
+        assert geometry is not None
+        entries[name] = (share(entry, slice(start, start + size), geometry, name).entry,)
+        start += size
+    return Bundle(entries)
+
+
+def both(algorithm: Algorithm) -> tuple[Whole, AdapterSet, Parts, AdapterSet]:
+    torch.manual_seed(zlib.crc32(str(algorithm).encode()))
+    whole = Whole().eval()
+    parts, entry = Parts(whole.fused).eval(), entry_of(algorithm, whole.fused)
+    one = AdapterSet.load(whole, Bundle({"fused": (entry,)})).attach()
+    return whole, one, parts, AdapterSet.load(parts, parted(entry, parts)).attach()
+
+
+def can_be_sliced(algorithm: Algorithm) -> bool:
+    """Whether each part is something by itself: blocks that are mixed must end where parts do."""
+    g = Geometry(kind="linear", shape=(36, 10))
+    mixed = isinstance(algorithm, OFT) or (isinstance(algorithm, DoRA) and algorithm.axis == "in")
+    try:
+        algorithm.check(g)
+    except ConfigError:
+        return False
+    return not mixed
+
+
+SLICED = [name for name, algorithm in ALGORITHMS.items() if can_be_sliced(algorithm)]
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_train_as_the_fused_layer_does(name: str) -> None:
+    whole, one, parts, several = both(ALGORITHMS[name])
+    x = torch.randn(3, 6, 10, dtype=torch.float64)
+    y = whole(x)
+    assert relative(parts(x), y) < EXACT
+    weights = torch.randn_like(y)
+    (whole(x) * weights).sum().backward()
+    (parts(x) * weights).sum().backward()
+    pairs = list(zip(one.parameters(), several.parameters(), strict=True))
+    assert pairs
+    for a, b in pairs:
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (a.grad - b.grad).abs().max() < EXACT * max(1.0, float(a.grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_are_one_adapter(name: str) -> None:
+    _, one, _, several = both(ALGORITHMS[name])
+    assert several.parameter_count() == one.parameter_count()
+    assert len(several.state_dict()) == len(one.state_dict())
+    entries = several.bundle().entries
+    starts = dict(zip(SIZES, (0, 8, 13, 20), strict=True))
+    joined = join(
+        [Part(starts[part], stack[0]) for part, stack in entries.items()], one.stacks["fused"][0].geometry, ""
+    )
+    assert not joined.note
+    assert joined.entry.algorithm == ALGORITHMS[name]
+    ((own,),) = one.bundle().entries.values()
+    assert same(joined.entry.tensors, own.tensors)
+
+
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+def test_a_slice_merges_and_has_a_form_of_its_own(name: str) -> None:
+    _, _, parts, several = both(ALGORITHMS[name])
+    x = torch.randn(4, 10, dtype=torch.float64)
+    y = parts(x)
+    several.merge()
+    assert relative(parts(x), y) < EXACT
+    several.detach()
+    own = {part: (apart(entry, part).entry,) for part, (entry,) in several.bundle().entries.items()}
+    assert not any(isinstance(entry.algorithm, Slice) for (entry,) in own.values())
+    alone = AdapterSet.load(parts, Bundle(own)).attach()
+    assert relative(parts(x), y) < EXACT
+    assert all(adapter.group is None for stack in alone.stacks.values() for adapter in stack)
+
+
+def test_blocks_that_are_mixed_are_sliced_where_parts_end() -> None:
+    whole = Whole()
+    geometry = Geometry(kind="linear", shape=(8, 10))
+    entry = entry_of(OFT(block_size=4), whole.fused)
+    assert isinstance(share(entry, slice(8, 16), geometry, "part").entry.algorithm, Slice)
+    with pytest.raises(FileError, match="part: its diag-oft cannot be cut to 8 of its 36 rows"):
+        share(entry, slice(6, 14), geometry, "part")
+
+
+def test_what_a_start_follows_from_is_the_fused_weight() -> None:
+    whole = Whole()
+    entry = entry_of(TLoRA(rank=2), whole.fused)
+    bare = entry._replace(tensors={name: t for name, t in entry.tensors.items() if not name.endswith("0")})
+    with pytest.raises(FileError, match="part: what its tlora started from is left out"):
+        share(bare, slice(0, 8), Geometry(kind="linear", shape=(8, 10)), "part")
+
+
+def test_copies_and_pickles_share_as_the_model_does() -> None:
+    _, _, parts, several = both(LoKr(full_matrix=True, factor=4))
+    x = torch.randn(2, 10, dtype=torch.float64)
+    y, count = parts(x), len(list(several.parameters()))
+    stream = io.BytesIO()
+    torch.save(parts, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(parts), torch.load(stream, weights_only=False)):
+        assert torch.equal(other(x), y)
+        adapters = [module for module in other.modules() if isinstance(module, Adapter)]
+        assert len({id(parameter) for adapter in adapters for parameter in adapter.parameters()}) == count
+        assert len({id(adapter.group) for adapter in adapters}) == 1
+        assert adapters[0].group is not several.stacks["q"][0].group
+
+
+def test_moving_and_casting_keep_the_tensors_shared() -> None:
+    _, _, parts, several = both(LoKr(full_matrix=True, factor=4))
+    count = several.parameter_count()
+    parts.to(torch.float32).to(torch.float64)
+    assert several.parameter_count() == count
+    several.bundle()
+    adapter = several.stacks["k"][0]
+    adapter.register_parameter("w1", nn.Parameter(adapter.tensors()["w1"].detach().clone()))
+    with pytest.raises(AttachError, match="q and k are slices of one adapter and no longer share its w1"):
+        several.bundle()
+
+
+def test_a_state_is_saved_and_loaded_once() -> None:
+    _, _, parts, several = both(LoKr(full_matrix=True, factor=4))
+    x = torch.randn(2, 10, dtype=torch.float64)
+    before, y = {name: t.clone() for name, t in several.state_dict().items()}, parts(x)
+    assert list(before) == ["q/0/w1", "q/0/w2"]
+    perturb(several)
+    assert not torch.equal(parts(x), y)
+    several.load_state_dict(before)
+    assert torch.equal(parts(x), y)
+    bundle = copy.deepcopy(several.bundle())
+    perturb(several)
+    several.fill(bundle)
+    assert torch.equal(parts(x), y)
+
+
+def test_other_tensors_for_one_of_the_slices_are_refused() -> None:
+    _, _, _, several = both(LoKr(full_matrix=True, factor=4))
+    bundle = several.bundle()
+    (k,) = bundle.entries["k"]
+    other = k._replace(tensors={name: t + 1 for name, t in k.tensors.items()})
+    with pytest.raises(FileError, match="q and k share their tensors here, and those for them are not the same"):
+        several.fill(replace(bundle, entries=bundle.entries | {"k": (other,)}))
+
+
+def test_detaching_leaves_no_trace_and_strengths_are_the_layers_own() -> None:
+    _, _, parts, several = both(LoRA(rank=3))
+    x = torch.randn(2, 10, dtype=torch.float64)
+    y = parts(x)
+    several.set_strength_at("k", 0.0)
+    changed = parts(x)
+    assert torch.equal(changed[:, :8], y[:, :8])
+    assert not torch.equal(changed[:, 8:13], y[:, 8:13])
+    several.detach()
+    assert not any(isinstance(module, Adapter) for module in parts.modules())
+
+
+def test_what_they_cost_is_counted_once() -> None:
+    _, one, _, several = both(LoKr(full_matrix=True, factor=4))
+    told, fused = explain(several), explain(one)
+    assert (told.parameters, told.file_bytes) == (fused.parameters, fused.file_bytes)
+    assert "its tensors are those of q" in told.layers[1].why
+    assert memory(told, 0).optimizer == memory(fused, 0).optimizer
+    # Blocks of the first factor that parts share are computed by both.
+    assert told.flops < 2 * fused.flops
+
+
+def test_verify_finds_nothing_wrong() -> None:
+    _, _, parts, several = both(LoKr(full_matrix=True, factor=4))
+    several.detach()
+    parts = parts.float()
+    checked = verify(AdapterSet.load(parts, several.bundle()), torch.randn(2, 3, 10))
+    assert checked.ok, str(checked)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny.flux_transformer().eval()
+
+
+@pytest.fixture(scope="module")
+def original(flux: nn.Module) -> Layout:
+    """The same model under its publisher's names, where projections are fused and halves exchanged."""
+    return Layout.of(flux).renamed("original")
+
+
+FUSED = ("single_blocks.0.linear1", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
+
+
+def file_of(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """As a program that has the published model writes it, with tensors that have an effect."""
+    torch.manual_seed(zlib.crc32(str(algorithm).encode()))
+    found = {}
+    for path in FUSED:
+        g = layout.layers[path]
+        try:
+            algorithm.check(g)
+        except ConfigError:
+            continue
+        adapter = Adapter(algorithm, g)
+        adapter.initialise(Matrix(g, torch.randn(g.shape)))
+        tensors = {name: (t + 0.3 * torch.randn_like(t)).to(dtype) for name, t in adapter.whole().items()}
+        own = write_tensors(algorithm, tensors, g)
+        found |= {f"diffusion_model.{path}.{name}": tensor for name, tensor in own.items()}
+    return found
+
+
+def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith((".alpha", ".on_input"))}
+
+
+def is_mixed(algorithm: Algorithm) -> bool:
+    """Whether all rows of a layer depend on each other."""
+    return isinstance(algorithm, BOFT) or (isinstance(algorithm, DoRA) and algorithm.axis == "in")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "norm"])
+def test_the_file_that_is_written_is_the_one_that_was_read(
+    name: str, dtype: torch.dtype, flux: nn.Module, original: Layout, tmp_path: Path
+) -> None:
+    tensors = file_of(ALGORITHMS[name], original, dtype)
+    if not tensors:
+        return
+    save_file(tensors, tmp_path / "a.safetensors")
+    if is_mixed(ALGORITHMS[name]) and any("linear1" in key for key in tensors):
+        with pytest.raises(FileError, match="without the base model's weights"):
+            read(tmp_path / "a.safetensors", flux)
+        return
+    bundle = read(tmp_path / "a.safetensors", flux)
+    assert not bundle.report.changed
+    write(bundle, tmp_path / "b.safetensors", "comfyui", model=flux)
+    again = load_file(tmp_path / "b.safetensors")
+    assert again.keys() == tensors.keys()
+    odd = [key for key in values(tensors) if not same({"": again[key]}, {"": tensors[key]})]
+    assert not odd
+    assert all(again[key] == tensor for key, tensor in tensors.items() if key.endswith(".alpha"))
+
+
+@pytest.mark.parametrize("name", ["lora", "lokr", "loha", "full-weight", "glora", "ia3", "dora-lokr"])
+def test_training_goes_into_the_file(name: str, flux: nn.Module, original: Layout) -> None:
+    tensors = file_of(ALGORITHMS[name], original, torch.float32)
+    adapters = AdapterSet.load(flux, resolve(tensors, flux, "comfyui"))
+    groups = {adapter.group for stack in adapters.stacks.values() for adapter in stack}
+    assert None not in groups - {adapters.stacks["norm_out.linear"][0].group}
+    perturb(adapters)
+    again = encode(adapters.bundle(), "comfyui", model=flux)
+    assert again.keys() == tensors.keys()
+    assert all(again[key].shape == tensor.shape for key, tensor in tensors.items())
+    assert not any(torch.equal(again[key], tensor) for key, tensor in values(tensors).items())
+    # What is read again does what was trained.
+    one, other = adapters.bundle().entries, resolve(again, flux, "comfyui").entries
+    assert all(same(fused_entry(one[path][0]).tensors, fused_entry(other[path][0]).tensors) for path in one)
+
+
+def test_a_layer_takes_what_its_file_takes(flux: nn.Module, original: Layout) -> None:
+    tensors = file_of(ALGORITHMS["lokr-factor"], original)
+    bundle = resolve(tensors, flux, "comfyui")
+    pieces = {t.data_ptr(): t.nbytes for (entry,) in bundle.entries.values() for t in entry.tensors.values()}
+    assert sum(pieces.values()) == sum(tensor.nbytes for tensor in values(tensors).values())
+    alone = resolve(tensors, flux, "comfyui", shared=False)
+    assert alone.report.changed
+    assert not any(isinstance(e.algorithm, Slice) for stack in alone.entries.values() for e in stack)
+
+
+def test_some_of_the_layers_are_written_as_rows_of_their_own(flux: nn.Module, original: Layout) -> None:
+    tensors = file_of(LoRA(rank=2), original, torch.float32)
+    bundle = resolve(tensors, flux, "comfyui")
+    gone = "single_transformer_blocks.0.attn.to_k"
+    fewer = replace(bundle, entries={path: stack for path, stack in bundle.entries.items() if path != gone})
+    again = resolve(encode(fewer, "comfyui", model=flux), flux, "comfyui")
+    for path, (entry,) in again.entries.items():
+        g = entry.geometry
+        zeros = Affine(torch.zeros(g.shape), torch.zeros(g.out_features))
+        (before,) = bundle.entries[path]
+        expected = before.algorithm.transform(before.tensors, zeros, g).weight * (path != gone)
+        assert relative(entry.algorithm.transform(entry.tensors, zeros, g).weight + 1, expected + 1) < 1e-6
+
+
+def test_formats_of_layers_get_adapters_of_their_own(flux: nn.Module, original: Layout) -> None:
+    bundle = resolve(file_of(LoRA(rank=2), original, torch.float32), flux, "comfyui")
+    assert "lycoris_single_transformer_blocks_0_attn_to_k.lora_up.weight" in encode(bundle, "lycoris", model=flux)
+    tensors, config = encode_peft(bundle, flux)
+    assert config["peft_type"] == "LORA"
+    assert any("single_transformer_blocks.0.attn.to_k.lora_B" in name for name in tensors)
+
+
+def test_adapters_of_the_layers_own_take_their_rows(flux: nn.Module, original: Layout) -> None:
+    bundle = resolve(file_of(LoRA(rank=2), original, torch.float32), flux, "comfyui")
+    rule = Rule(LoRA(rank=2), path="single_transformer_blocks.*to_[qkv]")
+    adapters = AdapterSet.build(flux, plan(flux, rule))
+    own = {path: stack for path, stack in bundle.entries.items() if path in adapters.stacks}
+    adapters.fill(replace(bundle, entries=own))
+    for path, (adapter,) in adapters.stacks.items():
+        (entry,) = own[path]
+        assert isinstance(entry.algorithm, AdditiveSlice)
+        g = entry.geometry
+        zeros = Affine(torch.zeros(g.shape), None)
+        expected = entry.algorithm.transform(entry.tensors, zeros, g).weight
+        assert relative(adapter.adapted(zeros).weight, expected) < 1e-6
+
+
+def test_two_sets_of_slices_on_one_model(flux: nn.Module, original: Layout) -> None:
+    x: Any = torch.randn(1, 4, flux.single_transformer_blocks[0].attn.to_q.in_features)
+    layer = flux.single_transformer_blocks[0].attn.to_q
+    before = layer(x)
+    sets = [
+        AdapterSet.load(flux, resolve(file_of(ALGORITHMS[name], original), flux, "comfyui"), name).attach()
+        for name in ("lokr", "lora")
+    ]
+    y = layer(x)
+    sets[0].detach()
+    sets[1].detach()
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(y, before)
