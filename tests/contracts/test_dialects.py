@@ -58,7 +58,8 @@ def small(g: Geometry) -> Geometry:
     """The same proportions, a part of the width."""
     part = next((part for part in (384, 256, 64) if all(n % part == 0 or n < 64 for n in g.shape[:2])), 1)
     shape = tuple(n // part if n % part == 0 else n for n in g.shape[:2])
-    return replace(g, shape=(*shape, *g.shape[2:]))
+    groups = g.groups // part if g.groups % part == 0 else g.groups
+    return replace(g, shape=(*shape, *g.shape[2:]), groups=groups)
 
 
 def layout(architecture: str, outline: str) -> Layout:
