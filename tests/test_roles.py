@@ -1,4 +1,4 @@
-"""`Attention` and `FeedForward` in a config are parts of the blocks of a known family, whatever they are called there."""
+"""`Attention` and `FeedForward` in a config are parts of a known family's blocks, whatever they are called there."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ def test_blocks_that_two_families_have_are_for_neither_until_a_header_says(flat:
     found = judge(chroma, {})
     assert (found.family, found.confidence) == (None, "unsure")
     assert {"chroma1-hd", "flux.1-dev", "flux.1-schnell"} <= set(found.candidates)
-    for header, family in (("chroma/lora", "chroma"), ("flux-1-dev/lora", "flux1")):
-        found = judge(chroma, {"modelspec.architecture": header})
+    for said, family in (("chroma/lora", "chroma"), ("flux-1-dev/lora", "flux1")):
+        found = judge(chroma, {"modelspec.architecture": said})
         assert found.family == family
         assert not {"chroma1-hd", "flux.1-dev"} <= set(found.candidates)
     assert judge(flux_like("flux.1-dev", "original", flat, modulations=True), {}).family == "flux1"
