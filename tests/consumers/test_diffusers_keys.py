@@ -38,6 +38,23 @@ PIPELINES = {
     "sdxl-unet": "StableDiffusionXLPipeline",
     "wan": "WanPipeline",
     "z-image": "ZImagePipeline",
+    "chroma": "ChromaPipeline",
+    "flux3": "Flux3ModularPipeline",
+    "qwen-image-2.1": "QwenImage21Pipeline",
+    "auraflow": "AuraFlowPipeline",
+    "pixart": "PixArtSigmaPipeline",
+    "sana": "SanaPipeline",
+    "hidream-i1": "HiDreamImagePipeline",
+    "hunyuanimage": "HunyuanImagePipeline",
+    "ideogram4": "Ideogram4Pipeline",
+    "krea2": "Krea2Pipeline",
+    "ernie-image": "ErnieImagePipeline",
+    "cosmos-predict2": "Cosmos2TextToImagePipeline",
+    "ltx-video": "LTXPipeline",
+    "ltx-2": "LTX2Pipeline",
+    "mochi": "MochiPipeline",
+    "kandinsky5": "Kandinsky5T2VPipeline",
+    "minimax-h3": "MiniMaxH3ModularPipeline",
 }
 """Architecture → a pipeline that reads files of its adapters."""
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}
@@ -98,9 +115,9 @@ def read(dialect: str, layout: Layout, bundle: Bundle) -> set[str]:
     if dialect == "onetrainer-legacy" and layout.unet:
         tensors = {key.replace("lora_transformer_", "lora_unet_"): tensor for key, tensor in tensors.items()}
     assert layout.architecture is not None
-    pipeline: Any = getattr(diffusers, PIPELINES[layout.architecture.name])
+    pipeline: Any = getattr(diffusers, PIPELINES[layout.architecture.name], None)
     if not hasattr(pipeline, "lora_state_dict"):
-        raise ValueError(f"{pipeline.__name__} loads no adapters")
+        raise ValueError(f"{PIPELINES[layout.architecture.name]} loads no adapters")
     component, options = ("unet", {"unet_config": levels(layout)}) if layout.unet else ("transformer", {})
     # It scales some in place.
     found = pipeline.lora_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, **options)

@@ -51,6 +51,20 @@ SETTINGS = ALGORITHMS | {"oft-constraint": OFT(block_size=2, constraint=1 / 64)}
 Tensors = dict[str, Tensor]
 Case = tuple[str, Bundle, tuple[Tensors, Tensors]]
 """Setting, adapters, and by layer the weight below and what the adapters add to it."""
+USUAL = ("diffusers", "comfyui", "kohya")
+"""Formats that are tried for every family; the others are, in the quick tests, for these."""
+THOROUGH = (
+    "sdxl-unet",
+    "sd3",
+    "flux1",
+    "flux2",
+    "wan",
+    "hunyuanvideo",
+    "z-image",
+    "minimax-h3",
+    "clip",
+    "language-model",
+)
 MODELS = [(name, outline) for name, each in ARCHITECTURES.items() for outline in each.outlines[:1]]
 
 
@@ -58,7 +72,8 @@ def small(g: Geometry) -> Geometry:
     """The same proportions, a part of the width."""
     part = next((part for part in (384, 256, 64) if all(n % part == 0 or n < 64 for n in g.shape[:2])), 1)
     shape = tuple(n // part if n % part == 0 else n for n in g.shape[:2])
-    return replace(g, shape=(*shape, *g.shape[2:]))
+    groups = g.groups // part if g.groups % part == 0 else g.groups
+    return replace(g, shape=(*shape, *g.shape[2:]), groups=groups)
 
 
 def layout(architecture: str, outline: str) -> Layout:
@@ -129,8 +144,14 @@ def rightly_refused(error: FileError, bundle: Bundle, kind: str, dialect: str) -
     assert (served is not None and kind not in served) or tied, str(error)
 
 
-@pytest.mark.parametrize("dialect", FILES)
-@pytest.mark.parametrize(("architecture", "outline"), MODELS)
+@pytest.mark.parametrize(
+    ("architecture", "outline", "dialect"),
+    [
+        pytest.param(*model, dialect, marks=() if dialect in USUAL or model[0] in THOROUGH else pytest.mark.slow)
+        for dialect in FILES
+        for model in MODELS
+    ],
+)
 def test_read_as_written(architecture: str, outline: str, dialect: str) -> None:
     where, settings = bundles(architecture, outline)
     served = DIALECTS[dialect].algorithms

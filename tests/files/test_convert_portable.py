@@ -25,7 +25,8 @@ from lycoris.recast import adapted
 
 ATTENTION = (
     r"(?!(up|mid)_block|down_blocks\.[02])"
-    r".*\b(blocks|layers|block|transformer_blocks)\.0\..*(attn|attention|SelfAttention).*"
+    r".*\b(blocks|layers|block|(visual_|joint_)?transformer_blocks|double_stream_blocks|txt_mode_blocks)\.0\."
+    r".*(attn|attention|SelfAttention).*"
 )
 ENDS = r"(?!.*\d\.).*"
 """What is in no block."""

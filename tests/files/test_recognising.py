@@ -11,8 +11,11 @@ from torch import Tensor
 
 from lycoris import outline
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES
 from lycoris.files import check, convert, detect, header, judge, resolve
+from lycoris.files.dialect import flatten
 from lycoris.files.layout import Layout
+from lycoris.files.skeleton import named, namings, skeleton
 
 BLOCKS = {f"lora_unet_double_blocks_{at}_img_attn_qkv": (9216, 3072) for at in range(2)}
 """Of Flux.1, of Flux.2, of HunyuanVideo and of FramePack."""
@@ -129,3 +132,39 @@ def test_text_encoders_are_those_of_the_family(tmp_path: Path) -> None:
         assert names == {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj"}
         convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", overwrite=True)
         assert {name.partition(".")[0] for name in load_file(tmp_path / "c.safetensors")} == {f"lora_te1_{encoder}"}
+
+
+def flux_like(model: str, naming: str, flat: bool, modulations: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of a LoRA on all linear layers in the blocks of a model."""
+    architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
+    layers, shapes = skeleton(model), {}
+    for name, span in named(layers, namings(architecture)[naming]).items():
+        own = [layers[part] for part in span.parts]
+        if own[0].kind != "linear" or "blocks" not in name or ("mod" in name and not modulations):
+            continue
+        key = f"lora_unet_{flatten(name)}" if flat else f"diffusion_model.{name}"
+        shapes[f"{key}.lora_down.weight"] = (4, own[0].fan_in)
+        shapes[f"{key}.lora_up.weight"] = (sum(each.out_features for each in own), 4)
+    return shapes
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_blocks_that_two_families_have_are_for_neither_until_a_header_says(flat: bool) -> None:
+    """Chroma's are Flux.1's without the modulations."""
+    chroma = flux_like("chroma1-hd", "original", flat, modulations=False)
+    assert chroma == flux_like("flux.1-dev", "original", flat, modulations=False)
+    found = judge(chroma, {})
+    assert (found.family, found.confidence) == (None, "unsure")
+    assert {"chroma1-hd", "flux.1-dev", "flux.1-schnell"} <= set(found.candidates)
+    for said, family in (("chroma/lora", "chroma"), ("flux-1-dev/lora", "flux1")):
+        found = judge(chroma, {"modelspec.architecture": said})
+        assert found.family == family
+        assert not {"chroma1-hd", "flux.1-dev"} <= set(found.candidates)
+    assert judge(flux_like("flux.1-dev", "original", flat, modulations=True), {}).family == "flux1"
+
+
+def test_sizes_decide_between_models_of_the_same_names() -> None:
+    """HunyuanImage has the names of HunyuanVideo, and is wider."""
+    for model, family in (("hunyuanimage-2.1", "hunyuanimage"), ("chroma1-hd", None)):
+        found = judge(flux_like(model, "comfyui" if "hunyuan" in model else "original", False, modulations=False), {})
+        assert found.family == family

@@ -54,8 +54,9 @@ _ATTENTION = r".*\.attn\d\.to_.*"
 """A UNet's projections."""
 
 
-# The names that ComfyUI gives the layers of a denoiser.
-_COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
+# The names that ComfyUI gives the layers of a denoiser; of these it has no model (0.33).
+_NOT_COMFYUI = ("flux3", "qwen-image-2.1", "sana")
+_COMFYUIS = dict.fromkeys((name for name in DENOISERS if name not in _NOT_COMFYUI), Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
@@ -156,8 +157,13 @@ INVOKEAI: Mapping[str, Mapping[str, Known]] = {
 }
 
 # diffusers: lora_state_dict of the pipelines, and lora_conversion_utils.
-_DIFFUSERS = tuple(name for name in DENOISERS if name != "hunyuanvideo-1.5")
-"""The pipeline of HunyuanVideo-1.5 has no load_lora_weights."""
+_NO_LOADER = ("hunyuanvideo-1.5", "pixart", "hunyuanimage", "cosmos-predict2", "flux3", "minimax-h3")
+"""Their pipelines have no load_lora_weights; those of the last three are modular, with readers of their own."""
+_DIFFUSERS = tuple(name for name in DENOISERS if name not in _NO_LOADER)
+_NEWER = (
+    *("chroma", "qwen-image-2.1", "auraflow", "sana", "hidream-i1", "ideogram4", "krea2", "ernie-image"),
+    *("ltx-video", "ltx-2", "mochi", "kandinsky5"),
+)
 _DIFFUSERS_ENCODERS = partly(*CLIPS, lost=_FLAT_CLIP)
 _WAN_BLOCKS = r"lora_unet_(blocks)_\d+_(?:(?:self|cross)_attn_[qkvo]|ffn_[02])"
 _WAN_IMAGE = r"lora_unet_blocks_\d+_cross_attn_[kv](_img)"
@@ -197,8 +203,10 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
             needs=r"diffusion_model\.(layers|noise_refiner|context_refiner)\.\d+\.(?:attention\.(?:qkv|out)|feed.*|adaLN.*)",
             stops=r"diffusion_model\.(?!(layers|noise_refiner|context_refiner)\.).*",
         ),
+        # _convert_non_diffusers_ltxv_lora_to_diffusers takes the prefix away and renames nothing.
+        "ltx-video": Known(lost=r"diffusion_model\.(patchify_proj|adaln_single\.).*"),
     }
-    | wholly("qwen-image", "z-image"),
+    | wholly("qwen-image", "z-image", "qwen-image-2.1", "hidream-i1", "krea2", "ernie-image", "ltx-2"),
     "onetrainer-diffusers": wholly(*_DIFFUSERS, *CLIPS),
     "onetrainer-kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
     # _convert_lycoris_flux2_lokr_to_diffusers: blocks only
@@ -220,10 +228,11 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     | partly("sd1.5-unet", "sd2-unet", lost="lora_transformer_.*")
     | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
     | _DIFFUSERS_ENCODERS,
-    "bare": wholly("qwen-image", "z-image"),
-    "onetrainer-original": wholly("qwen-image", "z-image"),
+    "bare": wholly("qwen-image", "z-image", "qwen-image-2.1"),
+    "onetrainer-original": wholly("qwen-image", "z-image", "qwen-image-2.1"),
     "ai-toolkit": wholly("qwen-image", "z-image")
     | partly("sd3", "flux1", "flux2", "hunyuanvideo", "framepack", "lumina2", lost=r"diffusion_model\..*")
+    | partly(*_NEWER, lost=r"diffusion_model\..*")
     | {"wan": Known(stops=r"diffusion_model\..*")},
 }
 # Both walk the model's own modules.
