@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import io
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import tiny
 from cases import ALGORITHMS, perturb, relative
+from jobs import fully_sharded
 from lycoris import BOFT, OFT, AdapterSet, DoRA, LoKr, LoRA, Rule, TLoRA, explain, plan, read, verify, write
 from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Algorithm, Entry, Part
@@ -30,6 +34,7 @@ from lycoris.memory import memory
 from lycoris.ops.equality import same
 from lycoris.rows import apart, join, share
 from lycoris.slices import AdditiveSlice, Slice, fused_entry
+from ranks import SIZE, Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers")
 
@@ -252,6 +257,37 @@ def test_verify_finds_nothing_wrong() -> None:
     parts = parts.float()
     checked = verify(AdapterSet.load(parts, several.bundle()), torch.randn(2, 3, 10))
     assert checked.ok, str(checked)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    processes = Ranks(tmp_path_factory.mktemp("meetings"))
+    yield processes
+    processes.stop()
+
+
+def trained(way: str) -> dict[str, Tensor]:
+    """After two steps on this process's share of the batch."""
+    _, _, parts, several = both(LoKr(full_matrix=True, factor=4))
+    model: Any = parts
+    x = torch.randn(4, 10, dtype=torch.float64)
+    if way != "one":
+        x = x.chunk(SIZE)[dist.get_rank()]
+        model = DistributedDataParallel(parts) if way == "ddp" else fully_sharded(parts)
+    optimizer = torch.optim.SGD(several.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return several.state_dict()
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_processes_train_slices_as_one_does(way: str, ranks: Ranks) -> None:
+    alone = trained("one")
+    for state in ranks.run(trained, way):
+        assert state.keys() == alone.keys()
+        assert all(relative(state[name], alone[name]) < EXACT for name in alone)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
