@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lycoris.adapters import AdapterSet
 from lycoris.algorithm import Algorithm
-from lycoris.algorithms import below_lengths
+from lycoris.algorithms import LoKr, below_lengths
+from lycoris.bundle import Bundle, Entry
 from lycoris.dropin.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, with_excludes
 from lycoris.dropin.keywords import tell
 from lycoris.dropin.kohya import OWN, Component, components, read_network, set_up
@@ -39,6 +41,17 @@ class SdScriptsNetwork(LycorisNetworkKohya):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and what each is called; text encoders have numbers, whatever their rates."""
         return self._all_groups(self._numbered_encoders(text_encoder_lr), unet_lr, default_lr)
+
+    def _bundle(self, part: Part) -> Bundle:
+        # Its own modules load nothing but matrices for convolutions of 1x1.
+        bundle = super()._bundle(part)
+        return replace(bundle, entries={path: tuple(map(_flatten, stack)) for path, stack in bundle.entries.items()})
+
+
+def _flatten(entry: Entry) -> Entry:
+    if not isinstance(entry.algorithm, LoKr) or not entry.geometry.pointwise or "w2" not in entry.tensors:
+        return entry
+    return entry._replace(tensors={**entry.tensors, "w2": entry.tensors["w2"].flatten(1)})
 
 
 def name_components(text_encoder: Any, unet: nn.Module | None, architecture: Architecture) -> list[Component]:
