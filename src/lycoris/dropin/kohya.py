@@ -16,7 +16,7 @@ from lycoris.additive import Ranked
 from lycoris.algorithms import OFT, below_lengths
 from lycoris.dropin import blocks
 from lycoris.dropin.inside import log_layers
-from lycoris.dropin.keywords import read_preset, renamed, tell
+from lycoris.dropin.keywords import read_preset, rename_options, tell
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
 from lycoris.dropin.parts import Part, check_plan, resolve, with_dropout
 from lycoris.dropin.patterns import KEYWORDS, PatternedPreset, Patterns
@@ -108,7 +108,7 @@ def parts_for(
     kwargs: Mapping[str, Any],
 ) -> tuple[list[Part], Recipe]:
     """New adapters for each model, by the settings of `create_network`, and these as they were read."""
-    options = {key: value for key, value in renamed(kwargs).items() if value is not None}
+    options = {key: value for key, value in rename_options(kwargs).items() if value is not None}
     if options.get("neuron_dropout"):
         options.setdefault("dropout", options["neuron_dropout"])
     given = {key: value for key, value in options.items() if key not in OWN}
@@ -126,7 +126,7 @@ def parts_for(
     nothing: NothingMeantError | None = None
     models = components(text_encoder, unet, network)
     for component in models:
-        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **_trained(options)))
+        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **_read_trained(options)))
         if not _has_targets(own.preset):
             continue
         try:
@@ -188,12 +188,12 @@ def _nothing_left(patterns: Patterns, nothing: NothingMeantError | None, preset:
 
 def set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
     """Give a network what trainers read off it, and what its parameter groups go by."""
-    vars(network).update({f"train_{name}": on for name, on in _trained(options).items()})
+    vars(network).update({f"train_{name}": on for name, on in _read_trained(options).items()})
     network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
     network.patterns = Patterns.parse(options)
 
 
-def _trained(options: Mapping[str, Any]) -> dict[str, bool]:
+def _read_trained(options: Mapping[str, Any]) -> dict[str, bool]:
     return {name: parse_number(options.get(f"train_{name}") or False, f"train_{name}", bool) for name in TRAINED}
 
 
@@ -218,7 +218,7 @@ def create_network_from_weights(
     and a T-LoRA schedule that the header does not have. `for_inference`: a merge is for good, and takes no second copy
     of the weights.
     """
-    options = renamed(kwargs)
+    options = rename_options(kwargs)
     if options.get("neuron_dropout"):
         options.setdefault("dropout", options["neuron_dropout"])
     tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))

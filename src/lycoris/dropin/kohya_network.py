@@ -152,7 +152,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         super().apply_to()
 
     # The arguments are those by which trainers call it.
-    def merge_to(  # type: ignore[override]
+    def merge_to(  # type: ignore[override]  # see above
         self,
         text_encoder: Any = None,
         unet: Any = None,

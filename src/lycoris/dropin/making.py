@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters import AdapterSet
-from lycoris.dropin.keywords import renamed, tell
+from lycoris.dropin.keywords import rename_options, tell
 from lycoris.dropin.network import LycorisNetwork
 from lycoris.dropin.parts import Part, choose, with_dropout
 from lycoris.errors import ConfigError, FileError
@@ -76,7 +76,7 @@ def create_lycoris_from_weights(
     pipeline the model is, for files that hold several: "" the denoiser, "text_encoder", ...; the network is saved for
     this model alone, in LyCORIS' own names. Raises `FileError` when the file is damaged or does not fit the model.
     """
-    options = renamed(options)
+    options = rename_options(options)
     tell(unknown_options(options))
     metadata: dict[str, str] = {}
     if weights_sd is not None:

@@ -315,7 +315,7 @@ class LycorisNetwork(Assignable, ClassPreset):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The tensors as they would be in a file."""
         found = {} if destination is None else destination
-        found.update({prefix + key: tensor for key, tensor in self._encoded().items()})
+        found.update({prefix + key: tensor for key, tensor in self._encode().items()})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -373,7 +373,7 @@ class LycorisNetwork(Assignable, ClassPreset):
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 
-    def _encoded(self) -> dict[str, Tensor]:
+    def _encode(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for part in self.parts:
             found |= files.encode(self._bundle(part), prefix=part.prefix)
@@ -394,6 +394,6 @@ class LycorisNetwork(Assignable, ClassPreset):
             for path, stack in bundle.entries.items():
                 for at, entry in enumerate(stack):
                     module: Any = self._modules[module_name(part.prefix, path, at)]
-                    values.append((module.adapter, module.fitted(entry)))
+                    values.append((module.adapter, module.fit(entry)))
         put(values)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)

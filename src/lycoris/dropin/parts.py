@@ -13,7 +13,7 @@ from lycoris import files, fingerprint
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
-from lycoris.dropin.keywords import read_preset, renamed, tell
+from lycoris.dropin.keywords import read_preset, rename_options, tell
 from lycoris.dropin.quantised import check_trainable
 from lycoris.errors import ConfigError
 from lycoris.files.dialect import flatten
@@ -48,7 +48,7 @@ def choose(
 
     Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is meant.
     """
-    given, own = renamed(given), {}
+    given, own = rename_options(given), {}
     named = given.get("preset")
     if named is not None and str(named) not in PRESETS_WITH_CONV:
         own, given = read_preset(str(named)), given | {"preset": None}

@@ -41,7 +41,7 @@ class MusubiNetwork(LycorisNetworkKohya):
     """What is in force again once the adapters act; None while they do."""
 
     # Musubi's trainer has no text encoder, and gives the rate by the name of its own parameter.
-    def prepare_optimizer_params(  # type: ignore[override]
+    def prepare_optimizer_params(  # type: ignore[override]  # see above
         self, unet_lr: float | None = 1e-4, **_: Any
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and what each is called."""
