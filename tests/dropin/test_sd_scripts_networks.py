@@ -278,6 +278,29 @@ def test_wrong_models_files_and_arguments(name: str, caplog: Any) -> None:
 
 
 @EACH
+def test_off_and_on_and_calculated_before(name: str) -> None:
+    """gen_img.py with --network_pre_calc: multipliers change between restore_weights and pre_calculation."""
+    unet, x = sdxl().double(), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    base = unet(x)
+    network = MODULES[name].create_network(1.0, 2, 1.0, None, [None], unet, conv_dim="2")
+    network.apply_to([None], unet)
+    network.double()
+    perturb(network.adapters, 0.2)
+    live = unet(x)
+    network.backup_weights()
+    for multiplier, wanted in ((1.0, live), (0.0, base), (1.0, live)):
+        network.set_multiplier(multiplier)
+        network.restore_weights()
+        network.pre_calculation()
+        assert torch.equal(unet(x), wanted)
+    network.set_enabled(False)
+    assert torch.equal(unet(x), base)
+    network.set_enabled(True)
+    assert torch.equal(unet(x), live)
+    assert relative(live, base) > 1e-3
+
+
+@EACH
 def test_merging_into_tensors(name: str) -> None:
     unet = sdxl()
     args = {"factor": "2"} if name == "lokr" else {}

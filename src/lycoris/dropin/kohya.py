@@ -18,7 +18,7 @@ from lycoris.dropin import blocks
 from lycoris.dropin.inside import log_layers
 from lycoris.dropin.keywords import read_preset, rename_options, tell
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.parts import Part, check_plan, resolve, with_dropout
+from lycoris.dropin.parts import Part, check_plan, load_given, resolve, with_dropout
 from lycoris.dropin.patterns import KEYWORDS, PatternedPreset, Patterns
 from lycoris.dropin.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
@@ -38,6 +38,9 @@ OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", "verbose"
 
 BARE = "_text_model"
 """What transformers 5 leaves out of the names of CLIP's layers."""
+
+OFT_UNET = "oft_unet"
+"""What files of sd-scripts' own OFT call the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -236,13 +239,7 @@ def read_network(
     options: Mapping[str, Any],
 ) -> tuple[Network, dict[str, Tensor]]:
     """A network of some class from a file or its tensors; see `create_network_from_weights`."""
-    metadata: dict[str, str] = {}
-    if weights_sd is not None:
-        tensors = dict(weights_sd)
-    elif file is not None:
-        tensors, metadata = files.load_tensors(file)
-    else:
-        raise FileError("neither a file nor weights_sd was given")
+    tensors, metadata = load_given(file, weights_sd)
     try:
         parts = list(_read_parts(tensors, metadata, _called_in_file(models, tensors), options))
     except FileError as error:
@@ -296,16 +293,16 @@ def _read_parts(
 def _called_in_file(models: Sequence[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
     """The models as a file calls them.
 
-    It may leave `text_model` out, have no number for the only text encoder (or one for it), and count a T5 as the
-    second.
+    It may leave `text_model` out, have no number for the only text encoder (or one for it), count a T5 as the second,
+    and call the denoiser `oft_unet`, as sd-scripts' own OFT does.
     """
-    text = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER
-    have = {name for name in (text, *(f"{text}{n}" for n in (1, 2, 3))) if _has(tensors, name)}
+    text, unet = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER, LycorisNetworkKohya.LORA_PREFIX_UNET
+    have = {name for name in (unet, OFT_UNET, text, *(f"{text}{n}" for n in (1, 2, 3))) if _has(tensors, name)}
     taken = {model.prefix.removesuffix(BARE) for model in models}
     found = []
     for model in models:
         name = model.prefix.removesuffix(BARE)
-        others = {text: f"{text}1", f"{text}1": text, f"{text}3": f"{text}2" if model.t5 else ""}
+        others = {text: f"{text}1", f"{text}1": text, f"{text}3": f"{text}2" if model.t5 else "", unet: OFT_UNET}
         other = others.get(name, "")
         if name not in have and other in have and other not in taken:
             name = other

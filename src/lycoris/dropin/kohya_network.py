@@ -171,17 +171,24 @@ class LycorisNetworkKohya(LycorisNetwork):
         """
         self._check_undoable()
         if weights_sd is not None:
-            text, unet = self.LORA_PREFIX_TEXT_ENCODER, self.LORA_PREFIX_UNET
-            if not any(key.startswith((text, unet)) for key in weights_sd):
+            sides = [self._prefixes(text=text) for text in (True, False)]
+            meant = [any(key.startswith(prefixes) for key in weights_sd) for prefixes in sides]
+            if not any(meant):
                 raise FileError(
-                    f"weights_sd has {len(weights_sd)} tensors, and none is called {unet}... or {text}...; give what "
-                    "create_network_from_weights returned, or None for all adapters of this network"
+                    f"weights_sd has {len(weights_sd)} tensors, and none is called {self.LORA_PREFIX_UNET}... or "
+                    f"{self.LORA_PREFIX_TEXT_ENCODER}...; give what create_network_from_weights returned, or None for "
+                    "all adapters of this network"
                 )
-            self._keep(*(any(key.startswith(prefix) for key in weights_sd) for prefix in (text, unet)))
+            self._keep(*meant)
         if self.for_inference and not any(part.adapters.rank_masked for part in self.parts):
             self._merge_for_good()
         else:
             self._merge(1.0)
+
+    def _prefixes(self, *, text: bool) -> tuple[str, ...]:
+        """What names of one side start with: usually, and in the file that this network was made from."""
+        usual = self.LORA_PREFIX_TEXT_ENCODER if text else self.LORA_PREFIX_UNET
+        return usual, *(part.prefix for part in self.parts if part.text is text)
 
     def _merge_for_good(self) -> None:
         check_mergeable(self._layers())

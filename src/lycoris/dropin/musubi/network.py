@@ -14,9 +14,10 @@ from lycoris.adapters import AdapterSet
 from lycoris.algorithm import Algorithm
 from lycoris.algorithms import below_lengths
 from lycoris.dropin.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, warn_of_unknown
-from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
+from lycoris.dropin.kohya_network import Ratios
 from lycoris.dropin.parts import Part, with_dropout
 from lycoris.dropin.patterns import Patterns
+from lycoris.dropin.switchable import SwitchableNetwork
 from lycoris.errors import FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional
 from lycoris.planning import block_classes
@@ -31,14 +32,11 @@ KNOWN = (
 """What `--network_args` may hold for any algorithm."""
 
 
-class MusubiNetwork(LycorisNetworkKohya):
+class MusubiNetwork(SwitchableNetwork):
     """Adapters of one denoiser."""
 
     # Musubi Tuner's LoRA+ is for LoRA alone.
     plus: ClassVar[Mapping[type[Algorithm], tuple[str, ...]]] = MappingProxyType({})
-
-    _off: list[tuple[float, dict[str, float]]] | None = None
-    """What is in force again once the adapters act; None while they do."""
 
     # Musubi's trainer has no text encoder, and gives the rate by the name of its own parameter.
     def prepare_optimizer_params(  # type: ignore[override]  # see above
@@ -49,24 +47,6 @@ class MusubiNetwork(LycorisNetworkKohya):
 
     def prepare_network(self, args: Any) -> None:
         """Nothing to do."""
-
-    def set_enabled(self, is_enabled: bool) -> None:
-        """Let the adapters act, or not. When they act again, every module has the multiplier that it had."""
-        if not is_enabled and self._off is None:
-            self._off = [(part.adapters.strength, dict(part.adapters.blocks)) for part in self.parts]
-            for part in self.parts:
-                part.adapters.set_strength(0.0)
-        elif is_enabled and self._off is not None:
-            for part, (strength, blocks) in zip(self.parts, self._off, strict=True):
-                part.adapters.set_strength(strength, blocks)
-            self._off = None
-
-    def set_multiplier(self, multiplier: float | str) -> None:
-        """As in any network; while the adapters do not act, it counts from `set_enabled(True)` on."""
-        super().set_multiplier(multiplier)
-        if self._off is not None:
-            self._off = None
-            self.set_enabled(False)
 
     def __iter__(self) -> Iterator[Any]:
         # With --dim_from_weights the trainer takes what create_arch_network_from_weights returns apart into two.

@@ -17,10 +17,11 @@ from lycoris.bundle import Bundle, Entry
 from lycoris.dropin.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, with_excludes
 from lycoris.dropin.keywords import tell
 from lycoris.dropin.kohya import OWN, Component, components, read_network, set_up
-from lycoris.dropin.kohya_network import LycorisNetworkKohya, Rate
+from lycoris.dropin.kohya_network import Rate
 from lycoris.dropin.parts import Part, check_plan
 from lycoris.dropin.patterns import Patterns
 from lycoris.dropin.sd_scripts.architectures import Architecture, detect_architecture
+from lycoris.dropin.switchable import SwitchableNetwork
 from lycoris.errors import FileError, NothingMeantError
 from lycoris.options import parse_number
 from lycoris.planning import block_classes, servable
@@ -33,7 +34,7 @@ KNOWN = tuple(
 """What `--network_args` may hold for any algorithm."""
 
 
-class SdScriptsNetwork(LycorisNetworkKohya):
+class SdScriptsNetwork(SwitchableNetwork):
     """Adapters of a denoiser and its text encoders."""
 
     def prepare_optimizer_params_with_multiple_te_lrs(
@@ -41,6 +42,15 @@ class SdScriptsNetwork(LycorisNetworkKohya):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and what each is called; text encoders have numbers, whatever their rates."""
         return self._all_groups(self._numbered_encoders(text_encoder_lr), unet_lr, default_lr)
+
+    def backup_weights(self) -> None:
+        """Nothing to do, nor for the two below (`--network_pre_calc`): adapters act at their multiplier as they are."""
+
+    def restore_weights(self) -> None:
+        """Nothing to do."""
+
+    def pre_calculation(self) -> None:
+        """Nothing to do."""
 
     def _bundle(self, part: Part) -> Bundle:
         # Its own modules load nothing but matrices for convolutions of 1x1.
