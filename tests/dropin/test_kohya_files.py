@@ -199,3 +199,21 @@ def test_a_network_is_never_left_without_adapters(host: Host) -> None:
         with pytest.raises(ConfigError, match=r"those of lora_unet only, and wanted are those of text encoders"):
             call()
     assert len(network.loras) == len(UNET)
+
+
+def test_files_of_sd_scripts_own_oft_call_the_denoiser_otherwise(host: Host) -> None:
+    """networks.oft: W' = RᵀW by blocks of rows, R of Q = B - Bᵀ, ‖Q‖ at most alpha times the outputs."""
+    blocks, alpha = 0.3 * torch.randn(2, 8, 8), 0.05
+    name = "oft_unet_down_blocks_1_attn1_to_q"
+    sd = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(alpha)}
+    layer = host.unet.down_blocks[1].attn1.to_q
+    q = (blocks - blocks.mT).double()
+    q = q * min(1.0, alpha * 16 / float(q.norm()))
+    eye = torch.eye(8, dtype=torch.float64)
+    rotated = torch.einsum("knm,knp->kmp", (eye + q) @ (eye - q).inverse(), layer.weight.reshape(2, 8, 8)).reshape(
+        16, 8
+    )
+    network, tensors = create_network_from_weights(1.0, None, None, host.encoders, host.unet, sd, for_inference=True)
+    assert set(network.state_dict()) == set(sd)
+    network.merge_to(host.encoders, host.unet, tensors)
+    assert relative(layer.weight, rotated) < 1e-5

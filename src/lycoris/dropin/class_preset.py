@@ -156,12 +156,12 @@ class PresetClass(type):
         own = cls._held.get(key)
         if own is not None and own.given:
             return own.value
-        inherited = cls._inherited(key)
+        inherited = cls._find_inherited(key)
         if own is None or own.inherited != inherited:
             own = cls._held[key] = Held(copy.deepcopy(inherited), copy.deepcopy(inherited))
         return own.value
 
-    def _inherited(cls, key: str) -> Any:
+    def _find_inherited(cls, key: str) -> Any:
         above = [each._held[key] for each in cls._line() if each is not cls and key in each._held]
         defaults: Any = cls
         return next((held.value for held in above if held.given), defaults._defaults().get(key))
@@ -169,7 +169,7 @@ class PresetClass(type):
     def _assign(cls, key: str, value: Any) -> None:
         # A pattern that is none by itself may be one once USE_FNMATCH is assigned.
         Preset.parse({key: value, **({} if key == "use_fnmatch" else {"use_fnmatch": True})})
-        cls._held[key] = Held(value, copy.deepcopy(cls._inherited(key)))
+        cls._held[key] = Held(value, copy.deepcopy(cls._find_inherited(key)))
 
     def _line(cls) -> Iterator[PresetClass]:
         """This class and those that it has its preset from."""

@@ -141,13 +141,13 @@ def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
     """Of the weight, (O, I, ...), and of the bias, in at least float32; None where nothing has changed."""
-    before, after = (_moved(attach.top(place.module).affine(), device) for place in (base, tuned))
+    before, after = (_move(attach.top(place.module).affine(), device) for place in (base, tuned))
     weight = after.weight - before.weight
     bias = None if after.bias is None or before.bias is None else after.bias - before.bias
     return weight if weight.any() else None, bias if bias is not None and bias.any() else None
 
 
-def _moved(affine: Affine, device: Any) -> Affine:
+def _move(affine: Affine, device: Any) -> Affine:
     bias = None if affine.bias is None else affine.bias.to(device)
     return Affine(affine.weight.to(device), bias).widened(torch.float32)
 

@@ -38,18 +38,18 @@ def extract_linear(weight: Tensor, mode: Mode = "fixed", mode_param: float = 0, 
 
     Shapes: weight (O, I) → down (r, I), up (O, r), rest (O, I).
     """
-    return _extracted(weight, mode, mode_param, device, always=False)
+    return _extract(weight, mode, mode_param, device, always=False)
 
 
 def extract_conv(
     weight: Tensor, mode: Mode = "fixed", mode_param: float = 0, device: Any = "cpu", is_cp: bool = False
 ) -> Factors | Whole:
     """The same for a kernel (O, I, *K): down (r, I, *K), up (O, r, 1, ...). `is_cp`: factors whatever the rank."""
-    return _extracted(weight, mode, mode_param, device, always=is_cp)
+    return _extract(weight, mode, mode_param, device, always=is_cp)
 
 
 @torch.no_grad()
-def _extracted(weight: Tensor, mode: Mode, much: float, device: Any, *, always: bool) -> Factors | Whole:
+def _extract(weight: Tensor, mode: Mode, much: float, device: Any, *, always: bool) -> Factors | Whole:
     weight = weight.detach().to(device)
     out, inputs, *kernel = weight.shape
     if mode == "full":

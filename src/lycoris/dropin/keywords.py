@@ -27,7 +27,7 @@ deprecated_arg_dict = RENAMED
 """Its name in lycoris-lora."""
 
 
-def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+def rename_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options under their present names; the new name wins where both are given."""
     found = {key: value for key, value in options.items() if key not in RENAMED}
     for key in options.keys() & RENAMED.keys():

@@ -6,31 +6,41 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters import AdapterSet
+from lycoris.additive import Ranked
+from lycoris.algorithms import OFT, below_lengths
 from lycoris.dropin import blocks
-from lycoris.dropin.keywords import read_preset, renamed, tell
+from lycoris.dropin.inside import log_layers
+from lycoris.dropin.keywords import read_preset, rename_options, tell
 from lycoris.dropin.kohya_network import LycorisNetworkKohya, Ratios
-from lycoris.dropin.parts import Part, check_plan, resolve, with_dropout
+from lycoris.dropin.parts import Part, check_plan, load_given, resolve, with_dropout
+from lycoris.dropin.patterns import KEYWORDS, PatternedPreset, Patterns
 from lycoris.dropin.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
 from lycoris.options import parse_number, parse_optional, unknown_options
+from lycoris.planning import USUAL, Plan, servable
 from lycoris.preset import LAYER_CLASSES, Preset
 from lycoris.recipe import Recipe, schedule_in
 from lycoris.remarks import Remark
 
 logger = logging.getLogger("LyCORIS")
 
+Network = TypeVar("Network", bound=LycorisNetworkKohya)
+
 RATIOS = tuple(f.name for f in fields(Ratios))
-OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", *RATIOS)
+OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", "verbose", *RATIOS, *KEYWORDS)
 """Keywords of this interface alone."""
 
 BARE = "_text_model"
 """What transformers 5 leaves out of the names of CLIP's layers."""
+
+OFT_UNET = "oft_unet"
+"""What files of sd-scripts' own OFT call the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def create_network(
         LycorisNetworkKohya, multiplier, network_dim, network_alpha, text_encoder, unet, warn_on_unmatched, kwargs
     )
     network = LycorisNetworkKohya.of(parts, recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
-    _set_up(network, kwargs)
+    set_up(network, kwargs)
     return network
 
 
@@ -101,7 +111,7 @@ def parts_for(
     kwargs: Mapping[str, Any],
 ) -> tuple[list[Part], Recipe]:
     """New adapters for each model, by the settings of `create_network`, and these as they were read."""
-    options = {key: value for key, value in renamed(kwargs).items() if value is not None}
+    options = {key: value for key, value in rename_options(kwargs).items() if value is not None}
     if options.get("neuron_dropout"):
         options.setdefault("dropout", options["neuron_dropout"])
     given = {key: value for key, value in options.items() if key not in OWN}
@@ -110,48 +120,83 @@ def parts_for(
     if parse_optional(given.get("conv_dim"), "conv_dim", int) == 0:
         given.pop("conv_dim")
         preset = replace(preset, enable_conv=False)
-    train = _trained(options)
-    usual = Preset()
-    if preset.target_module != LAYER_CLASSES or preset.target_name or preset.lora_prefix != usual.lora_prefix:
+    _warn_of_single(preset)
+    if (patterns := Patterns.parse(options)) != Patterns():
+        alpha = parse_optional(network_alpha, "network_alpha", float)
+        preset = PatternedPreset.over(preset, patterns, alpha)
+    recipe = Recipe.parse(given, strict=False, preset=preset)
+    plans: list[tuple[Component, Recipe, Plan]] = []
+    nothing: NothingMeantError | None = None
+    models = components(text_encoder, unet, network)
+    for component in models:
+        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **_read_trained(options)))
+        if not _has_targets(own.preset):
+            continue
+        try:
+            plans.append((component, own, own.plan(component.model)))
+        except NothingMeantError as error:
+            nothing = nothing or error if component.text else error
+    remarks = [remark for _, _, plan in plans for remark in plan.remarks]
+    tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
+    tell(_remarks_on(patterns, [each.model for each in models], plans), unmatched=warn_on_unmatched)
+    if not plans:
+        raise _nothing_left(patterns, nothing, str(options.get("preset", "full")))
+    verbose = parse_number(options.get("verbose") or False, "verbose", bool)
+    return [_build(component, own, plan, verbose) for component, own, plan in plans], recipe
+
+
+def _warn_of_single(preset: Preset) -> None:
+    """Say which keys of a preset are for networks over one model."""
+    if preset.target_module != LAYER_CLASSES or preset.target_name or preset.lora_prefix != Preset().lora_prefix:
         logger.warning(
             "target_module, target_name and lora_prefix of the preset are for one model and have no effect here; give "
             "unet_target_module, unet_target_name, text_encoder_target_module and text_encoder_target_name; prefixes "
             "are LORA_PREFIX_UNET and LORA_PREFIX_TEXT_ENCODER of the class"
         )
-    parts: list[Part] = []
-    remarks: list[Remark] = []
-    nothing: NothingMeantError | None = None
-    recipe = Recipe.parse(given, strict=False, preset=preset)
-    for component in components(text_encoder, unet, network):
-        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **train))
-        if not _has_targets(own.preset):
-            continue
-        try:
-            plan = own.plan(component.model)
-        except NothingMeantError as error:
-            nothing = nothing or error if component.text else error
-            continue
-        check_plan(component.model, plan)
-        remarks += plan.remarks
-        adapters = AdapterSet.build(component.model, plan, name=None)
-        adapters.schedule = own.schedule
-        parts.append(Part(component.prefix, adapters, component.text))
-        logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
-    tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
-    if not parts:
-        raise nothing or NothingMeantError(
-            f"the preset {options.get('preset', 'full')!r} has no targets for these models"
-        )
-    return parts, recipe
 
 
-def _set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
-    """What trainers read off a network, or set for later."""
-    vars(network).update({f"train_{name}": on for name, on in _trained(options).items()})
+def _build(component: Component, recipe: Recipe, plan: Plan, verbose: bool) -> Part:
+    check_plan(component.model, plan)
+    adapters = AdapterSet.build(component.model, plan, name=None)
+    adapters.schedule = recipe.schedule
+    logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
+    if verbose:
+        log_layers(component.prefix, plan)
+    return Part(component.prefix, adapters, component.text)
+
+
+def _remarks_on(
+    patterns: Patterns, models: Sequence[nn.Module], plans: Sequence[tuple[Component, Recipe, Plan]]
+) -> Iterator[Remark]:
+    """What of the patterns has no effect."""
+    placements = [each for _, _, plan in plans for each in plan.placements]
+    paths = (path for model in models for path in servable(model, (*USUAL, "norm")))
+    yield from patterns.find_unmatched(paths, [each.path for each in placements])
+    unranked = {
+        below_lengths(algorithm).name
+        for each in placements
+        for algorithm in each.algorithms
+        if patterns.rank_for(each.path) and not isinstance(below_lengths(algorithm), Ranked | OFT)
+    }
+    for name in sorted(unranked):
+        yield Remark(f"network_reg_dims has no effect on {name}, which has no rank", "unmatched")
+
+
+def _nothing_left(patterns: Patterns, nothing: NothingMeantError | None, preset: str) -> NothingMeantError:
+    said = str(nothing) if nothing else f"the preset {preset!r} has no targets for these models"
+    if patterns.excludes or any(rank == 0 for _, rank in patterns.ranks):
+        said += ". exclude_patterns and ranks of 0 in network_reg_dims leave out layers that the targets mean"
+    return NothingMeantError(said)
+
+
+def set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
+    """Give a network what trainers read off it, and what its parameter groups go by."""
+    vars(network).update({f"train_{name}": on for name, on in _read_trained(options).items()})
     network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
+    network.patterns = Patterns.parse(options)
 
 
-def _trained(options: Mapping[str, Any]) -> dict[str, bool]:
+def _read_trained(options: Mapping[str, Any]) -> dict[str, bool]:
     return {name: parse_number(options.get(f"train_{name}") or False, f"train_{name}", bool) for name in TRAINED}
 
 
@@ -176,29 +221,41 @@ def create_network_from_weights(
     and a T-LoRA schedule that the header does not have. `for_inference`: a merge is for good, and takes no second copy
     of the weights.
     """
-    options = renamed(kwargs)
+    options = rename_options(kwargs)
     if options.get("neuron_dropout"):
         options.setdefault("dropout", options["neuron_dropout"])
     tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
-    metadata: dict[str, str] = {}
-    if weights_sd is not None:
-        tensors = dict(weights_sd)
-    elif file is not None:
-        tensors, metadata = files.load_tensors(file)
-    else:
-        raise FileError("neither a file nor weights_sd was given")
+    models = components(text_encoder, unet)
+    return read_network(LycorisNetworkKohya, models, multiplier, file, weights_sd, for_inference, options)
+
+
+def read_network(
+    kind: type[Network],
+    models: Sequence[Component],
+    multiplier: float | str,
+    file: str | os.PathLike[str] | None,
+    weights_sd: Mapping[str, Tensor] | None,
+    for_inference: bool,
+    options: Mapping[str, Any],
+) -> tuple[Network, dict[str, Tensor]]:
+    """A network of some class from a file or its tensors; see `create_network_from_weights`."""
+    tensors, metadata = load_given(file, weights_sd)
     try:
-        parts = list(_loaded(tensors, metadata, _renamed(components(text_encoder, unet), tensors), options))
+        parts = list(_read_parts(tensors, metadata, _called_in_file(models, tensors), options))
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
-    network = LycorisNetworkKohya.of(parts, parse_number(multiplier, "multiplier", float), bypass)
+    network = kind.of(parts, parse_number(multiplier, "multiplier", float), bypass)
     network.for_inference = for_inference
-    _set_up(network, options)
+    set_up(network, options)
+    rates = Patterns(rates=network.patterns.rates)
+    tell(rates.find_unmatched((), [path for part in parts for path in part.adapters.stacks]))
+    if idle := [name for name in KEYWORDS if options.get(name) and name != "network_reg_lrs"]:
+        logger.info("a file's tensors say what these options do, which have no effect: %s", ", ".join(idle))
     return network, tensors
 
 
-def _loaded(
+def _read_parts(
     tensors: dict[str, Tensor],
     metadata: Mapping[str, str],
     models: Sequence[Component],
@@ -233,16 +290,29 @@ def _loaded(
         yield Part(model.prefix, adapters, model.text)
 
 
-def _renamed(models: list[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
-    """The models as a file calls them that was written without `text_model`, or counts a T5 as the second encoder."""
-    for at, model in enumerate(models):
-        if model.prefix.endswith(BARE) and not any(key.startswith(f"{model.prefix}_") for key in tensors):
-            models[at] = replace(model, prefix=model.prefix.removesuffix(BARE))
-    second, third = (f"{LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER}{n}" for n in (2, 3))
-    has = {name: any(key.startswith(f"{name}_") for key in tensors) for name in (second, third)}
-    if not has[second] or has[third] or any(model.prefix == second for model in models):
-        return models
-    return [replace(model, prefix=second) if model.t5 and model.prefix == third else model for model in models]
+def _called_in_file(models: Sequence[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
+    """The models as a file calls them.
+
+    It may leave `text_model` out, have no number for the only text encoder (or one for it), count a T5 as the second,
+    and call the denoiser `oft_unet`, as sd-scripts' own OFT does.
+    """
+    text, unet = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER, LycorisNetworkKohya.LORA_PREFIX_UNET
+    have = {name for name in (unet, OFT_UNET, text, *(f"{text}{n}" for n in (1, 2, 3))) if _has(tensors, name)}
+    taken = {model.prefix.removesuffix(BARE) for model in models}
+    found = []
+    for model in models:
+        name = model.prefix.removesuffix(BARE)
+        others = {text: f"{text}1", f"{text}1": text, f"{text}3": f"{text}2" if model.t5 else "", unet: OFT_UNET}
+        other = others.get(name, "")
+        if name not in have and other in have and other not in taken:
+            name = other
+        bare = model.prefix.endswith(BARE) and _has(tensors, f"{name}{BARE}")
+        found.append(replace(model, prefix=f"{name}{BARE}" if bare else name))
+    return found
+
+
+def _has(tensors: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(f"{prefix}_") for key in tensors)
 
 
 def _preset(network: type[LycorisNetworkKohya], name: Any, wanted: Any) -> tuple[Preset, bool]:
@@ -280,4 +350,4 @@ def _targets(preset: Preset, component: Component, t5xxl: bool, llm_adapter: boo
 
 
 def _has_targets(preset: Preset) -> bool:
-    return bool(preset.target_module or preset.target_name or preset.overrides())
+    return bool(preset.target_module or preset.target_name or preset.module_algo_map or preset.name_algo_map)

@@ -6,19 +6,22 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lycoris.adapters import AdapterSet
-from lycoris.algorithms import LoRA
+from lycoris.algorithm import Algorithm
+from lycoris.algorithms import LoHa, LoKr, LoRA
 from lycoris.dropin import tlora
 from lycoris.dropin.assigning import Fixed
 from lycoris.dropin.class_preset import Setting
 from lycoris.dropin.hashes import hashes
 from lycoris.dropin.module import LycorisBaseModule
 from lycoris.dropin.network import LycorisNetwork
+from lycoris.dropin.patterns import Patterns
 from lycoris.dropin.presets import PRESET
 from lycoris.dropin.quantised import check_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
@@ -32,13 +35,18 @@ SIZED = (
 )
 """What the class takes after its models and the multiplier, in this order."""
 
+PLUS: Mapping[type[Algorithm], tuple[str, ...]] = MappingProxyType(
+    {LoRA: ("up",), LoHa: ("w2_a",), LoKr: ("w1", "w1_a", "w1_b")}
+)
+"""Tensors whose rate LoRA+ multiplies: of LoRA as in the paper, of LoHa and LoKr as in sd-scripts."""
+
 Rate: TypeAlias = float | str | None
 """A learning rate, which may be a string; None: that of the others, or none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratios:
-    """How many times the learning rate the second factor of a LoRA gets (LoRA+, arXiv:2402.12354)."""
+    """How many times the learning rate the tensors of `PLUS` get (LoRA+, arXiv:2402.12354)."""
 
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
@@ -62,6 +70,9 @@ class LycorisNetworkKohya(LycorisNetwork):
     LORA_PREFIX_TEXT_ENCODER: ClassVar[str] = "lora_te"
 
     ratios = Ratios()
+    patterns = Patterns()
+    """Of these, `rates` count for parameter groups."""
+    plus: ClassVar[Mapping[type[Algorithm], tuple[str, ...]]] = PLUS
     for_inference: bool = False
     """Whether `merge_to` is for good: the weights from before are let go layer by layer, and cost no memory."""
     _merged_for_good: bool = False
@@ -73,7 +84,7 @@ class LycorisNetworkKohya(LycorisNetwork):
 
         After `multiplier` come `SIZED`, by place or by name, then what `create_network` takes by name.
         """
-        from lycoris.dropin.kohya import parts_for
+        from lycoris.dropin.kohya import parts_for, set_up
 
         nn.Module.__init__(self)
         given = dict(zip(SIZED, sizes, strict=False)) | options
@@ -82,6 +93,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         warn = given.pop("warn_on_unmatched", True)
         parts, recipe = parts_for(type(self), multiplier, dim, alpha, text_encoder, unet, warn, given)
         self._become(parts, recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
+        set_up(self, given)
 
     @classmethod
     def _defaults(cls) -> Mapping[str, Any]:
@@ -140,7 +152,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         super().apply_to()
 
     # The arguments are those by which trainers call it.
-    def merge_to(  # type: ignore[override]
+    def merge_to(  # type: ignore[override]  # see above
         self,
         text_encoder: Any = None,
         unet: Any = None,
@@ -159,17 +171,24 @@ class LycorisNetworkKohya(LycorisNetwork):
         """
         self._check_undoable()
         if weights_sd is not None:
-            text, unet = self.LORA_PREFIX_TEXT_ENCODER, self.LORA_PREFIX_UNET
-            if not any(key.startswith((text, unet)) for key in weights_sd):
+            sides = [self._prefixes(text=text) for text in (True, False)]
+            meant = [any(key.startswith(prefixes) for key in weights_sd) for prefixes in sides]
+            if not any(meant):
                 raise FileError(
-                    f"weights_sd has {len(weights_sd)} tensors, and none is called {unet}... or {text}...; give what "
-                    "create_network_from_weights returned, or None for all adapters of this network"
+                    f"weights_sd has {len(weights_sd)} tensors, and none is called {self.LORA_PREFIX_UNET}... or "
+                    f"{self.LORA_PREFIX_TEXT_ENCODER}...; give what create_network_from_weights returned, or None for "
+                    "all adapters of this network"
                 )
-            self._keep(*(any(key.startswith(prefix) for key in weights_sd) for prefix in (text, unet)))
+            self._keep(*meant)
         if self.for_inference and not any(part.adapters.rank_masked for part in self.parts):
             self._merge_for_good()
         else:
             self._merge(1.0)
+
+    def _prefixes(self, *, text: bool) -> tuple[str, ...]:
+        """What names of one side start with: usually, and in the file that this network was made from."""
+        usual = self.LORA_PREFIX_TEXT_ENCODER if text else self.LORA_PREFIX_UNET
+        return usual, *(part.prefix for part in self.parts if part.text is text)
 
     def _merge_for_good(self) -> None:
         check_mergeable(self._layers())
@@ -245,14 +264,20 @@ class LycorisNetworkKohya(LycorisNetwork):
         default_lr: Rate = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """The same with a rate for each text encoder; the last one given is for those that follow."""
-        rates = _rates(text_encoder_lr)
-        if len(set(rates)) < 2:
+        if len(set(_rates(text_encoder_lr))) < 2:
             return self.prepare_optimizer_params(text_encoder_lr, unet_lr, default_lr)
+        return self._all_groups(self._numbered_encoders(text_encoder_lr), unet_lr, default_lr)
+
+    def _numbered_encoders(
+        self, text_encoder_lr: Rate | Sequence[Rate]
+    ) -> list[tuple[str, list[LycorisBaseModule], float | None]]:
+        """Each text encoder with its name, modules and rate."""
+        rates = _rates(text_encoder_lr)
         encoders = []
         for part in [part for part in self.parts if part.text]:
             number = int("".join(filter(str.isdigit, part.prefix)) or 1)
             encoders.append((f"textencoder {number}", self._modules_of(part), rates[min(number, len(rates)) - 1]))
-        return self._all_groups(encoders, unet_lr, default_lr)
+        return encoders
 
     def _all_groups(
         self, encoders: Sequence[tuple[str, list[LycorisBaseModule], float | None]], unet_lr: Rate, default_lr: Rate
@@ -269,18 +294,46 @@ class LycorisNetworkKohya(LycorisNetwork):
     def _groups(
         self, name: str, modules: Sequence[LycorisBaseModule], rate: float | None, ratio: float | None
     ) -> list[tuple[dict[str, Any], str]]:
+        """Groups of layers with a rate of their own, in the order in which they come first, then those without."""
+        own: dict[int, list[LycorisBaseModule]] = {}
+        rest: list[LycorisBaseModule] = []
+        for module in modules:
+            at = self.patterns.rate_for(module._member[1]) if module._member else None
+            (rest if at is None else own.setdefault(at, [])).append(module)
+        sets = [(f"{name} reg_lr_{at}", found, self.patterns.rates[at][1]) for at, found in own.items()]
+        found: list[tuple[dict[str, Any], str]] = []
+        effect = False
+        for label, members, lr in (*sets, (name, rest, rate)):
+            plain, plus = self._split(members, ratio)
+            effect = effect or bool(plus)
+            if members and not lr:
+                logger.info("%s has no learning rate and is not trained", label)
+            elif lr:
+                several = (label, plain, lr), (f"{label} plus", plus, lr * (ratio or 1.0))
+                found += [({"params": params, "lr": by}, told) for told, params, by in several if params]
+        if ratio is not None and modules and not effect:
+            logger.warning("LoRA+ has no effect on %s: it is for %s", name, self._have_plus() or "no algorithm here")
+        return found
+
+    def _split(
+        self, modules: Sequence[LycorisBaseModule], ratio: float | None
+    ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters without and with the ratio of LoRA+."""
         plain: list[nn.Parameter] = []
         plus: list[nn.Parameter] = []
         for module in modules:
+            keys = () if ratio is None else self._plus_keys(module)
             for key, parameter in module.named_parameters():
-                second = ratio is not None and isinstance(module.inner, LoRA) and key == LoRA.keys["up"]
-                (plus if second else plain).append(parameter)
-        if modules and not rate:
-            logger.info("%s has no learning rate and is not trained", name)
-        if ratio is not None and modules and not plus:
-            logger.warning("LoRA+ has no effect on %s: it is for LoRA alone", name)
-        found = [(name, plain, 1.0), (f"{name} plus", plus, ratio or 1.0)]
-        return [({"params": params, "lr": rate * by}, told) for told, params, by in found if params and rate]
+                (plus if key in keys else plain).append(parameter)
+        return plain, plus
+
+    def _plus_keys(self, module: LycorisBaseModule) -> list[str]:
+        algorithm = module.inner
+        slots = next((slots for kind, slots in self.plus.items() if isinstance(algorithm, kind)), ())
+        return [algorithm.keys[slot] for slot in slots]
+
+    def _have_plus(self) -> str:
+        return ", ".join(kind.__name__ for kind in self.plus)
 
     def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
         """The hashes by which other programs know the file."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters import AdapterSet
-from lycoris.dropin.keywords import renamed, tell
+from lycoris.dropin.keywords import rename_options, tell
 from lycoris.dropin.network import LycorisNetwork
-from lycoris.dropin.parts import Part, choose, with_dropout
+from lycoris.dropin.parts import Part, choose, load_given, with_dropout
 from lycoris.errors import ConfigError, FileError
 from lycoris.options import parse_number, parse_optional, unknown_options
 from lycoris.recipe import schedule_in
@@ -76,15 +76,9 @@ def create_lycoris_from_weights(
     pipeline the model is, for files that hold several: "" the denoiser, "text_encoder", ...; the network is saved for
     this model alone, in LyCORIS' own names. Raises `FileError` when the file is damaged or does not fit the model.
     """
-    options = renamed(options)
+    options = rename_options(options)
     tell(unknown_options(options))
-    metadata: dict[str, str] = {}
-    if weights_sd is not None:
-        tensors = dict(weights_sd)
-    elif file is not None:
-        tensors, metadata = files.load_tensors(file)
-    else:
-        raise FileError("neither a file nor weights_sd was given")
+    tensors, metadata = load_given(file, weights_sd)
     own: str = LycorisNetwork.LORA_PREFIX
     prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     try:

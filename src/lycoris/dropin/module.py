@@ -22,7 +22,7 @@ from lycoris.algorithms import read_tensors
 from lycoris.bundle import Entry
 from lycoris.dropin import tlora
 from lycoris.dropin.assigning import warn_of_both
-from lycoris.dropin.keywords import renamed, tell
+from lycoris.dropin.keywords import rename_options, tell
 from lycoris.dropin.parametrised import Parametrised
 from lycoris.dropin.quantised import RefusedError, check_mergeable, check_trainable
 from lycoris.dropin.view import AdapterView
@@ -83,7 +83,7 @@ class LycorisBaseModule(AdapterView):
         if geometry is None:
             raise ConfigError(f"{type(org_module).__name__} is not a layer that {type(self).__name__} can serve")
         given = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
-        given |= self._named(rest, self.positional) | options
+        given |= self._name_values(rest, self.positional) | options
         algorithm = self._algorithm(geometry, lora_dim, alpha, given)
         algorithm.check(geometry)
         check_trainable({lora_name: org_module}, {lora_name: (algorithm,)})
@@ -94,7 +94,7 @@ class LycorisBaseModule(AdapterView):
         self.multiplier = multiplier
 
     @classmethod
-    def _named(cls, values: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    def _name_values(cls, values: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
         if len(values) > len(names):
             raise ConfigError(f"{cls.__name__} takes {', '.join(names)} in this order; {len(values)} values were given")
         return dict(zip(names, values, strict=False))
@@ -258,7 +258,7 @@ class LycorisBaseModule(AdapterView):
             if self._parameter is None:
                 return self.adapter(self._below(), x, state)
             call = self.adapter.drawn(state, x)
-            return self.adapter.adapted(self._widened(Affine(x, None)), call).weight.to(x.dtype)
+            return self.adapter.adapted(self._widen(Affine(x, None)), call).weight.to(x.dtype)
 
     @classmethod
     def parametrize(cls, org_module: nn.Module, attr: str, *args: Any, **kwargs: Any) -> Self:
@@ -270,7 +270,7 @@ class LycorisBaseModule(AdapterView):
         if cls.algo == "full":
             raise RefusedError("full stores a whole weight: train the parameter itself instead of parametrising it")
         parameter = Parametrised(org_module, attr)
-        own = cls._named(args, (*HEAD, *cls.positional)) | kwargs
+        own = cls._name_values(args, (*HEAD, *cls.positional)) | kwargs
         multiplier, dim, alpha = (own.pop(n, d) for n, d in (("multiplier", 1.0), ("lora_dim", 4), ("alpha", 1)))
         geometry = parameter.geometry
         algorithm = cls._algorithm(geometry, dim, alpha, own)
@@ -316,7 +316,7 @@ def settings(algo: str, dim: int | None, alpha: float | None, options: Mapping[s
 
     What configs have and a single module does not is told and left out. Raises `ConfigError` for another `algo`.
     """
-    given = renamed(options)
+    given = rename_options(options)
     if given.get("algo", algo) != algo:
         raise ConfigError(f"this is a module of {algo}, and algo={given['algo']!r} was given; use that one's class")
     for name in TOP:

@@ -21,6 +21,25 @@ from lycoris.geometry import Geometry
 from lycoris.options import TOP, parse_optional, parse_options
 from lycoris.remarks import Remark
 
+__all__ = [
+    "MODULE_LIST",
+    "ButterflyOFTModule",
+    "DiagOFTModule",
+    "DyLoraModule",
+    "FullModule",
+    "GLoRAModule",
+    "IA3Module",
+    "LoConModule",
+    "LohaModule",
+    "LokrModule",
+    "NormModule",
+    "TLoraModule",
+    "get_module",
+    "make_module",
+    "network_module_dict",
+]
+"""What three interfaces export."""
+
 _LENGTHS = ("alpha", "dora_scale")
 _PLAIN = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")
 
@@ -121,7 +140,7 @@ class DiagOFTModule(LycorisBaseModule):
         return self.adapter.tensors()["blocks"].shape[-3]
 
     @Fact
-    def I(self) -> Tensor:  # noqa: E743, N802
+    def I(self) -> Tensor:  # noqa: E743, N802  # its name in lycoris-lora
         """The identity of a block."""
         blocks = self.adapter.tensors()["blocks"]
         return torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)

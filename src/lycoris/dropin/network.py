@@ -17,6 +17,7 @@ from typing_extensions import Self
 from lycoris import files
 from lycoris.adapter import Adapter
 from lycoris.adapters import AdapterSet
+from lycoris.bundle import Bundle
 from lycoris.dropin import tlora, unfrozen
 from lycoris.dropin.assigning import Assignable, Fixed, sizes, warn_of_both
 from lycoris.dropin.class_preset import ClassPreset
@@ -314,7 +315,7 @@ class LycorisNetwork(Assignable, ClassPreset):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The tensors as they would be in a file."""
         found = {} if destination is None else destination
-        found.update({prefix + key: tensor for key, tensor in self._encoded().items()})
+        found.update({prefix + key: tensor for key, tensor in self._encode().items()})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -333,7 +334,7 @@ class LycorisNetwork(Assignable, ClassPreset):
         """
         if Path(file).suffix in files.PICKLES:
             raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
-        bundles = {self._name(part): part.adapters.bundle() for part in self.parts}
+        bundles = {self._name(part): self._bundle(part) for part in self.parts}
         denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
         family = family_of({name: Layout.of(model).architecture for name, model in denoisers.items()})
         files.write(
@@ -349,6 +350,10 @@ class LycorisNetwork(Assignable, ClassPreset):
     def _describe(self, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Mapping[str, str]:
         """What a file's header says that depends on the rest of the file; see `lycoris.files.write`."""
         return {}
+
+    def _bundle(self, part: Part) -> Bundle:
+        """The adapters of a part as a file has them."""
+        return part.adapters.bundle()
 
     @staticmethod
     def _name(part: Part) -> str:
@@ -368,8 +373,11 @@ class LycorisNetwork(Assignable, ClassPreset):
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 
-    def _encoded(self) -> dict[str, Tensor]:
-        return {key: tensor for part in self.parts for key, tensor in encode(part).items()}
+    def _encode(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            found |= files.encode(self._bundle(part), prefix=part.prefix)
+        return found
 
     def _load(self, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Fill the adapters from tensors by file name; nothing changes unless every layer's tensors are usable."""
@@ -386,6 +394,6 @@ class LycorisNetwork(Assignable, ClassPreset):
             for path, stack in bundle.entries.items():
                 for at, entry in enumerate(stack):
                     module: Any = self._modules[module_name(part.prefix, path, at)]
-                    values.append((module.adapter, module.fitted(entry)))
+                    values.append((module.adapter, module.fit(entry)))
         put(values)
         return sorted(own - tensors.keys()), sorted(tensors.keys() - own)

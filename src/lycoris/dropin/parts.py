@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ from lycoris import files, fingerprint
 from lycoris.adapters import AdapterSet
 from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
-from lycoris.dropin.keywords import read_preset, renamed, tell
+from lycoris.dropin.keywords import read_preset, rename_options, tell
 from lycoris.dropin.quantised import check_trainable
-from lycoris.errors import ConfigError
+from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialect import flatten
 from lycoris.geometry import site
 from lycoris.options import OPTIONS, SCHEDULE, parse_optional
@@ -48,7 +49,7 @@ def choose(
 
     Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is meant.
     """
-    given, own = renamed(given), {}
+    given, own = rename_options(given), {}
     named = given.get("preset")
     if named is not None and str(named) not in PRESETS_WITH_CONV:
         own, given = read_preset(str(named)), given | {"preset": None}
@@ -82,6 +83,17 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise `ConfigError` where a quantised layer would get what it cannot have."""
     layers = {each.path: site(model, each.path).module for each in plan.placements if each.geometry.kind == "linear"}
     check_trainable(layers, {each.path: each.algorithms for each in plan.placements if each.path in layers})
+
+
+def load_given(
+    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that were given, or those of a file, and its header. Raises `FileError` when neither was given."""
+    if weights_sd is not None:
+        return dict(weights_sd), {}
+    if file is None:
+        raise FileError("neither a file nor weights_sd was given")
+    return files.load_tensors(file)
 
 
 def resolve(

@@ -154,7 +154,7 @@ def pipeline_schedule(pipeline: Any, adapters: AdapterSet) -> RankSchedule:
 
 def _ranks(adapters: AdapterSet) -> set[int]:
     masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.rank_masked]
-    return {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]
+    return {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]  # what is masked has ranks
 
 
 def _calling_pipeline() -> Any:
@@ -163,7 +163,7 @@ def _calling_pipeline() -> Any:
     Stock pipelines do not tell their denoiser that the attribute was set, so the caller is looked for on the stack.
     """
     frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]  # the name is a frame's outside the loop
         caller = frame.f_locals.get("self")
         if caller is not None and not isinstance(caller, nn.Module) and getattr(caller, "_tlora_config", None):
             return caller

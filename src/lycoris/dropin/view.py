@@ -149,7 +149,7 @@ class AdapterView(nn.Module):
     @Fact
     def org_forward(self) -> Callable[..., Tensor]:
         """The layer without this adapter."""
-        return self._unmerged()
+        return self._find_unmerged()
 
     @property
     def _low_bit(self) -> bool:
@@ -208,13 +208,13 @@ class AdapterView(nn.Module):
             return Matrix(self.geometry, self._parameter.below(self))
         return attach.bottom(self.org_module[0], self.adapter.attribute)
 
-    def _unmerged(self) -> Base:
+    def _find_unmerged(self) -> Base:
         """The same, for what depends on the weight from before a merge."""
         if self.adapter.merged and self._parameter is None:
             raise AttachError(f"{self.lora_name} is merged into the weight that this depends on; restore it first")
         return self._below()
 
-    def _widened(self, affine: Affine) -> Affine:
+    def _widen(self, affine: Affine) -> Affine:
         """In float32 at least, as merges are computed."""
         return affine.widened(torch.promote_types(next(iter(self.adapter.tensors().values())).dtype, torch.float32))
 
@@ -225,7 +225,7 @@ class AdapterView(nn.Module):
 
         In at least float32. Raises `AttachError` while it is merged.
         """
-        weight, bias = self.adapter.adapted(self._widened(self._unmerged().affine()), Call(multiplier))
+        weight, bias = self.adapter.adapted(self._widen(self._find_unmerged().affine()), Call(multiplier))
         weight = self.geometry.turned(weight)
         return (weight if shape is None else weight.reshape(shape)).to(device), bias
 
@@ -237,7 +237,7 @@ class AdapterView(nn.Module):
         Raises `AttachError` while it is merged, if it depends on the weight from before.
         """
         entry = Entry(self.algorithm, self.geometry, self.adapter.tensors())
-        base = self._unmerged().affine() if recast.needs_base(entry) else None
+        base = self._find_unmerged().affine() if recast.needs_base(entry) else None
         tensors = recast.dense(entry, base).tensors
         weight, bias = (tensors.get(full, tensors.get(norm)) for full, norm in (("diff", "w"), ("diff_b", "b")))
         weight = torch.zeros_like(self.org_weight) if weight is None else weight * multiplier
@@ -253,7 +253,7 @@ class AdapterView(nn.Module):
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""
         call = Call(scale, self.adapter.call.keep)
-        return self.algorithm.forward(self.adapter.tensors(), self._unmerged(), x, call)
+        return self.algorithm.forward(self.adapter.tensors(), self._find_unmerged(), x, call)
 
     def bypass_forward_diff(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What this adapter adds to the layer's output."""
@@ -292,9 +292,9 @@ class AdapterView(nn.Module):
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         algorithm, values = read_tensors(tensors, self.geometry, self.lora_name)
-        put([(self.adapter, self.fitted(Entry(algorithm, self.geometry, values)))])
+        put([(self.adapter, self.fit(Entry(algorithm, self.geometry, values)))])
 
-    def fitted(self, entry: Entry) -> dict[str, Tensor]:
+    def fit(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
         if self._parameter is None:
             return fitted(self.adapter, entry, self._place)

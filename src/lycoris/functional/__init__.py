@@ -1,32 +1,7 @@
 """Algorithms as functions of tensors."""
 
-from lycoris.dropin.functional.general import (
-    FUNC_LIST,
-    add_scaled,
-    apply_dora_scale,
-    power2factorization,
-    rebuild_tucker,
-    tucker_weight,
-    tucker_weight_from_conv,
-    weight_decompose,
-)
-from lycoris.dropin.functional.layer import factorization
 from lycoris.functional import boft, diag_oft, general, locon, loha, lokr
+from lycoris.functional.general import *  # noqa: F403  # the functions have one list, which is there
 
-__all__ = [
-    "FUNC_LIST",
-    "add_scaled",
-    "apply_dora_scale",
-    "boft",
-    "diag_oft",
-    "factorization",
-    "general",
-    "locon",
-    "loha",
-    "lokr",
-    "power2factorization",
-    "rebuild_tucker",
-    "tucker_weight",
-    "tucker_weight_from_conv",
-    "weight_decompose",
-]
+__all__ = ["boft", "diag_oft", "general", "locon", "loha", "lokr"]
+__all__ += general.__all__

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lycoris.algorithm import Affine, interpolate
 from lycoris.algorithms import BOFT
-from lycoris.dropin.functional.layer import geometry, named, needed, started, turned
+from lycoris.dropin.functional.layer import compute_rotated, geometry, name_tensors, require, start_tensors
 from lycoris.errors import ConfigError
 from lycoris.ops.factorization import butterfly_sizes
 
@@ -18,7 +18,7 @@ def weight_gen(
     out = org_weight.shape[0]
     limit = out if max_block_size == -1 else max_block_size
     size = max((s for s in butterfly_sizes(out) if s <= limit), default=max(limit, 2))
-    p = started(BOFT(block_size=size, rescale=rescale), org_weight)
+    p = start_tensors(BOFT(block_size=size, rescale=rescale), org_weight)
     if boft_m not in (-1, len(p["blocks"])):
         raise ConfigError(f"boft_m is -1 or {len(p['blocks'])}, the number of stages that join all rows, not {boft_m}")
     return p["blocks"], p.get("rescale")
@@ -47,11 +47,11 @@ def bypass_forward_diff(
     backend: str | None = None,
 ) -> Tensor:
     """The same on the layer's output. `need_transpose`: channels are on axis 1, as after a convolution."""
-    return turned(*_read(weights, constraint), org_out, need_transpose, scale)
+    return compute_rotated(*_read(weights, constraint), org_out, need_transpose, scale)
 
 
 def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple[BOFT, dict[str, Tensor]]:
-    p = named(weights, ("blocks", "rescale"))
-    needed(p, "blocks")
+    p = name_tensors(weights, ("blocks", "rescale"))
+    require(p, "blocks")
     size, rows = p["blocks"].shape[-1], p["blocks"].shape[-3] * p["blocks"].shape[-2]
     return BOFT(block_size=size, constraint=float(constraint or 0) / rows, rescale="rescale" in p), p

@@ -7,14 +7,21 @@ from torch import Tensor
 
 from lycoris.algorithm import Affine
 from lycoris.algorithms import OFT
-from lycoris.dropin.functional.layer import factorization, geometry, named, needed, started, turned
+from lycoris.dropin.functional.layer import (
+    compute_rotated,
+    factorization,
+    geometry,
+    name_tensors,
+    require,
+    start_tensors,
+)
 from lycoris.ops.rotation import cayley
 
 
 def weight_gen(org_weight: Tensor, max_block_size: int = -1, rescale: bool = False) -> tuple[Tensor, Tensor | None]:
     """New tensors for a layer's weight."""
     size = factorization(org_weight.shape[0], max_block_size)[0]
-    p = started(OFT(block_size=size, rescale=rescale), org_weight)
+    p = start_tensors(OFT(block_size=size, rescale=rescale), org_weight)
     return p["blocks"], p.get("rescale")
 
 
@@ -36,17 +43,17 @@ def bypass_forward_diff(
     backend: str | None = None,
 ) -> Tensor:
     """The same on the layer's output. `need_transpose`: channels are on axis 1, as after a convolution."""
-    return turned(*_read(weights, constraint), org_out, need_transpose, 1.0)
+    return compute_rotated(*_read(weights, constraint), org_out, need_transpose, 1.0)
 
 
 def _read(weights: tuple[Tensor | None, ...], constraint: float | None) -> tuple[OFT, dict[str, Tensor]]:
-    p = named(weights, ("blocks", "rescale"))
-    needed(p, "blocks")
+    p = name_tensors(weights, ("blocks", "rescale"))
+    require(p, "blocks")
     size, rows = p["blocks"].shape[-1], p["blocks"].shape[-3] * p["blocks"].shape[-2]
     return OFT(block_size=size, constraint=float(constraint or 0) / rows, rescale="rescale" in p), p
 
 
-def get_r(oft_blocks: Tensor, I: Tensor | None = None, constraint: float | None = 0) -> Tensor:  # noqa: E741
+def get_r(oft_blocks: Tensor, I: Tensor | None = None, constraint: float | None = 0) -> Tensor:  # noqa: E741  # its name in lycoris-lora
     """R = (I + Q)·(I - Q)⁻¹ for Q = B - Bᵀ of each block, kept within a norm over all blocks; None or 0: no limit.
 
     `I` is the identity, and may be left out.

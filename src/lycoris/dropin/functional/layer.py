@@ -48,20 +48,20 @@ def geometry(shape: Sequence[int], extra_args: Mapping[str, Any] | None = None) 
     )
 
 
-def named(weights: Sequence[Tensor | None], slots: Sequence[str]) -> dict[str, Tensor]:
+def name_tensors(weights: Sequence[Tensor | None], slots: Sequence[str]) -> dict[str, Tensor]:
     """Tensors by slot, in the order of functions. Raises `ConfigError` for more than there are slots."""
     if len(weights) > len(slots):
         raise ConfigError(f"the tensors are {', '.join(slots)}, in this order; {len(weights)} were given")
     return {name: tensor for name, tensor in zip(slots, weights, strict=False) if tensor is not None}
 
 
-def needed(p: Mapping[str, Tensor], *slots: str) -> None:
+def require(p: Mapping[str, Tensor], *slots: str) -> None:
     """Raise `ConfigError` unless all of these were given."""
     if missing := [name for name in slots if name not in p]:
         raise ConfigError(f"{' and '.join(missing)} may not be None; given were {', '.join(p) or 'none'}")
 
 
-def shaped(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+def shape_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
     """Tensors in the shapes that the algorithm has them in. Raises `ConfigError` when they are not its own."""
     slots = algorithm.slots(g)
     if p.keys() != slots.keys():
@@ -69,7 +69,7 @@ def shaped(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[s
     return {name: tensor.reshape(slots[name].shape) for name, tensor in p.items()}
 
 
-def started(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:
+def start_tensors(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:
     """New tensors, float32 and on the CPU, that change nothing."""
     g = geometry(weight.shape)
     algorithm.check(g)
@@ -78,7 +78,9 @@ def started(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def added(algorithm: Additive, p: Mapping[str, Tensor], g: Geometry, x: Tensor, org_out: Tensor | None) -> Tensor:
+def compute_added(
+    algorithm: Additive, p: Mapping[str, Tensor], g: Geometry, x: Tensor, org_out: Tensor | None
+) -> Tensor:
     """What the algorithm adds to a layer's output; `org_out` is only asked for its shape."""
     if org_out is None:
         return g.op(x, algorithm.delta(p, g).weight * algorithm.scale(g))
@@ -112,7 +114,7 @@ class Added:
         backend: str | None = None,
     ) -> Tensor:
         """The same applied to x."""
-        return added(*self.read(weights, gamma, extra_args), x, org_out)
+        return compute_added(*self.read(weights, gamma, extra_args), x, org_out)
 
 
 class Output:
@@ -139,6 +141,8 @@ class Output:
         raise TypeError("only the output of this layer is known")
 
 
-def turned(algorithm: Algorithm, p: Mapping[str, Tensor], y: Tensor, channels_first: bool, scale: float) -> Tensor:
+def compute_rotated(
+    algorithm: Algorithm, p: Mapping[str, Tensor], y: Tensor, channels_first: bool, scale: float
+) -> Tensor:
     """What an algorithm that changes outputs adds to one."""
     return algorithm.forward(p, Output(y, channels_first), y, Call(scale)) - y

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoRA
-from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
+from lycoris.dropin.functional.layer import Added, geometry, name_tensors, require, shape_tensors, start_tensors
 from lycoris.geometry import Geometry
 
 SLOTS = ("down", "up", "mid")
@@ -16,19 +16,19 @@ SLOTS = ("down", "up", "mid")
 
 def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
     """New tensors for a layer's weight."""
-    p = started(LoRA(rank=rank, tucker=tucker), org_weight)
+    p = start_tensors(LoRA(rank=rank, tucker=tucker), org_weight)
     return p["down"], p["up"], p.get("mid")
 
 
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoRA, dict[str, Tensor], Geometry]:
-    p = named(weights, SLOTS)
-    needed(p, "down", "up")
+    p = name_tensors(weights, SLOTS)
+    require(p, "down", "up")
     rank, inputs = p["down"].shape[:2]
     g = geometry((p["up"].shape[0], inputs, *p.get("mid", p["down"]).shape[2:]), extra)
     algorithm = LoRA(rank=rank, alpha=gamma * rank, tucker="mid" in p)
-    return algorithm, shaped(algorithm, p, g), g
+    return algorithm, shape_tensors(algorithm, p, g), g
 
 
 _OWN = Added(_read)

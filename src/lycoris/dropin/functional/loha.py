@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lycoris.algorithms import LoHa
 from lycoris.dropin.functional.general import rebuild_tucker
-from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
+from lycoris.dropin.functional.layer import Added, geometry, name_tensors, require, shape_tensors, start_tensors
 from lycoris.geometry import Geometry
 
 SLOTS = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
@@ -17,7 +17,7 @@ SLOTS = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
 
 def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tensor | None, ...]:
     """New tensors for a layer's weight; those on the input side keep its kernel."""
-    p = started(LoHa(rank=rank, tucker=tucker), org_weight)
+    p = start_tensors(LoHa(rank=rank, tucker=tucker), org_weight)
     if "t1" not in p:
         p |= {name: p[name].reshape(rank, *org_weight.shape[1:]) for name in ("w1_b", "w2_b")}
     return tuple(p.get(name) for name in SLOTS)
@@ -26,14 +26,14 @@ def weight_gen(org_weight: Tensor, rank: int, tucker: bool = True) -> tuple[Tens
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoHa, dict[str, Tensor], Geometry]:
-    p = named(weights, SLOTS)
-    needed(p, "w1_b", "w1_a", "w2_b", "w2_a")
+    p = name_tensors(weights, SLOTS)
+    require(p, "w1_b", "w1_a", "w2_b", "w2_a")
     rank, core = p["w1_b"].shape[0], "t1" in p
     out = p["w1_a"].shape[1 if core else 0]
     kernel = p["t1"].shape[2:] if core else p["w1_b"].shape[2:]
     g = geometry((out, p["w1_b"].shape[1], *kernel), extra)
     algorithm = LoHa(rank=rank, alpha=gamma * rank, tucker=core)
-    return algorithm, shaped(algorithm, p, g), g
+    return algorithm, shape_tensors(algorithm, p, g), g
 
 
 _OWN = Added(_read)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.lokr import Layout
-from lycoris.dropin.functional.layer import Added, geometry, named, needed, shaped, started
+from lycoris.dropin.functional.layer import Added, geometry, name_tensors, require, shape_tensors, start_tensors
 from lycoris.geometry import Geometry
 from lycoris.ops.kronecker import kron
 
@@ -34,7 +34,7 @@ def weight_gen(
         full_matrix=full_matrix,
         unbalanced=unbalanced_factorization,
     )
-    p = started(algorithm, org_weight)
+    p = start_tensors(algorithm, org_weight)
     if "w2_b" in p and "t2" not in p:
         p["w2_b"] = p["w2_b"].reshape(rank, -1, *org_weight.shape[2:])
     return tuple(p.get(name) for name in SLOTS)
@@ -43,8 +43,8 @@ def weight_gen(
 def _read(
     weights: tuple[Tensor | None, ...], gamma: float, extra: Mapping[str, Any] | None
 ) -> tuple[LoKr, dict[str, Tensor], Geometry]:
-    p = named(weights, SLOTS)
-    needed(p, *(() if "w1" in p else ("w1_a", "w1_b")), *(() if "w2" in p else ("w2_a", "w2_b")))
+    p = name_tensors(weights, SLOTS)
+    require(p, *(() if "w1" in p else ("w1_a", "w1_b")), *(() if "w2" in p else ("w2_a", "w2_b")))
     ol, im = p["w1"].shape if "w1" in p else (p["w1_a"].shape[0], p["w1_b"].shape[1])
     core = "t2" in p
     if "w2" in p:
@@ -57,7 +57,7 @@ def _read(
     layout = Layout(ol, im, "w1" not in p, "w2" not in p)
     algorithm = LoKr(rank=rank, alpha=gamma, tucker=core, layout=layout)
     g = geometry((ol * ok, im * inner, *kernel), extra)
-    return algorithm, shaped(algorithm, p, g), g
+    return algorithm, shape_tensors(algorithm, p, g), g
 
 
 _OWN = Added(_read)

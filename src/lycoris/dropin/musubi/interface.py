@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lycoris.dropin.inside import Make
+from lycoris.dropin.merge_weight import merge_weight
 from lycoris.dropin.musubi import network
 from lycoris.dropin.musubi.architectures import detect
-from lycoris.dropin.musubi.network import Make, MusubiNetwork
+from lycoris.dropin.musubi.network import MusubiNetwork
+from lycoris.dropin.patterns import KEYWORDS, Patterns, parse_expressions
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Interface:
         `exclude_patterns` come on top of these. Raises `ConfigError` for an architecture that is not known.
         """
         found = detect(unet)
-        excludes = [p.pattern for p in network.patterns(kwargs.get("exclude_patterns"), "exclude_patterns")]
+        excludes = [p.pattern for p in parse_expressions(kwargs.get("exclude_patterns"), "exclude_patterns")]
         kwargs["exclude_patterns"] = [*excludes, *found.excludes]
         # fmt: off
         return self.create_network(
@@ -66,14 +69,18 @@ class Interface:
     ) -> MusubiNetwork:
         """New adapters for the linear layers in blocks of some classes; None: in all of the model."""
 
-        network.say_unknown(kwargs, self.options)
+        network.warn_of_options(kwargs, self.options)
 
         def make(**settings: Any) -> Any:
             return self.make(options=kwargs, **settings)
 
+        excludes, includes = (parse_expressions(kwargs.get(name), name) for name in KEYWORDS[:2])
+        # fmt: off
         return network.create(
-            make, target_replace_modules, prefix, multiplier, network_dim, network_alpha, unet, neuron_dropout, kwargs
+            make, target_replace_modules, prefix, multiplier, network_dim, network_alpha, unet, neuron_dropout,
+            Patterns(excludes, includes), kwargs,
         )
+        # fmt: on
 
     def create_arch_network_from_weights(
         self,
@@ -85,8 +92,9 @@ class Interface:
         **kwargs: Any,
     ) -> MusubiNetwork:
         """Adapters from a file's tensors, whose shapes say all."""
-        network.say_unknown(kwargs, self.options)
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+        return self.create_network_from_weights(
+            None, multiplier, weights_sd, text_encoders, unet, for_inference, **kwargs
+        )
 
     def create_network_from_weights(
         self,
@@ -99,7 +107,7 @@ class Interface:
         **kwargs: Any,
     ) -> MusubiNetwork:
         """The same; the tensors say which layers are meant."""
-        network.say_unknown(kwargs, self.options)
+        network.warn_of_options(kwargs, self.options)
         return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
 
     def merge_weights_to_tensor(
@@ -111,5 +119,5 @@ class Interface:
         multiplier: float,
         calc_device: Any,
     ) -> Tensor:
-        """A weight with a file's change to it; see `network.merged`."""
-        return network.merged(self.marks, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)
+        """A weight with a file's change to it; see `merge_weight`."""
+        return merge_weight(self.marks, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)

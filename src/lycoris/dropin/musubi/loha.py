@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from lycoris.algorithms import LoHa
+from lycoris.dropin.inside import make_loha
 from lycoris.dropin.modules import LohaModule
 from lycoris.dropin.musubi.interface import Interface
 
-
-def _make(options: Mapping[str, Any], **settings: Any) -> LoHa:
-    return LoHa(**settings)
-
-
-_OWN = Interface("loha", LohaModule.weight_list_det, _make)
+_OWN = Interface("loha", LohaModule.weight_list_det, make_loha)
 
 create_arch_network = _OWN.create_arch_network
 create_network = _OWN.create_network

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from lycoris.algorithms import LoKr
+from lycoris.dropin.inside import make_lokr
 from lycoris.dropin.modules import LokrModule
 from lycoris.dropin.musubi.interface import Interface
-from lycoris.options import parse_number
 
-
-def _make(options: Mapping[str, Any], **settings: Any) -> LoKr:
-    return LoKr(factor=parse_number(options.get("factor", -1), "factor", int), **settings)
-
-
-_OWN = Interface("lokr", LokrModule.weight_list_det, _make, ("factor",))
+_OWN = Interface("lokr", LokrModule.weight_list_det, make_lokr, ("factor",))
 
 create_arch_network = _OWN.create_arch_network
 create_network = _OWN.create_network
