@@ -36,6 +36,9 @@ def convert(
     strict: Annotated[
         bool, typer.Option(help="Refuse a file in which something has no place; --no-strict leaves it out and says so.")
     ] = True,
+    allow_growth: Annotated[
+        bool, typer.Option("--allow-growth", help="Write a file that becomes more than 10 % larger, too.")
+    ] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -55,6 +58,7 @@ def convert(
                 dtype=wanted,
                 strict=strict,
                 overwrite=force,
+                allow_growth=allow_growth,
             )
         )
         print(target)

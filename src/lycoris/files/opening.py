@@ -18,7 +18,6 @@ from lycoris.files.described import described
 from lycoris.files.detect import Detection, ambiguous, detect, judge
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
-from lycoris.files.headers import header
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import WEIGHTS
@@ -39,6 +38,8 @@ class Opened(NamedTuple):
     family: str | None
     assumed: dict[str, str]
     """Component → the known model that it was taken to be for, where none was given."""
+    tensors: Mapping[str, Tensor] = {}
+    """As the file has them."""
 
 
 def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
@@ -83,7 +84,7 @@ def understood(
             _check_made_for(metadata, layout)
             raise
         bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed)
+    return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed, tensors)
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
@@ -104,8 +105,10 @@ def _folder(folder: Path, base: nn.Module | None) -> Opened:
     layout, assumed = Layout.of(model), found.models if base is None else {}
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
     bundle = _certain(read_peft(folder, model), found, assumed, "")
-    shapes = {name: info.shape for name, info in header(folder / WEIGHTS).tensors.items()}
-    return Opened(found, shapes, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    own = None if family is None else family.name
+    return Opened(found, shapes, {}, {"": bundle}, {"": layout}, own, assumed, tensors)
 
 
 def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:
