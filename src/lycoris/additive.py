@@ -338,7 +338,9 @@ def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[s
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+    if one is other or one.is_meta or other.is_meta:
+        return one is other
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def side_by_side(

@@ -17,6 +17,7 @@ from lycoris.algorithms import ALPHA, LoRA, read_tensors
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
+from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.detect import judge
 from lycoris.files.dialect import Dialect, Key
@@ -128,7 +129,9 @@ def _resolve(
     whose, contradiction = _family(family, header, component, layout)
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
-    match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
+    match = max(
+        (_matched(tensors, each, layout, component, whose, header) for each in choices), key=lambda each: each.standing
+    )
     if not match.groups:
         raise FileError(_nothing(match, tensors))
     if as_written:
@@ -192,14 +195,9 @@ class _Match:
     """Layer as written → dotted, for the layers that the model has."""
     strange: list[str]
     elsewhere: dict[str, int]
-    marked: bool
     prefix: str
     """What the names begin with."""
-
-    def score(self) -> tuple[int, int, bool]:
-        """How well it explains the file."""
-        fitting = sum(len(group) for layer, group in self.groups.items() if layer in self.names)
-        return fitting, -len(self.strange), self.marked
+    standing: Standing
 
     def used(self) -> list[str]:
         return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
@@ -240,12 +238,16 @@ def _matched(
         if first != name:
             raise FileError(f"{first} and {name} are the same tensor under two names; take one of them out")
     tables = {naming: layout.written(naming, dialect.style) for naming in layout.namings}
-    naming = max(tables, key=lambda each: sum(layer in tables[each] for layer in groups))
+    usual = None if layout.architecture is None else dialect.naming_for(layout.architecture)
+    counts = {each: sum(layer in table for layer in groups) for each, table in tables.items()}
+    naming = max(tables, key=lambda each: (counts[each], each == usual))
     strange = [name for name, key in keys.items() if key is None]
     elsewhere = {name: len(those) for name, those in by_component.items()}
-    marked = any(mark in header for mark in dialect.marks)
     prefix = next((key.prefix for key in mine.values()), "")
-    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, marked, prefix)
+    own = standing(
+        dialect, keys.values(), header, named=counts[naming], naming=naming, architecture=layout.architecture
+    )
+    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, prefix, own)
 
 
 @dataclass

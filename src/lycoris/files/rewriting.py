@@ -19,7 +19,7 @@ from lycoris.bundle import Bundle
 from lycoris.errors import FileError, LycorisError
 from lycoris.files import placing
 from lycoris.files.check import Check, judged
-from lycoris.files.components import FAMILY
+from lycoris.files.components import FAMILY, family_in
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.detect import Detection, ambiguous
 from lycoris.files.dialect import Style, flatten
@@ -151,7 +151,7 @@ class Order:
             made = self._folder(ready)
         else:
             encoded = compose(ready.bundles, to, model=ready.layouts, family=found.family)
-            written = stored(encoded, self.dtype, {**encoded.header, **_header(found)})
+            written = stored(encoded, self.dtype, _header(found, encoded.header))
             rounded = _rounded(encoded, written)
             made = Made(written._replace(notes={**ready.notes, **written.notes}), to, rounded=rounded)
         if not self.allow_growth:
@@ -263,13 +263,19 @@ def _rounded(before: Encoded, after: Encoded) -> dict[str, int]:
     return dict(count)
 
 
-def _header(found: Opened) -> dict[str, str]:
-    """What of the file's header stays true; which base it says that it is for, if it is for that."""
-    header = {key: value for key, value in kept(found.header).items() if key != FAMILY}
-    layout = found.layouts.get("")
-    if layout is not None and fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle):
-        del header[fingerprint.KEY]
-    return header
+def _header(found: Opened, own: Mapping[str, str]) -> dict[str, str]:
+    """What a file says of itself: `own` of what is written, and of the source's header what stays true.
+
+    The base and its family are told where the source's header has them or the base was given, never by a guess.
+    """
+    told = {key: value for key, value in kept(found.header).items() if key != FAMILY}
+    layout, guessed = found.layouts.get(""), "" in found.assumed
+    if layout is not None and not guessed:
+        other = fingerprint.other_layers(told, layout.owner, layout.layers, layout.middle)
+        told = {key: value for key, value in told.items() if key != fingerprint.KEY or not other}
+    known = family_in(found.header)
+    sure = not guessed or (known is not None and known.name == found.family)
+    return {**{key: value for key, value in own.items() if key != FAMILY or sure}, **told}
 
 
 def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
