@@ -222,7 +222,7 @@ def test_a_folder_of_pefts_for_a_model_that_is_recognised(tmp_path: Path) -> Non
     tensors = {slot: torch.randn(what.shape) for slot, what in LoRA(rank=2).slots(geometry).items()}
     write_peft(Bundle({layer: (Entry(LoRA(rank=2), geometry, tensors),)}), tmp_path / "folder")
     done = str(convert(tmp_path / "folder", tmp_path / "a.safetensors", "comfyui", allow_growth=True))
-    assert "taken to be for denoiser flux.1-schnell; unsure" in done
+    assert "taken to be for denoiser flux.1-schnell or flux.1-dev; unsure" in done
     assert "diffusion_model.single_blocks.3.linear1.lora_up.weight" in load_file(tmp_path / "a.safetensors")
 
 

@@ -23,6 +23,7 @@ from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.reading import peft_folder, resolve_as_written
 from lycoris.files.recognise import Fit
+from lycoris.files.scales import BESIDE, beside
 from lycoris.files.storage import load_tensors
 
 
@@ -53,7 +54,7 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
         return _folder(folder, base)
     tensors, metadata = load_tensors(source)
     try:
-        return understood(tensors, metadata, base, strict=strict)
+        return understood(tensors, {**beside(source), **metadata}, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
@@ -84,7 +85,8 @@ def understood(
             _check_made_for(metadata, layout)
             raise
         bundles[component] = _without_guess(bundle, assumed, component)
-    return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed, tensors)
+    own = {key: value for key, value in metadata.items() if key != BESIDE}
+    return Opened(found, shapes, own, bundles, layouts, found.family, assumed, tensors)
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:

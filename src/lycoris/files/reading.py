@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
 from lycoris.files.layout import Layout
-from lycoris.files.peft.config import CONFIG, LORA_METADATA, WEIGHTS, Config
+from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.reading import read_peft
+from lycoris.files.scales import BESIDE, Scales, beside, sources
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
-from lycoris.jsons import json_object
 from lycoris.report import SHOWN, Report, some
 
 DOWN = LoRA.keys["down"]
@@ -55,7 +55,7 @@ def read(
             tensors,
             model,
             dialect,
-            metadata=metadata,
+            metadata={**beside(path), **metadata},
             component=component,
             prefix=prefix,
             strict=strict,
@@ -136,7 +136,8 @@ def _resolve(
         raise FileError(_nothing(match, tensors))
     if as_written:
         layout = layout.renamed(match.naming)
-    if strict and match.dialect.folder and not any(ALPHA in group for group in match.groups.values()):
+    unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
+    if strict and unscaled and not sources(header, match.dialect, match.prefix):
         raise FileError(
             f"PEFT's tensors tell their scale only beside its {CONFIG}: read the folder with both, or take 1 for it "
             "with strict=False"
@@ -152,14 +153,15 @@ def _resolve(
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
-        remarks=tuple(each for each in (remark, contradiction) if each),
+        remarks=tuple(each for each in (remark, contradiction, *found.remarks) if each),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
         raise FileError(_problem(report, match, layout, tensors, header))
     # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
     base = Base(layout.owner, layout.middle if as_written else layout.layers)
-    return Bundle(places.entries, dict(header), base, report), layout
+    own = {key: value for key, value in header.items() if key != BESIDE}
+    return Bundle(places.entries, own, base, report), layout
 
 
 def _family(name: str | None, header: Mapping[str, str], component: str, layout: Layout) -> tuple[Family | None, str]:
@@ -255,6 +257,7 @@ class _Found:
     stacks: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
     """By dotted name, in the naming of the file."""
     notes: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def _entries(
@@ -262,7 +265,7 @@ def _entries(
 ) -> tuple[_Found, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
     found, mismatched = _Found(), {}
-    alpha = _alpha_in(header, match.prefix.rstrip("."))
+    scales = Scales.of(header, match.dialect, match.prefix)
     spans = layout.spans(match.naming) if match.naming != layout.naming else {}
     for layer, group in match.groups.items():
         if layer not in match.names:
@@ -271,9 +274,9 @@ def _entries(
         geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
         try:
             own = {suffix: tensors[key] for suffix, key in group.items()}
-            if DOWN in own and own[DOWN].dim() and ALPHA not in own:
-                told = alpha(layer, len(own[DOWN]))
-                own |= {} if told is None else {ALPHA: torch.tensor(told, dtype=torch.float64)}
+            if DOWN in own and own[DOWN].dim() and "scale" not in own:
+                told = scales.alpha(name, len(own[DOWN]), _alpha(own))
+                own |= {} if told is None or ALPHA in own else {ALPHA: torch.tensor(told, dtype=torch.float64)}
             stack = _stack(own, geometry, name)
             stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
         except FileError as error:
@@ -282,7 +285,13 @@ def _entries(
         found.stacks[name] = stack
         if note:
             found.notes[name] = note
+    found.remarks += scales.remarks()
     return found, mismatched
+
+
+def _alpha(group: Mapping[str, Tensor]) -> float | None:
+    """What a tensor `alpha` says, if it is one number; whether it has to be is for the algorithm to say."""
+    return float(group[ALPHA]) if ALPHA in group and group[ALPHA].numel() == 1 else None
 
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
@@ -304,24 +313,6 @@ def finite(tensor: Tensor) -> bool:
     # NaN is both; many times as fast as a test of every number. Of one byte torch has no order.
     least, most = (tensor.half() if tensor.itemsize == 1 else tensor).aminmax()
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def _alpha_in(header: Mapping[str, str], component: str) -> Callable[[str, int], float | None]:
-    """Path and rank → alpha, as the settings in the header of one of diffusers' files say; they know no alpha tensors.
-
-    Raises `FileError` for settings that cannot be read.
-    """
-    if LORA_METADATA not in header:
-        return lambda path, rank: None
-    try:
-        told = json_object(header[LORA_METADATA])
-        own = {name.partition(".")[2]: value for name, value in told.items() if name.partition(".")[0] == component}
-    except ValueError as error:
-        raise FileError(f"its header's {LORA_METADATA} is no JSON object: {error}") from error
-    if not own:
-        return lambda path, rank: None
-    config = Config.parse({**own, "peft_type": "LORA"})
-    return lambda path, rank: config.scale(path) * rank
 
 
 def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:
