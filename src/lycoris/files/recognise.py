@@ -42,11 +42,19 @@ def fits(layers: Mapping[str, Size], *, flat: bool = False) -> list[Fit]:
     """Every known model that has some of these names, in every naming, in no order.
 
     `flat` names have underscores for dots. Dotted ones are compared with patterns too, so that a model of unknown size
-    is found.
+    is found. Models are only looked at one by one where the layers' names but for their numbers are like theirs.
     """
     choices = [(each, *naming) for each in ARCHITECTURES.values() for naming in namings(each).items()]
     if flat:
-        return [fit for each, naming, _ in choices for fit in _known(layers, each, naming, flat)]
+        counts = Counter(map(_kind, layers))
+        alike = [(sum(counts[kind] for kind in counts.keys() & _flat_kinds(a.name, n)), a, n) for a, n, _ in choices]
+        least = max((count for count, *_ in alike), default=0) / 2
+        return [
+            fit
+            for count, each, naming in alike
+            if count and count >= least
+            for fit in _known(layers, each, naming, flat)
+        ]
     patterned = [(_patterned(layers, each, naming), each, name) for each, name, naming in choices]
     least = max((count for count, *_ in patterned), default=0) / 2
     found = []
@@ -158,7 +166,27 @@ def _kind(path: str) -> str:
     return _NUMBER.sub("*", path)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
+def _flat_kinds(architecture: str, naming: str) -> frozenset[str]:
+    """The kinds of names with underscores that a naming has for an architecture, read off its outlines."""
+    own = namings(ARCHITECTURES[architecture])[naming]
+    return frozenset(
+        _kind(flatten(own.home(path) or path))
+        for model in ARCHITECTURES[architecture].outlines
+        for path in _firsts(outline.told(model), "")
+    )
+
+
+def _firsts(told: outline.Outline, path: str) -> Iterator[str]:
+    """The paths in a model, of modules that are alike the first."""
+    yield path
+    start = f"{path}." if path else ""
+    yield from (start + name for name in told.get("parameters", ()))
+    for name, child in told.get("children", {}).items():
+        yield from _firsts(child, start + name.partition("..")[0])
+
+
+@lru_cache(maxsize=512)
 def _kinds(model: str) -> frozenset[str]:
     """The kinds of paths in a known model, read off its outline."""
     return frozenset(_walk(outline.told(model), ""))
