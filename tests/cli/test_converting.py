@@ -81,6 +81,14 @@ def test_check(tmp_path: Path) -> None:
     assert "WebUI does not know keys of the format lycoris for flux1" in keys.output
 
 
+def test_detect(tmp_path: Path) -> None:
+    source = made(tmp_path / "a.safetensors", LoRA(rank=2))
+    done = RUN.invoke(app, ["detect", str(source)])
+    assert done.exit_code == 0, done.output
+    assert "format      lycoris, layers named as in diffusers" in done.output
+    assert "flux.1-schnell" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lycoris import __version__
-from lycoris.cli.convert import check, convert
+from lycoris.cli.convert import check, convert, detect
 from lycoris.cli.demo import demo
 from lycoris.cli.outcome import DEBUG, silence_libraries
 from lycoris.cli.plan import plan
@@ -25,6 +25,7 @@ app.command()(demo)
 app.command()(plan)
 app.command()(convert)
 app.command()(check)
+app.command()(detect)
 
 
 def main() -> None:

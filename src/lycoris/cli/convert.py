@@ -1,4 +1,4 @@
-"""`lycoris convert` and `lycoris check`"""
+"""`lycoris convert`, `lycoris check` and `lycoris detect`"""
 
 from __future__ import annotations
 
@@ -85,6 +85,17 @@ def check(
         print(found)
         if not found.as_trained:
             raise typer.Exit(1)
+
+
+def detect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """What an adapter file is, from its header alone: format, algorithms, base model."""
+    with plain_errors(debug):
+        from lycoris.files import detect as run
+
+        print(run(file))
 
 
 def _base(name: str | None) -> tuple[Any, Any]:
