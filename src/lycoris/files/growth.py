@@ -177,7 +177,9 @@ def forms(shapes: Mapping[str, tuple[int, ...]], dialect: Dialect) -> Counter[st
 
 def _form(tensors: Mapping[str, tuple[int, ...]]) -> str:
     plain = tensors.keys() - {"alpha", "dora_scale", "lora_magnitude_vector"}
-    kind = next((each.name for each in ALGORITHMS.values() if plain and plain <= set(each.keys.values())), "other")
+    # A change of the bias beside another algorithm.
+    main = plain - {"diff_b", "lora_up.bias"} or plain
+    kind = next((each.name for each in ALGORITHMS.values() if main and main <= set(each.keys.values())), "other")
     lengths = "dora over " if plain != tensors.keys() - {"alpha"} else ""
     rank = next((tensors[name][0] for name in RANKED if tensors.get(name)), None)
     return f"{lengths}{kind}" + ("" if rank is None else f" of rank {rank}")
