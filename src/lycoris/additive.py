@@ -323,22 +323,52 @@ class Ranked(Algorithm):
         torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
 
 
-def side_by_side(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, gains: Sequence[float] = ()) -> Tensor:
+def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
+    """The input factors (r, ...) of all parts one after the other, equal ones once; where those of each begin."""
+    starts: list[int] = []
+    kept: list[tuple[int, list[Tensor]]] = []
+    rank = 0
+    for part in parts:
+        own = [part.entry.tensors[slot] for slot in slots]
+        start = next((at for at, other in kept if all(map(_identical, own, other))), None)
+        if start is None:
+            start = rank
+            kept.append((rank, own))
+            rank += len(own[0])
+        starts.append(start)
+    return starts, {slot: torch.cat([own[n] for _, own in kept]) for n, slot in enumerate(slots)}
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    if one is other or one.is_meta or other.is_meta:
+        return one is other
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def side_by_side(
+    parts: Sequence[Part],
+    g: Geometry,
+    slot: str,
+    axis: int = 0,
+    gains: Sequence[float] = (),
+    starts: Sequence[int] = (),
+) -> Tensor:
     """Factors with a row for each row of their layer and a column for each rank, on the diagonal of the whole one.
 
-    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts.
+    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts. `starts` is the first
+    rank of each part, as `shared_inputs` has it; (): one after the other.
     """
     tensors = [part.entry.tensors[slot] for part in parts]
     ranks = [tensor.shape[1 - axis] for tensor in tensors]
-    shape = [g.out_features, sum(ranks)] if axis == 0 else [sum(ranks), g.out_features]
+    first = starts or [sum(ranks[:n]) for n in range(len(ranks))]
+    total = max(at + rank for at, rank in zip(first, ranks, strict=True))
+    shape = [g.out_features, total] if axis == 0 else [total, g.out_features]
     # A gain is multiplied in at full precision, and the result stays so.
     tensors = [widened(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
     whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:], dtype=common_dtype(tensors))
-    at = 0
-    for part, tensor, rank in zip(parts, tensors, ranks, strict=True):
+    for part, tensor, at, rank in zip(parts, tensors, first, ranks, strict=True):
         columns = slice(at, at + rank)
         whole[(part.rows, columns) if axis == 0 else (columns, part.rows)] = tensor
-        at += rank
     return whole
 
 

@@ -38,9 +38,18 @@ def made(path: Path, algorithm: Algorithm, layer: str = "*", dialect: str = "lyc
 
 def test_convert(tmp_path: Path) -> None:
     source, target = made(tmp_path / "a.safetensors", LoRA(rank=2)), tmp_path / "out" / "b.safetensors"
-    done = RUN.invoke(app, ["convert", str(source), str(target), "--to", "comfyui", "--base", "flux.1-dev"])
+    asked = ["convert", str(source), str(target), "--to", "comfyui", "--base", "flux.1-dev"]
+    refused = RUN.invoke(app, asked)
+    assert refused.exit_code == 2
+    assert "its tensors would grow from 393 kB to about 688 kB (+75%)" in refused.output
+    assert "--allow-growth" in refused.output
+    assert not target.exists()
+    done = RUN.invoke(app, [*asked, "--allow-growth"])
     assert done.exit_code == 0, done.output
     assert "from lycoris: 8 layers" in done.output
+    assert "layers: 8 lora of rank 2; now 2 lora of rank 2, 2 lora of rank 6" in done.output
+    assert "exact: no value was rounded" in done.output
+    assert f"size: {source.stat().st_size} bytes before, {target.stat().st_size} after (+" in done.output
     assert done.output.splitlines()[-1] == str(target)
     keys = load_file(target)
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight" in keys
@@ -50,7 +59,9 @@ def test_convert(tmp_path: Path) -> None:
 def test_convert_says_what_became_of_it(tmp_path: Path) -> None:
     source = made(tmp_path / "a.safetensors", LoKr(rank=2, factor=8))
     target = str(tmp_path / "b.safetensors")
-    done = RUN.invoke(app, ["convert", str(source), target, "--to", "kohya", "--base", "flux.1-dev", "--dtype", "fp16"])
+    asked = ["convert", str(source), target, "--to", "kohya", "--base", "flux.1-dev", "--dtype", "fp16"]
+    done = RUN.invoke(app, [*asked, "--allow-growth"])
+    assert "tensors rounded to float16" in done.output
     assert "lokr became a LoRA of rank 48, exact" in done.output
     floats = {str(t.dtype) for key, t in load_file(target).items() if not key.endswith("alpha")}
     assert floats == {"torch.float16"}
@@ -68,6 +79,14 @@ def test_check(tmp_path: Path) -> None:
     keys = RUN.invoke(app, ["check", str(source), "--for", "webui", "--base", "flux.1-dev"])
     assert keys.exit_code == 1
     assert "WebUI does not know keys of the format lycoris for flux1" in keys.output
+
+
+def test_detect(tmp_path: Path) -> None:
+    source = made(tmp_path / "a.safetensors", LoRA(rank=2))
+    done = RUN.invoke(app, ["detect", str(source)])
+    assert done.exit_code == 0, done.output
+    assert "format      lycoris, layers named as in diffusers" in done.output
+    assert "flux.1-schnell" in done.output
 
 
 @pytest.mark.parametrize(

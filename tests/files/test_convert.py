@@ -87,7 +87,7 @@ def test_around_the_houses(name: str, flux: nn.Module, tmp_path: Path) -> None:
     write(adapters.bundle(), at, "lycoris")
     for i, dialect in enumerate(("comfyui", "kohya", "onetrainer-comfy", "kohya-diffusers", "bare", "lycoris")):
         then = tmp_path / f"{i + 1}.safetensors"
-        convert(at, then, dialect, base=flux)
+        convert(at, then, dialect, base=flux, allow_growth=True)
         same(loaded(flux, then), expected)
         at = then
 
@@ -142,7 +142,7 @@ def test_portable_with_the_base_at_hand(algorithm: Algorithm, program: str, flux
     save_file({k: v.contiguous() for k, v in flux.state_dict().items()}, tmp_path / "base.safetensors")
     base = BaseWeights.open(tmp_path / "base.safetensors")
     to = tmp_path / "b.safetensors"
-    done = convert(tmp_path / "a.safetensors", to, portable=program, base=flux, weights=base)
+    done = convert(tmp_path / "a.safetensors", to, portable=program, base=flux, weights=base, allow_growth=True)
     same(loaded(flux, to), expected)
     assert all(each.reads == "as trained" for each in check(to, program, base=flux).layers.values())
     stacks = adapters.bundle().entries.values()
@@ -185,20 +185,20 @@ def test_a_folder_of_pefts(flux: nn.Module, tmp_path: Path) -> None:
     same(loaded(flux, tmp_path / "peft" / "adapter_model.safetensors"), expected)
     assert detect(tmp_path / "peft").dialect == "peft"
     assert check(tmp_path / "peft", "peft", base=flux).as_trained
-    convert(tmp_path / "peft", tmp_path / "b.safetensors", "kohya", base=flux)
+    convert(tmp_path / "peft", tmp_path / "b.safetensors", "kohya", base=flux, allow_growth=True)
     same(loaded(flux, tmp_path / "b.safetensors"), expected)
 
 
 def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Path) -> None:
     said = {"ss_output_name": "x", "sshs_model_hash": "0", "modelspec.title": "y"}
     write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "kohya", metadata=said)
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", base=flux)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", base=flux, allow_growth=True)
     kept = header(tmp_path / "b.safetensors").metadata
     assert kept["ss_output_name"] == "x"
     assert kept["modelspec.title"] == "y"
     assert "sshs_model_hash" not in kept
-    assert json.loads(kept["lora_adapter_metadata"])["transformer.r"] == 6
-    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux)
+    assert json.loads(kept["lora_adapter_metadata"])["transformer.r"] == 2
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux, allow_growth=True)
     after = header(tmp_path / "c.safetensors").metadata
     assert "lora_adapter_metadata" not in after
     assert after["lycoris_base"] == header(tmp_path / "a.safetensors").metadata["lycoris_base"]
@@ -221,8 +221,8 @@ def test_a_folder_of_pefts_for_a_model_that_is_recognised(tmp_path: Path) -> Non
     geometry = skeleton("flux.1-dev")[layer]
     tensors = {slot: torch.randn(what.shape) for slot, what in LoRA(rank=2).slots(geometry).items()}
     write_peft(Bundle({layer: (Entry(LoRA(rank=2), geometry, tensors),)}), tmp_path / "folder")
-    done = str(convert(tmp_path / "folder", tmp_path / "a.safetensors", "comfyui"))
-    assert "taken to be for denoiser flux.1-schnell; unsure" in done
+    done = str(convert(tmp_path / "folder", tmp_path / "a.safetensors", "comfyui", allow_growth=True))
+    assert "taken to be for denoiser flux.1-schnell or flux.1-dev; unsure" in done
     assert "diffusion_model.single_blocks.3.linear1.lora_up.weight" in load_file(tmp_path / "a.safetensors")
 
 
@@ -232,7 +232,8 @@ def test_a_text_encoder_alone(flux: nn.Module, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "flux1"})
     save_file({"x": torch.ones(1)}, tmp_path / "base.safetensors")
     base = BaseWeights.open(tmp_path / "base.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", portable="comfyui", base=flux, weights=base)
+    to = tmp_path / "b.safetensors"
+    convert(tmp_path / "a.safetensors", to, "comfyui", portable="comfyui", base=flux, weights=base)
     (up,) = (name for name in load_file(tmp_path / "b.safetensors") if name.endswith("lora_up.weight"))
     assert up == "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.lora_up.weight"
 
@@ -264,7 +265,8 @@ def test_an_export_depends_on_the_dialect(to: str, name: str, flux: nn.Module, t
     write(adapted(flux, DoRA(over=LoRA(rank=2)), "*transformer_blocks.0.attn.*").bundle(), tmp_path / "a.safetensors")
     save_file({k: v.contiguous() for k, v in flux.state_dict().items()}, tmp_path / "base.safetensors")
     base = BaseWeights.open(tmp_path / "base.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to, portable="diffusers", base=flux, weights=base)
+    at = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    convert(*at, to, portable="diffusers", base=flux, weights=base, allow_growth=True)
     entries = read(tmp_path / "b.safetensors", flux).entries
     assert {entry.algorithm.name for (entry,) in entries.values()} == {name}
     assert check(tmp_path / "b.safetensors", "diffusers", base=flux).as_trained

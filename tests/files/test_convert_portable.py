@@ -62,7 +62,7 @@ def agrees(path: Path, program: str, to: str | None = None) -> bool:
     """Whether it is written, which it is if and only if the program then reads it as trained."""
     out = path.with_name("out")
     try:
-        convert(path, out, to, portable=program)
+        convert(path, out, to, portable=program, allow_growth=True)
     except FileError:
         assert not out.exists(), (program, to)
         return False
@@ -102,16 +102,16 @@ def test_every_dialect(architecture: str, layers: str, program: str, tmp_path: P
 def test_the_first_dialect_that_passes(tmp_path: Path) -> None:
     """InvokeAI rejects kohya's files for the layers outside of Flux.1's blocks, and reads those of diffusers."""
     path, out = source(tmp_path, "flux1", layers=f"{BLOCK}|{ENDS}"), tmp_path / "out.safetensors"
-    convert(path, out, portable="invokeai")
+    convert(path, out, portable="invokeai", allow_growth=True)
     assert detect(out).dialect == "diffusers"
     with pytest.raises(FileError) as caught:
-        convert(path, tmp_path / "no.safetensors", "kohya", portable="invokeai")
+        convert(path, tmp_path / "no.safetensors", "kohya", portable="invokeai", allow_growth=True)
     assert "kohya: InvokeAI rejects the file for lora_unet_guidance_in" in str(caught.value)
     assert "\nAs diffusers or musubi-other or " in str(caught.value)
     with pytest.raises(FileError, match=r"musubi-tuner has no place for such keys"):
-        convert(path, tmp_path / "no.safetensors", portable="musubi")
+        convert(path, tmp_path / "no.safetensors", portable="musubi", allow_growth=True)
     with pytest.raises(FileError, match=r"(?s)has no place for such keys.*Nor does it in any other format"):
-        convert(path, tmp_path / "no.safetensors", "kohya", portable="musubi")
+        convert(path, tmp_path / "no.safetensors", "kohya", portable="musubi", allow_growth=True)
     assert not (tmp_path / "no.safetensors").exists()
 
 
@@ -119,7 +119,7 @@ def test_keys_decide_about_an_export(tmp_path: Path) -> None:
     """diffusers reads LoKr for Z-Image, but not on what the original code calls attention.out."""
     layers = r"layers\.0\.(attention\.to_out|feed_forward).*"
     path, out = source(tmp_path, "z-image", LoKr(rank=4, factor=-1), layers=layers), tmp_path / "out"
-    convert(path, out, "comfyui", portable="diffusers")
+    convert(path, out, "comfyui", portable="diffusers", allow_growth=True)
     found = check(out, "diffusers")
     assert found.as_trained
     assert {layer for layer, name in found.algorithms.items() if name == "lora"} == {"layers.0.attention.out"}
@@ -195,7 +195,7 @@ def with_bias(folder: Path, algorithm: Algorithm) -> tuple[Path, Layout]:
 def test_a_change_of_the_bias_goes_along(algorithm: Algorithm, program: str, tmp_path: Path) -> None:
     path, layout = with_bias(tmp_path, algorithm)
     out = tmp_path / "out.safetensors"
-    convert(path, out, portable=program)
+    convert(path, out, portable=program, allow_growth=True)
     assert check(out, program).as_trained
     before, after = (read(each, layout).entries for each in (path, out))
     for layer, stack in before.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, joined_outputs, low_rank_work, side_by_side
+from lycoris.additive import Additive, Ranked, joined_outputs, low_rank_work, shared_inputs, side_by_side
 from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import Run
@@ -101,9 +101,12 @@ class LoHa(Ranked, Additive):
         if any("t1" in part.entry.tensors for part in parts):
             return None
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
-        into = {name: torch.cat([part.entry.tensors[name] for part in parts]) for name in ("w1_b", "w2_b")}
+        starts, into = shared_inputs(parts, "w1_b", "w2_b")
         rank = len(into["w1_b"])
-        out = {"w1_a": side_by_side(parts, g, "w1_a", gains=gains), "w2_a": side_by_side(parts, g, "w2_a")}
+        out = {
+            "w1_a": side_by_side(parts, g, "w1_a", gains=gains, starts=starts),
+            "w2_a": side_by_side(parts, g, "w2_a", starts=starts),
+        }
         return cls(rank=rank, alpha=None if scale is None else scale * rank), out | into
 
     def work(self, g: Geometry) -> int | None:

@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, add_mixed, amplified, joined_outputs, low_rank_work, side_by_side
+from lycoris.additive import (
+    Additive,
+    Ranked,
+    add_mixed,
+    amplified,
+    joined_outputs,
+    low_rank_work,
+    shared_inputs,
+    side_by_side,
+)
 from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
 from lycoris.geometry import Geometry
 from lycoris.ops.blocks import Run
@@ -73,10 +81,10 @@ class LoRA(Ranked, Additive):
         if any("mid" in part.entry.tensors for part in parts):
             return None
         gains = [] if scale is not None else [part.entry.algorithm.scale(part.entry.geometry) for part in parts]
-        down = torch.cat([part.entry.tensors["down"] for part in parts])
-        rank = len(down)
+        starts, into = shared_inputs(parts, "down")
+        rank = len(into["down"])
         algorithm = LoRA(rank=rank, alpha=None if scale is None else scale * rank)
-        return algorithm, {"up": side_by_side(parts, g, "up", gains=gains), "down": down}
+        return algorithm, {"up": side_by_side(parts, g, "up", gains=gains, starts=starts), **into}
 
     def work(self, g: Geometry) -> int | None:
         if self.tucker and not g.pointwise and g.groups == 1:

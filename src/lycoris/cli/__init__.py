@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lycoris import __version__
-from lycoris.cli.convert import check, convert
+from lycoris.cli.convert import check, convert, detect
 from lycoris.cli.demo import demo
 from lycoris.cli.outcome import DEBUG, silence_libraries
 from lycoris.cli.plan import plan
@@ -29,6 +29,7 @@ app.command()(check)
 app.command()(inspect)
 app.command()(resize)
 app.command()(combine)
+app.command()(detect)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`lycoris convert` and `lycoris check`"""
+"""`lycoris convert`, `lycoris check` and `lycoris detect`"""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def convert(
     strict: Annotated[
         bool, typer.Option(help="Refuse a file in which something has no place; --no-strict leaves it out and says so.")
     ] = True,
+    allow_growth: Annotated[
+        bool, typer.Option("--allow-growth", help="Write a file that becomes more than 10 % larger, too.")
+    ] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -55,6 +58,7 @@ def convert(
                 dtype=wanted,
                 strict=strict,
                 overwrite=force,
+                allow_growth=allow_growth,
             )
         )
         print(target)
@@ -81,6 +85,17 @@ def check(
         print(found)
         if not found.as_trained:
             raise typer.Exit(1)
+
+
+def detect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """What an adapter file is, from its header alone: format, algorithms, base model."""
+    with plain_errors(debug):
+        from lycoris.files import detect as run
+
+        print(run(file))
 
 
 def open_base(name: str | None) -> tuple[Any, Any]:

@@ -12,6 +12,8 @@ from typing import Literal
 
 from lycoris.algorithms import ALGORITHMS
 from lycoris.errors import FileError
+from lycoris.files import bases
+from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
@@ -51,6 +53,11 @@ class Detection:
         """Component → the known model that it is likeliest for."""
         return {component: str(own[0].outline) for component, own in self.fits.items() if own}
 
+    def variants(self, component: str = "") -> str:
+        """The known models that a component may be for equally well, in words; "" for none."""
+        own = self.fits.get(component)
+        return " or ".join(bases.variants(own)) if own else ""
+
     @property
     def candidates(self) -> tuple[str, ...]:
         """Models that have all the denoiser's layers, the likeliest first."""
@@ -65,7 +72,7 @@ class Detection:
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} layers of {name}" for name, count in self.algorithms.items())
         parts = ", ".join(f"{name or 'denoiser'} ({count})" for name, count in self.components.items())
-        models = ", ".join(self.models.values()) or "no known model"
+        models = ", ".join(filter(None, map(self.variants, self.fits))) or "no known model"
         lines = [
             f"format      {self.dialect}, layers named as in {self.naming}",
             f"algorithms  {kinds or 'none known'}",
@@ -73,8 +80,9 @@ class Detection:
             f"components  {parts}",
             f"judged by   {some(self.judged_by)}",
         ]
-        if len(self.candidates) > 1:
-            lines.insert(3, f"            fits too, and less completely or as well: {', '.join(self.candidates[1:])}")
+        others = [each for each in self.candidates if each not in self.variants().split(" or ")]
+        if others:
+            lines.insert(3, f"            fits too, and less completely or as well: {', '.join(others)}")
         if self.strange:
             lines.append(f"unknown     {some(self.strange)}")
         lines += [f"remark      {remark}" for remark in self.remarks]
@@ -92,8 +100,9 @@ def detect(path: str | os.PathLike[str]) -> Detection:
 
 def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None) -> Detection:
     """The same from names and shapes; of a `family`, if the caller knows it."""
-    readings = [_reading(dialect, shapes, metadata, family) for dialect in DIALECTS.values()]
-    best = max((each for each in readings if each.layers), key=_Reading.score, default=None)
+    fitting = _Fitting()
+    readings = [_reading(dialect, shapes, metadata, family, fitting) for dialect in DIALECTS.values()]
+    best = max((each for each in readings if each.layers), key=lambda each: each.standing, default=None)
     if best is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     decided = [*best.decided] or list(shapes)
@@ -123,41 +132,86 @@ class _Reading:
     remark: str
     strange: list[str]
     decided: list[str]
-    marked: bool
-    spelled: int
-    """Tensors spelled as this dialect writes them."""
+    standing: Standing
+    foreign: bool
+    """Whether the header names a base of no known family."""
 
-    def score(self) -> tuple[int, int, bool, bool, int]:
-        best = self.candidates[0] if self.candidates else None
-        named = best.named if best else 0
-        usual = best is not None and best.naming == self.dialect.naming_for(best.architecture)
-        return -len(self.strange), named, self.marked, usual, self.spelled
+
+class _Fitting:
+    """The known models that have some layers; most formats part a file alike, and it is asked once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[bool, frozenset[tuple[str, Size]]], list[Fit]] = {}
+
+    def candidates(self, layers: Mapping[str, Size], *, flat: bool) -> list[Fit]:
+        key = flat, frozenset(layers.items())
+        if key not in self._found:
+            self._found[key] = candidates(layers, flat)
+        return self._found[key]
 
 
 def _reading(
-    dialect: Dialect, shapes: Mapping[str, Shape], metadata: Mapping[str, str], known: Family | None
+    dialect: Dialect,
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    known: Family | None,
+    fits: _Fitting,
 ) -> _Reading:
     keys = {name: dialect.split(name) for name in shapes}
     parted = {name: key for name, key in keys.items() if key is not None}
-    flat = dialect.style == "flat"
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
-    found = sorted(candidates(denoiser, flat), key=lambda each: _rank(each, dialect))
-    told = known or family_in(metadata)
+    found = sorted(fits.candidates(denoiser, flat=dialect.style == "flat"), key=lambda each: _rank(each, dialect))
+    told, foreign = known or family_in(metadata), "" if known else bases.unknown_base(metadata)
     fitting = _only(found, told, "")
-    family, remark = told, ""
+    family, remarks = told, [] if known else [bases.disagreement(metadata)]
     if told is None or (known is None and found and not fitting):
         family = family_of({"": found[0].architecture}) if found and not ambiguous(found) else None
     if known is None and told is not None and found and not fitting:
-        remark = f"its header says {told.name}, which has no such layers; taken for what they are"
-    layers = _grouped(parted, shapes, component_of(family))
-    suffixes: dict[tuple[str, str], set[str]] = {}
-    for key in parted.values():
-        suffixes.setdefault((key.prefix, key.layer), set()).add(key.suffix)
-    decided = [name for name, key in parted.items() if not key.component]
-    spelled = sum(dialect.spelling.get(key.suffix, key.suffix) == key.spelled for key in parted.values())
-    strange = [name for name, key in keys.items() if key is None]
-    marked = any(mark in metadata for mark in dialect.marks)
-    return _Reading(dialect, layers, suffixes, fitting or found, family, remark, strange, decided, marked, spelled)
+        remarks.append(f"its header says {told.name}, which has no such layers; taken for what they are")
+    if foreign:
+        like = f"; its layers are like those of {family.name}" if family is not None else ""
+        family = None
+        remarks.append(f"its header says {foreign}, which is no known family{like}")
+    own = bases.narrowed(fitting or found, metadata)
+    if own:
+        remarks.append(_misfit(own[0], len(denoiser)))
+    best = own[0] if own else None
+    return _Reading(
+        dialect=dialect,
+        layers=_grouped(parted, shapes, component_of(family)),
+        suffixes=_suffixes(parted.values()),
+        candidates=own,
+        family=family,
+        remark="; ".join(filter(None, remarks)),
+        strange=[name for name, key in keys.items() if key is None],
+        decided=[name for name, key in parted.items() if not key.component],
+        standing=standing(
+            dialect,
+            keys.values(),
+            metadata,
+            named=best.named if best else 0,
+            naming=best.naming if best else MIDDLE,
+            architecture=best.architecture if best else None,
+        ),
+        foreign=bool(foreign),
+    )
+
+
+def _suffixes(keys: Iterable[Key]) -> dict[tuple[str, str], set[str]]:
+    found: dict[tuple[str, str], set[str]] = {}
+    for key in keys:
+        found.setdefault((key.prefix, key.layer), set()).add(key.suffix)
+    return found
+
+
+def _misfit(best: Fit, layers: int) -> str:
+    """What of some layers the model that they fit best does not have; "" where it has all of them."""
+    told = []
+    if best.named < layers:
+        told.append(f"{layers - best.named} of its {layers} layers are none of {best.outline}'s")
+    if best.shaped < best.named:
+        told.append(f"{best.named - best.shaped} have other sizes than {best.outline}'s")
+    return ", ".join(told)
 
 
 def _only(found: Iterable[Fit], family: Family | None, component: str) -> list[Fit]:
@@ -232,14 +286,13 @@ def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
 
 
 def _confidence(reading: _Reading) -> Confidence:
-    if reading.strange or not reading.candidates:
+    if reading.strange or reading.foreign or not reading.candidates or ambiguous(reading.candidates):
         return "unsure"
     best = reading.candidates[0]
-    if ambiguous(reading.candidates):
+    if not best.named == best.shaped == len(reading.layers.get("", {})):
         return "unsure"
-    whole = best.named == best.shaped == len(reading.layers.get("", {}))
     only = all(each.architecture is best.architecture for each in reading.candidates)
-    return "certain" if whole and only else "likely"
+    return "certain" if only else "likely"
 
 
 def ambiguous(found: Sequence[Fit]) -> list[Fit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from lycoris.algorithms import MAGNITUDE
@@ -110,6 +111,7 @@ def _split_flat(name: str) -> tuple[str, str, str] | None:
     return layer, canonical(spelled) or spelled, spelled
 
 
+@lru_cache(maxsize=2**14)
 def split_dotted(name: str) -> tuple[str, str, str] | None:
     """Layer, suffix and suffix as spelled; None where no known tensor name ends it."""
     for spelled, suffix in SUFFIXES:

@@ -15,15 +15,15 @@ from lycoris.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files.components import family_in, family_of
 from lycoris.files.described import described
-from lycoris.files.detect import Detection, ambiguous, detect, judge
+from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
-from lycoris.files.headers import header
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import WEIGHTS
 from lycoris.files.reading import peft_folder, resolve_as_written
 from lycoris.files.recognise import Fit
+from lycoris.files.scales import BESIDE, beside
 from lycoris.files.storage import load_tensors
 
 
@@ -38,7 +38,9 @@ class Opened(NamedTuple):
     layouts: dict[str, Layout]
     family: str | None
     assumed: dict[str, str]
-    """Component → the known model that it was taken to be for, where none was given."""
+    """Component → the known models that it was taken to be for, where none was given: which of them is not known."""
+    tensors: Mapping[str, Tensor] = {}
+    """As the file has them."""
 
 
 def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
@@ -52,7 +54,7 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
         return _folder(folder, base)
     tensors, metadata = load_tensors(source)
     try:
-        return understood(tensors, metadata, base, strict=strict)
+        return understood(tensors, {**beside(source), **metadata}, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
@@ -71,7 +73,7 @@ def understood(
     for component in found.components:
         layout = denoiser
         if layout is None or component:
-            assumed[component] = _outline(found, component)
+            assumed[component] = _outlines(found, component)
             layout = known(found.fits[component][0])
         try:
             bundle, layouts[component] = resolve_as_written(
@@ -82,8 +84,9 @@ def understood(
                 raise
             _check_made_for(metadata, layout)
             raise
-        bundles[component] = _certain(bundle, found, assumed, component)
-    return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed)
+        bundles[component] = _without_guess(bundle, assumed, component)
+    own = {key: value for key, value in metadata.items() if key != BESIDE}
+    return Opened(found, shapes, own, bundles, layouts, found.family, assumed, tensors)
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
@@ -100,18 +103,20 @@ def known(fit: Fit) -> Layout:
 
 def _folder(folder: Path, base: nn.Module | None) -> Opened:
     found = detect(folder)
-    model = outline.known(_outline(found, "")) if base is None else base
-    layout, assumed = Layout.of(model), found.models if base is None else {}
+    assumed = {"": _outlines(found, "")} if base is None else {}
+    model = outline.known(found.models[""]) if base is None else base
+    layout = Layout.of(model)
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
-    bundle = _certain(read_peft(folder, model), found, assumed, "")
-    shapes = {name: info.shape for name, info in header(folder / WEIGHTS).tensors.items()}
-    return Opened(found, shapes, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
+    bundle = _without_guess(read_peft(folder, model), assumed, "")
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    own = None if family is None else family.name
+    return Opened(found, shapes, {}, {"": bundle}, {"": layout}, own, assumed, tensors)
 
 
-def _certain(bundle: Bundle, found: Detection, assumed: Mapping[str, str], component: str) -> Bundle:
+def _without_guess(bundle: Bundle, assumed: Mapping[str, str], component: str) -> Bundle:
     """A bundle that does not say what it is for where that is a guess: it would be written as a fact."""
-    guessed = component in assumed and ambiguous(found.fits[component])
-    return replace(bundle, base=None) if guessed else bundle
+    return replace(bundle, base=None) if component in assumed else bundle
 
 
 def _family(metadata: Mapping[str, str], denoiser: Layout) -> Family | None:
@@ -122,10 +127,11 @@ def _family(metadata: Mapping[str, str], denoiser: Layout) -> Family | None:
     return family_of({"": architecture})
 
 
-def _outline(found: Detection, component: str) -> str:
+def _outlines(found: Detection, component: str) -> str:
+    """The known models that a component may be for equally well, in words; raises `FileError` where there is none."""
     if component not in found.models:
         raise FileError(
             f"its {component or 'denoiser'} is of no known model, so that its layers' names cannot be told for "
             "certain; give the model with --base: the folder or the config.json of that denoiser"
         )
-    return found.models[component]
+    return found.variants(component)

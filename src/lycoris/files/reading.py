@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from lycoris.algorithms import ALPHA, LoRA, read_tensors
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import FileError, nearest, unknown
 from lycoris.files import forms, history, placing
+from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.detect import judge
 from lycoris.files.dialect import Dialect, Key
@@ -24,11 +25,11 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
 from lycoris.files.layout import Layout
-from lycoris.files.peft.config import CONFIG, LORA_METADATA, WEIGHTS, Config
+from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.reading import read_peft
+from lycoris.files.scales import BESIDE, Scales, beside, sources
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
-from lycoris.jsons import json_object
 from lycoris.report import SHOWN, Report, some
 
 DOWN = LoRA.keys["down"]
@@ -54,7 +55,7 @@ def read(
             tensors,
             model,
             dialect,
-            metadata=metadata,
+            metadata={**beside(path), **metadata},
             component=component,
             prefix=prefix,
             strict=strict,
@@ -143,12 +144,15 @@ def _resolve(
     whose, contradiction = _family(family, header, component, layout)
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
-    match = max((_matched(tensors, each, layout, component, whose, header) for each in choices), key=_Match.score)
+    match = max(
+        (_matched(tensors, each, layout, component, whose, header) for each in choices), key=lambda each: each.standing
+    )
     if not match.groups:
         raise FileError(_nothing(match, tensors))
     if as_written:
         layout = layout.renamed(match.naming)
-    if strict and match.dialect.folder and not any(ALPHA in group for group in match.groups.values()):
+    unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
+    if strict and unscaled and not sources(header, match.dialect, match.prefix):
         raise FileError(
             f"PEFT's tensors tell their scale only beside its {CONFIG}: read the folder with both, or take 1 for it "
             "with strict=False"
@@ -164,14 +168,15 @@ def _resolve(
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
-        remarks=tuple(each for each in (remark, contradiction) if each),
+        remarks=tuple(each for each in (remark, contradiction, *found.remarks) if each),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
         raise FileError(_problem(report, match, layout, tensors, header))
     # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
     base = Base(layout.owner, layout.middle if as_written else layout.layers)
-    return Bundle(places.entries, dict(header), base, report), layout
+    own = {key: value for key, value in header.items() if key != BESIDE}
+    return Bundle(places.entries, own, base, report), layout
 
 
 def _family(name: str | None, header: Mapping[str, str], component: str, layout: Layout) -> tuple[Family | None, str]:
@@ -207,14 +212,9 @@ class _Match:
     """Layer as written → dotted, for the layers that the model has."""
     strange: list[str]
     elsewhere: dict[str, int]
-    marked: bool
     prefix: str
     """What the names begin with."""
-
-    def score(self) -> tuple[int, int, bool]:
-        """How well it explains the file."""
-        fitting = sum(len(group) for layer, group in self.groups.items() if layer in self.names)
-        return fitting, -len(self.strange), self.marked
+    standing: Standing
 
     def used(self) -> list[str]:
         return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
@@ -255,12 +255,16 @@ def _matched(
         if first != name:
             raise FileError(f"{first} and {name} are the same tensor under two names; take one of them out")
     tables = {naming: layout.written(naming, dialect.style) for naming in layout.namings}
-    naming = max(tables, key=lambda each: sum(layer in tables[each] for layer in groups))
+    usual = None if layout.architecture is None else dialect.naming_for(layout.architecture)
+    counts = {each: sum(layer in table for layer in groups) for each, table in tables.items()}
+    naming = max(tables, key=lambda each: (counts[each], each == usual))
     strange = [name for name, key in keys.items() if key is None]
     elsewhere = {name: len(those) for name, those in by_component.items()}
-    marked = any(mark in header for mark in dialect.marks)
     prefix = next((key.prefix for key in mine.values()), "")
-    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, marked, prefix)
+    own = standing(
+        dialect, keys.values(), header, named=counts[naming], naming=naming, architecture=layout.architecture
+    )
+    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, prefix, own)
 
 
 @dataclass
@@ -268,6 +272,7 @@ class _Found:
     stacks: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
     """By dotted name, in the naming of the file."""
     notes: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def _entries(
@@ -275,7 +280,7 @@ def _entries(
 ) -> tuple[_Found, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
     found, mismatched = _Found(), {}
-    alpha = _alpha_in(header, match.prefix.rstrip("."))
+    scales = Scales.of(header, match.dialect, match.prefix)
     spans = layout.spans(match.naming) if match.naming != layout.naming else {}
     for layer, group in match.groups.items():
         if layer not in match.names:
@@ -284,9 +289,9 @@ def _entries(
         geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
         try:
             own = {suffix: tensors[key] for suffix, key in group.items()}
-            if DOWN in own and own[DOWN].dim() and ALPHA not in own:
-                told = alpha(layer, len(own[DOWN]))
-                own |= {} if told is None else {ALPHA: torch.tensor(told, dtype=torch.float64)}
+            if DOWN in own and own[DOWN].dim() and "scale" not in own:
+                told = scales.alpha(name, len(own[DOWN]), _alpha(own))
+                own |= {} if told is None or ALPHA in own else {ALPHA: torch.tensor(told, dtype=torch.float64)}
             stack = _stack(own, geometry, name)
             stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
         except FileError as error:
@@ -295,7 +300,13 @@ def _entries(
         found.stacks[name] = stack
         if note:
             found.notes[name] = note
+    found.remarks += scales.remarks()
     return found, mismatched
+
+
+def _alpha(group: Mapping[str, Tensor]) -> float | None:
+    """What a tensor `alpha` says, if it is one number; whether it has to be is for the algorithm to say."""
+    return float(group[ALPHA]) if ALPHA in group and group[ALPHA].numel() == 1 else None
 
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
@@ -317,24 +328,6 @@ def finite(tensor: Tensor) -> bool:
     # NaN is both; many times as fast as a test of every number. Of one byte torch has no order.
     least, most = (tensor.half() if tensor.itemsize == 1 else tensor).aminmax()
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def _alpha_in(header: Mapping[str, str], component: str) -> Callable[[str, int], float | None]:
-    """Path and rank → alpha, as the settings in the header of one of diffusers' files say; they know no alpha tensors.
-
-    Raises `FileError` for settings that cannot be read.
-    """
-    if LORA_METADATA not in header:
-        return lambda path, rank: None
-    try:
-        told = json_object(header[LORA_METADATA])
-        own = {name.partition(".")[2]: value for name, value in told.items() if name.partition(".")[0] == component}
-    except ValueError as error:
-        raise FileError(f"its header's {LORA_METADATA} is no JSON object: {error}") from error
-    if not own:
-        return lambda path, rank: None
-    config = Config.parse({**own, "peft_type": "LORA"})
-    return lambda path, rank: config.scale(path) * rank
 
 
 def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:

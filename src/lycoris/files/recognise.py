@@ -97,7 +97,7 @@ def candidates(layers: Mapping[str, Size], flat: bool) -> list[Fit]:
 
 
 def _more(fit: Fit) -> tuple[int, int]:
-    return fit.named, fit.shaped
+    return weight(fit), fit.named
 
 
 def _known(layers: Mapping[str, Size], architecture: Architecture, naming: str, flat: bool) -> Iterator[Fit]:
@@ -122,7 +122,7 @@ class _Layers(NamedTuple):
     """How many there are of each kind of name."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _layers(architecture: str, naming: str, model: str, flat: bool) -> _Layers:
     """The layers of a known model in a naming."""
     middle = skeleton(model)
@@ -148,6 +148,7 @@ def _names(architecture: str, naming: str, flat: bool) -> frozenset[str]:
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 
 
+@lru_cache(maxsize=2**16)
 def _kind(path: str) -> str:
     """A path with stars for its numbers, dotted or flat."""
     return _NUMBER.sub("*", path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 from lycoris.algorithms import ALGORITHMS, ALPHA
@@ -63,6 +64,7 @@ _NAMED = re.compile(
 )
 
 
+@lru_cache(maxsize=2**14)
 def unnamed(key: str) -> str:
     """A tensor's name without that of the adapter, which PEFT has in the middle of it while a model is in memory."""
     found = _NAMED.fullmatch(key)

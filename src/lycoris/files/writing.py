@@ -33,10 +33,9 @@ from lycoris.files.target import check_target
 from lycoris.ops.rounding import widened
 from lycoris.report import some
 
-STALE = (
-    *(LORA_METADATA, history.SCALES, described.KEY),
-    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
-)
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Header keys that are hashes of a file's tensors."""
+STALE = (LORA_METADATA, history.SCALES, described.KEY, *HASHES)
 """Header keys that describe the tensors of the file that was read."""
 
 
