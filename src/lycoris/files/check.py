@@ -17,14 +17,19 @@ from lycoris.errors import FileError, unknown
 from lycoris.files.components import component_of
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
 from lycoris.files.consumers.keys import Known
+from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
+from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, opened
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
+
+
+SAME = 1e-6
+"""A scale this near to 1 is 1."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ def judged(found: Opened, consumer: str) -> Check:
     program = CONSUMERS[consumer]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = _written(found.shapes, detection)
+    routed = _routed(program, found, written)
     parts = [
-        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name])
+        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed)
         for name in detection.components
     ]
     verdicts, algorithms = {}, {}
@@ -116,7 +122,8 @@ def judged(found: Opened, consumer: str) -> Check:
         for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
             verdicts[name], algorithms[name] = verdict, _told(part.bundle.entries[layer])
-    problems = [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    problems = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
+    problems += [problem for part in parts for problem in (*part.problems, part.together) if problem]
     lost = sum(part.passed_over for part in parts)
     if program.unmatched is not None and lost > program.unmatched:
         problems.append(
@@ -133,6 +140,8 @@ class Written(NamedTuple):
     """What the names of its tensors have in common."""
     tensors: Mapping[str, tuple[int, ...]]
     """Their shapes, by name in LyCORIS' spelling."""
+    spelled: tuple[str, ...] = ()
+    """Their names as written."""
 
 
 def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
@@ -144,8 +153,21 @@ def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dic
         if key is not None:
             layers = found.setdefault(whose(key), {})
             before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
-            layers[key.layer] = before._replace(tensors={**before.tensors, key.suffix: shape})
+            layers[key.layer] = before._replace(
+                tensors={**before.tensors, key.suffix: shape}, spelled=(*before.spelled, key.spelled)
+            )
     return found
+
+
+def _routed(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
+    """What becomes of all keys together in a program that looks at all of them."""
+    if program.route is None:
+        return None
+    layers = {each.key: each.spelled for component in written.values() for each in component.values()}
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    if architecture is None and found.family is not None:
+        architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
+    return program.route(Sent(layers, None if architecture is None else architecture.name))
 
 
 @dataclass(frozen=True)
@@ -160,6 +182,8 @@ class Part:
     bundle: Bundle
     written: Mapping[str, Written]
     """By layer as written."""
+    routed: Routed | None = None
+    """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
 
     @property
     def architecture(self) -> str | None:
@@ -199,12 +223,17 @@ class Part:
     def problems(self) -> list[str]:
         """Why the program does not take this component at all."""
         title, model = self.program.title, self.architecture or "this model"
-        if self.known is None or all(map(self._lost, self.written)):
+        if self.routed is not None and self.routed.refused:
+            return []
+        if (self.known is None and self.routed is None) or all(map(self._lost, self.written)):
             there = ", ".join(each for each in self.elsewhere if each != self.own)
             return [
                 f"{title} does not know keys of the format {self.own} for {model}"
                 + (f"; it knows {there}" if there else ", nor of any other known here")
             ]
+        if self.routed is not None:
+            return [self._stopped] if self._stopped else []
+        assert self.known is not None
         keys = {each.key for each in self.written.values()}
         stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
@@ -214,6 +243,18 @@ class Part:
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
         return found
+
+    @property
+    def _stopped(self) -> str:
+        """Why the program gives a file up at a layer that it cannot take; "" where it takes what it finds."""
+        stopping = {
+            layer: verdict.why
+            for layer, verdict in self.verdicts.items()
+            if verdict.reads == "not at all" and not self._lost(self._as_written(layer))
+        }
+        if not self.program.stops or not stopping:
+            return ""
+        return f"{self.program.title} rejects the file for {some(stopping)}: {next(iter(stopping.values()))}"
 
     @property
     def together(self) -> str:
@@ -247,13 +288,16 @@ class Part:
 
     def _lost(self, written: str) -> bool:
         """Whether the program passes a layer's keys over."""
+        if self.routed is not None:
+            return self.written[written].key in self.routed.lost
         unnamed = self._named is not None and written not in self._named
         return unnamed or (self.known is not None and bool(re.fullmatch(self.known.lost, self.written[written].key)))
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key, stored = self.written[written]
-        if self._lost(written) or (self.known is not None and re.fullmatch(self.known.stops, key)):
+        key, stored, _ = self.written[written]
+        known = None if self.routed is not None else self.known
+        if self._lost(written) or (known is not None and re.fullmatch(known.stops, key)):
             return Verdict("not at all", f"{title} has no place for such keys")
         if "bias_indices" in stored:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
@@ -268,7 +312,9 @@ class Part:
         )
         if verdict.reads != "as trained":
             return verdict
-        if self.known is not None and re.fullmatch(self.known.bent, key):
+        if left_out := self._left_out(first, key):
+            return left_out
+        if known is not None and re.fullmatch(known.bent, key):
             return Verdict("differently", f"{title} puts it on other rows of the weight")
         corrected = self.bundle.report.changed.get(layer)
         if corrected:
@@ -276,6 +322,25 @@ class Part:
                 "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
             )
         return verdict
+
+    def _left_out(self, entry: Entry, key: str) -> Verdict | None:
+        """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""
+        title, dialect = self.program.title, DIALECTS[self.own]
+        if self.routed is not None and key in self.routed.without_lengths:
+            return Verdict(
+                "differently",
+                f"{title} leaves DoRA's magnitude out; how far off that is depends on the base weight",
+                None,
+                "plain",
+            )
+        scale = entry.algorithm.scale(entry.geometry)
+        outside = (dialect.scale == "header" or dialect.folder) and not self.program.reads_header
+        inside = self.routed is not None and key in self.routed.without_scale
+        if (outside or inside) and abs(scale - 1) > SAME:
+            where = "a file's header or config" if outside else "alpha beside such tensors"
+            error = None if isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
+            return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
+        return None
 
 
 def _among(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:

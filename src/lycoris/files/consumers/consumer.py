@@ -11,6 +11,7 @@ from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, Keys, Known
+from lycoris.files.consumers.routes import Route
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all"]
@@ -108,6 +109,12 @@ class Consumer:
 
     unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
+    route: Route | None = None
+    """What becomes of a file's keys, by all of them, where that says more than `keys`, which then lists dialects only."""
+    stops: bool = False
+    """Whether one layer that it cannot take costs the whole file."""
+    reads_header: bool = False
+    """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 

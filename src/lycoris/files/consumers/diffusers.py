@@ -107,4 +107,5 @@ DIFFUSERS = Consumer(
         Row(dora, "as trained", STRENGTH),
     ),
     kinds=("linear", "conv"),
+    reads_header=True,
 )

@@ -60,4 +60,5 @@ PEFT = Consumer(
     kinds=get_args(Kind),
     transposes=True,
     whole=together,
+    reads_header=True,
 )
