@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lycoris.algorithms import DoRA
+from lycoris.algorithms import ALPHA, DoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.components import component_of
@@ -22,7 +22,9 @@ from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import ARCHITECTURES, FAMILIES
+from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
+from lycoris.files.naming import Span
 from lycoris.files.opening import Opened, opened
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
@@ -117,20 +119,30 @@ def judged(found: Opened, consumer: str) -> Check:
         Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed)
         for name in detection.components
     ]
+    rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
+    rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    lost = sum(part.passed_over for part in parts)
+    if program.unmatched is not None and lost > program.unmatched:
+        rejected.append(
+            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
+        )
     verdicts, algorithms = {}, {}
     for part in parts:
         for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
-            verdicts[name], algorithms[name] = verdict, _told(part.bundle.entries[layer])
-    problems = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
-    problems += [problem for part in parts for problem in (*part.problems, part.together) if problem]
-    lost = sum(part.passed_over for part in parts)
-    if program.unmatched is not None and lost > program.unmatched:
-        problems.append(
-            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
-        )
+            verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
+            algorithms[name] = _told(part.bundle.entries[layer])
+    problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
     nowhere = not any(part.elsewhere for part in parts)
     return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
+
+
+def _with_the_file(verdict: Verdict, program: Consumer) -> Verdict:
+    """What becomes of a layer in a file that is rejected for another reason."""
+    if verdict.reads == "not at all":
+        return verdict
+    why = f"{program.title} rejects the file" + ("" if verdict.reads == "as trained" else f"; else: {verdict.why}")
+    return Verdict("not at all", why, None, verdict.remedy or "format")
 
 
 class Written(NamedTuple):
@@ -221,16 +233,10 @@ class Part:
 
     @property
     def problems(self) -> list[str]:
-        """Why the program does not take this component at all."""
-        title, model = self.program.title, self.architecture or "this model"
-        if self.routed is not None and self.routed.refused:
+        """Why the program rejects a file with this component."""
+        title = self.program.title
+        if self.unknown or (self.routed is not None and self.routed.refused):
             return []
-        if (self.known is None and self.routed is None) or all(map(self._lost, self.written)):
-            there = ", ".join(each for each in self.elsewhere if each != self.own)
-            return [
-                f"{title} does not know keys of the format {self.own} for {model}"
-                + (f"; it knows {there}" if there else ", nor of any other known here")
-            ]
         if self.routed is not None:
             return [self._stopped] if self._stopped else []
         assert self.known is not None
@@ -242,7 +248,26 @@ class Part:
         found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
-        return found
+        return [*found, *filter(None, [self._stopped])]
+
+    @property
+    def unknown(self) -> str:
+        """That the program knows none of its keys; "" where it does."""
+        if self.routed is not None and self.routed.refused:
+            return ""
+        if (self.known is not None or self.routed is not None) and not all(map(self._lost, self.written)):
+            return ""
+        there, model = ", ".join(self._others), self.architecture or "this model"
+        if self.routed is None and not self.program.seen(self.architecture):
+            return f"which keys {self.program.title} knows for {model} was not looked at"
+        return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
+            f"; it knows {there}" if there else ", nor of any other known here"
+        )
+
+    @property
+    def _others(self) -> list[str]:
+        """The dialects that it does know for this architecture, but that of the file."""
+        return [each for each in self.elsewhere if each != self.own]
 
     @property
     def _stopped(self) -> str:
@@ -286,19 +311,30 @@ class Part:
             return None
         return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
 
+    @cached_property
+    def _holders(self) -> Mapping[str, Span]:
+        return holders(self.program, self.layout)
+
+    def _span(self, layer: str) -> Span:
+        return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
+
     def _lost(self, written: str) -> bool:
         """Whether the program passes a layer's keys over."""
         if self.routed is not None:
             return self.written[written].key in self.routed.lost
+        if self.known is None:
+            return True
         unnamed = self._named is not None and written not in self._named
-        return unnamed or (self.known is not None and bool(re.fullmatch(self.known.lost, self.written[written].key)))
+        return unnamed or bool(re.fullmatch(self.known.lost, self.written[written].key))
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
         key, stored, _ = self.written[written]
         known = None if self.routed is not None else self.known
+        if self.known is None and self.routed is None and not self.program.seen(self.architecture):
+            return Verdict("not known", f"which keys {title} knows for this model was not looked at")
         if self._lost(written) or (known is not None and re.fullmatch(known.stops, key)):
-            return Verdict("not at all", f"{title} has no place for such keys")
+            return Verdict("not at all", f"{title} has no place for such keys", None, "format" if self._others else None)
         if "bias_indices" in stored:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         first, *rest = stack
@@ -309,10 +345,11 @@ class Part:
             architecture=self.architecture,
             key=key,
             stored=stored,
+            place=place_of(self._span(layer), self._holders, self.layout),
         )
         if verdict.reads != "as trained":
             return verdict
-        if left_out := self._left_out(first, key):
+        if left_out := self._left_out(stack, key, stored):
             return left_out
         if known is not None and re.fullmatch(known.bent, key):
             return Verdict("differently", f"{title} puts it on other rows of the weight")
@@ -323,9 +360,9 @@ class Part:
             )
         return verdict
 
-    def _left_out(self, entry: Entry, key: str) -> Verdict | None:
+    def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
         """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""
-        title, dialect = self.program.title, DIALECTS[self.own]
+        title, dialect, (entry, *others) = self.program.title, DIALECTS[self.own], stack
         if self.routed is not None and key in self.routed.without_lengths:
             return Verdict(
                 "differently",
@@ -334,11 +371,12 @@ class Part:
                 "plain",
             )
         scale = entry.algorithm.scale(entry.geometry)
-        outside = (dialect.scale == "header" or dialect.folder) and not self.program.reads_header
+        kept_outside = (dialect.scale == "header" and ALPHA not in stored) or dialect.folder
+        outside = kept_outside and not self.program.reads_header
         inside = self.routed is not None and key in self.routed.without_scale
         if (outside or inside) and abs(scale - 1) > SAME:
             where = "a file's header or config" if outside else "alpha beside such tensors"
-            error = None if isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
+            error = None if others or isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
             return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
         return None
 

@@ -9,11 +9,13 @@ from functools import partial
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError
 from lycoris.files.components import prefix_of
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.consumers import CONSUMERS, Place
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
+from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
+from lycoris.files.naming import Span
 from lycoris.files.opening import Opened
 from lycoris.files.portable import Stack, portable_stack
 from lycoris.files.skeleton import namings
@@ -38,10 +40,11 @@ def exported(
     for component, bundle in found.bundles.items():
         layout, entries = found.layouts[component], dict[str, Stack]()
         keys = _keys(bundle, layout, to, _prefix(found, component, to))
+        places = _places(bundle, layout, program, to)
         for layer, stack in bundle.entries.items():
             try:
                 entries[layer], what = _exported(
-                    stack, program, to, layer, keys[layer], layout, None if component else weights
+                    stack, program, to, layer, keys[layer], places[layer], layout, None if component else weights
                 )
             except FileError as error:
                 problems[layer] = str(error)
@@ -56,10 +59,17 @@ def exported(
 
 
 def _exported(
-    stack: Stack, program: str, to: str, layer: str, key: str, layout: Layout, weights: BaseWeights | None
+    stack: Stack,
+    program: str,
+    to: str,
+    layer: str,
+    key: str,
+    place: Place,
+    layout: Layout,
+    weights: BaseWeights | None,
 ) -> tuple[Stack, str]:
     architecture = None if layout.architecture is None else layout.architecture.name
-    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key)
+    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place)
     try:
         return export()
     except PlanError as error:
@@ -84,3 +94,17 @@ def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, 
     home = namings(layout.architecture)[DIALECTS[to].naming_for(layout.architecture)].home
     firsts = {layer: layout.spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
     return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
+
+
+def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[str, Place]:
+    """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
+    held = holders(CONSUMERS[program], layout)
+    if layout.architecture is None or not held:
+        return dict.fromkeys(bundle.entries, "")
+    there = layout.spans(DIALECTS[to].naming_for(layout.architecture))
+    written = {part: span for span in there.values() for part in span.parts}
+    own = layout.spans(layout.naming)
+    return {
+        layer: place_of(written.get(own[layer].parts[0], Span(own[layer].parts)), held, layout)
+        for layer in bundle.entries
+    }

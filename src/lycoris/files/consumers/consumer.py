@@ -14,7 +14,10 @@ from lycoris.files.consumers.keys import ALL, Keys, Known
 from lycoris.files.consumers.routes import Route
 from lycoris.geometry import Kind
 
-Reads = Literal["as trained", "differently", "not at all"]
+Reads = Literal["as trained", "differently", "not at all", "not known"]
+Place = Literal["", "rows", "swapped"]
+"""How a program's model holds a layer of a file: as one of its own, as some rows of one, or as one whose two halves are
+the other way round."""
 Remedy = Literal[
     "plain",
     "dense",
@@ -28,8 +31,24 @@ Remedy = Literal[
     "joined",
     "anew",
     "scale",
+    "format",
 ]
 """Names of exports, which `lycoris.files.portable` makes."""
+ASKED = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
+"""Algorithms of which it was looked at what programs make of them; nothing is claimed of any other."""
+NAMES = frozenset(
+    {
+        *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values"),
+        *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "bias_size", "lora_magnitude_vector"),
+        *(f"hada_{each}" for each in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")),
+        *("weight", "on_input", "oft_blocks", "oft_diag", "rescale"),
+        *("q_layer.weight", "p_layer.weight", "lambda_layer"),
+        *("base_q.weight", "base_p.weight", "base_lambda"),
+    }
+)
+"""Tensors of which it was looked at what programs make of them."""
 
 
 class Verdict(NamedTuple):
@@ -58,6 +77,7 @@ class Case(NamedTuple):
     """The layer as its keys call it, with what they begin with; "" not known."""
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
+    place: Place = ""
 
     @property
     def name(self) -> str:
@@ -107,8 +127,12 @@ class Consumer:
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
+    names: frozenset[str] = NAMES
+    """Tensors of which it was looked at what it makes of them."""
     unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
+    own: str = ""
+    """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
     route: Route | None = None
     """What becomes of a file's keys, by all of them, where that says more than `keys`, which then lists dialects only."""
     stops: bool = False
@@ -133,21 +157,31 @@ class Consumer:
         architecture: str | None = None,
         key: str = "",
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        place: Place = "",
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name.
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the program's
+        model holds the layer.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
-        if g.transposed and not self.transposes:
+        if g.transposed and g.kind != "embedding" and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
                 return Verdict(row.reads, f"{self.title} {why}", error, row.remedy)
+        if case.name not in ASKED:
+            return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
+        if strange := sorted(stored.keys() - self.names):
+            return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
         return Verdict("as trained", f"{self.title} computes what was trained")
+
+    def seen(self, architecture: str | None) -> bool:
+        """Whether it was looked at which keys it knows for an architecture."""
+        return any(ALL in there or architecture in there for there in self.keys.values())

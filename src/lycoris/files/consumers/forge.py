@@ -24,5 +24,7 @@ FORGE = Consumer(
         Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2"),
         *SHARED,
     ),
+    kinds=("linear", "conv", "norm", "embedding"),
     unmatched=UNMATCHED,
+    own="comfyui",
 )

@@ -48,10 +48,21 @@ CLIPS = ("clip", "clip-with-projection")
 DENOISERS = tuple(
     name for name in dict.fromkeys(family.components[""] for family in FAMILIES.values()) if name != "language-model"
 )
+_LAYERS = r"text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])"
 _FLAT_CLIP = r"(lora|oft)_te\d?_(?!text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])$).*"
 _DOTTED_CLIP = r"text_encoder\w*\.(?!text_model\.encoder\.layers\.\d+\.(self_attn\.(k|q|v|out)_proj|mlp\.fc[12])$).*"
 _ATTENTION = r".*\.attn\d\.to_.*"
 """A UNet's projections."""
+
+
+_EMBEDS = r".*encoder[._]embed_tokens"
+"""Of T5; the same table as `shared`, by which ComfyUI and Forge know it."""
+_AS_TRANSFORMER = r"transformer\..*"
+"""What begins so is of a transformer."""
+_FLUX2_OUTSIDE = (
+    r".*(double_stream_modulation_(img|txt)|single_stream_modulation)[._]linear"
+    r"|.*time_guidance_embed[._]timestep_embedder[._]linear_[12]"
+)
 
 
 # The names that ComfyUI gives the layers of a denoiser.
@@ -59,37 +70,46 @@ _COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
-_COMFYUI_CLIP = partly(*CLIPS, lost=_FLAT_CLIP) | wholly("t5")
+_COMFYUI_CLIP = partly("clip", lost=_FLAT_CLIP) | partly(
+    "clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*"
+) | partly("t5", lost=_EMBEDS)
 # UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
 # own names in diffusers are not in that table.
 _COMFYUI_DOTTED = (
-    partly(*UNETS, lost=_ATTENTION)
+    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}")
     | wholly("sd3", "flux1", "qwen-image", "z-image")
+    | partly("flux2", lost=_FLUX2_OUTSIDE)
     | partly(*CLIPS, lost=_DOTTED_CLIP)
 )
+_COMFYUI_OWN = wholly(*DENOISERS, *CLIPS, "language-model") | partly("t5", lost=_EMBEDS)
 COMFYUI: Mapping[str, Mapping[str, Known]] = {
-    "comfyui": EVERY,
+    "comfyui": _COMFYUI_OWN,
     "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     "kohya-diffusers": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     # unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers, QwenImage, z_image_to_diffusers
-    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image"),
+    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image") | partly("flux2", lost=_FLUX2_OUTSIDE),
     "diffusers": _COMFYUI_DOTTED,
+    # `unet.` and nothing else, before the processors' names
+    "processors": wholly(*UNETS),
     "musubi": _COMFYUIS,
     # HunyuanVideo: "diffusion-pipe lora format", the blocks' original names.
     "musubi-other": _COMFYUIS
     | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*")
     | wholly("z-image"),
-    "onetrainer-comfy": EVERY,
+    "onetrainer-comfy": _COMFYUI_OWN,
     "onetrainer-kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     "onetrainer-diffusers": _COMFYUI_DOTTED,
     # `lora_transformer_` of SD3 and Flux
     "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
     | partly("sd3", "flux1", lost="lora_unet_.*")
+    | partly("flux2", lost=f"lora_unet_.*|{_FLUX2_OUTSIDE}")
     | _COMFYUI_CLIP,
     # `transformer.` as diffusers'; `diffusion_model.` before diffusers' names of Z-Image, and of Qwen-Image, its own
-    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*") | wholly("qwen-image", "z-image"),
-    # QwenImage and z_image_to_diffusers: without a prefix
-    "bare": wholly("qwen-image", "z-image"),
+    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*")
+    | partly("flux2", lost=rf"diffusion_model\..*|{_FLUX2_OUTSIDE}")
+    | wholly("qwen-image", "z-image"),
+    # QwenImage, z_image_to_diffusers and unet_to_diffusers: without a prefix
+    "bare": wholly("qwen-image", "z-image") | partly(*UNETS, lost=_ATTENTION),
     "onetrainer-original": wholly("qwen-image", "z-image"),
     # SD3: "format for flash-sd3 lora". Without the folder's config its scale is that of alpha = rank.
     "peft": wholly("sd3"),

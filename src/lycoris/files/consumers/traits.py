@@ -109,6 +109,11 @@ def cored(case: Case) -> bool:
     return any(name in case.entry.tensors for name in ("mid", "t1", "t2"))
 
 
+def without_mid(case: Case) -> bool:
+    """LoRA with a core beside factors that are called as PEFT does, which has none."""
+    return case.name == "lora" and cored(case) and "lora_up.weight" in DIALECTS[case.dialect].spelling
+
+
 def off_pictures(case: Case) -> bool:
     """A convolution over one or three dimensions."""
     return case.dimensions in (1, 3)
@@ -255,3 +260,41 @@ def starts_elsewhere(case: Case) -> bool:
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
+
+
+def in_rows(case: Case) -> bool:
+    """A layer that the program's model holds as rows of a larger one, or with its halves exchanged."""
+    return bool(case.place)
+
+
+def exchanged(case: Case) -> bool:
+    """A layer whose halves the program exchanges."""
+    return case.place == "swapped"
+
+
+def up_bias(case: Case) -> bool:
+    """A change of the bias that the file has as that of LoRA's second factor."""
+    return "lora_up.bias" in case.stored
+
+
+def bias_only(case: Case) -> bool:
+    """A change of the bias and nothing else."""
+    return not case.beside and case.entry.tensors.keys() <= {"diff_b"}
+
+
+def any_bias(case: Case) -> bool:
+    """A change of the bias, be it alone, with one of the weight, or beside another algorithm."""
+    return moves_bias(case) or beside(case)
+
+
+def bias_share(case: Case) -> float | None:
+    """How far off the change is without that of the bias, where all of it is stored."""
+    t = case.entry.tensors
+    if case.beside or "diff" not in t or "diff_b" not in t:
+        return None
+    bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
+    return (bias / whole) ** 0.5 if whole else None
+
+
+def embedding(case: Case) -> bool:
+    return case.entry.geometry.kind == "embedding"

@@ -64,4 +64,5 @@ WEBUI = Consumer(
         LENGTHS_OF_COLUMNS,
         WITHOUT_BIAS,
     ),
+    stops=True,
 )
