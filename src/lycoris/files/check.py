@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lycoris.algorithms import ALPHA, DoRA
+from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.components import component_of
@@ -27,6 +27,7 @@ from lycoris.files.layout import Layout
 from lycoris.files.naming import Span
 from lycoris.files.opening import Opened, opened
 from lycoris.files.portable import EXPORTS
+from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.report import some
 
 
@@ -243,8 +244,7 @@ class Part:
         keys = {each.key for each in self.written.values()}
         stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
-        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
-        lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
+        lacking = [key for key in self._absent if _among(key, self.known.needs, groups)]
         found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
@@ -275,9 +275,11 @@ class Part:
         stopping = {
             layer: verdict.why
             for layer, verdict in self.verdicts.items()
-            if verdict.reads == "not at all" and not self._lost(self._as_written(layer))
+            if verdict.reads == "not at all"
+            and (self.program.stops or verdict.rejects)
+            and not self._lost(self._as_written(layer))
         }
-        if not self.program.stops or not stopping:
+        if not stopping:
             return ""
         return f"{self.program.title} rejects the file for {some(stopping)}: {next(iter(stopping.values()))}"
 
@@ -290,10 +292,16 @@ class Part:
     @property
     def passed_over(self) -> int:
         """How many tensors the program has no use for."""
-        if self.known is None:
-            return sum(len(each.tensors) for each in self.written.values())
-        lost = (layer for layer, verdict in self.verdicts.items() if verdict.reads == "not at all")
-        return sum(len(self.written[self._as_written(layer)].tensors) for layer in lost)
+        found = 0
+        for layer, verdict in self.verdicts.items():
+            written = self._as_written(layer)
+            if verdict.reads == "not at all":
+                # Of a layer that it knows, it takes these whatever else there is.
+                taken = set() if self._lost(written) else {ALPHA, MAGNITUDE}
+                found += len(self.written[written].tensors.keys() - taken)
+            else:
+                found += len(self.written[written].tensors.keys() & {MAGNITUDE_VECTOR, "lora_up.bias"})
+        return found
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
@@ -312,6 +320,19 @@ class Part:
         return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
 
     @cached_property
+    def _absent(self) -> list[str]:
+        """Keys of layers that the file has nothing for."""
+        keys = {each.key for each in self.written.values()}
+        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
+        return [key for key in every if key not in keys]
+
+    @cached_property
+    def _incomplete(self) -> set[tuple[str | None, ...]]:
+        """Groups of keys that go together, of which the file lacks some."""
+        together = self.known.together if self.known is not None else ""
+        return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
+
+    @cached_property
     def _holders(self) -> Mapping[str, Span]:
         return holders(self.program, self.layout)
 
@@ -325,7 +346,8 @@ class Part:
         if self.known is None:
             return True
         unnamed = self._named is not None and written not in self._named
-        return unnamed or bool(re.fullmatch(self.known.lost, self.written[written].key))
+        key = self.written[written].key
+        return unnamed or bool(re.fullmatch(self.known.lost, key)) or _among(key, self.known.together, self._incomplete)
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
@@ -334,7 +356,13 @@ class Part:
         if self.known is None and self.routed is None and not self.program.seen(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")
         if self._lost(written) or (known is not None and re.fullmatch(known.stops, key)):
-            return Verdict("not at all", f"{title} has no place for such keys", None, "format" if self._others else None)
+            return Verdict(
+                "not at all", f"{title} has no place for such keys", None, "format" if self._others else None
+            )
+        if known is not None and re.fullmatch(known.unsure, key):
+            return Verdict(
+                "not known", f"whether {title} has a place for such keys depends on the version of the model"
+            )
         if "bias_indices" in stored:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         first, *rest = stack

@@ -23,7 +23,9 @@ from lycoris.files.consumers.traits import (
     limited_without_outputs,
     no_other_than,
     of_both_layouts,
+    not_written_as,
     old_rotation,
+    parameter,
     up_bias,
     without_mid,
 )
@@ -81,7 +83,15 @@ WITHOUT_MID = (
     ),
     Row(without_mid, "differently", "looks for no core beside factors of these names", "no core"),
 )
+STOPPED = tuple(row._replace(rejects=True) for row in cores(f"{CORES}, and stops"))
+OWN_NAMES = Row(
+    all_of(parameter, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
+    "not at all",
+    "knows bare parameters by their own names behind diffusion_model. only",
+    "format",
+)
 SHARED = (
+    OWN_NAMES,
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
     Row(
@@ -99,7 +109,7 @@ SHARED = (
     ),
     *EMBEDDINGS,
     *WITHOUT_MID,
-    *cores(CORES),
+    *STOPPED,
     Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
     Row(
         dora_out,
@@ -113,6 +123,8 @@ SHARED = (
     *PLACES,
 )
 """What Forge took over."""
+FAILING = (SHARED[3], EMBEDDINGS[0], WITHOUT_MID[0])
+"""Of these, what it cannot compute: a line in ComfyUI's log, an error in Forge."""
 
 COMFYUI = Consumer(
     "comfyui",
@@ -136,6 +148,6 @@ COMFYUI = Consumer(
             "turns the rows as trained; at another strength than 1 the strength counts twice",
         ),
     ),
-    kinds=("linear", "conv", "norm", "embedding"),
+    kinds=("linear", "conv", "norm", "embedding", "parameter"),
     own="comfyui",
 )

@@ -61,6 +61,8 @@ class Verdict(NamedTuple):
     """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
     remedy: Remedy | None = None
     """The export that makes it right; None where none is needed, or none is known."""
+    rejects: bool = False
+    """Whether it costs the whole file."""
 
 
 class Case(NamedTuple):
@@ -109,6 +111,7 @@ class Row(NamedTuple):
     why: str | Callable[[Case], str]
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
+    rejects: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Consumer:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
-                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, row.rejects)
         if case.name not in ASKED:
             return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
         if strange := sorted(stored.keys() - self.names):

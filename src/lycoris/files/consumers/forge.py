@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers import keys
-from lycoris.files.consumers.comfyui import KRON, SHARED
+from lycoris.files.consumers.comfyui import FAILING, KRON, SHARED
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import core_without_contiguous, is_a
 
@@ -21,10 +21,10 @@ FORGE = Consumer(
             "knows no rotations, and passes their keys over",
             "plain",
         ),
-        Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2"),
-        *SHARED,
+        Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2", rejects=True),
+        *(row._replace(rejects=True) if row in FAILING else row for row in SHARED),
     ),
-    kinds=("linear", "conv", "norm", "embedding"),
+    kinds=("linear", "conv", "norm", "embedding", "parameter"),
     unmatched=UNMATCHED,
     own="comfyui",
 )

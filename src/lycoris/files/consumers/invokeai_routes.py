@@ -93,7 +93,9 @@ def _of_diffusers(paths: Iterable[str]) -> str:
         for (at, added), found in groups.items()
         if len(found) < 3
     )
-    return f"rejects the file, for it wants q, k and v together, and some are missing of {some(parted)}" if parted else ""
+    return (
+        f"rejects the file, for it wants q, k and v together, and some are missing of {some(parted)}" if parted else ""
+    )
 
 
 def _diffusers_like(sent: Sent) -> str:
@@ -104,13 +106,17 @@ def _diffusers_like(sent: Sent) -> str:
         wanted = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")
         if all(set(PAIR) <= set(sent.layers.get(prefix + name, ())) for name in wanted):
             return "flux1"
-    second = any(mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in"))
+    second = any(
+        mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in")
+    )
     single = any(
         key.startswith(f"{prefix}single_transformer_blocks.") and "to_qkv_mlp_proj" in key
         for key in sent.layers
         for prefix in ("transformer.", "base_model.model.", "")
     )
-    double = sent.any_starts("transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks.")
+    double = sent.any_starts(
+        "transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks."
+    )
     return "flux2" if second and (single or double) else ""
 
 

@@ -25,6 +25,10 @@ class Known(NamedTuple):
     """Keys for which it rejects the file."""
     named: str = ""
     """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
+    together: str = ""
+    """Keys of which it passes over those whose groups not all keys with the same groups have."""
+    unsure: str = ""
+    """Keys that it knows in some models of the architecture."""
     needs: str = ""
     """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
 
@@ -70,9 +74,11 @@ _COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
-_COMFYUI_CLIP = partly("clip", lost=_FLAT_CLIP) | partly(
-    "clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*"
-) | partly("t5", lost=_EMBEDS)
+_COMFYUI_CLIP = (
+    partly("clip", lost=f"lora_te2_.*|{_FLAT_CLIP}")
+    | partly("clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
+    | partly("t5", lost=f"lora_te_.*|{_EMBEDS}")
+)
 # UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
 # own names in diffusers are not in that table.
 _COMFYUI_DOTTED = (
@@ -118,16 +124,24 @@ COMFYUI: Mapping[str, Mapping[str, Known]] = {
 # Forge: the same functions in packages_3rdparty/comfyui_lora_collection/lora.py, as of 2024, for the models in
 # backend/diffusion_engine.
 _FORGE = (*UNETS, "sd3", "flux1")
-_FORGE_DOTTED = partly(*UNETS, lost=_ATTENTION) | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+_FORGE_DOTTED = (
+    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+)
 FORGE: Mapping[str, Mapping[str, Known]] = {
     "kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
     "kohya-diffusers": wholly(*UNETS) | _COMFYUI_CLIP,
     "comfyui": wholly(*_FORGE),
     "diffusers": _FORGE_DOTTED,
+    # simpletuner lycoris format
+    "lycoris": wholly(*UNETS, "flux1"),
+    "bare": partly(*UNETS, lost=_ATTENTION),
+    "processors": wholly(*UNETS),
     "onetrainer-comfy": wholly(*_FORGE),
     "onetrainer-kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
     "onetrainer-diffusers": _FORGE_DOTTED,
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | _COMFYUI_CLIP,
+    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
+    | partly("flux1", lost="lora_unet_.*")
+    | _COMFYUI_CLIP,
     "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
     "musubi": wholly("flux1"),
     "musubi-other": wholly("flux1"),
@@ -135,12 +149,25 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
 
 # WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
 # extensions-builtin/Lora/networks.py. Of SD3's keys it takes the last two dots for the end of the layer's name.
-_WEBUI = wholly(*UNETS) | partly(*CLIPS, lost=_FLAT_CLIP)
+_WEBUI_CLIP = {
+    "clip": Known(
+        lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*",
+        unsure=r"lora_te_text_model_encoder_layers_\d+_layer_norm[12]",
+    ),
+    # torch.nn.MultiheadAttention
+    "clip-with-projection": Known(
+        lost=_FLAT_CLIP, together=r"lora_te2_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"
+    ),
+}
+_WEBUI = partly("sd1.5-unet", "sd2-unet", lost="lora_unet_conv_norm_out") | _WEBUI_CLIP
+_WEBUI_SDXL = partly(
+    "sdxl-unet", lost="lora_unet_(conv_norm_out|add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"
+)
 WEBUI: Mapping[str, Mapping[str, Known]] = {
-    "kohya": _WEBUI,
-    "kohya-diffusers": _WEBUI,
-    "onetrainer-kohya": _WEBUI,
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | partly(*CLIPS, lost=_FLAT_CLIP),
+    "kohya": _WEBUI | wholly("sdxl-unet"),
+    "kohya-diffusers": _WEBUI | _WEBUI_SDXL,
+    "onetrainer-kohya": _WEBUI | wholly("sdxl-unet"),
+    "onetrainer-legacy": _WEBUI | _WEBUI_SDXL,
 }
 
 # InvokeAI: invokeai/backend/patches/lora_conversions, one file for each of these.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from lycoris.adapter import Matrix
@@ -92,6 +94,20 @@ def on(*architectures: str) -> Test:
 
 def written_as(*dialects: str) -> Test:
     return lambda case: case.dialect in dialects
+
+
+def not_written_as(*dialects: str) -> Test:
+    return lambda case: case.dialect not in dialects
+
+
+def parameter(case: Case) -> bool:
+    """A bare parameter."""
+    return case.entry.geometry.kind == "parameter"
+
+
+def called(pattern: str) -> Test:
+    """A layer whose keys are called so."""
+    return lambda case: re.fullmatch(pattern, case.key) is not None
 
 
 def dotted(case: Case) -> bool:
