@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lycoris.algorithms import DoRA
+from lycoris.algorithms import ALGORITHMS, DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.components import component_of
@@ -113,8 +113,9 @@ def judged(found: Opened, consumer: str) -> Check:
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = _written(found.shapes, detection)
     routed = _routed(program, found, written)
+    taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
     parts = [
-        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed)
+        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for)
         for name in detection.components
     ]
     verdicts, algorithms = {}, {}
@@ -140,8 +141,8 @@ class Written(NamedTuple):
     """What the names of its tensors have in common."""
     tensors: Mapping[str, tuple[int, ...]]
     """Their shapes, by name in LyCORIS' spelling."""
-    spelled: tuple[str, ...] = ()
-    """Their names as written."""
+    names: tuple[str, ...] = ()
+    """Of the tensors, as the file has them."""
 
 
 def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
@@ -154,7 +155,7 @@ def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dic
             layers = found.setdefault(whose(key), {})
             before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
             layers[key.layer] = before._replace(
-                tensors={**before.tensors, key.suffix: shape}, spelled=(*before.spelled, key.spelled)
+                tensors={**before.tensors, key.suffix: shape}, names=(*before.names, name)
             )
     return found
 
@@ -163,11 +164,15 @@ def _routed(program: Consumer, found: Opened, written: Mapping[str, Mapping[str,
     """What becomes of all keys together in a program that looks at all of them."""
     if program.route is None:
         return None
-    layers = {each.key: each.spelled for component in written.values() for each in component.values()}
+    layers = {
+        each.key: tuple(name.removeprefix(f"{each.key}.") for name in each.names)
+        for component in written.values()
+        for each in component.values()
+    }
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     if architecture is None and found.family is not None:
         architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
-    return program.route(Sent(layers, None if architecture is None else architecture.name))
+    return program.route(Sent(layers, None if architecture is None else architecture.name, tuple(found.shapes)))
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,8 @@ class Part:
     """By layer as written."""
     routed: Routed | None = None
     """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
+    taken_for: str = ""
+    """The one algorithm that the program takes the whole file for; "" each layer has its own."""
 
     @property
     def architecture(self) -> str | None:
@@ -231,15 +238,16 @@ class Part:
                 f"{title} does not know keys of the format {self.own} for {model}"
                 + (f"; it knows {there}" if there else ", nor of any other known here")
             ]
+        stopped = [self._stopped] if self._stopped else []
         if self.routed is not None:
-            return [self._stopped] if self._stopped else []
+            return stopped
         assert self.known is not None
         keys = {each.key for each in self.written.values()}
         stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
         every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
         lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
-        found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
+        found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
         return found
@@ -250,9 +258,9 @@ class Part:
         stopping = {
             layer: verdict.why
             for layer, verdict in self.verdicts.items()
-            if verdict.reads == "not at all" and not self._lost(self._as_written(layer))
+            if verdict.stops and not self._lost(self._as_written(layer))
         }
-        if not self.program.stops or not stopping:
+        if not stopping:
             return ""
         return f"{self.program.title} rejects the file for {some(stopping)}: {next(iter(stopping.values()))}"
 
@@ -310,6 +318,10 @@ class Part:
             key=key,
             stored=stored,
         )
+        own = below_lengths(first.algorithm).name
+        if self.taken_for and verdict.reads != "not at all" and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for]):
+            why = f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
+            return Verdict("not at all", why, None, "lora")
         if verdict.reads != "as trained":
             return verdict
         if left_out := self._left_out(first, key):

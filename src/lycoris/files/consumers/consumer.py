@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -42,6 +42,8 @@ class Verdict(NamedTuple):
     """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
     remedy: Remedy | None = None
     """The export that makes it right; None where none is needed, or none is known."""
+    stops: bool = False
+    """Whether it costs the whole file."""
 
 
 class Case(NamedTuple):
@@ -89,6 +91,8 @@ class Row(NamedTuple):
     why: str | Callable[[Case], str]
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
+    stops: bool = False
+    """Whether it costs the whole file."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ class Consumer:
     route: Route | None = None
     """What becomes of a file's keys, by all of them, where that says more than `keys`, which then lists dialects only."""
     stops: bool = False
-    """Whether one layer that it cannot take costs the whole file."""
+    """Whether every layer that it cannot take costs the whole file."""
+    taken_for: Callable[[Iterable[str]], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors; None: each layer has its own."""
     reads_header: bool = False
     """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None
@@ -149,5 +155,6 @@ class Consumer:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
-                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy)
+                stops = row.reads == "not at all" and (row.stops or self.stops)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
         return Verdict("as trained", f"{self.title} computes what was trained")

@@ -232,7 +232,10 @@ _KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "
 
 def _cut(sent: Sent, key: str) -> bool:
     """_group_by_layer: whether it takes another place for the end of the layer's name."""
-    return not _flat(key) and any(name not in _KNOWN_ENDS and name.count(".") != 1 for name in sent.layers[key])
+    return not _flat(key) and any(
+        name not in _KNOWN_ENDS and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
+        for name in sent.layers[key]
+    )
 
 
 def _bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
@@ -260,7 +263,7 @@ def _z_image(sent: Sent) -> Routed:
         return _refused(_ends_elsewhere(cut))
     prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
-    lost = {key for key in sent.layers if not _Z_IMAGE.fullmatch(key) and (_flat(key) and key.startswith("lora_"))}
+    lost = {key for key in sent.layers if _flat(key) and not _Z_IMAGE.fullmatch(key)}
     lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}
     lost |= {key for key in sent.layers if _without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
     scaled, bare = _bare_pairs(sent)

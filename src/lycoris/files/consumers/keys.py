@@ -230,17 +230,11 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
 PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
 SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
 
-# musubi-tuner: create_arch_network of each architecture, by the classes of its blocks
-_BLOCKS = r"(double|single)_blocks|blocks|(single_)?transformer_blocks|layers|noise_refiner|context_refiner"
-_MUSUBI = partly(
-    "hunyuanvideo",
-    "hunyuanvideo-1.5",
-    "framepack",
-    "wan",
-    "flux1",
-    "flux2",
-    "qwen-image",
-    "z-image",
-    lost=rf"lora_unet_(?!({_BLOCKS})_\d+_).*",
+# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for. HunyuanVideo goes
+# through create_arch_network_from_weights, by the classes of its blocks.
+_MUSUBI = dict.fromkeys(
+    ("hunyuanvideo-1.5", "framepack", "wan", "flux1", "flux2", "qwen-image", "z-image"), Known(named="musubi")
+) | {"hunyuanvideo": Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")}
+MUSUBI: Mapping[str, Mapping[str, Known]] = dict.fromkeys(
+    ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers"), _MUSUBI
 )
-MUSUBI: Mapping[str, Mapping[str, Known]] = {"musubi": _MUSUBI, "kohya": _MUSUBI}
