@@ -287,6 +287,11 @@ class Part:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
 
     @cached_property
+    def _among(self) -> frozenset[str]:
+        """The own names of all tensors."""
+        return frozenset(name for each in self.written.values() for name in each.tensors)
+
+    @cached_property
     def _named(self) -> Collection[str] | None:
         """The layers' names, as written, that the program knows; None: any."""
         architecture, named = self.layout.architecture, self.known.named if self.known else ""
@@ -317,6 +322,7 @@ class Part:
             architecture=self.architecture,
             key=key,
             stored=stored,
+            among=self._among,
         )
         own = below_lengths(first.algorithm).name
         if self.taken_for and verdict.reads != "not at all" and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for]):

@@ -60,6 +60,8 @@ class Case(NamedTuple):
     """The layer as its keys call it, with what they begin with; "" not known."""
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
+    among: frozenset[str] = frozenset()
+    """The own names of all tensors of the file, likewise."""
 
     @property
     def name(self) -> str:
@@ -139,18 +141,20 @@ class Consumer:
         architecture: str | None = None,
         key: str = "",
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        among: frozenset[str] = frozenset(),
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name.
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name,
+        `among` the names of all tensors of the file.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
         if g.transposed and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, among)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)

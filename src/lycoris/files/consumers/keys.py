@@ -214,12 +214,15 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
-            lost=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*|lora_unet_.*"
+            stops=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*",
+            lost=r"lora_unet_.*",
         )
     }
     | partly("sd1.5-unet", "sd2-unet", lost="lora_transformer_.*")
     | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
     | _DIFFUSERS_ENCODERS,
+    # The names themselves, behind `unet.`
+    "processors": wholly(*UNETS),
     "bare": wholly("qwen-image", "z-image"),
     "onetrainer-original": wholly("qwen-image", "z-image"),
     "ai-toolkit": wholly("qwen-image", "z-image")

@@ -12,6 +12,7 @@ from lycoris.files.consumers.traits import (
     cored,
     dora,
     is_a,
+    moves_bias,
     no_other_than,
     off_pictures,
     on,
@@ -43,6 +44,7 @@ MUSUBI = Consumer(
         Row(
             all_of(on("hunyuanvideo"), no_other_than("lora")), "not at all", "merges LoRA only into this model", "lora"
         ),
+        Row(moves_bias, "not at all", "has no adapters that change a bias"),
         Row(
             all_of(no_other_than("lora", "loha", "lokr"), off_pictures),
             "not at all",
@@ -73,6 +75,12 @@ MUSUBI = Consumer(
             stops=True,
         ),
         Row(cored, "differently", "leaves the core out", "no core"),
+        Row(
+            all_of(dora, off_pictures),
+            "differently",
+            "merges what is below DoRA's magnitude, and leaves that out with a warning; how far off that is depends on "
+            "the base weight",
+        ),
         Row(
             dora,
             "differently",
