@@ -1,4 +1,4 @@
-"""What is said of whole files, against what the programs made of the same files: recorded for some, run here for others.
+"""What is said of whole files, against what the programs made of them: recorded for some, run here for others.
 
 The records are of InvokeAI's own loader and patcher and of Musubi Tuner's own merging, over the files of `whole`: for
 each family, format and kind of file "x" (the file is rejected), "=" (read as trained), "~" (differently), "-" (not at
@@ -7,6 +7,8 @@ all), or which layers are which where they differ; the rest is as trained.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -81,11 +84,6 @@ REFUSES = (ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeE
 
 def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
     """Layer of diffusers → its weight and bias as a pipeline makes them of a file."""
-    import copy
-    import inspect
-
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     pipeline, model = getattr(diffusers, PIPELINES[family]), copy.deepcopy(model_of(family)[0])
     state, *alphas, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
     if family == "flux1":

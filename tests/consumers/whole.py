@@ -66,23 +66,35 @@ def picks(family: str) -> Iterator[tuple[str, dict[str, tuple[Algorithm, ...]]]]
     _, layout = model_of(family)
     linear = [path for path, g in layout.layers.items() if g.kind == "linear"]
     inside = [path for path in linear if re.search(r"\.\d+\.", path)]
-    for name in ("lora", "loha", "lokr", "lokr-both", "dora-lora", "dora-lora-in", "full", "oft", "glora", "ia3", "tlora"):
-        yield f"{name} in the blocks", {path: (ALGORITHMS[name],) for path in inside}
-    yield "alpha = rank in the blocks", {path: (EQUAL,) for path in inside}
-    yield "alpha = rank everywhere", {path: (EQUAL,) for path in linear}
-    yield "alpha = rank / 4 in the blocks", {path: (SMALL,) for path in inside}
+    for name in (
+        "lora",
+        "loha",
+        "lokr",
+        "lokr-both",
+        "dora-lora",
+        "dora-lora-in",
+        "full",
+        "oft",
+        "glora",
+        "ia3",
+        "tlora",
+    ):
+        yield f"{name} in the blocks", dict.fromkeys(inside, (ALGORITHMS[name],))
+    yield "alpha = rank in the blocks", dict.fromkeys(inside, (EQUAL,))
+    yield "alpha = rank everywhere", dict.fromkeys(linear, (EQUAL,))
+    yield "alpha = rank / 4 in the blocks", dict.fromkeys(inside, (SMALL,))
     yield "outside of the blocks", {path: (EQUAL,) for path in linear if path not in inside}
     yield "without keys", {path: (EQUAL,) for path in inside if not path.endswith(("to_k", "k_proj"))}
     for path in linear:
         if path not in inside:
-            yield f"blocks and {path}", {each: (EQUAL,) for each in (*inside, path)}
+            yield f"blocks and {path}", dict.fromkeys((*inside, path), (EQUAL,))
     trio = [ALGORITHMS[name] for name in ("lora", "loha", "lokr")]
     yield "three algorithms", {path: (trio[n % 3],) for n, path in enumerate(inside)}
     own = (EQUAL, Full(weight=False))
     yield "biases", {path: own if layout.layers[path].has_bias else own[:1] for path in inside}
     norms = {path: (Norm(),) for path, g in layout.layers.items() if g.kind == "norm"}
     yield "norms", norms
-    yield "blocks and norms", {path: (EQUAL,) for path in inside} | norms
+    yield "blocks and norms", dict.fromkeys(inside, (EQUAL,)) | norms
 
 
 def bundle_of(family: str, chosen: Mapping[str, tuple[Algorithm, ...]]) -> Bundle:
@@ -96,10 +108,7 @@ def bundle_of(family: str, chosen: Mapping[str, tuple[Algorithm, ...]]) -> Bundl
             Entry(
                 each,
                 g,
-                {
-                    slot: torch.rand(spec.shape, generator=generator) * 0.3 + 0.1
-                    for slot, spec in each.slots(g).items()
-                },
+                {slot: torch.rand(spec.shape, generator=generator) * 0.3 + 0.1 for slot, spec in each.slots(g).items()},
             )
             for each in algorithms
         )

@@ -27,7 +27,6 @@ from lycoris.files.opening import Opened, opened
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
 
-
 SAME = 1e-6
 """A scale this near to 1 is 1."""
 
@@ -325,8 +324,14 @@ class Part:
             among=self._among,
         )
         own = below_lengths(first.algorithm).name
-        if self.taken_for and verdict.reads != "not at all" and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for]):
-            why = f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
+        if (
+            self.taken_for
+            and verdict.reads != "not at all"
+            and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for])
+        ):
+            why = (
+                f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
+            )
             return Verdict("not at all", why, None, "lora")
         if verdict.reads != "as trained":
             return verdict

@@ -116,7 +116,7 @@ class Consumer:
     unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
     route: Route | None = None
-    """What becomes of a file's keys, by all of them, where that says more than `keys`, which then lists dialects only."""
+    """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
     stops: bool = False
     """Whether every layer that it cannot take costs the whole file."""
     taken_for: Callable[[Iterable[str]], str] | None = None

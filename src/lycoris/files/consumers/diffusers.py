@@ -47,7 +47,7 @@ def _bias_of_wan(case: Case) -> bool:
 
 
 def _dropped(case: Case) -> bool:
-    """In Flux.1's pipeline, which keeps the names with "lora" in them of files in its own format, whatever else they have."""
+    """In Flux.1's pipeline, which of files in its own format keeps the names with "lora" in them."""
     return case.architecture == "flux1" and case.dialect in ("diffusers", "onetrainer-diffusers")
 
 
@@ -111,8 +111,8 @@ DIFFUSERS = Consumer(
         Row(
             _gets_lengths,
             "differently",
-            "gives every layer a magnitude where one layer of the file has one; how far off that is depends on the base "
-            "weight",
+            "gives every layer a magnitude where one layer of the file has one; how far off that is depends on the "
+            "base weight",
         ),
         *instead(
             all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(dotted, written_as("kohya", "musubi"))),
@@ -140,9 +140,7 @@ DIFFUSERS = Consumer(
             "takes DoRA's lengths of inputs for those of outputs, and how far off that is depends on the base weight",
         ),
         *instead(dora_in, "not at all", "knows DoRA's lengths of outputs only"),
-        Row(
-            all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here", stops=True
-        ),
+        Row(all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here", stops=True),
         Row(cored, "not at all", "knows no cores of LoRA", "no core", stops=True),
         Row(resized, "not at all", "leaves the dilation out, and the outputs differ in size"),
         Row(

@@ -37,7 +37,7 @@ def _unet(sent: Sent) -> Routed:
         return _refused("takes names with underscores only for this model, and rejects the file")
     own = {key for key in sent.layers if key.startswith("lora_unet_")}
     stability = {key for key in own if _SGM.fullmatch(key)}
-    known = ("lora_unet_", "lora_te_")
+    known: tuple[str, ...] = ("lora_unet_", "lora_te_")
     if sent.architecture == "sdxl-unet":
         known = ("lora_unet_", "lora_te1_", "lora_te2_")
         strange = [key for key in sent.layers if not key.startswith(known)]
@@ -93,7 +93,9 @@ def _of_diffusers(paths: Iterable[str]) -> str:
         for (at, added), found in groups.items()
         if len(found) < 3
     )
-    return f"rejects the file, for it wants q, k and v together, and some are missing of {some(parted)}" if parted else ""
+    return (
+        f"rejects the file, for it wants q, k and v together, and some are missing of {some(parted)}" if parted else ""
+    )
 
 
 def _diffusers_like(sent: Sent) -> str:
@@ -104,14 +106,26 @@ def _diffusers_like(sent: Sent) -> str:
         wanted = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")
         if all(set(PAIR) <= set(sent.layers.get(prefix + name, ())) for name in wanted):
             return "flux1"
-    second = any(mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in"))
+    second = any(
+        mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in")
+    )
     single = any(
         key.startswith(f"{prefix}single_transformer_blocks.") and "to_qkv_mlp_proj" in key
         for key in sent.layers
         for prefix in ("transformer.", "base_model.model.", "")
     )
-    double = sent.any_starts("transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks.")
+    double = sent.any_starts(
+        "transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks."
+    )
     return "flux2" if second and (single or double) else ""
+
+
+def _strange_to_kohya(sent: Sent) -> str:
+    """Which layers of a file in kohya's format have names that it does not have there; "" where the file is another."""
+    strange = [key for key in sent.layers if not _KOHYA.fullmatch(key)]
+    if not all(map(_flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
+        return ""
+    return f"rejects the file for {some(sorted(strange))}"
 
 
 def _without(prefixes: tuple[str, ...], key: str) -> str:
@@ -119,7 +133,7 @@ def _without(prefixes: tuple[str, ...], key: str) -> str:
 
 
 def _whole_names(sent: Sent, keys: Iterable[str]) -> list[str]:
-    """Layers for which it takes the end of a tensor's name at the second dot, which is right for two-part names only."""
+    """Layers whose tensors have names of other than two parts, which it takes for a part of the path."""
     return sorted(key for key in keys if any(name.count(".") != 1 for name in sent.layers[key]))
 
 
@@ -158,6 +172,8 @@ def _of_diffusers_flat(keys: Iterable[str]) -> str:
 
 def _flux_of_blocks(sent: Sent) -> Routed:
     """The original code's names, behind `diffusion_model.`."""
+    if strange := _strange_to_kohya(sent):
+        return _refused(strange)
     if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
         # is_state_dict_likely_in_flux_aitoolkit_format
         own = [key for key in sent.layers if key.startswith("diffusion_model.")]
@@ -261,7 +277,7 @@ def _z_image(sent: Sent) -> Routed:
     cut = [key for key in sent.layers if _cut(sent, key)]
     if cut:
         return _refused(_ends_elsewhere(cut))
-    prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
+    prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
     lost = {key for key in sent.layers if _flat(key) and not _Z_IMAGE.fullmatch(key)}
     lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}

@@ -65,7 +65,11 @@ MUSUBI = Consumer(
             stops=True,
         ),
         Row(
-            all_of(_conv, is_a("loha")), "not at all", "cannot merge LoHa into a convolution, and stops", "lora", stops=True
+            all_of(_conv, is_a("loha")),
+            "not at all",
+            "cannot merge LoHa into a convolution, and stops",
+            "lora",
+            stops=True,
         ),
         Row(
             all_of(_conv, _w2_split),
