@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from lycoris.algorithms import below_lengths
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError
 from lycoris.files.components import prefix_of
@@ -17,7 +18,7 @@ from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
 from lycoris.files.naming import Span
 from lycoris.files.opening import Opened
-from lycoris.files.portable import Stack, portable_stack
+from lycoris.files.portable import Stack, as_lora, portable_stack
 from lycoris.files.skeleton import namings
 from lycoris.files.weights import BaseWeights
 
@@ -52,10 +53,29 @@ def exported(
             if what != "nothing":
                 done[layer] = f"{stack[0].algorithm.name} {what}"
         bundles[component] = replace(bundle, entries=entries)
+        if CONSUMERS[program].taken_for is not None:
+            bundles[component] = _of_one_algorithm(bundles[component], program, done)
     if problems:
         first, why = next(iter(problems.items()))
         raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
     return bundles, done
+
+
+def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bundle:
+    """All as LoRA, where a program takes a file for one algorithm and this one has several.
+
+    Raises `FileError` for a layer that no LoRA can stand for.
+    """
+    found = {layer: below_lengths(stack[0].algorithm).name for layer, stack in bundle.entries.items()}
+    if len({"lora" if name == "dylora" else name for name in found.values()}) < 2:
+        return bundle
+    entries = dict(bundle.entries)
+    for layer, name in found.items():
+        if name not in ("lora", "dylora"):
+            entries[layer] = (as_lora(entries[layer][0]), *entries[layer][1:])
+            what = f"written as a LoRA, for {CONSUMERS[program].title} takes a file for one algorithm"
+            done[layer] = f"{done[layer]}, then {what}" if layer in done else f"{name} {what}"
+    return replace(bundle, entries=entries)
 
 
 def _exported(

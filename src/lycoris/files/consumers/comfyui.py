@@ -22,8 +22,8 @@ from lycoris.files.consumers.traits import (
     lengths,
     limited_without_outputs,
     no_other_than,
-    of_both_layouts,
     not_written_as,
+    of_both_layouts,
     old_rotation,
     parameter,
     up_bias,
@@ -83,7 +83,7 @@ WITHOUT_MID = (
     ),
     Row(without_mid, "differently", "looks for no core beside factors of these names", "no core"),
 )
-STOPPED = tuple(row._replace(rejects=True) for row in cores(f"{CORES}, and stops"))
+STOPPED = tuple(row._replace(stops=True) for row in cores(f"{CORES}, and stops"))
 OWN_NAMES = Row(
     all_of(parameter, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
     "not at all",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
     """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
     remedy: Remedy | None = None
     """The export that makes it right; None where none is needed, or none is known."""
-    rejects: bool = False
+    stops: bool = False
     """Whether it costs the whole file."""
 
 
@@ -80,6 +80,8 @@ class Case(NamedTuple):
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
     place: Place = ""
+    among: frozenset[str] = frozenset()
+    """The own names of all tensors of the file, likewise."""
 
     @property
     def name(self) -> str:
@@ -111,7 +113,8 @@ class Row(NamedTuple):
     why: str | Callable[[Case], str]
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
-    rejects: bool = False
+    stops: bool = False
+    """Whether it costs the whole file."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,11 @@ class Consumer:
     own: str = ""
     """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
     route: Route | None = None
-    """What becomes of a file's keys, by all of them, where that says more than `keys`, which then lists dialects only."""
+    """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
     stops: bool = False
-    """Whether one layer that it cannot take costs the whole file."""
+    """Whether every layer that it cannot take costs the whole file."""
+    taken_for: Callable[[Iterable[str]], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors; None: each layer has its own."""
     reads_header: bool = False
     """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None
@@ -161,24 +166,26 @@ class Consumer:
         key: str = "",
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         place: Place = "",
+        among: frozenset[str] = frozenset(),
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the program's
-        model holds the layer.
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the
+        program's model holds the layer, `among` the names of all tensors of the file.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
         if g.transposed and g.kind != "embedding" and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
-                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, row.rejects)
+                stops = row.reads == "not at all" and (row.stops or self.stops)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
         if case.name not in ASKED:
             return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
         if strange := sorted(stored.keys() - self.names):

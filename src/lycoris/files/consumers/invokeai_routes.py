@@ -37,7 +37,7 @@ def _unet(sent: Sent) -> Routed:
         return _refused("takes names with underscores only for this model, and rejects the file")
     own = {key for key in sent.layers if key.startswith("lora_unet_")}
     stability = {key for key in own if _SGM.fullmatch(key)}
-    known = ("lora_unet_", "lora_te_")
+    known: tuple[str, ...] = ("lora_unet_", "lora_te_")
     if sent.architecture == "sdxl-unet":
         known = ("lora_unet_", "lora_te1_", "lora_te2_")
         strange = [key for key in sent.layers if not key.startswith(known)]
@@ -120,12 +120,20 @@ def _diffusers_like(sent: Sent) -> str:
     return "flux2" if second and (single or double) else ""
 
 
+def _strange_to_kohya(sent: Sent) -> str:
+    """Which layers of a file in kohya's format have names that it does not have there; "" where the file is another."""
+    strange = [key for key in sent.layers if not _KOHYA.fullmatch(key)]
+    if not all(map(_flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
+        return ""
+    return f"rejects the file for {some(sorted(strange))}"
+
+
 def _without(prefixes: tuple[str, ...], key: str) -> str:
     return next((key.removeprefix(each) for each in prefixes if key.startswith(each)), key)
 
 
 def _whole_names(sent: Sent, keys: Iterable[str]) -> list[str]:
-    """Layers for which it takes the end of a tensor's name at the second dot, which is right for two-part names only."""
+    """Layers whose tensors have names of other than two parts, which it takes for a part of the path."""
     return sorted(key for key in keys if any(name.count(".") != 1 for name in sent.layers[key]))
 
 
@@ -164,6 +172,8 @@ def _of_diffusers_flat(keys: Iterable[str]) -> str:
 
 def _flux_of_blocks(sent: Sent) -> Routed:
     """The original code's names, behind `diffusion_model.`."""
+    if strange := _strange_to_kohya(sent):
+        return _refused(strange)
     if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
         # is_state_dict_likely_in_flux_aitoolkit_format
         own = [key for key in sent.layers if key.startswith("diffusion_model.")]
@@ -238,7 +248,10 @@ _KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "
 
 def _cut(sent: Sent, key: str) -> bool:
     """_group_by_layer: whether it takes another place for the end of the layer's name."""
-    return not _flat(key) and any(name not in _KNOWN_ENDS and name.count(".") != 1 for name in sent.layers[key])
+    return not _flat(key) and any(
+        name not in _KNOWN_ENDS and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
+        for name in sent.layers[key]
+    )
 
 
 def _bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
@@ -264,9 +277,9 @@ def _z_image(sent: Sent) -> Routed:
     cut = [key for key in sent.layers if _cut(sent, key)]
     if cut:
         return _refused(_ends_elsewhere(cut))
-    prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
+    prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
-    lost = {key for key in sent.layers if not _Z_IMAGE.fullmatch(key) and (_flat(key) and key.startswith("lora_"))}
+    lost = {key for key in sent.layers if _flat(key) and not _Z_IMAGE.fullmatch(key)}
     lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}
     lost |= {key for key in sent.layers if _without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
     scaled, bare = _bare_pairs(sent)

@@ -261,12 +261,15 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
-            lost=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*|lora_unet_.*"
+            stops=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*",
+            lost=r"lora_unet_.*",
         )
     }
     | partly("sd1.5-unet", "sd2-unet", lost="lora_transformer_.*")
     | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
     | _DIFFUSERS_ENCODERS,
+    # The names themselves, behind `unet.`
+    "processors": wholly(*UNETS),
     "bare": wholly("qwen-image", "z-image"),
     "onetrainer-original": wholly("qwen-image", "z-image"),
     "ai-toolkit": wholly("qwen-image", "z-image")
@@ -277,17 +280,11 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
 PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
 SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
 
-# musubi-tuner: create_arch_network of each architecture, by the classes of its blocks
-_BLOCKS = r"(double|single)_blocks|blocks|(single_)?transformer_blocks|layers|noise_refiner|context_refiner"
-_MUSUBI = partly(
-    "hunyuanvideo",
-    "hunyuanvideo-1.5",
-    "framepack",
-    "wan",
-    "flux1",
-    "flux2",
-    "qwen-image",
-    "z-image",
-    lost=rf"lora_unet_(?!({_BLOCKS})_\d+_).*",
+# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for. HunyuanVideo goes
+# through create_arch_network_from_weights, by the classes of its blocks.
+_MUSUBI = dict.fromkeys(
+    ("hunyuanvideo-1.5", "framepack", "wan", "flux1", "flux2", "qwen-image", "z-image"), Known(named="musubi")
+) | {"hunyuanvideo": Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")}
+MUSUBI: Mapping[str, Mapping[str, Known]] = dict.fromkeys(
+    ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers"), _MUSUBI
 )
-MUSUBI: Mapping[str, Mapping[str, Known]] = {"musubi": _MUSUBI, "kohya": _MUSUBI}

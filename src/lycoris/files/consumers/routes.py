@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -12,14 +11,12 @@ class Sent:
     """A file as it reaches a program."""
 
     layers: Mapping[str, tuple[str, ...]]
-    """Each layer as its keys call it, with what they begin with → the names of its tensors, as written."""
+    """Each layer as its keys call it, with what they begin with → the ends of its tensors' names, as written; of names
+    that do not begin with the layer's, all."""
     architecture: str | None
     """Of the denoiser; None: not known."""
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of all tensors."""
-        return tuple(f"{key}.{name}" for key, names in self.layers.items() for name in names)
+    names: tuple[str, ...]
+    """Of all tensors."""
 
     def any_ends(self, *ends: str) -> bool:
         return any(name.endswith(ends) for name in self.names)

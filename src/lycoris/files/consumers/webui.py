@@ -33,10 +33,10 @@ WEBUI = Consumer(
             "not at all",
             "cannot make such an adapter of an embedding, and rejects the file",
             "dense",
-            rejects=True,
+            stops=True,
         ),
         Row(embedding, "not at all", "has no adapters for embeddings, and passes them over"),
-        Row(is_a("tlora"), "not at all", "knows no T-LoRA, and rejects the file", "plain", rejects=True),
+        Row(is_a("tlora"), "not at all", "knows no T-LoRA, and rejects the file", "plain", stops=True),
         Row(
             all_of(of_both_layouts, pointwise),
             "differently",
@@ -52,13 +52,13 @@ WEBUI = Consumer(
             "plain",
         ),
         Row(is_a("glora"), "not at all", "reads GLoRA's tensors in another layout, and leaves the layer out", "plain"),
-        Row(lone_bias, "not at all", "knows no diff_b without diff, and rejects the file", "both diffs", rejects=True),
+        Row(lone_bias, "not at all", "knows no diff_b without diff, and rejects the file", "both diffs", stops=True),
         Row(
             half_norm,
             "not at all",
             "knows no w_norm without b_norm, nor the other way round, and rejects the file",
             "both norms",
-            rejects=True,
+            stops=True,
         ),
         *IA3_ON_CONVOLUTIONS,
         Row(
@@ -66,7 +66,7 @@ WEBUI = Consumer(
             "not at all",
             "takes LoRA on linear layers and convolutions over two dimensions only, and rejects the file",
             "dense",
-            rejects=True,
+            stops=True,
         ),
         *cores("takes cores on convolutions over two dimensions only, and leaves the layer out"),
         Row(
