@@ -14,6 +14,7 @@ from lycoris.algorithm import Affine, Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.files import check
 from lycoris.files.check import Check
+from lycoris.files.consumers.peft import together
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.consumers.keys import ALL
 from lycoris.files.dialects import DIALECTS
@@ -78,7 +79,7 @@ KNOWN = [
     ("comfyui", "bare", "flux1", False),
     ("comfyui", "peft", "sd3", True),
     ("comfyui", "peft", "flux1", False),
-    ("comfyui", "comfyui", None, True),
+    ("comfyui", "comfyui", None, False),
     ("forge", "kohya", "flux1", True),
     ("forge", "kohya", "wan", False),
     ("forge", "kohya", "qwen-image", False),
@@ -215,7 +216,7 @@ def test_invokeai_takes_dots_of_paths_for_those_of_tensors(tmp_path: Path) -> No
 
 def test_a_bias_beside_a_lora(tmp_path: Path) -> None:
     stack = (LoRA(rank=1), Full(weight=False))
-    reads = {"comfyui": "as trained", "webui": "differently", "invokeai": "differently", "diffusers": "not at all"}
+    reads = {"comfyui": "as trained", "webui": "not at all", "invokeai": "differently", "diffusers": "not at all"}
     for program, expected in reads.items():
         found = checked(tmp_path, program, "kohya", "flux1", stack, BLOCK)
         assert {each.reads for each in found.layers.values()} == {expected}, program
@@ -232,7 +233,7 @@ def test_a_scale_that_is_not_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_how_many_keys_forge_lets_by(tmp_path: Path) -> None:
-    for layers, reads in (("img_in|x_embedder", True), (r"transformer_blocks\.0\..*", False)):
+    for layers, reads in (("img_in|x_embedder", True), (r"(single_)?transformer_blocks\.0\..*", False)):
         found = checked(
             tmp_path, "forge", "kohya", "flux1", (OFT(block_size=4),), f"{layers}|context_embedder|proj_out"
         )
@@ -247,8 +248,9 @@ def test_what_one_folder_of_pefts_does_not_hold(tmp_path: Path) -> None:
     mixed.entries.update(bundle_of(layout, (LoHa(rank=1),), r"single_transformer_blocks\.0\..*").entries)
     write(mixed, path, "lycoris", model=layout)
     found = check(path, "peft")
-    assert {each.reads for each in found.layers.values()} == {"as trained"}
-    assert "a PEFT adapter is all of one kind" in found.keys
+    assert {each.reads for each in found.layers.values()} == {"not at all"}
+    assert "it knows peft" in found.keys
+    assert "a PEFT adapter is all of one kind" in together(mixed)
 
 
 def test_a_small_change_is_told_from_rounding() -> None:

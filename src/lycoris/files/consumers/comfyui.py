@@ -13,6 +13,7 @@ from lycoris.files.consumers.traits import (
     bias_share,
     core_without_contiguous,
     dora,
+    dora_of_one_row,
     dora_out,
     embedding,
     exchanged,
@@ -92,6 +93,11 @@ OWN_NAMES = Row(
 )
 SHARED = (
     OWN_NAMES,
+    Row(
+        all_of(parameter, is_a("diag-oft", "boft")),
+        "not known",
+        "keeps some bare parameters in a shape of its own, of which rotations may not fit the rows",
+    ),
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
     Row(
@@ -109,7 +115,6 @@ SHARED = (
     ),
     *EMBEDDINGS,
     *WITHOUT_MID,
-    *STOPPED,
     Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
     Row(
         dora_out,
@@ -118,12 +123,18 @@ SHARED = (
         "on the base weight",
         "plain",
     ),
+    Row(
+        dora_of_one_row,
+        "differently",
+        "takes DoRA's magnitude of the columns for that of the one row; how far off that is depends on the base weight",
+        "plain",
+    ),
     W2_ON_WRONG_AXES,
     LONE_SHIFT,
     *PLACES,
 )
 """What Forge took over."""
-FAILING = (SHARED[3], EMBEDDINGS[0], WITHOUT_MID[0])
+FAILING = (SHARED[4], EMBEDDINGS[0], WITHOUT_MID[0])
 """Of these, what it cannot compute: a line in ComfyUI's log, an error in Forge."""
 
 COMFYUI = Consumer(
@@ -131,6 +142,7 @@ COMFYUI = Consumer(
     "ComfyUI",
     keys.COMFYUI,
     (
+        *STOPPED,
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
         Row(old_rotation, "not at all", "knows no oft_diag, and passes it over", "anew"),

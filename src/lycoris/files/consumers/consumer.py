@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
-from lycoris.files.consumers.keys import ALL, Keys, Known
+from lycoris.files.consumers.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.consumers.routes import Route
 from lycoris.geometry import Kind
 
@@ -194,4 +194,4 @@ class Consumer:
 
     def seen(self, architecture: str | None) -> bool:
         """Whether it was looked at which keys it knows for an architecture."""
-        return any(ALL in there or architecture in there for there in self.keys.values())
+        return architecture in LOOKED_AT or any(ALL in there for there in self.keys.values())

@@ -69,15 +69,35 @@ _FLUX2_OUTSIDE = (
 )
 
 
+LOOKED_AT = frozenset(
+    {
+        *(
+            "sd1.5-unet",
+            "sd2-unet",
+            "sdxl-unet",
+            "sd3",
+            "flux1",
+            "flux2",
+            "qwen-image",
+            "z-image",
+            "wan",
+            "hunyuanvideo",
+        ),
+        *("hunyuanvideo-1.5", "framepack", "lumina2", "language-model", "clip", "clip-with-projection", "t5"),
+    }
+)
+"""Architectures of which it was looked at which keys programs know; nothing is claimed of any other."""
+
+
 # The names that ComfyUI gives the layers of a denoiser.
-_COMFYUIS = dict.fromkeys(DENOISERS, Known(named="comfyui"))
+_COMFYUIS = dict.fromkeys((each for each in DENOISERS if each in LOOKED_AT), Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
 _COMFYUI_CLIP = (
     partly("clip", lost=f"lora_te2_.*|{_FLAT_CLIP}")
     | partly("clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
-    | partly("t5", lost=f"lora_te_.*|{_EMBEDS}")
+    | partly("t5", lost=f"lora_te1?_.*|{_EMBEDS}")
 )
 # UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
 # own names in diffusers are not in that table.
@@ -87,7 +107,9 @@ _COMFYUI_DOTTED = (
     | partly("flux2", lost=_FLUX2_OUTSIDE)
     | partly(*CLIPS, lost=_DOTTED_CLIP)
 )
-_COMFYUI_OWN = wholly(*DENOISERS, *CLIPS, "language-model") | partly("t5", lost=_EMBEDS)
+_COMFYUI_OWN = wholly(*(each for each in DENOISERS if each in LOOKED_AT), *CLIPS, "language-model") | partly(
+    "t5", lost=_EMBEDS
+)
 COMFYUI: Mapping[str, Mapping[str, Known]] = {
     "comfyui": _COMFYUI_OWN,
     "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
@@ -149,16 +171,17 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
 
 # WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
 # extensions-builtin/Lora/networks.py. Of SD3's keys it takes the last two dots for the end of the layer's name.
-_WEBUI_CLIP = {
-    "clip": Known(
+_WEBUI_CLIP = dict.fromkeys(
+    ("clip",),
+    Known(
         lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*",
         unsure=r"lora_te_text_model_encoder_layers_\d+_layer_norm[12]",
     ),
+) | dict.fromkeys(
+    ("clip-with-projection",),
     # torch.nn.MultiheadAttention
-    "clip-with-projection": Known(
-        lost=_FLAT_CLIP, together=r"lora_te2_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"
-    ),
-}
+    Known(lost=_FLAT_CLIP, together=r"lora_te2_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"),
+)
 _WEBUI = partly("sd1.5-unet", "sd2-unet", lost="lora_unet_conv_norm_out") | _WEBUI_CLIP
 _WEBUI_SDXL = partly(
     "sdxl-unet", lost="lora_unet_(conv_norm_out|add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"

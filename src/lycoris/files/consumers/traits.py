@@ -46,6 +46,11 @@ def dora_in(case: Case) -> bool:
     return case.dora == "in"
 
 
+def dora_of_one_row(case: Case) -> bool:
+    """Lengths per input column of a layer with one output."""
+    return dora_in(case) and case.entry.geometry.out_features == 1
+
+
 def square(case: Case) -> bool:
     """A linear layer with as many inputs as outputs."""
     g = case.entry.geometry

@@ -83,6 +83,11 @@ WEBUI = Consumer(
             None,
             bias_share,
         ),
+        Row(
+            all_of(called(r"lora_te_.*_self_attn_[qkv]_proj"), any_bias),
+            "not known",
+            "leaves out changes of the bias of queries, keys and values in SD 2's text encoder, and not in SD 1's",
+        ),
         WITHOUT_BIAS,
     ),
     kinds=("linear", "conv", "norm", "embedding"),
