@@ -22,8 +22,18 @@ def read(
     quiet: bool = True,
     rotations: bool = True,
 ) -> Read | None:
-    if kind in ("embedding", "parameter"):
+    if kind == "parameter":
         return None
+    if kind == "embedding":
+        # Its table is (entries, outputs); the bias is nobody's.
+        found = _read(tensors, weight.T, None, strength, quiet=quiet, rotations=rotations)
+        return None if found is None or torch.equal(found[0], weight.T) else (found[0].T, bias)
+    return _read(tensors, weight, bias, strength, quiet=quiet, rotations=rotations)
+
+
+def _read(
+    tensors: Tensors, weight: Tensor, bias: Tensor | None, strength: float, *, quiet: bool, rotations: bool
+) -> Read | None:
     known = {"lora_up.weight": _lora, "hada_w1_a": _loha, "lokr_w1": _lokr, "lokr_w1_a": _lokr, "a1.weight": _glora}
     if rotations:
         known["oft_blocks"] = _boft if "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 4 else _oft
@@ -35,6 +45,8 @@ def read(
         if quiet:
             return None
         raise Refused(str(error)) from error
+    if "diff" in tensors and tensors["diff"].shape != weight.shape:
+        return None
     if "w_norm" in tensors:
         return weight + strength * tensors["w_norm"], _shifted(bias, tensors.get("b_norm"), strength)
     if "diff" in tensors or "diff_b" in tensors:

@@ -1,37 +1,72 @@
-"""musubi-tuner: LoRA, LoHa and LoKr on linear layers, without cores, lengths, or a split w1."""
+"""musubi-tuner's merging: by the first algorithm that a file has; what it has no use for is one warning."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from consumers import Kind, Read, Refused, Tensors, number
 
-KNOWN = (
-    {"lora_up.weight", "lora_down.weight"},
-    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-    {"lokr_w1", "lokr_w2"},
-    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
-)
+
+def detected(names: Iterable[str]) -> str:
+    """The algorithm that it takes all of a file for."""
+    for name in names:
+        for part, algorithm in (("lora_down", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr")):
+            if part in name:
+                return algorithm
+    return "lora"
 
 
-def read(tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0) -> Read | None:
-    names = tensors.keys() - {"alpha"}
-    if kind != "linear":
+def read(
+    tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0, taken_for: str = ""
+) -> Read | None:
+    change = _change(tensors, weight, taken_for or detected(tensors)) if kind in ("linear", "conv") else None
+    if change is None:
         return None
-    if names not in KNOWN:
-        raise Refused(f"no network of {sorted(names)}")
-    rank = None
-    if "lora_up.weight" in tensors:
-        rank, change = tensors["lora_down.weight"].shape[0], tensors["lora_up.weight"] @ tensors["lora_down.weight"]
-    elif "hada_w1_a" in tensors:
-        rank = tensors["hada_w1_b"].shape[0]
-        change = (tensors["hada_w1_a"] @ tensors["hada_w1_b"]) * (tensors["hada_w2_a"] @ tensors["hada_w2_b"])
-    elif "lokr_w2" in tensors:
-        change = torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
-    else:
-        rank = tensors["lokr_w2_b"].shape[0]
-        change = torch.kron(tensors["lokr_w1"], tensors["lokr_w2_a"] @ tensors["lokr_w2_b"])
+    try:
+        after = weight + strength * change
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    if after.shape != weight.shape:
+        raise Refused(f"a weight of shape {tuple(after.shape)}")
+    return after, bias
+
+
+def _change(tensors: Tensors, weight: Tensor, taken_for: str) -> Tensor | None:
     alpha = number(tensors, "alpha")
-    scale = 1.0 if alpha is None or rank is None else alpha / rank
-    return weight + strength * scale * change.reshape(weight.shape), bias
+    if taken_for == "lora":
+        if not {"lora_down.weight", "lora_up.weight"} <= tensors.keys():
+            return None
+        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+        return _product(up, down, weight) * (1.0 if alpha is None else alpha / len(down))
+    if taken_for == "loha":
+        if "hada_w1_a" not in tensors:
+            return None
+        factors = [tensors[f"hada_w{n}_{side}"] for n in (1, 2) for side in "ab"]
+        if factors[0].shape[1] != factors[1].shape[0]:
+            raise Refused("factors of a core")
+        rank = len(factors[1])
+        return (factors[0] @ factors[1]) * (factors[2] @ factors[3]) * (1.0 if alpha is None else alpha / rank)
+    if "lokr_w1" not in tensors or not {"lokr_w2", "lokr_w2_a"} & tensors.keys():
+        return None
+    w1, scale = tensors["lokr_w1"], 1.0
+    if "lokr_w2_a" in tensors:
+        a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+        if a.shape[1] != b.shape[0]:
+            raise Refused("factors of a core")
+        w2, scale = a @ b, 1.0 if alpha is None else alpha / a.shape[1]
+    else:
+        w2 = tensors["lokr_w2"]
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous()) * scale
+
+
+def _product(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return up @ down
+    if weight.dim() != 4:
+        raise Refused("its convolutions have two dimensions")
+    if down.shape[2:] == (1, 1):
+        return (up.flatten(1) @ down.flatten(1))[..., None, None]
+    return torch.einsum("or,rikl->oikl", up[..., 0, 0], down)

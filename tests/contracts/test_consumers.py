@@ -88,7 +88,7 @@ def change(after: Affine, before: Affine) -> Tensor:
 
 def read_by(consumer: str, entry: Entry, base: Affine, strength: float = 1.0) -> Affine | None:
     """What a program makes of a layer; None when it refuses or passes over."""
-    if entry.geometry.transposed:
+    if entry.geometry.transposed and entry.geometry.kind != "embedding":
         return None
     tensors = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
     return read_as(consumer, tensors, base, entry.geometry.kind, strength)

@@ -16,6 +16,7 @@ from lycoris.files import check
 from lycoris.files.check import Check
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.consumers.keys import ALL
+from lycoris.files.consumers.peft import together
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
@@ -78,7 +79,7 @@ KNOWN = [
     ("comfyui", "bare", "flux1", False),
     ("comfyui", "peft", "sd3", True),
     ("comfyui", "peft", "flux1", False),
-    ("comfyui", "comfyui", None, True),
+    ("comfyui", "comfyui", None, False),
     ("forge", "kohya", "flux1", True),
     ("forge", "kohya", "wan", False),
     ("forge", "kohya", "qwen-image", False),
@@ -148,10 +149,11 @@ def test_names_of_layers_count_whatever_the_file_is_like(tmp_path: Path) -> None
 
 def test_layers_that_have_no_place(tmp_path: Path) -> None:
     layers = r"(single_)?transformer_blocks\.0\.attn.*|norm_out\.linear"
-    for program in ("invokeai", "diffusers"):
-        found = checked(tmp_path, program, "kohya", "flux1", layers=layers)
-        lost = {layer for layer, verdict in found.layers.items() if verdict.reads == "not at all"}
-        assert (found.keys, lost) == ("", {"final_layer.adaLN_modulation.1"}), program
+    found = checked(tmp_path, "diffusers", "kohya", "flux1", layers=layers)
+    lost = {layer for layer, verdict in found.layers.items() if verdict.reads == "not at all"}
+    assert (found.keys, lost) == ("", {"final_layer.adaLN_modulation.1"})
+    found = checked(tmp_path, "invokeai", "kohya", "flux1", layers=layers)
+    assert "InvokeAI rejects the file for lora_unet_final_layer_adaLN_modulation_1" in found.keys
     assert checked(tmp_path, "comfyui", "kohya", "flux1", layers=layers).as_trained
 
 
@@ -208,12 +210,13 @@ def test_diffusers_by_format_and_family(tmp_path: Path) -> None:
 def test_invokeai_takes_dots_of_paths_for_those_of_tensors(tmp_path: Path) -> None:
     for dialect, reads in (("kohya", "as trained"), ("comfyui", "not at all")):
         found = checked(tmp_path, "invokeai", dialect, "qwen-image", (LoHa(rank=1),), BLOCK)
-        assert {each.reads for each in found.layers.values()} == {reads}
+        assert found.as_trained == (reads == "as trained")
+        assert ("the last two dots" in found.keys) == (reads != "as trained")
 
 
 def test_a_bias_beside_a_lora(tmp_path: Path) -> None:
     stack = (LoRA(rank=1), Full(weight=False))
-    reads = {"comfyui": "as trained", "webui": "differently", "invokeai": "differently", "diffusers": "not at all"}
+    reads = {"comfyui": "as trained", "webui": "not at all", "invokeai": "differently", "diffusers": "not at all"}
     for program, expected in reads.items():
         found = checked(tmp_path, program, "kohya", "flux1", stack, BLOCK)
         assert {each.reads for each in found.layers.values()} == {expected}, program
@@ -230,7 +233,7 @@ def test_a_scale_that_is_not_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_how_many_keys_forge_lets_by(tmp_path: Path) -> None:
-    for layers, reads in (("img_in|x_embedder", True), (r"transformer_blocks\.0\..*", False)):
+    for layers, reads in (("img_in|x_embedder", True), (r"(single_)?transformer_blocks\.0\..*", False)):
         found = checked(
             tmp_path, "forge", "kohya", "flux1", (OFT(block_size=4),), f"{layers}|context_embedder|proj_out"
         )
@@ -245,8 +248,9 @@ def test_what_one_folder_of_pefts_does_not_hold(tmp_path: Path) -> None:
     mixed.entries.update(bundle_of(layout, (LoHa(rank=1),), r"single_transformer_blocks\.0\..*").entries)
     write(mixed, path, "lycoris", model=layout)
     found = check(path, "peft")
-    assert {each.reads for each in found.layers.values()} == {"as trained"}
-    assert "a PEFT adapter is all of one kind" in found.keys
+    assert {each.reads for each in found.layers.values()} == {"not at all"}
+    assert "it knows peft" in found.keys
+    assert "a PEFT adapter is all of one kind" in together(mixed)
 
 
 def test_a_small_change_is_told_from_rounding() -> None:

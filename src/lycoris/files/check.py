@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
 
 from torch import nn
 
 from lycoris.algorithms import DoRA
-from lycoris.bundle import Bundle, Entry
+from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
-from lycoris.files.components import component_of
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
-from lycoris.files.consumers.keys import Known
 from lycoris.files.detect import Detection
-from lycoris.files.dialect import flatten
-from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
-from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, opened
+from lycoris.files.parts import Part, routed_by, written_in
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
 
@@ -106,181 +98,37 @@ def judged(found: Opened, consumer: str) -> Check:
     """The same of a file that is open."""
     program = CONSUMERS[consumer]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
-    written = _written(found.shapes, detection)
+    written = written_in(found.shapes, detection)
+    routed = routed_by(program, found, written)
+    taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
     parts = [
-        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name])
+        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for)
         for name in detection.components
     ]
+    rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
+    rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    lost = sum(part.passed_over for part in parts)
+    if program.unmatched is not None and lost > program.unmatched:
+        rejected.append(
+            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
+        )
     verdicts, algorithms = {}, {}
     for part in parts:
         for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
-            verdicts[name], algorithms[name] = verdict, _told(part.bundle.entries[layer])
-    problems = [problem for part in parts for problem in (*part.problems, part.together) if problem]
-    lost = sum(part.passed_over for part in parts)
-    if program.unmatched is not None and lost > program.unmatched:
-        problems.append(
-            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
-        )
+            verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
+            algorithms[name] = _told(part.bundle.entries[layer])
+    problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
     nowhere = not any(part.elsewhere for part in parts)
     return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
 
 
-class Written(NamedTuple):
-    """A layer in a file."""
-
-    key: str
-    """What the names of its tensors have in common."""
-    tensors: Mapping[str, tuple[int, ...]]
-    """Their shapes, by name in LyCORIS' spelling."""
-
-
-def _written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
-    """Component → layer as written → what the file has."""
-    whose = component_of(FAMILIES[detection.family] if detection.family else None)
-    found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
-    for name, shape in shapes.items():
-        key = DIALECTS[detection.dialect].split(name)
-        if key is not None:
-            layers = found.setdefault(whose(key), {})
-            before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
-            layers[key.layer] = before._replace(tensors={**before.tensors, key.suffix: shape})
-    return found
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a file has for one component of a pipeline."""
-
-    program: Consumer
-    component: str
-    own: str
-    """The file's dialect."""
-    layout: Layout
-    bundle: Bundle
-    written: Mapping[str, Written]
-    """By layer as written."""
-
-    @property
-    def architecture(self) -> str | None:
-        return None if self.layout.architecture is None else self.layout.architecture.name
-
-    @property
-    def prefix(self) -> str:
-        """What its keys begin with."""
-        return next((each.key.removesuffix(layer) for layer, each in self.written.items()), "")
-
-    @cached_property
-    def dialect(self) -> str:
-        """The dialect that usually has such keys for this component: that of the file, or if its layers have other
-        names, one that the program knows; "" none.
-        """
-        own, architecture = DIALECTS[self.own], self.layout.architecture
-        # Text encoders have other names only by a level that some versions of a class have.
-        if architecture is None or self.component or own.naming_for(architecture) == self.layout.naming:
-            return self.own
-        alike = (
-            each.name
-            for each in DIALECTS.values()
-            if self.prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
-        )
-        return next((name for name in alike if self.program.known(name, architecture.name)), "")
-
-    @cached_property
-    def known(self) -> Known | None:
-        return self.program.known(self.dialect, self.architecture)
-
-    @property
-    def elsewhere(self) -> list[str]:
-        """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.known(each, self.architecture)]
-
-    @property
-    def problems(self) -> list[str]:
-        """Why the program does not take this component at all."""
-        title, model = self.program.title, self.architecture or "this model"
-        if self.known is None or all(map(self._lost, self.written)):
-            there = ", ".join(each for each in self.elsewhere if each != self.own)
-            return [
-                f"{title} does not know keys of the format {self.own} for {model}"
-                + (f"; it knows {there}" if there else ", nor of any other known here")
-            ]
-        keys = {each.key for each in self.written.values()}
-        stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
-        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
-        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
-        lacking = [key for key in every if key not in keys and _among(key, self.known.needs, groups)]
-        found = [f"{title} rejects the file for {some(stopping)}"] if stopping else []
-        if lacking:
-            found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
-        return found
-
-    @property
-    def together(self) -> str:
-        """Why the program does not take layers together that it takes one by one; "" where it does."""
-        alone = all(each.reads == "as trained" for each in self.verdicts.values())
-        return self.program.whole(self.bundle) if self.program.whole is not None and alone else ""
-
-    @property
-    def passed_over(self) -> int:
-        """How many tensors the program has no use for."""
-        if self.known is None:
-            return sum(len(each.tensors) for each in self.written.values())
-        lost = (layer for layer, verdict in self.verdicts.items() if verdict.reads == "not at all")
-        return sum(len(self.written[self._as_written(layer)].tensors) for layer in lost)
-
-    @cached_property
-    def verdicts(self) -> Mapping[str, Verdict]:
-        """What becomes of each layer."""
-        return {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
-
-    def _as_written(self, layer: str) -> str:
-        return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
-
-    @cached_property
-    def _named(self) -> Collection[str] | None:
-        """The layers' names, as written, that the program knows; None: any."""
-        architecture, named = self.layout.architecture, self.known.named if self.known else ""
-        if architecture is None or not named:
-            return None
-        return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
-
-    def _lost(self, written: str) -> bool:
-        """Whether the program passes a layer's keys over."""
-        unnamed = self._named is not None and written not in self._named
-        return unnamed or (self.known is not None and bool(re.fullmatch(self.known.lost, self.written[written].key)))
-
-    def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
-        title, written = self.program.title, self._as_written(layer)
-        key, stored = self.written[written]
-        if self._lost(written) or (self.known is not None and re.fullmatch(self.known.stops, key)):
-            return Verdict("not at all", f"{title} has no place for such keys")
-        if "bias_indices" in stored:
-            return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
-        first, *rest = stack
-        verdict = self.program.verdict(
-            first,
-            beside=tuple(rest),
-            dialect=self.dialect or self.own,
-            architecture=self.architecture,
-            key=key,
-            stored=stored,
-        )
-        if verdict.reads != "as trained":
-            return verdict
-        if self.known is not None and re.fullmatch(self.known.bent, key):
-            return Verdict("differently", f"{title} puts it on other rows of the weight")
-        corrected = self.bundle.report.changed.get(layer)
-        if corrected:
-            return Verdict(
-                "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
-            )
+def _with_the_file(verdict: Verdict, program: Consumer) -> Verdict:
+    """What becomes of a layer in a file that is rejected for another reason."""
+    if verdict.reads == "not at all":
         return verdict
-
-
-def _among(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
-    match = re.fullmatch(pattern, key)
-    return match is not None and match.groups() in groups
+    why = f"{program.title} rejects the file" + ("" if verdict.reads == "as trained" else f"; else: {verdict.why}")
+    return Verdict("not at all", why, None, verdict.remedy or "format")
 
 
 def _told(stack: tuple[Entry, ...]) -> str:

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from lycoris.algorithms import below_lengths
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError
 from lycoris.files.components import prefix_of
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.consumers import CONSUMERS, Place
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
+from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
+from lycoris.files.naming import Span
 from lycoris.files.opening import Opened
-from lycoris.files.portable import Stack, portable_stack
+from lycoris.files.portable import Stack, as_lora, portable_stack
 from lycoris.files.skeleton import namings
 from lycoris.files.weights import BaseWeights
 
@@ -38,10 +41,11 @@ def exported(
     for component, bundle in found.bundles.items():
         layout, entries = found.layouts[component], dict[str, Stack]()
         keys = _keys(bundle, layout, to, _prefix(found, component, to))
+        places = _places(bundle, layout, program, to)
         for layer, stack in bundle.entries.items():
             try:
                 entries[layer], what = _exported(
-                    stack, program, to, layer, keys[layer], layout, None if component else weights
+                    stack, program, to, layer, keys[layer], places[layer], layout, None if component else weights
                 )
             except FileError as error:
                 problems[layer] = str(error)
@@ -49,17 +53,43 @@ def exported(
             if what != "nothing":
                 done[layer] = f"{stack[0].algorithm.name} {what}"
         bundles[component] = replace(bundle, entries=entries)
+        if CONSUMERS[program].taken_for is not None:
+            bundles[component] = _of_one_algorithm(bundles[component], program, done)
     if problems:
         first, why = next(iter(problems.items()))
         raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
     return bundles, done
 
 
+def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bundle:
+    """All as LoRA, where a program takes a file for one algorithm and this one has several.
+
+    Raises `FileError` for a layer that no LoRA can stand for.
+    """
+    found = {layer: below_lengths(stack[0].algorithm).name for layer, stack in bundle.entries.items()}
+    if len({"lora" if name == "dylora" else name for name in found.values()}) < 2:
+        return bundle
+    entries = dict(bundle.entries)
+    for layer, name in found.items():
+        if name not in ("lora", "dylora"):
+            entries[layer] = (as_lora(entries[layer][0]), *entries[layer][1:])
+            what = f"written as a LoRA, for {CONSUMERS[program].title} takes a file for one algorithm"
+            done[layer] = f"{done[layer]}, then {what}" if layer in done else f"{name} {what}"
+    return replace(bundle, entries=entries)
+
+
 def _exported(
-    stack: Stack, program: str, to: str, layer: str, key: str, layout: Layout, weights: BaseWeights | None
+    stack: Stack,
+    program: str,
+    to: str,
+    layer: str,
+    key: str,
+    place: Place,
+    layout: Layout,
+    weights: BaseWeights | None,
 ) -> tuple[Stack, str]:
     architecture = None if layout.architecture is None else layout.architecture.name
-    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key)
+    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place)
     try:
         return export()
     except PlanError as error:
@@ -84,3 +114,17 @@ def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, 
     home = namings(layout.architecture)[DIALECTS[to].naming_for(layout.architecture)].home
     firsts = {layer: layout.spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
     return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
+
+
+def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[str, Place]:
+    """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
+    held = holders(CONSUMERS[program], layout)
+    if layout.architecture is None or not held:
+        return dict.fromkeys(bundle.entries, "")
+    there = layout.spans(DIALECTS[to].naming_for(layout.architecture))
+    written = {part: span for span in there.values() for part in span.parts}
+    own = layout.spans(layout.naming)
+    return {
+        layer: place_of(written.get(own[layer].parts[0], Span(own[layer].parts)), held, layout)
+        for layer in bundle.entries
+    }

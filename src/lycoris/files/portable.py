@@ -22,7 +22,7 @@ from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, below_lengths
 from lycoris.algorithms.lokr import Layout
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
-from lycoris.files.consumers import CONSUMERS, Remedy
+from lycoris.files.consumers import CONSUMERS, Place, Remedy
 from lycoris.ops.rotation import limited
 from lycoris.ops.rounding import widened
 from lycoris.ops.tucker import tucker
@@ -58,10 +58,11 @@ def portable_stack(
     dialect: str | None = None,
     architecture: str | None = None,
     key: str = "",
+    place: Place = "",
 ) -> tuple[Stack, str]:
     """The same of all that a file has for a layer: an algorithm, and changes of its bias or of single places beside it.
 
-    `key` is what the file calls the layer.
+    `key` is what the file calls the layer, `place` how the program's model holds it.
     """
     if consumer not in CONSUMERS:
         raise FileError(unknown("consumer", consumer, CONSUMERS))
@@ -72,7 +73,7 @@ def portable_stack(
     while True:
         first, *beside = stack
         verdict = CONSUMERS[consumer].verdict(
-            first, base, beside=tuple(beside), dialect=dialect, architecture=architecture, key=key
+            first, base, beside=tuple(beside), dialect=dialect, architecture=architecture, key=key, place=place
         )
         if verdict.reads == "as trained":
             return stack, ", then ".join(done.values()) or "nothing"
@@ -218,6 +219,7 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
         # Reading a file has these already.
         "anew": Export("written as such adapters are today", lambda entry, base: entry),
         "scale": Export("written with the scale that was trained", lambda entry, base: entry),
+        "format": Export("written in a format whose names it knows", lambda entry, base: entry),
     }
 )
 

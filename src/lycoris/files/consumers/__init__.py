@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lycoris.files.consumers.comfyui import COMFYUI
-from lycoris.files.consumers.consumer import Case, Consumer, Remedy, Row, Verdict
+from lycoris.files.consumers.consumer import Case, Consumer, Place, Remedy, Row, Verdict
 from lycoris.files.consumers.diffusers import DIFFUSERS
 from lycoris.files.consumers.forge import FORGE
 from lycoris.files.consumers.invokeai import INVOKEAI
@@ -19,4 +19,4 @@ CONSUMERS: Mapping[str, Consumer] = MappingProxyType(
     {each.name: each for each in (COMFYUI, WEBUI, FORGE, INVOKEAI, DIFFUSERS, PEFT, SIMPLETUNER, MUSUBI)}
 )
 
-__all__ = ["CONSUMERS", "Case", "Consumer", "Remedy", "Row", "Verdict"]
+__all__ = ["CONSUMERS", "Case", "Consumer", "Place", "Remedy", "Row", "Verdict"]

@@ -7,19 +7,97 @@ from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.shared import CORES, LONE_SHIFT, W2_ON_WRONG_AXES, cores
 from lycoris.files.consumers.traits import (
     all_of,
+    any_bias,
+    any_of,
+    bias_only,
+    bias_share,
     core_without_contiguous,
     dora,
+    dora_of_one_row,
     dora_out,
+    embedding,
+    exchanged,
+    in_rows,
     is_a,
     kernel,
     lengths,
     limited_without_outputs,
+    no_other_than,
+    not_written_as,
     of_both_layouts,
     old_rotation,
+    parameter,
+    up_bias,
+    without_mid,
 )
 
 KRON = "contracts the core into a w2 that PyTorch's kron cannot use (seen with 2.13)"
+EMBEDDINGS = (
+    Row(
+        any_of(all_of(embedding, is_a("glora", "diag-oft", "boft")), all_of(embedding, dora)),
+        "not at all",
+        "takes an embedding for a layer with as many outputs as entries, which the tensors do not fit",
+        "dense",
+    ),
+    Row(
+        all_of(embedding, no_other_than("full")),
+        "differently",
+        "takes an embedding for a layer with as many outputs as entries, and lays the change out the other way round",
+        "dense",
+    ),
+)
+PLACES = (
+    Row(
+        all_of(in_rows, bias_only),
+        "not at all",
+        "passes over a change of the bias of a layer that its model holds as rows of a larger one, or exchanged",
+        "format",
+    ),
+    Row(
+        up_bias,
+        "differently",
+        "looks for no bias of a LoRA's second factor; written as diff_b it does",
+        "anew",
+    ),
+    Row(
+        all_of(in_rows, any_bias),
+        "differently",
+        "leaves out the change of the bias of a layer that its model holds as rows of a larger one, or exchanged",
+        "format",
+        bias_share,
+    ),
+    Row(
+        all_of(exchanged, is_a("glora", "diag-oft", "boft")),
+        "differently",
+        "takes the weight with its two halves exchanged for the one that was trained; how far off that is depends on "
+        "the base weight",
+        "format",
+    ),
+)
+"""Layers that are not one layer of its model. Last of all: what an algorithm is taken for comes first."""
+WITHOUT_MID = (
+    Row(
+        all_of(without_mid, kernel),
+        "not at all",
+        "looks for no core beside factors of these names, and leaves the layer out",
+        "no core",
+    ),
+    Row(without_mid, "differently", "looks for no core beside factors of these names", "no core"),
+)
+STOPPED = tuple(row._replace(stops=True) for row in cores(f"{CORES}, and stops"))
+OWN_NAMES = Row(
+    all_of(parameter, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
+    "not at all",
+    "knows bare parameters by their own names behind diffusion_model. only",
+    "format",
+)
 SHARED = (
+    OWN_NAMES,
+    Row(
+        all_of(parameter, is_a("diag-oft", "boft")),
+        "not known",
+        "keeps some bare parameters in a shape of its own, of which rotations may not fit the rows",
+    ),
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
     Row(
@@ -35,7 +113,8 @@ SHARED = (
         "on the base weight",
         "plain",
     ),
-    *cores(CORES),
+    *EMBEDDINGS,
+    *WITHOUT_MID,
     Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
     Row(
         dora_out,
@@ -44,16 +123,26 @@ SHARED = (
         "on the base weight",
         "plain",
     ),
+    Row(
+        dora_of_one_row,
+        "differently",
+        "takes DoRA's magnitude of the columns for that of the one row; how far off that is depends on the base weight",
+        "plain",
+    ),
     W2_ON_WRONG_AXES,
     LONE_SHIFT,
+    *PLACES,
 )
 """What Forge took over."""
+FAILING = (SHARED[4], EMBEDDINGS[0], WITHOUT_MID[0])
+"""Of these, what it cannot compute: a line in ComfyUI's log, an error in Forge."""
 
 COMFYUI = Consumer(
     "comfyui",
     "ComfyUI",
     keys.COMFYUI,
     (
+        *STOPPED,
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
         Row(old_rotation, "not at all", "knows no oft_diag, and passes it over", "anew"),
@@ -71,4 +160,6 @@ COMFYUI = Consumer(
             "turns the rows as trained; at another strength than 1 the strength counts twice",
         ),
     ),
+    kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    own="comfyui",
 )

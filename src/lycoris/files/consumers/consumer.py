@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -10,10 +10,14 @@ from typing import Literal, NamedTuple
 from lycoris.algorithm import Affine
 from lycoris.algorithms import DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
-from lycoris.files.consumers.keys import ALL, Keys, Known
+from lycoris.files.consumers.keys import ALL, LOOKED_AT, Keys, Known
+from lycoris.files.consumers.routes import Route
 from lycoris.geometry import Kind
 
-Reads = Literal["as trained", "differently", "not at all"]
+Reads = Literal["as trained", "differently", "not at all", "not known"]
+Place = Literal["", "rows", "swapped"]
+"""How a program's model holds a layer of a file: as one of its own, as some rows of one, or as one whose two halves are
+the other way round."""
 Remedy = Literal[
     "plain",
     "dense",
@@ -27,8 +31,24 @@ Remedy = Literal[
     "joined",
     "anew",
     "scale",
+    "format",
 ]
 """Names of exports, which `lycoris.files.portable` makes."""
+ASKED = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
+"""Algorithms of which it was looked at what programs make of them; nothing is claimed of any other."""
+NAMES = frozenset(
+    {
+        *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values"),
+        *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "bias_size", "lora_magnitude_vector"),
+        *(f"hada_{each}" for each in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")),
+        *("weight", "on_input", "oft_blocks", "oft_diag", "rescale"),
+        *("q_layer.weight", "p_layer.weight", "lambda_layer"),
+        *("base_q.weight", "base_p.weight", "base_lambda"),
+    }
+)
+"""Tensors of which it was looked at what programs make of them."""
 
 
 class Verdict(NamedTuple):
@@ -41,6 +61,8 @@ class Verdict(NamedTuple):
     """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
     remedy: Remedy | None = None
     """The export that makes it right; None where none is needed, or none is known."""
+    stops: bool = False
+    """Whether it costs the whole file."""
 
 
 class Case(NamedTuple):
@@ -57,6 +79,9 @@ class Case(NamedTuple):
     """The layer as its keys call it, with what they begin with; "" not known."""
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
+    place: Place = ""
+    among: frozenset[str] = frozenset()
+    """The own names of all tensors of the file, likewise."""
 
     @property
     def name(self) -> str:
@@ -88,6 +113,8 @@ class Row(NamedTuple):
     why: str | Callable[[Case], str]
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
+    stops: bool = False
+    """Whether it costs the whole file."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +133,20 @@ class Consumer:
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
+    names: frozenset[str] = NAMES
+    """Tensors of which it was looked at what it makes of them."""
     unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
+    own: str = ""
+    """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
+    route: Route | None = None
+    """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
+    stops: bool = False
+    """Whether every layer that it cannot take costs the whole file."""
+    taken_for: Callable[[Iterable[str]], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors; None: each layer has its own."""
+    reads_header: bool = False
+    """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
@@ -126,21 +165,34 @@ class Consumer:
         architecture: str | None = None,
         key: str = "",
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        place: Place = "",
+        among: frozenset[str] = frozenset(),
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name.
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the
+        program's model holds the layer, `among` the names of all tensors of the file.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
-        if g.transposed and not self.transposes:
+        if g.transposed and g.kind != "embedding" and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored)
+        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among)
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
-                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy)
+                stops = row.reads == "not at all" and (row.stops or self.stops)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
+        if case.name not in ASKED:
+            return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
+        if strange := sorted(stored.keys() - self.names):
+            return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
         return Verdict("as trained", f"{self.title} computes what was trained")
+
+    def seen(self, architecture: str | None) -> bool:
+        """Whether it was looked at which keys it knows for an architecture."""
+        named = any(ALL in there or architecture in there for there in self.keys.values())
+        return architecture in LOOKED_AT or named

@@ -33,9 +33,27 @@ PADDING = "pads with zeros beside a layer that does not; how far off that is dep
 
 
 def instead(when: Test, reads: Reads, why: str) -> tuple[Row, Row]:
-    """What LoRA makes right, on layers where PEFT's LoRA itself is right."""
-    beside = Row(all_of(when, lora_goes_wrong), reads, f"{why}; nor does its LoRA fit here")
-    return beside, Row(when, reads, why, "lora")
+    """What LoRA makes right, on layers where PEFT's LoRA itself is right. What is not read costs the whole file."""
+    beside = Row(all_of(when, lora_goes_wrong), reads, f"{why}; nor does its LoRA fit here", stops=True)
+    return beside, Row(when, reads, why, "lora", stops=True)
+
+
+def _bias_of_wan(case: Case) -> bool:
+    """A change of the bias beside a LoRA, which is taken for that of its second factor."""
+    # _convert_non_diffusers_wan_lora_to_diffusers
+    alone = all(set(each.tensors) == {"diff_b"} for each in case.beside)
+    blocks = case.key.startswith("diffusion_model.blocks.") or not case.key
+    return case.architecture == "wan" and dotted(case) and blocks and case.name == "lora" and alone and not case.dora
+
+
+def _dropped(case: Case) -> bool:
+    """In Flux.1's pipeline, which of files in its own format keeps the names with "lora" in them."""
+    return case.architecture == "flux1" and case.dialect in ("diffusers", "onetrainer-diffusers")
+
+
+def _gets_lengths(case: Case) -> bool:
+    """A LoRA in a file of which another layer has a magnitude: then every layer gets one, that of its base weight."""
+    return case.name == "lora" and not case.dora and "lora_magnitude_vector" in case.among
 
 
 def _of_lokr(case: Case) -> bool:
@@ -67,8 +85,35 @@ DIFFUSERS = Consumer(
     "diffusers",
     keys.DIFFUSERS,
     (
-        Row(any_of(beside, moves_bias), "not at all", "has no counterpart that changes a bias"),
-        Row(all_of(grouped, is_a("lora")), "not at all", "makes a LoRA of other shapes on convolutions with groups"),
+        Row(
+            all_of(beside, _dropped, is_a("lora")),
+            "differently",
+            "leaves out the change of the bias that is beside it",
+        ),
+        Row(
+            all_of(any_of(no_other_than("lora"), moves_bias), _dropped),
+            "not at all",
+            "reads LoRA only",
+            "lora",
+        ),
+        Row(
+            all_of(any_of(beside, moves_bias), lambda case: not _bias_of_wan(case)),
+            "not at all",
+            "has no counterpart that changes a bias",
+            stops=True,
+        ),
+        Row(
+            all_of(grouped, is_a("lora")),
+            "not at all",
+            "makes a LoRA of other shapes on convolutions with groups",
+            stops=True,
+        ),
+        Row(
+            _gets_lengths,
+            "differently",
+            "gives every layer a magnitude where one layer of the file has one; how far off that is depends on the "
+            "base weight",
+        ),
         *instead(
             all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(dotted, written_as("kohya", "musubi"))),
             "not at all",
@@ -95,8 +140,8 @@ DIFFUSERS = Consumer(
             "takes DoRA's lengths of inputs for those of outputs, and how far off that is depends on the base weight",
         ),
         *instead(dora_in, "not at all", "knows DoRA's lengths of outputs only"),
-        Row(all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here"),
-        Row(cored, "not at all", "knows no cores of LoRA", "no core"),
+        Row(all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here", stops=True),
+        Row(cored, "not at all", "knows no cores of LoRA", "no core", stops=True),
         Row(resized, "not at all", "leaves the dilation out, and the outputs differ in size"),
         Row(
             dilated,
@@ -107,4 +152,5 @@ DIFFUSERS = Consumer(
         Row(dora, "as trained", STRENGTH),
     ),
     kinds=("linear", "conv"),
+    reads_header=True,
 )

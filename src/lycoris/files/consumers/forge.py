@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers import keys
-from lycoris.files.consumers.comfyui import KRON, SHARED
+from lycoris.files.consumers.comfyui import FAILING, KRON, SHARED, STOPPED
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import core_without_contiguous, is_a
 
@@ -21,8 +21,11 @@ FORGE = Consumer(
             "knows no rotations, and passes their keys over",
             "plain",
         ),
-        Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2"),
-        *SHARED,
+        *STOPPED,
+        Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2", stops=True),
+        *(row._replace(stops=True) if row in FAILING else row for row in SHARED),
     ),
+    kinds=("linear", "conv", "norm", "embedding", "parameter"),
     unmatched=UNMATCHED,
+    own="comfyui",
 )

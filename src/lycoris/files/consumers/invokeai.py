@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers.invokeai_routes import route
 from lycoris.files.consumers.shared import (
     CORES,
     IA3_ON_CONVOLUTIONS,
@@ -17,12 +18,10 @@ from lycoris.files.consumers.traits import (
     all_of,
     cored,
     dora,
-    dotted,
     is_a,
     kernel,
     lone_bias,
     no_other_than,
-    on,
 )
 
 INVOKEAI = Consumer(
@@ -30,12 +29,6 @@ INVOKEAI = Consumer(
     "InvokeAI",
     keys.INVOKEAI,
     (
-        Row(
-            all_of(no_other_than("lora"), on("wan", "z-image", "qwen-image"), dotted),
-            "not at all",
-            "takes the last two dots of a name for the end of the layer's, which is right for LoRA only",
-            "lora",
-        ),
         Row(is_a("tlora", "glora", "diag-oft", "boft"), "not at all", "knows no such algorithm, and stops", "plain"),
         Row(lone_bias, "not at all", "knows no diff_b without diff, and stops", "both diffs"),
         Row(all_of(dora, no_other_than("lora")), "not at all", "knows DoRA over LoRA only, and stops", "plain"),
@@ -47,4 +40,6 @@ INVOKEAI = Consumer(
         LENGTHS_OF_COLUMNS,
         WITHOUT_BIAS,
     ),
+    route=route,
+    stops=True,
 )

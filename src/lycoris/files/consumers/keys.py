@@ -25,6 +25,10 @@ class Known(NamedTuple):
     """Keys for which it rejects the file."""
     named: str = ""
     """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
+    together: str = ""
+    """Keys of which it passes over those whose groups not all keys with the same groups have."""
+    unsure: str = ""
+    """Keys that it knows in some models of the architecture."""
     needs: str = ""
     """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
 
@@ -48,49 +52,92 @@ CLIPS = ("clip", "clip-with-projection")
 DENOISERS = tuple(
     name for name in dict.fromkeys(family.components[""] for family in FAMILIES.values()) if name != "language-model"
 )
+_LAYERS = r"text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])"
 _FLAT_CLIP = r"(lora|oft)_te\d?_(?!text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])$).*"
 _DOTTED_CLIP = r"text_encoder\w*\.(?!text_model\.encoder\.layers\.\d+\.(self_attn\.(k|q|v|out)_proj|mlp\.fc[12])$).*"
 _ATTENTION = r".*\.attn\d\.to_.*"
 """A UNet's projections."""
 
 
-# The names that ComfyUI gives the layers of a denoiser; of these it has no model (0.33).
-_NOT_COMFYUI = ("flux3", "qwen-image-2.1", "sana")
-_COMFYUIS = dict.fromkeys((name for name in DENOISERS if name not in _NOT_COMFYUI), Known(named="comfyui"))
+_EMBEDS = r".*encoder[._]embed_tokens"
+"""Of T5; the same table as `shared`, by which ComfyUI and Forge know it."""
+_AS_TRANSFORMER = r"transformer\..*"
+"""What begins so is of a transformer."""
+_FLUX2_OUTSIDE = (
+    r".*(double_stream_modulation_(img|txt)|single_stream_modulation)[._]linear"
+    r"|.*time_guidance_embed[._]timestep_embedder[._]linear_[12]"
+)
+
+
+LOOKED_AT = frozenset(
+    {
+        *(
+            "sd1.5-unet",
+            "sd2-unet",
+            "sdxl-unet",
+            "sd3",
+            "flux1",
+            "flux2",
+            "qwen-image",
+            "z-image",
+            "wan",
+            "hunyuanvideo",
+        ),
+        *("hunyuanvideo-1.5", "framepack", "lumina2", "language-model", "clip", "clip-with-projection", "t5"),
+    }
+)
+"""Architectures of which it was looked at which keys programs know; nothing is claimed of any other."""
+
+
+# The names that ComfyUI gives the layers of a denoiser.
+_COMFYUIS = dict.fromkeys((each for each in DENOISERS if each in LOOKED_AT), Known(named="comfyui"))
 
 # ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
 # before its own names; the others are named there for one class of models each.
-_COMFYUI_CLIP = partly(*CLIPS, lost=_FLAT_CLIP) | wholly("t5")
+_COMFYUI_CLIP = (
+    partly("clip", lost=f"lora_te2_.*|{_FLAT_CLIP}")
+    | partly("clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
+    | partly("t5", lost=f"lora_te1?_.*|{_EMBEDS}")
+)
 # UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
 # own names in diffusers are not in that table.
 _COMFYUI_DOTTED = (
-    partly(*UNETS, lost=_ATTENTION)
+    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}")
     | wholly("sd3", "flux1", "qwen-image", "z-image")
+    | partly("flux2", lost=_FLUX2_OUTSIDE)
     | partly(*CLIPS, lost=_DOTTED_CLIP)
 )
+_COMFYUI_OWN = wholly(*(each for each in DENOISERS if each in LOOKED_AT), *CLIPS, "language-model") | partly(
+    "t5", lost=_EMBEDS
+)
 COMFYUI: Mapping[str, Mapping[str, Known]] = {
-    "comfyui": EVERY,
+    "comfyui": _COMFYUI_OWN,
     "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     "kohya-diffusers": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     # unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers, QwenImage, z_image_to_diffusers
-    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image"),
+    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image") | partly("flux2", lost=_FLUX2_OUTSIDE),
     "diffusers": _COMFYUI_DOTTED,
+    # `unet.` and nothing else, before the processors' names
+    "processors": wholly(*UNETS),
     "musubi": _COMFYUIS,
     # HunyuanVideo: "diffusion-pipe lora format", the blocks' original names.
     "musubi-other": _COMFYUIS
     | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*")
     | wholly("z-image"),
-    "onetrainer-comfy": EVERY,
+    "onetrainer-comfy": _COMFYUI_OWN,
     "onetrainer-kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
     "onetrainer-diffusers": _COMFYUI_DOTTED,
     # `lora_transformer_` of SD3 and Flux
     "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
     | partly("sd3", "flux1", lost="lora_unet_.*")
+    | partly("flux2", lost=f"lora_unet_.*|{_FLUX2_OUTSIDE}")
     | _COMFYUI_CLIP,
     # `transformer.` as diffusers'; `diffusion_model.` before diffusers' names of Z-Image, and of Qwen-Image, its own
-    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*") | wholly("qwen-image", "z-image"),
-    # QwenImage and z_image_to_diffusers: without a prefix
-    "bare": wholly("qwen-image", "z-image"),
+    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*")
+    | partly("flux2", lost=rf"diffusion_model\..*|{_FLUX2_OUTSIDE}")
+    | wholly("qwen-image", "z-image"),
+    # QwenImage, z_image_to_diffusers and unet_to_diffusers: without a prefix
+    "bare": wholly("qwen-image", "z-image") | partly(*UNETS, lost=_ATTENTION),
     "onetrainer-original": wholly("qwen-image", "z-image"),
     # SD3: "format for flash-sd3 lora". Without the folder's config its scale is that of alpha = rank.
     "peft": wholly("sd3"),
@@ -99,16 +146,24 @@ COMFYUI: Mapping[str, Mapping[str, Known]] = {
 # Forge: the same functions in packages_3rdparty/comfyui_lora_collection/lora.py, as of 2024, for the models in
 # backend/diffusion_engine.
 _FORGE = (*UNETS, "sd3", "flux1")
-_FORGE_DOTTED = partly(*UNETS, lost=_ATTENTION) | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+_FORGE_DOTTED = (
+    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+)
 FORGE: Mapping[str, Mapping[str, Known]] = {
     "kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
     "kohya-diffusers": wholly(*UNETS) | _COMFYUI_CLIP,
     "comfyui": wholly(*_FORGE),
     "diffusers": _FORGE_DOTTED,
+    # simpletuner lycoris format
+    "lycoris": wholly(*UNETS, "flux1"),
+    "bare": partly(*UNETS, lost=_ATTENTION),
+    "processors": wholly(*UNETS),
     "onetrainer-comfy": wholly(*_FORGE),
     "onetrainer-kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
     "onetrainer-diffusers": _FORGE_DOTTED,
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | _COMFYUI_CLIP,
+    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
+    | partly("flux1", lost="lora_unet_.*")
+    | _COMFYUI_CLIP,
     "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
     "musubi": wholly("flux1"),
     "musubi-other": wholly("flux1"),
@@ -116,12 +171,26 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
 
 # WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
 # extensions-builtin/Lora/networks.py. Of SD3's keys it takes the last two dots for the end of the layer's name.
-_WEBUI = wholly(*UNETS) | partly(*CLIPS, lost=_FLAT_CLIP)
+_WEBUI_CLIP = dict.fromkeys(
+    ("clip",),
+    Known(
+        lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*",
+        unsure=r"lora_te_text_model_encoder_layers_\d+_layer_norm[12]",
+    ),
+) | dict.fromkeys(
+    ("clip-with-projection",),
+    # torch.nn.MultiheadAttention
+    Known(lost=_FLAT_CLIP, together=r"lora_te2_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"),
+)
+_WEBUI = partly("sd1.5-unet", "sd2-unet", lost="lora_unet_conv_norm_out") | _WEBUI_CLIP
+_WEBUI_SDXL = partly(
+    "sdxl-unet", lost="lora_unet_(conv_norm_out|add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"
+)
 WEBUI: Mapping[str, Mapping[str, Known]] = {
-    "kohya": _WEBUI,
-    "kohya-diffusers": _WEBUI,
-    "onetrainer-kohya": _WEBUI,
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*") | partly(*CLIPS, lost=_FLAT_CLIP),
+    "kohya": _WEBUI | wholly("sdxl-unet"),
+    "kohya-diffusers": _WEBUI | _WEBUI_SDXL,
+    "onetrainer-kohya": _WEBUI | wholly("sdxl-unet"),
+    "onetrainer-legacy": _WEBUI | _WEBUI_SDXL,
 }
 
 # InvokeAI: invokeai/backend/patches/lora_conversions, one file for each of these.
@@ -222,12 +291,15 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
-            lost=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*|lora_unet_.*"
+            stops=r"lora_transformer_(transformer_blocks_\d+_(norm|ff)|single_transformer_blocks_\d+_(norm|proj)).*",
+            lost=r"lora_unet_.*",
         )
     }
     | partly("sd1.5-unet", "sd2-unet", lost="lora_transformer_.*")
     | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
     | _DIFFUSERS_ENCODERS,
+    # The names themselves, behind `unet.`
+    "processors": wholly(*UNETS),
     "bare": wholly("qwen-image", "z-image", "qwen-image-2.1"),
     "onetrainer-original": wholly("qwen-image", "z-image", "qwen-image-2.1"),
     "ai-toolkit": wholly("qwen-image", "z-image")
@@ -239,17 +311,11 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
 PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
 SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
 
-# musubi-tuner: create_arch_network of each architecture, by the classes of its blocks
-_BLOCKS = r"(double|single)_blocks|blocks|(single_)?transformer_blocks|layers|noise_refiner|context_refiner"
-_MUSUBI = partly(
-    "hunyuanvideo",
-    "hunyuanvideo-1.5",
-    "framepack",
-    "wan",
-    "flux1",
-    "flux2",
-    "qwen-image",
-    "z-image",
-    lost=rf"lora_unet_(?!({_BLOCKS})_\d+_).*",
+# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for. HunyuanVideo goes
+# through create_arch_network_from_weights, by the classes of its blocks.
+_MUSUBI = dict.fromkeys(
+    ("hunyuanvideo-1.5", "framepack", "wan", "flux1", "flux2", "qwen-image", "z-image"), Known(named="musubi")
+) | {"hunyuanvideo": Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")}
+MUSUBI: Mapping[str, Mapping[str, Known]] = dict.fromkeys(
+    ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers"), _MUSUBI
 )
-MUSUBI: Mapping[str, Mapping[str, Known]] = {"musubi": _MUSUBI, "kohya": _MUSUBI}

@@ -7,7 +7,7 @@ from typing import get_args
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files.consumers import keys
-from lycoris.files.consumers.consumer import Case, Consumer, Row
+from lycoris.files.consumers.consumer import NAMES, Case, Consumer, Row
 from lycoris.files.consumers.traits import all_of, dora, is_a, moves_bias
 from lycoris.files.peft.layers import unlike
 from lycoris.files.peft.writing import encode_peft, refusal
@@ -60,4 +60,6 @@ PEFT = Consumer(
     kinds=get_args(Kind),
     transposes=True,
     whole=together,
+    reads_header=True,
+    names=NAMES | {"oft_R.weight", "lora_up.bias"},
 )

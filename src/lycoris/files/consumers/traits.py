@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from lycoris.adapter import Matrix
@@ -42,6 +44,11 @@ def dora_out(case: Case) -> bool:
 def dora_in(case: Case) -> bool:
     """Lengths per input column."""
     return case.dora == "in"
+
+
+def dora_of_one_row(case: Case) -> bool:
+    """Lengths per input column of a layer with one output."""
+    return dora_in(case) and case.entry.geometry.out_features == 1
 
 
 def square(case: Case) -> bool:
@@ -94,6 +101,20 @@ def written_as(*dialects: str) -> Test:
     return lambda case: case.dialect in dialects
 
 
+def not_written_as(*dialects: str) -> Test:
+    return lambda case: case.dialect not in dialects
+
+
+def parameter(case: Case) -> bool:
+    """A bare parameter."""
+    return case.entry.geometry.kind == "parameter"
+
+
+def called(pattern: str) -> Test:
+    """A layer whose keys are called so."""
+    return lambda case: re.fullmatch(pattern, case.key) is not None
+
+
 def dotted(case: Case) -> bool:
     """In a dialect whose paths have dots."""
     return DIALECTS[case.dialect].style == "dotted"
@@ -107,6 +128,11 @@ def scaled(case: Case) -> bool:
 def cored(case: Case) -> bool:
     """With a Tucker core."""
     return any(name in case.entry.tensors for name in ("mid", "t1", "t2"))
+
+
+def without_mid(case: Case) -> bool:
+    """LoRA with a core beside factors that are called as PEFT does, which has none."""
+    return case.name == "lora" and cored(case) and "lora_up.weight" in DIALECTS[case.dialect].spelling
 
 
 def off_pictures(case: Case) -> bool:
@@ -255,3 +281,41 @@ def starts_elsewhere(case: Case) -> bool:
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
+
+
+def in_rows(case: Case) -> bool:
+    """A layer that the program's model holds as rows of a larger one, or with its halves exchanged."""
+    return bool(case.place)
+
+
+def exchanged(case: Case) -> bool:
+    """A layer whose halves the program exchanges."""
+    return case.place == "swapped"
+
+
+def up_bias(case: Case) -> bool:
+    """A change of the bias that the file has as that of LoRA's second factor."""
+    return "lora_up.bias" in case.stored
+
+
+def bias_only(case: Case) -> bool:
+    """A change of the bias and nothing else."""
+    return not case.beside and case.entry.tensors.keys() <= {"diff_b"}
+
+
+def any_bias(case: Case) -> bool:
+    """A change of the bias, be it alone, with one of the weight, or beside another algorithm."""
+    return moves_bias(case) or beside(case)
+
+
+def bias_share(case: Case) -> float | None:
+    """How far off the change is without that of the bias, where all of it is stored."""
+    t = case.entry.tensors
+    if case.beside or "diff" not in t or "diff_b" not in t:
+        return None
+    bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
+    return (bias / whole) ** 0.5 if whole else None
+
+
+def embedding(case: Case) -> bool:
+    return case.entry.geometry.kind == "embedding"

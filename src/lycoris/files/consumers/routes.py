@@ -1,0 +1,48 @@
+"""What becomes of a whole file's keys in a program that looks at all of them before it takes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A file as it reaches a program."""
+
+    layers: Mapping[str, tuple[str, ...]]
+    """Each layer as its keys call it, with what they begin with → the ends of its tensors' names, as written; of names
+    that do not begin with the layer's, all."""
+    architecture: str | None
+    """Of the denoiser; None: not known."""
+    names: tuple[str, ...]
+    """Of all tensors."""
+
+    def any_ends(self, *ends: str) -> bool:
+        return any(name.endswith(ends) for name in self.names)
+
+    def all_end(self, *ends: str) -> bool:
+        return all(name.endswith(ends) for name in self.names)
+
+    def any_starts(self, *starts: str) -> bool:
+        return any(name.startswith(starts) for name in self.names)
+
+    def all_start(self, *starts: str) -> bool:
+        return all(name.startswith(starts) for name in self.names)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a program makes of the keys."""
+
+    refused: str = ""
+    """Why it does not take the file, as the end of a sentence that begins with the program; "" where it does."""
+    lost: frozenset[str] = frozenset()
+    """Layers, by their keys, that it passes over."""
+    without_scale: frozenset[str] = frozenset()
+    """Layers whose alpha it leaves out."""
+    without_lengths: frozenset[str] = frozenset()
+    """Layers whose DoRA magnitude it leaves out."""
+
+
+Route = Callable[[Sent], Routed]

@@ -1,0 +1,77 @@
+"""What ComfyUI, Forge and the WebUI made of whole files when their own code was run, against what is said of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lycoris import OFT, Full, GLoRA, LoRA
+from lycoris.algorithm import Algorithm
+from lycoris.bundle import Bundle, Entry
+from lycoris.files.check import Check, judged
+from lycoris.files.consumers import CONSUMERS
+from lycoris.files.families import ARCHITECTURES
+from lycoris.files.layout import Layout
+from lycoris.files.opening import understood
+from lycoris.files.writing import compose
+
+OUTLINES = {"flux1": "flux.1-dev", "flux2": "flux.2-klein-4b", "sd1.5-unet": "sd-1.5"}
+ATTENTION = "transformer_blocks.0.attn.to_q"
+UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CASES = [
+    ("comfyui", "flux1", "diffusers", LoRA(rank=4, alpha=1.0), (ATTENTION,), "differently", 3.0),
+    ("forge", "flux1", "diffusers", LoRA(rank=4, alpha=1.0), (ATTENTION,), "differently", 3.0),
+    ("comfyui", "flux1", "diffusers", LoRA(rank=4, alpha=4.0), (ATTENTION,), "as trained", None),
+    ("comfyui", "flux1", "lycoris", Full(weight=False), (ATTENTION,), "not at all", None),
+    ("comfyui", "flux1", "lycoris", Full(), (ATTENTION,), "differently", None),
+    ("comfyui", "flux1", "lycoris", Full(bias=False), (ATTENTION,), "as trained", None),
+    ("comfyui", "flux1", "lycoris", GLoRA(rank=2), ("norm_out.linear",), "differently", None),
+    ("comfyui", "flux1", "lycoris", OFT(block_size=4), ("norm_out.linear",), "differently", None),
+    ("comfyui", "flux1", "lycoris", LoRA(rank=2), ("norm_out.linear",), "as trained", None),
+    ("comfyui", "flux2", "lycoris", LoRA(rank=2), (ATTENTION,), "as trained", None),
+    ("comfyui", "flux2", "lycoris", LoRA(rank=2), ("single_stream_modulation.linear",), "not at all", None),
+    ("forge", "flux1", "lycoris", LoRA(rank=2), (ATTENTION,), "as trained", None),
+    ("forge", "sd1.5-unet", "lycoris", LoRA(rank=2), (UNET,), "as trained", None),
+    ("webui", "sd1.5-unet", "lycoris", LoRA(rank=2), (UNET,), "not at all", None),
+    ("webui", "sd1.5-unet", "kohya-diffusers", LoRA(rank=2), (UNET,), "as trained", None),
+]
+
+
+def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, layers: tuple[str, ...]) -> Check:
+    layout = Layout.known(ARCHITECTURES[architecture], OUTLINES[architecture])
+    beside = [path for path in layout.layers if path.endswith(("attn.to_k", "attn1.to_k", "add_k_proj"))]
+    entries = {}
+    for path in {*layers, *beside}:
+        g = layout.layers[path]
+        own = algorithm if path in layers else LoRA(rank=1)
+        entries[path] = (Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()}),)
+    made = compose(Bundle(entries), dialect, model=layout)
+    return judged(understood(made.tensors, made.header), program)
+
+
+@pytest.mark.parametrize(("program", "architecture", "dialect", "algorithm", "layers", "reads", "error"), CASES)
+def test_what_is_said_is_what_was_measured(
+    program: str,
+    architecture: str,
+    dialect: str,
+    algorithm: Algorithm,
+    layers: tuple[str, ...],
+    reads: str,
+    error: float | None,
+) -> None:
+    found = said(program, architecture, dialect, algorithm, layers)
+    for layer in layers:
+        assert found.layers[layer].reads == reads
+        if error is not None:
+            assert found.layers[layer].error == pytest.approx(error)
+
+
+def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
+    layout = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev")
+    g = layout.layers[ATTENTION]
+    own = LoRA(rank=1)
+    entry = Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()})
+    for program in ("comfyui", "forge", "webui"):
+        strange = CONSUMERS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
+        assert strange.reads == "not known", program
+        assert not CONSUMERS[program].seen("a family of tomorrow")

@@ -1,0 +1,143 @@
+"""What is said of whole files, against what the programs made of them: recorded for some, run here for others.
+
+The records are of InvokeAI's own loader and patcher and of Musubi Tuner's own merging, over the files of `whole`: for
+each family, format and kind of file "x" (the file is rejected), "=" (read as trained), "~" (differently), "-" (not at
+all), or which layers are which where they differ; the rest is as trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from consumers.whole import MODELS, bundle_of, model_of, picks
+from lycoris.algorithm import Affine
+from lycoris.errors import FileError
+from lycoris.files.check import Check, judged
+from lycoris.files.families import FAMILIES
+from lycoris.files.opening import Opened, understood
+from lycoris.files.writing import compose
+from lycoris.recast import adapted
+
+HERE = Path(__file__).parent
+CODES: Mapping[str, str] = {"=": "as trained", "~": "differently", "-": "not at all"}
+QUICK = ("flux1", "wan")
+
+
+def records(program: str) -> Mapping[str, Any]:
+    return json.loads((HERE / f"{program}_runs.json").read_text())
+
+
+CASES = [
+    pytest.param(program, family, dialect, id=f"{program}-{family}-{dialect}", marks=() if quick else pytest.mark.slow)
+    for program in ("invokeai", "musubi")
+    for family, dialects in records(program).items()
+    for dialect in dialects
+    for quick in [family in QUICK and dialect in ("diffusers", "kohya", "musubi", "musubi-other", "comfyui")]
+]
+
+
+def written(family: str, dialect: str, chosen: Any) -> tuple[Opened, dict[str, Tensor], dict[str, str]]:
+    model, layout = model_of(family)
+    made = compose(bundle_of(family, chosen), dialect, model=layout)
+    tensors = dict(sorted(made.tensors.items()))
+    return understood(tensors, made.header, model), tensors, made.header
+
+
+def said(found: Check) -> dict[str, str]:
+    return {layer: "not at all" if found.keys else each.reads for layer, each in found.layers.items()}
+
+
+def recorded(outcome: str | dict[str, list[str]], layers: list[str]) -> dict[str, str]:
+    if isinstance(outcome, str):
+        return dict.fromkeys(layers, CODES.get(outcome, "not at all"))
+    kinds = {layer: CODES[code] for code, those in outcome.items() for layer in those}
+    return {layer: kinds.get(layer, "as trained") for layer in layers}
+
+
+@pytest.mark.parametrize(("program", "family", "dialect"), CASES)
+def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str) -> None:
+    outcomes, files = records(program)[family][dialect], dict(picks(family))
+    assert outcomes
+    for label, outcome in outcomes.items():
+        found, _, _ = written(family, dialect, files[label])
+        check = judged(found, program)
+        assert said(check) == recorded(outcome, list(check.layers)), label
+        if outcome == "x":
+            assert check.keys, label
+
+
+PIPELINES = {family.components[""]: family.pipelines[0] for family in FAMILIES.values() if family.pipelines}
+REFUSES = (ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError, AssertionError)
+
+
+def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
+    """Layer of diffusers → its weight and bias as a pipeline makes them of a file."""
+    pipeline, model = getattr(diffusers, PIPELINES[family]), copy.deepcopy(model_of(family)[0])
+    state, *alphas, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
+    if family == "flux1":
+        state = {key: tensor for key, tensor in state.items() if "lora" in key}
+    if not state or not all("lora" in key or ("lokr" in key and family in ("flux2", "z-image")) for key in state):
+        raise ValueError("load_lora_weights refuses such keys")
+    given = {"network_alphas": alphas[0]} if alphas else {}
+    takes = inspect.signature(pipeline.load_lora_into_transformer).parameters
+    given = {name: value for name, value in given.items() if name in takes}
+    pipeline.load_lora_into_transformer(state, transformer=model, adapter_name="a", metadata=metadata, **given)
+    found: dict[str, Affine] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            base = layer.get_base_layer()
+            found[name] = Affine(base.weight.detach(), None if base.bias is None else base.bias.detach())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
+@pytest.mark.parametrize("dialect", ["diffusers", "onetrainer-diffusers"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
+def test_what_is_said_of_diffusers(family: str, dialect: str, tmp_path: Path) -> None:
+    model, _ = model_of(family)
+    for label, chosen in picks(family):
+        try:
+            found, tensors, header = written(family, dialect, chosen)
+        except FileError:
+            continue
+        path = tmp_path / "a.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=header or None)
+        try:
+            after = run_by_diffusers(family, path)
+        except REFUSES:
+            after = {}
+        check = judged(found, "diffusers")
+        assert said(check) == {layer: outcome(model, found, layer, after) for layer in check.layers}, label
+
+
+def outcome(model: Any, found: Opened, layer: str, after: Mapping[str, Affine]) -> str:
+    own = model.get_submodule(layer)
+    base = Affine(own.weight.detach(), None if getattr(own, "bias", None) is None else own.bias.detach())
+    if layer not in after:
+        return "not at all"
+    wanted = [torch.zeros_like(base.weight), None if base.bias is None else torch.zeros_like(base.bias)]
+    for entry in found.bundles[""].entries[layer]:
+        made = adapted(entry, base)
+        wanted[0] = wanted[0] + made.weight - base.weight
+        if base.bias is not None:
+            wanted[1] = wanted[1] + made.bias - base.bias
+    got = [after[layer].weight - base.weight, None if base.bias is None else after[layer].bias - base.bias]
+    change, expected = (torch.cat([each.flatten() for each in pair if each is not None]) for pair in (got, wanted))
+    if not change.any():
+        return "not at all"
+    return "as trained" if float((change - expected).norm() / expected.norm()) < 1e-4 else "differently"
