@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consumers.whole import MODELS, bundle_of, model_of, picks
 from lycoris.algorithm import Affine
 from lycoris.errors import FileError
 from lycoris.files.check import Check, judged
@@ -29,6 +28,7 @@ from lycoris.files.families import FAMILIES
 from lycoris.files.opening import Opened, understood
 from lycoris.files.writing import compose
 from lycoris.recast import adapted
+from whole import MODELS, bundle_of, model_of, picks
 
 HERE = Path(__file__).parent
 CODES: Mapping[str, str] = {"=": "as trained", "~": "differently", "-": "not at all"}
