@@ -364,22 +364,27 @@ def test_what_a_reader_does_not_know() -> None:
     assert forge.read(oft() | alpha(0.0), weight, None, "linear") is None
     assert forge.accepts(12)
     assert not forge.accepts(13)
-    for reader in (webui, invokeai, musubi):
+    assert musubi.read(tensors, weight, None, "linear") is None
+    for reader in (webui, invokeai):
         with pytest.raises(Refused):
             read(reader, tensors, weight)
     with pytest.raises(Refused):
         read(invokeai, oft() | alpha(0.0), weight)
 
 
-def test_musubi_takes_linear_layers_only() -> None:
+def test_musubi_merges_what_it_finds() -> None:
     weight = base()
     whole = {"lokr_w1": normal(4, 4), "lokr_w2": normal(6, 4)} | alpha(0.5)
     assert error(read(musubi, whole, weight), torch.kron(whole["lokr_w1"], whole["lokr_w2"])) < 1e-12
     split = {"lokr_w1_a": normal(4, 1), "lokr_w1_b": normal(1, 4), "lokr_w2": normal(6, 4)}
-    for tensors in (split, lora() | {"dora_scale": normal(O, 1)}, {"diff": normal(O, I)}):
-        with pytest.raises(Refused):
-            read(musubi, tensors, weight)
-    assert musubi.read(lora(kernel=(3, 3)), base(3, 3), None, "conv") is None
+    for tensors in (split, {"diff": normal(O, I)}):
+        assert musubi.read(tensors, weight, None, "linear") is None
+    own = lora()
+    assert error(read(musubi, own | {"dora_scale": normal(O, 1)}, weight), read(musubi, own, weight)) == 0
+    assert musubi.read(own, weight, None, "linear", taken_for="loha") is None
+    assert read(musubi, lora(kernel=(3, 3)), base(3, 3)).shape == (O, I, 3, 3)
+    with pytest.raises(Refused):
+        read(musubi, lora(kernel=(1, 2, 2)), base(1, 2, 2))
 
 
 def test_what_simpletuner_does_not_load_again() -> None:

@@ -192,7 +192,8 @@ def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> 
         (d, n, known)
         for d, each in DIFFUSERS.items()
         for n, known in each.items()
-        if (known.stops or known.needs) and d != "lycoris"
+        # OneTrainer's old files are rejected when the model gets them; LoKr is not what this test writes.
+        if (known.stops or known.needs) and d not in ("lycoris", "onetrainer-legacy")
     ],
 )
 def test_it_rejects_what_the_table_says(dialect: str, name: str, known: Known) -> None:

@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consumers.whole import MODELS, bundle_of, model_of, picks
 from lycoris.algorithm import Affine
 from lycoris.errors import FileError
 from lycoris.files.check import Check, judged
@@ -29,6 +28,7 @@ from lycoris.files.families import FAMILIES
 from lycoris.files.opening import Opened, understood
 from lycoris.files.writing import compose
 from lycoris.recast import adapted
+from whole import MODELS, bundle_of, model_of, picks
 
 HERE = Path(__file__).parent
 CODES: Mapping[str, str] = {"=": "as trained", "~": "differently", "-": "not at all"}
@@ -79,7 +79,7 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
 
 
 PIPELINES = {family.components[""]: family.pipelines[0] for family in FAMILIES.values() if family.pipelines}
-REFUSES = (ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError, AssertionError)
+REFUSES = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 
 
 def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
@@ -90,9 +90,8 @@ def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
         state = {key: tensor for key, tensor in state.items() if "lora" in key}
     if not state or not all("lora" in key or ("lokr" in key and family in ("flux2", "z-image")) for key in state):
         raise ValueError("load_lora_weights refuses such keys")
-    given = {"network_alphas": alphas[0]} if alphas else {}
     takes = inspect.signature(pipeline.load_lora_into_transformer).parameters
-    given = {name: value for name, value in given.items() if name in takes}
+    given = {"network_alphas": alphas[0] if alphas else None} if "network_alphas" in takes else {}
     pipeline.load_lora_into_transformer(state, transformer=model, adapter_name="a", metadata=metadata, **given)
     found: dict[str, Affine] = {}
     for name, layer in model.named_modules():

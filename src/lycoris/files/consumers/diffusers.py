@@ -46,9 +46,24 @@ def _bias_of_wan(case: Case) -> bool:
     return case.architecture == "wan" and dotted(case) and blocks and case.name == "lora" and alone and not case.dora
 
 
+def _converted(case: Case) -> bool:
+    """In dotted names other than diffusers' own, behind its own prefix."""
+    return dotted(case) and not case.key.startswith("transformer.")
+
+
 def _dropped(case: Case) -> bool:
     """In Flux.1's pipeline, which of files in its own format keeps the names with "lora" in them."""
     return case.architecture == "flux1" and case.dialect in ("diffusers", "onetrainer-diffusers")
+
+
+def _norm(case: Case) -> bool:
+    return case.entry.geometry.kind == "norm"
+
+
+def _passed_over(case: Case) -> bool:
+    """A norm's changes that are passed over: in Flux.1's own format, and of Wan under ComfyUI's names."""
+    wan = case.architecture == "wan" and case.key.startswith("diffusion_model.")
+    return _dropped(case) or (wan and bool(case.stored) and case.stored.keys() <= {"diff", "diff_b"})
 
 
 def _gets_lengths(case: Case) -> bool:
@@ -85,6 +100,8 @@ DIFFUSERS = Consumer(
     "diffusers",
     keys.DIFFUSERS,
     (
+        Row(all_of(_norm, _passed_over), "not at all", "has no adapters for a layer of kind norm"),
+        Row(_norm, "not at all", "has no adapters for a layer of kind norm", stops=True),
         Row(
             all_of(beside, _dropped, is_a("lora")),
             "differently",
@@ -115,7 +132,7 @@ DIFFUSERS = Consumer(
             "base weight",
         ),
         *instead(
-            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(dotted, written_as("kohya", "musubi"))),
+            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(_converted, written_as("kohya", "musubi"))),
             "not at all",
             "rejects files with DoRA's lengths for Wan",
         ),
@@ -151,6 +168,6 @@ DIFFUSERS = Consumer(
         Row(padded_otherwise, "differently", PADDING),
         Row(dora, "as trained", STRENGTH),
     ),
-    kinds=("linear", "conv"),
+    kinds=("linear", "conv", "norm"),
     reads_header=True,
 )

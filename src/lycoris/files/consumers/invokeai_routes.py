@@ -320,7 +320,12 @@ _WAN_DOTTED = re.compile(
 
 def _wan(sent: Sent) -> Routed:
     if any(map(_WAN_LIKE.fullmatch, sent.layers)):
-        return Routed(lost=frozenset(key for key in sent.layers if not _WAN.fullmatch(key)))
+        taken = {key for key in sent.layers if _WAN.fullmatch(key)}
+        norms = [key for key in taken if key.endswith(("norm_q", "norm_k"))]
+        if norms:
+            # torch.nn.RMSNorm is not in AUTOCAST_MODULE_TYPE_MAPPING.
+            return _refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
+        return Routed(lost=frozenset(sent.layers.keys() - taken))
     prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     paths = {key: _without(prefixes, key) for key in sent.layers}
     inside = {key for key, path in paths.items() if path.startswith("blocks.")}

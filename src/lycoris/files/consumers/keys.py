@@ -246,9 +246,10 @@ _FLAT_FAMILIES = {
 } | wholly("qwen-image", "z-image")
 # _convert_non_diffusers_wan_lora_to_diffusers, which has no alpha for what is not in a block
 _DOTTED_WAN = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
-_WAN_WITH_ALPHA = Known(stops=rf"diffusion_model\.(?!{_DOTTED_WAN}$).*")
+_WAN_NORMS = r"blocks\.\d+\.(norm3|(self|cross)_attn\.norm_[qk])"
+_WAN_WITH_ALPHA = Known(stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS})$).*")
 _WAN_WITHOUT = Known(
-    stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|(text|time)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])$).*",
+    stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS}|(text|time)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])$).*",
 )
 DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "diffusers": wholly(*_DIFFUSERS, *CLIPS),

@@ -122,6 +122,8 @@ def dotted(case: Case) -> bool:
 
 def scaled(case: Case) -> bool:
     """DoRA's lengths under the name that PEFT does not know."""
+    if case.stored:
+        return bool(case.dora) and MAGNITUDE in case.stored
     return DIALECTS[case.dialect].lengths.get(case.dora) == MAGNITUDE
 
 
