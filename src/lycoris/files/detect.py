@@ -6,20 +6,21 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lycoris.algorithms import ALGORITHMS
+from lycoris.algorithms import ALGORITHMS, Replace
 from lycoris.errors import FileError
+from lycoris.files import foreign, unwrapping
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.family import Family
-from lycoris.files.headers import header
 from lycoris.files.naming import DIFFUSERS as MIDDLE
-from lycoris.files.peft.config import WEIGHTS
+from lycoris.files.peft.config import weights_in
 from lycoris.files.recognise import Fit, Size, candidates
+from lycoris.files.storage import load_shapes
 from lycoris.report import some
 
 Confidence = Literal["certain", "likely", "unsure"]
@@ -45,6 +46,8 @@ class Detection:
     strange: tuple[str, ...] = ()
     """Keys that are not of this dialect."""
     remarks: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name in the file → the one by which it is of this dialect and of a known model."""
 
     @property
     def models(self) -> dict[str, str]:
@@ -83,19 +86,49 @@ class Detection:
 
 def detect(path: str | os.PathLike[str]) -> Detection:
     """What a safetensors file or a folder of PEFT's is. Raises `FileError` when it is damaged or has no adapters."""
-    found = header(Path(path) / WEIGHTS if Path(path).is_dir() else path)
+    shapes, metadata = load_shapes(weights_in(Path(path)) if Path(path).is_dir() else path)
     try:
-        return judge({name: info.shape for name, info in found.tensors.items()}, found.metadata)
+        return judge(shapes, metadata)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
 
 
 def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None) -> Detection:
     """The same from names and shapes; of a `family`, if the caller knows it."""
+    if what := foreign.whole(shapes):
+        raise FileError(what)
+    shapes, aside = foreign.parted(shapes)
+    found = _judged(shapes, metadata, family)
+    if found is None or not _is_explained(found):
+        if what := foreign.kind_of(shapes):
+            raise FileError(what)
+        renamed = unwrapping.changed(shapes, unwrapping.plainer)
+        again = _judged({renamed.get(name, name): shape for name, shape in shapes.items()}, metadata, family)
+        if renamed and again is not None and (found is None or _explained(again) > _explained(found)):
+            found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))
+    if found is None:
+        raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
+    plain = [name for name in found.strange if foreign.is_plain(name)]
+    told = f"{len(plain)} tensors are no adapter's: {some(plain)}" if plain else ""
+    strange = tuple(name for name in found.strange if name not in plain)
+    return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
+
+
+def _explained(found: Detection) -> tuple[int, int]:
+    """How much of a file is known: layers of components that are of known models, and tensors of the dialect."""
+    return sum(count for component, count in found.components.items() if found.fits[component]), -len(found.strange)
+
+
+def _is_explained(found: Detection) -> bool:
+    return not found.strange and all(found.fits.values())
+
+
+def _judged(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None) -> Detection | None:
+    """The same of tensors under their own names; None where no dialect has any."""
     readings = [_reading(dialect, shapes, metadata, family) for dialect in DIALECTS.values()]
     best = max((each for each in readings if each.layers), key=_Reading.score, default=None)
     if best is None:
-        raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
+        return None
     decided = [*best.decided] or list(shapes)
     return Detection(
         dialect=best.dialect.name,
@@ -198,8 +231,9 @@ def size(tensors: Mapping[str, Shape]) -> Size:
         return at("lora_up.weight", 0), columns("lora_down.weight") * core
     if "hada_w1_a" in tensors and "hada_t1" not in tensors:
         return at("hada_w1_a", 0), columns("hada_w1_b")
-    if "diff" in tensors:
-        return at("diff", 0), columns("diff")
+    for whole in ("diff", "set_weight"):
+        if whole in tensors:
+            return at(whole, 0), columns(whole)
     if "b1.weight" in tensors:
         # The first layout of GLoRA had the two the other way round.
         out, back = (
@@ -225,10 +259,22 @@ def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for own in suffixes.values():
-        plain = own - {"alpha", "dora_scale", "lora_magnitude_vector"}
-        kind = next((each.name for each in ALGORITHMS.values() if plain and plain <= set(each.keys.values())), "other")
+        plain = own - {"alpha", "dora_scale", "lora_magnitude_vector", "lora_up.bias"}
+        # A change of the bias beside a LoRA, or a whole weight or bias of the layer.
+        plain = plain - {"diff_b", "bias"} if plain > {"lora_up.weight"} else plain
+        kind = (
+            "replace"
+            if plain and plain <= WHOLE
+            else next(
+                (each.name for each in ALGORITHMS.values() if plain and plain <= set(each.keys.values())), "other"
+            )
+        )
         counts[f"dora over {kind}" if plain != own - {"alpha"} else kind] += 1
     return dict(counts)
+
+
+WHOLE = frozenset({"weight", "bias", "scale", *Replace.keys.values()})
+"""Tensors that stand in place of a layer's own, when there are no others; IA³ has one more."""
 
 
 def _confidence(reading: _Reading) -> Confidence:

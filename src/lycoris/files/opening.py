@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from lycoris import fingerprint, outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.files.components import family_in, family_of
+from lycoris.files import variants
+from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.described import described
 from lycoris.files.detect import Detection, ambiguous, detect, judge
+from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
-from lycoris.files.headers import header
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
-from lycoris.files.peft.config import WEIGHTS
-from lycoris.files.reading import peft_folder, resolve_as_written
+from lycoris.files.peft.config import weights_in
+from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled
 from lycoris.files.recognise import Fit
-from lycoris.files.storage import load_tensors
+from lycoris.files.storage import load_shapes, load_tensors
 
 
 class Opened(NamedTuple):
@@ -61,18 +62,21 @@ def understood(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
 ) -> Opened:
     """The same from what a file holds."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     denoiser = described(metadata) if base is None else Layout.of(base)
+    renamed = {} if denoiser is None else settled(tensors, denoiser, metadata)
+    tensors, shapes = _shaped(tensors, renamed)
     found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser))
     if base is None and denoiser is not None:
         told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
+    tensors, shapes = _shaped(tensors, found.renamed)
+    found = replace(found, renamed=renamed | dict(found.renamed))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser
         if layout is None or component:
             assumed[component] = _outline(found, component)
-            layout = known(found.fits[component][0])
+            layout = _variant(known(found.fits[component][0]), found, component, shapes)
         try:
             bundle, layouts[component] = resolve_as_written(
                 tensors, layout, found.dialect, metadata, component, found.family, strict=strict
@@ -84,6 +88,31 @@ def understood(
             raise
         bundles[component] = _certain(bundle, found, assumed, component)
     return Opened(found, shapes, metadata, bundles, layouts, found.family, assumed)
+
+
+def _shaped(
+    tensors: Mapping[str, Tensor], renamed: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Tensors under other names, and their shapes."""
+    named = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    return named, {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
+def _variant(layout: Layout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """A known model, as the variant of it that a file's adapter for its first layer is for."""
+    dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
+    written, whose = layout.written(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
+    for name, shape in shapes.items():
+        key = dialect.split(name)
+        if (
+            key is not None
+            and key.suffix == DOWN
+            and key.layer in written
+            and len(shape) > 1
+            and whose(key) == component
+        ):
+            layout = variants.widened(layout, naming, written[key.layer], shape[1])
+    return layout
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
@@ -104,7 +133,7 @@ def _folder(folder: Path, base: nn.Module | None) -> Opened:
     layout, assumed = Layout.of(model), found.models if base is None else {}
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
     bundle = _certain(read_peft(folder, model), found, assumed, "")
-    shapes = {name: info.shape for name, info in header(folder / WEIGHTS).tensors.items()}
+    shapes, _ = load_shapes(weights_in(folder))
     return Opened(found, shapes, {}, {"": bundle}, {"": layout}, None if family is None else family.name, assumed)
 
 

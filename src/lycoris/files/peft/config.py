@@ -15,6 +15,8 @@ from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.jsons import read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NEUTRAL = (None, False, "", [], {}, ())
+"""Values of a setting that is not in use."""
 LARGEST = 4 * 2**20
 """Bytes that a config may have: thousands of paths fit."""
 LONGEST = 1000
@@ -97,7 +99,8 @@ class Config:
                 raise FileError(
                     f"{key} = {value!r:.80} makes another method of {name}, which is not read here; {_MERGE}"
                 )
-            if key not in kind.known | kind.refused:
+            # What a later PEFT adds is off by default, and does nothing as long as it is.
+            if key not in kind.known | kind.refused and value not in NEUTRAL:
                 raise FileError(unknown(f"setting of {name}", str(key), kind.known | kind.refused))
         config = cls(name, values)
         config._check()
@@ -187,6 +190,12 @@ def load_config(folder: Path) -> dict[str, Any]:
         return read_json(path)
     except ConfigError as error:
         raise FileError(str(error)) from error
+
+
+def weights_in(folder: Path) -> Path:
+    """The file that holds an adapter's tensors in its folder: the one of safetensors, unless only the older is there."""
+    there = [name for name in (WEIGHTS, PICKLE) if inside(folder, name).is_file()]
+    return folder / (there[0] if there else WEIGHTS)
 
 
 def inside(folder: Path, name: str) -> Path:
