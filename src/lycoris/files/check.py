@@ -122,6 +122,9 @@ def judged(found: Opened, consumer: str) -> Check:
         problems.append(
             f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
         )
+    if detection.renamed:
+        first, new = next(iter(detection.renamed.items()))
+        problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
     nowhere = not any(part.elsewhere for part in parts)
     return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lycoris.algorithms import ALGORITHMS, Replace
+from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
 from lycoris.errors import FileError
 from lycoris.files import foreign, unwrapping
 from lycoris.files.components import component_of, family_in, family_of
@@ -20,6 +20,7 @@ from lycoris.files.family import Family
 from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.peft.config import weights_in
 from lycoris.files.recognise import Fit, Size, candidates
+from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.files.storage import load_shapes
 from lycoris.report import some
 
@@ -98,6 +99,7 @@ def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Fami
     if what := foreign.whole(shapes):
         raise FileError(what)
     shapes, aside = foreign.parted(shapes)
+    wrapped = unwrapping.changed(shapes, unwrapping.without_wrappers)
     found = _judged(shapes, metadata, family)
     if found is None or not _is_explained(found):
         if what := foreign.kind_of(shapes):
@@ -106,6 +108,8 @@ def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Fami
         again = _judged({renamed.get(name, name): shape for name, shape in shapes.items()}, metadata, family)
         if renamed and again is not None and (found is None or _explained(again) > _explained(found)):
             found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))
+    if found is not None and wrapped and not found.renamed:
+        found = replace(found, renamed=wrapped, remarks=(*found.remarks, unwrapping.told(wrapped)))
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     plain = [name for name in found.strange if foreign.is_plain(name)]
@@ -231,9 +235,8 @@ def size(tensors: Mapping[str, Shape]) -> Size:
         return at("lora_up.weight", 0), columns("lora_down.weight") * core
     if "hada_w1_a" in tensors and "hada_t1" not in tensors:
         return at("hada_w1_a", 0), columns("hada_w1_b")
-    for whole in ("diff", "set_weight"):
-        if whole in tensors:
-            return at(whole, 0), columns(whole)
+    if whole := tensors.keys() & {"diff", "set_weight"}:
+        return at(min(whole), 0), columns(min(whole))
     if "b1.weight" in tensors:
         # The first layout of GLoRA had the two the other way round.
         out, back = (
@@ -259,20 +262,22 @@ def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for own in suffixes.values():
-        plain = own - {"alpha", "dora_scale", "lora_magnitude_vector", "lora_up.bias"}
-        # A change of the bias beside a LoRA, or a whole weight or bias of the layer.
-        plain = plain - {"diff_b", "bias"} if plain > {"lora_up.weight"} else plain
-        kind = (
-            "replace"
-            if plain and plain <= WHOLE
-            else next(
-                (each.name for each in ALGORITHMS.values() if plain and plain <= set(each.keys.values())), "other"
-            )
-        )
-        counts[f"dora over {kind}" if plain != own - {"alpha"} else kind] += 1
+        plain = own - {ALPHA} - LENGTHS
+        kind = _algorithm(plain)
+        counts[f"dora over {kind}" if own & LENGTHS else kind] += 1
     return dict(counts)
 
 
+def _algorithm(suffixes: set[str]) -> str:
+    """The algorithm of a layer's tensors; what changes or replaces the bias beside it counts as part of it."""
+    plain = suffixes - BIASES or suffixes
+    if plain <= WHOLE:
+        return Replace.name if plain else "other"
+    return next((each.name for each in ALGORITHMS.values() if plain <= set(each.keys.values())), "other")
+
+
+LENGTHS = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})
+BIASES = frozenset({"diff_b", "bias", "lora_up.bias", Replace.keys["b"]})
 WHOLE = frozenset({"weight", "bias", "scale", *Replace.keys.values()})
 """Tensors that stand in place of a layer's own, when there are no others; IA³ has one more."""
 

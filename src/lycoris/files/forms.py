@@ -143,7 +143,10 @@ def _rotations(own: Group, g: Geometry, where: str) -> None:
     wide = [limited(widened(part), limit * count) for part, count in zip(parts, rows, strict=True)]
     size = max(shape[1] for shape in shapes)
     starts = [sum(rows[:n]) for n in range(len(rows))]
-    if any(size % shape[1] or start % size or count % size for shape, start, count in zip(shapes, starts, rows)):
+    if any(
+        size % shape[1] or start % size or count % size
+        for shape, start, count in zip(shapes, starts, rows, strict=True)
+    ):
         raise FileError(
             f"{told} have blocks of {[shape[1] for shape in shapes]} rows, which make no blocks of one size"
         )

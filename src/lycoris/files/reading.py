@@ -195,14 +195,15 @@ def _settled(
     """A file's tensors under the names by which they fit best, without what is no adapter's; remarks on both."""
     own, aside = foreign.parted(_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
-    match, remarks = matched(tensors), [aside] if aside else []
+    match, wrapped = matched(tensors), unwrapping.changed(tensors, unwrapping.without_wrappers)
+    remarks = [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))]
     if settle and not match.complete:
         used = {*match.used()}
         renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
         if again.score() > match.score():
-            return others, again, [*remarks, unwrapping.told(renamed)]
+            return others, again, [*filter(None, (aside,)), unwrapping.told(renamed)]
     return tensors, match, remarks
 
 

@@ -15,12 +15,14 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lora_B",
             "lora.up.weight",
             "lora_linear_layer.up.weight",
+            "lora_layer.up.weight",
         ),
         "lora_down.weight": (
             "lora_A.weight",
             "lora_A",
             "lora.down.weight",
             "lora_linear_layer.down.weight",
+            "lora_layer.down.weight",
         ),
         "lora_up.bias": ("lora_B.bias",),
         # The second is ai-toolkit's.

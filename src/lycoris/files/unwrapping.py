@@ -40,7 +40,9 @@ def without_wrappers(name: str) -> str:
 
 def plainer(name: str) -> str:
     """A name as it would be without what was put before and behind its path."""
-    name = _flat(name) if "." not in name or name.count(".") <= 2 and "_" in name.partition(".")[0] else name
+    name = without_wrappers(name)
+    if "_" in name.partition(".")[0] and name.count(".") <= 2:
+        name = _flat(name)
     head, *steps = name.split(".")
     kept: list[str] = []
     steps = [head, *steps]

@@ -193,7 +193,7 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The file that holds an adapter's tensors in its folder: the one of safetensors, unless only the older is there."""
+    """The file of an adapter's tensors in its folder: safetensors, unless there is only the older kind."""
     there = [name for name in (WEIGHTS, PICKLE) if inside(folder, name).is_file()]
     return folder / (there[0] if there else WEIGHTS)
 
