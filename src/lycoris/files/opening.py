@@ -76,7 +76,8 @@ def understood(
         layout = denoiser
         if layout is None or component:
             assumed[component] = _outline(found, component)
-            layout = _variant(known(found.fits[component][0]), found, component, shapes)
+            layout, told = _variant(known(found.fits[component][0]), found, component, shapes)
+            found = replace(found, remarks=(*found.remarks, *filter(None, (told,))))
         try:
             bundle, layouts[component] = resolve_as_written(
                 tensors, layout, found.dialect, metadata, component, found.family, strict=strict
@@ -98,21 +99,19 @@ def _shaped(
     return named, {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
-def _variant(layout: Layout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """A known model, as the variant of it that a file's adapter for its first layer is for."""
+def _variant(
+    layout: Layout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Layout, str]:
+    """A known model, or the variant of it that a file's adapter for its first layer is for, and a remark on that."""
     dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
     written, whose = layout.written(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
     for name, shape in shapes.items():
         key = dialect.split(name)
-        if (
-            key is not None
-            and key.suffix == DOWN
-            and key.layer in written
-            and len(shape) > 1
-            and whose(key) == component
-        ):
-            layout = variants.widened(layout, naming, written[key.layer], shape[1])
-    return layout
+        if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
+            continue
+        if told := variants.told(layout, naming, written[key.layer], shape[1]):
+            return variants.widened(layout, naming, written[key.layer], shape[1]), f"{told}; taken to be for that"
+    return layout, ""
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:

@@ -139,11 +139,8 @@ def _resolve(
         raise FileError(nothing(match, tensors))
     if as_written:
         layout = layout.renamed(match.naming)
-    unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
-    if unscaled and any(DOWN in group for group in match.groups.values()):
-        remarks.append(
-            f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}, which is not here"
-        )
+    if match.dialect.folder and not any(ALPHA in group for group in match.groups.values()):
+        remarks.append(f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}")
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming)
     mismatched |= places.refused

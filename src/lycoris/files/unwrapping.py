@@ -41,7 +41,7 @@ def without_wrappers(name: str) -> str:
 def plainer(name: str) -> str:
     """A name as it would be without what was put before and behind its path."""
     name = without_wrappers(name)
-    if "_" in name.partition(".")[0] and name.count(".") <= 2:
+    if "_" in name.partition(".")[0] and name.count(".") <= 3:
         name = _flat(name)
     head, *steps = name.split(".")
     kept: list[str] = []
@@ -67,6 +67,8 @@ def _flat(name: str) -> str:
     if (found := _FLAT_PLACE.fullmatch(layer)) is not None:
         layer = f"{found[1]}{found[2]}"
     if not re.match(FLAT_PREFIX, layer):
+        if not re.search(r"_\d+_", layer):
+            return name
         layer = f"{'lora_te_' if layer.startswith('text_model_') else 'lora_unet_'}{layer}"
     return f"{layer}.{suffix}"
 

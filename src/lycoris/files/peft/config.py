@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.jsons import read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-NEUTRAL = (None, False, "", [], {}, ())
+NEUTRAL: Sequence[object] = (None, False, "", [], {}, ())
 """Values of a setting that is not in use."""
 LARGEST = 4 * 2**20
 """Bytes that a config may have: thousands of paths fit."""
