@@ -13,8 +13,9 @@ LONGEST = 500
 Shapes = Mapping[str, tuple[int, ...]]
 
 ADAPTER = re.compile(
-    r"lora|hada_|lokr_|oft_|glora|dora|magnitude|diff(_b|_m|_param)?$|set_(weight|param)|reshape_weight|[wb]_norm$|"
-    r"on_input|alpha|[ab][12m]\.weight$|[qp]_layer|lambda_layer|bias_(indices|values|size)|rescale|ia3_l"
+    r"lora|hada_|lokr_|oft_|glora|(^|[._])(dora_scale|magnitude|alpha|diff(_b|_m|_param)?|set_(weight|param))$|"
+    r"reshape_weight|\b[wb]_norm$|\bon_input$|\b[ab][12m]\.weight$|\b[qp]_layer\b|\b(lambda_layer|rescale|ia3_l)\b|"
+    r"\bbias_(indices|values|size)$|\bbase_([qp]\.weight|lambda)$"
 )
 """Part of the names of an adapter's tensors, and hardly of others."""
 EMBEDDING = re.compile(

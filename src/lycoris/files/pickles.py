@@ -57,7 +57,9 @@ def _named(found: Any) -> str:
             "that program as a diffusers or kohya file"
         )
     if isinstance(found, dict) and "string_to_param" in found:
-        return "it is a textual inversion, the embeddings of new words, not an adapter of layers; load it as an embedding"
+        return (
+            "it is a textual inversion, the embeddings of new words, not an adapter of layers; load it as an embedding"
+        )
     return ""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_flat_param")
 """Steps of paths that `torch.compile`, activation checkpointing and FSDP add; see `lycoris.paths`."""
-PLACES = ("module", "model", "base_model", "network", "net", "lora", "pipe", "pipeline")
+PLACES = ("module", "model", "base_model", "network", "net", "lora", "pipe", "pipeline", "dit", "denoiser")
 """Steps that programs put before all names of a model."""
 COMPONENTS = (
     *("transformer", "unet", "diffusion_model", "transformer_2"),
