@@ -94,8 +94,13 @@ def detect(path: str | os.PathLike[str]) -> Detection:
         raise FileError(f"{path}: {error}") from error
 
 
-def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None) -> Detection:
-    """The same from names and shapes; of a `family`, if the caller knows it."""
+def judge(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None, *, settle: bool = True
+) -> Detection:
+    """The same from names and shapes; of a `family`, if the caller knows it.
+
+    `settle` allows other names for those that no known model has, without what stands before and behind them.
+    """
     if what := foreign.whole(shapes):
         raise FileError(what)
     shapes, aside = foreign.parted(shapes)
@@ -104,7 +109,7 @@ def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Fami
     if found is None or not _is_explained(found):
         if what := foreign.kind_of(shapes):
             raise FileError(what)
-        renamed = unwrapping.changed(shapes, unwrapping.plainer)
+        renamed = unwrapping.changed(shapes, unwrapping.plainer) if settle else {}
         again = _judged({renamed.get(name, name): shape for name, shape in shapes.items()}, metadata, family)
         if renamed and again is not None and (found is None or _explained(again) > _explained(found)):
             found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lycoris import fingerprint, outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.files import variants
+from lycoris.files import unwrapping, variants
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.described import described
 from lycoris.files.detect import Detection, ambiguous, detect, judge
@@ -63,14 +63,15 @@ def understood(
 ) -> Opened:
     """The same from what a file holds."""
     denoiser = described(metadata) if base is None else Layout.of(base)
-    renamed = {} if denoiser is None else settled(tensors, denoiser, metadata)
+    renamed: Mapping[str, str] = {} if denoiser is None else settled(tensors, denoiser, metadata)
     tensors, shapes = _shaped(tensors, renamed)
-    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser))
+    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser), settle=denoiser is None)
     if base is None and denoiser is not None:
         told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
     tensors, shapes = _shaped(tensors, found.renamed)
-    found = replace(found, renamed=renamed | dict(found.renamed))
+    if renamed:
+        found = replace(found, renamed=renamed, remarks=(*found.remarks, unwrapping.told(renamed)))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def _resolve(
     def matched(some: Mapping[str, Tensor]) -> Match:
         return max((_matched(some, each, layout, component, whose, header) for each in choices), key=Match.score)
 
-    tensors, match, remarks = _settled(tensors, matched, settle=not as_written)
+    tensors, match, _, remarks = _settled(tensors, matched, settle=not as_written)
     if not match.groups:
         raise FileError(nothing(match, tensors))
     if as_written:
@@ -186,37 +187,41 @@ def _unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
     return {name: why for name, why in unused.items() if name not in plain}, told
 
 
+class _Settled(NamedTuple):
+    """A file's tensors under the names by which they fit best, without what is no adapter's."""
+
+    tensors: Mapping[str, Tensor]
+    match: Match
+    renamed: Mapping[str, str]
+    """Name in the file → another by which it fits, where its own does not."""
+    remarks: list[str]
+
+
 def _settled(
     tensors: Mapping[str, Tensor], matched: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
-) -> tuple[Mapping[str, Tensor], Match, list[str]]:
-    """A file's tensors under the names by which they fit best, without what is no adapter's; remarks on both."""
+) -> _Settled:
     own, aside = foreign.parted(_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
     match, wrapped = matched(tensors), unwrapping.changed(tensors, unwrapping.without_wrappers)
-    remarks = [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))]
     if settle and not match.complete:
         used = {*match.used()}
         renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
         if again.score() > match.score():
-            return others, again, [*filter(None, (aside,)), unwrapping.told(renamed)]
-    return tensors, match, remarks
+            return _Settled(others, again, renamed, [*filter(None, (aside,)), unwrapping.told(renamed)])
+    return _Settled(tensors, match, {}, [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))])
 
 
-def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> dict[str, str]:
-    """The names by which tensors fit a denoiser better than by their own: name → that one."""
+def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
+    """The names by which tensors fit a denoiser where their own do not: name in the file → that one."""
     choices = [each for each in DIALECTS.values() if any(each.split(key) for key in tensors)]
-    if not choices:
-        return {}
     whose, _ = _family(None, header, "", layout)
 
     def matched(some: Mapping[str, Tensor]) -> Match:
         return max((_matched(some, each, layout, "", whose, header) for each in choices), key=Match.score)
 
-    own, _, _ = _settled(tensors, matched, settle=True)
-    kept = {id(tensor): name for name, tensor in tensors.items()}
-    return {kept[id(tensor)]: name for name, tensor in own.items() if kept[id(tensor)] != name}
+    return _settled(tensors, matched, settle=True).renamed if choices else {}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
