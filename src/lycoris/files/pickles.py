@@ -54,7 +54,7 @@ def _named(found: Any) -> str:
     if isinstance(found, list) and found and all(isinstance(each, Tensor) for each in found):
         return (
             f"it holds something other than tensors by name: a list of {len(found)} tensors, as cloneofsimo's lora saves "
-            "its LoRA; save it from that program as a diffusers or kohya file"
+            "its LoRA; save it from that program as safetensors, named as diffusers or kohya do"
         )
     if isinstance(found, dict) and "string_to_param" in found:
         return (
