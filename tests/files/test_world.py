@@ -346,6 +346,8 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
     "MLX": (ones("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"), "MLX"),
     "SAM": (ones("w_a_000", "w_b_000"), "Segment Anything"),
     "IP-Adapter": (ones("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "IP-Adapter"),
+    "VeRA": (ones("base_model.model.layers.0.q_proj.vera_lambda_b", "base_model.vera_A.default"), "another method"),
+    "hypernetwork": (ones("768.0.linear.0.weight", "768.1.linear.0.weight"), "hypernetwork"),
     "LLLite": (ones("lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight"), "ControlNet-LLLite"),
     "Control-LoRA": (ones("lora_controlnet", "input_blocks.0.0.up", "input_blocks.0.0.down"), "Control-LoRA"),
     "ControlNet": (ones("control_model.input_blocks.0.0.weight"), "ControlNet"),
@@ -397,6 +399,20 @@ def test_a_wider_first_layer_is_that_of_a_variant(tmp_path: Path) -> None:
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya-diffusers")
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
     assert detect(tmp_path / "c.safetensors").family == "flux1"
+
+
+def test_a_shape_that_the_layer_has_is_no_reason_to_refuse() -> None:
+    tensors = flux() | lora("transformer.x_embedder", 3072, 128)
+    found = understood(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 128])}, {})
+    assert found.bundles[""].entries["x_embedder"][0].geometry.shape == (3072, 128)
+    with pytest.raises(FileError, match="changes the shape of a layer"):
+        understood(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 64])}, {})
+
+
+def test_a_text_encoder_alone() -> None:
+    found = understood(lora(f"text_encoder.{ENCODER}.self_attn.to_q_lora", 768, 768, "up.weight", "down.weight"), {})
+    assert found.detection.dialect == "diffusers"
+    assert list(found.bundles["text_encoder"].entries) == [f"{ENCODER}.self_attn.q_proj"]
 
 
 def test_for_a_model_of_another_variant_it_is_told() -> None:

@@ -107,7 +107,7 @@ def judge(
     wrapped = unwrapping.changed(shapes, unwrapping.without_wrappers)
     found = _judged(shapes, metadata, family)
     if found is None or not _is_explained(found):
-        if what := foreign.kind_of(shapes):
+        if what := foreign.kind_of(shapes, readable=found is None):
             raise FileError(what)
         renamed = unwrapping.changed(shapes, unwrapping.plainer) if settle else {}
         again = _judged({renamed.get(name, name): shape for name, shape in shapes.items()}, metadata, family)
@@ -124,12 +124,13 @@ def judge(
 
 
 def _explained(found: Detection) -> tuple[int, int]:
-    """How much of a file is known: layers of components that are of known models, and tensors of the dialect."""
-    return sum(count for component, count in found.components.items() if found.fits[component]), -len(found.strange)
+    """How much of a file is known: layers that known models have, and tensors of the dialect."""
+    return sum(fits[0].named for fits in found.fits.values() if fits), -len(found.strange)
 
 
 def _is_explained(found: Detection) -> bool:
-    return not found.strange and all(found.fits.values())
+    named = [fits[0].named if fits else 0 for fits in found.fits.values()]
+    return not found.strange and named == [*found.components.values()]
 
 
 def _judged(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None) -> Detection | None:
@@ -171,7 +172,8 @@ class _Reading:
 
     def score(self) -> tuple[int, int, bool, bool, int]:
         best = self.candidates[0] if self.candidates else None
-        named = best.named if best else 0
+        # Where no known denoiser has the layers, or there are none, text encoders tell.
+        named = best.named if best else sum(own[0].named for of in self.layers if of and (own := _fits(self, of)))
         usual = best is not None and best.naming == self.dialect.naming_for(best.architecture)
         return -len(self.strange), named, self.marked, usual, self.spelled
 

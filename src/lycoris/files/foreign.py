@@ -58,6 +58,7 @@ KINDS: Sequence[Kind] = (
     ),
     Kind(re.compile(r"w_[ab]_\d+"), "a LoRA for Segment Anything (SAM), whose layers have only numbers", _KEEP),
     Kind(re.compile(r"(image_proj|ip_adapter)\..+"), "an IP-Adapter, which adds attention layers", _KEEP),
+    Kind(re.compile(r"\d+\.\d+\.linear\.\d+\.(weight|bias)"), "a hypernetwork of WebUI's", _KEEP),
     Kind(re.compile(r"lllite_.+"), "a ControlNet-LLLite, which adds layers", _KEEP),
     Kind(re.compile(r"lora_controlnet"), "a Control-LoRA: a ControlNet in low rank, which adds layers", _KEEP),
     Kind(
@@ -108,7 +109,7 @@ def is_plain(name: str) -> bool:
 
 
 def kind_of(names: Shapes, *, readable: bool = False) -> str:
-    """What a file is that is none of adapters as they are read here, and what to do with it; "" where not known.
+    """What a file is that has no adapters as they are read here, and what to do with it; "" where not known.
 
     With `readable` also what could be read for the right model, when it was not.
     """
@@ -118,21 +119,23 @@ def kind_of(names: Shapes, *, readable: bool = False) -> str:
             continue
         if mark := next((name for name in short if kind.marks.fullmatch(name)), None):
             return f"it is {kind.what} (by {mark}), not an adapter as they are read here; {kind.todo}"
-    return whole(names)
+    return ""
 
 
 def whole(names: Shapes) -> str:
-    """The same of files that have whole weights or embeddings, and nothing of an adapter."""
+    """The same of files that have nothing of an adapter, whole weights and embeddings among them."""
     short = [name for name in names if len(name) <= LONGEST]
     if not names or any(ADAPTER.search(name) for name in short):
         return ""
+    if what := kind_of(names):
+        return what
     embeddings = [name for name in short if EMBEDDING.fullmatch(name)]
     if len(embeddings) * 2 >= len(names):
         return (
             f"it is a textual inversion, the embeddings of new words ({some(embeddings)}), not an adapter of layers; "
             "load it as an embedding"
         )
-    own = [name for name in short if CHECKPOINT.fullmatch(name) and not any(k.marks.fullmatch(name) for k in KINDS)]
+    own = [name for name in short if CHECKPOINT.fullmatch(name)]
     if len(own) * 2 > len(names) and any(len(names[name]) > 1 for name in own):
         return (
             f"it is the whole weights of a model, {len(names)} tensors such as {some(own[:2])}, not an adapter; "

@@ -43,6 +43,9 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
 
     Raises `FileError` for tensors that have no place.
     """
+    if "reshape_weight" in group and group["reshape_weight"].flatten().tolist() == [*g.shape[:2]]:
+        # It says what the layer's shape is to be, and it is that.
+        group = {suffix: tensor for suffix, tensor in group.items() if suffix != "reshape_weight"}
     for suffix, why in REFUSED.items():
         if suffix in group:
             raise FileError(f"{where}.{suffix} {why}")

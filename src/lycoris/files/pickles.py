@@ -53,8 +53,8 @@ def _named(found: Any) -> str:
     """What a pickle is whose tensors have no names of layers, and what to do with it; "" for all others."""
     if isinstance(found, list) and found and all(isinstance(each, Tensor) for each in found):
         return (
-            f"it holds something other than tensors by name: a list of {len(found)} tensors, as cloneofsimo's lora saves "
-            "its LoRA; save it from that program as safetensors, named as diffusers or kohya do"
+            f"it holds something other than tensors by name: a list of {len(found)} tensors, as cloneofsimo's lora "
+            "saves its LoRA; save it from that program as safetensors, named as diffusers or kohya do"
         )
     if isinstance(found, dict) and "string_to_param" in found:
         return (
