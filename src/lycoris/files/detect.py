@@ -110,8 +110,9 @@ def judge(
         if what := foreign.kind_of(shapes, readable=found is None):
             raise FileError(what)
         renamed = unwrapping.changed(shapes, unwrapping.plainer) if settle else {}
-        again = _judged({renamed.get(name, name): shape for name, shape in shapes.items()}, metadata, family)
-        if renamed and again is not None and (found is None or _explained(again) > _explained(found)):
+        others = {renamed.get(name, name): shape for name, shape in shapes.items()}
+        again = _judged(others, metadata, family) if renamed else None
+        if again is not None and (found is None or _explained(again) > _explained(found)):
             found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))
     if found is not None and wrapped and not found.renamed:
         found = replace(found, renamed=wrapped, remarks=(*found.remarks, unwrapping.told(wrapped)))
