@@ -142,6 +142,9 @@ def _rotations(own: Group, g: Geometry, where: str) -> None:
     rows = [shape[0] * shape[1] for shape in shapes]
     if sum(rows) != g.out_features:
         raise FileError(f"{told} turn {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
+    if len(parts) == 1:
+        own[BLOCKS] = parts[0]
+        return
     limit = number(own.pop(ALPHA), f"{where}.{ALPHA}") if ALPHA in own else 0.0
     wide = [limited(widened(part), limit * count) for part, count in zip(parts, rows, strict=True)]
     size = max(shape[1] for shape in shapes)
