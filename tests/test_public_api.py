@@ -32,6 +32,7 @@ NAMES = [
     "Plan",
     "PlanError",
     "RankSchedule",
+    "Replace",
     "Rule",
     "TLoRA",
     "Verification",

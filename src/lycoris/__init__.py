@@ -11,7 +11,7 @@ from lycoris.dropin import package
 
 if TYPE_CHECKING:
     from lycoris.adapters import AdapterSet
-    from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
+    from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, Replace, TLoRA
     from lycoris.bundle import Bundle
     from lycoris.checked import Verification
     from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
@@ -56,6 +56,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RankSchedule",
+    "Replace",
     "Rule",
     "TLoRA",
     "Verification",
@@ -80,7 +81,21 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         for home, names in {
             "adapters": ("AdapterSet",),
             "algorithms": (
-                *("BOFT", "IA3", "OFT", "DoRA", "DyLoRA", "Full", "GLoRA", "LoHa", "LoKr", "LoRA", "Norm", "TLoRA"),
+                *(
+                    "BOFT",
+                    "IA3",
+                    "OFT",
+                    "DoRA",
+                    "DyLoRA",
+                    "Full",
+                    "GLoRA",
+                    "LoHa",
+                    "LoKr",
+                    "LoRA",
+                    "Norm",
+                    "Replace",
+                    "TLoRA",
+                ),
             ),
             "bundle": ("Bundle",),
             "checked": ("Verification",),

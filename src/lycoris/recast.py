@@ -19,7 +19,7 @@ from torch import Tensor
 from lycoris.adapter import Matrix
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Params
-from lycoris.algorithms import DyLoRA, Full, GLoRA, LoRA, Norm
+from lycoris.algorithms import DyLoRA, Full, GLoRA, LoRA, Norm, Replace
 from lycoris.bundle import Entry
 from lycoris.errors import PlanError
 from lycoris.geometry import Geometry
@@ -90,6 +90,8 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     algorithm, g = entry.algorithm, entry.geometry
     if isinstance(algorithm, Full | Norm):
         return entry
+    if isinstance(algorithm, Replace):
+        return _difference(entry, _required(entry, base).widened(torch.float64), _wide(entry, base))
     tied = needs_base(entry)
     if tied:
         below = _required(entry, base).widened(torch.float64)
@@ -100,6 +102,22 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     if tied:
         diff = diff.to(_wide(entry, base))
     return Entry(Full(bias=False), g, {"diff": g.turned(diff)})
+
+
+def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
+    """What stands in place of a weight and a bias, as differences from those."""
+    g, made = entry.geometry, adapted(entry, base)
+    found = {}
+    if "w" in entry.tensors:
+        found["diff"] = g.turned(made.weight - base.weight).to(dtype)
+    if "b" in entry.tensors and made.bias is not None and base.bias is not None:
+        found["diff_b"] = (made.bias - base.bias).to(dtype)
+    if g.kind != "norm":
+        return Entry(Full(weight="diff" in found, bias="diff_b" in found), g, found)
+    tensors = {"w": found.get("diff", torch.zeros(g.shape, dtype=dtype))}
+    if g.has_bias:
+        tensors["b"] = found.get("diff_b", torch.zeros(g.out_features, dtype=dtype).reshape(g.shape))
+    return Entry(Norm(), g, {name: tensor.reshape(g.shape) for name, tensor in tensors.items()})
 
 
 def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] | None:

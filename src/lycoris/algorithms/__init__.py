@@ -22,6 +22,7 @@ from lycoris.algorithms.lokr import LoKr
 from lycoris.algorithms.lora import LoRA
 from lycoris.algorithms.norm import Norm
 from lycoris.algorithms.oft import OFT
+from lycoris.algorithms.replacement import Replace
 from lycoris.algorithms.tlora import TLoRA
 from lycoris.errors import ConfigError, FileError
 from lycoris.geometry import Geometry
@@ -30,7 +31,7 @@ from lycoris.slices import Slice
 ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
     {
         algorithm.name: algorithm
-        for algorithm in (LoRA, LoHa, LoKr, DyLoRA, TLoRA, GLoRA, IA3, OFT, BOFT, Full, Norm, DoRA)
+        for algorithm in (LoRA, LoHa, LoKr, DyLoRA, TLoRA, GLoRA, IA3, OFT, BOFT, Full, Norm, Replace, DoRA)
     }
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Norm",
+    "Replace",
     "TLoRA",
     "below_lengths",
     "number",
@@ -128,6 +130,7 @@ def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
     suffixes = set(tensors)
     fitting = [kind for kind in ALGORITHMS.values() if suffixes and suffixes <= set(kind.keys.values())]
     fitting = [kind for kind in fitting if kind.claims(tensors)]
+    fitting.sort(key=lambda kind: g.kind not in kind.kinds)
     if fitting and g.kind in fitting[0].kinds:
         return fitting[0]
     if fitting:

@@ -6,22 +6,23 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lycoris.algorithms import ALGORITHMS
+from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
 from lycoris.errors import FileError
-from lycoris.files import bases
+from lycoris.files import bases, foreign, unwrapping
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.family import Family
-from lycoris.files.headers import header
 from lycoris.files.naming import DIFFUSERS as MIDDLE
-from lycoris.files.peft.config import WEIGHTS
+from lycoris.files.peft.config import weights_in
 from lycoris.files.recognise import Fit, Size, candidates
+from lycoris.files.spelling import MAGNITUDE_VECTOR
+from lycoris.files.storage import load_shapes
 from lycoris.report import some
 
 Confidence = Literal["certain", "likely", "unsure"]
@@ -47,6 +48,8 @@ class Detection:
     strange: tuple[str, ...] = ()
     """Keys that are not of this dialect."""
     remarks: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name in the file → the one by which it is of this dialect and of a known model."""
 
     @property
     def models(self) -> dict[str, str]:
@@ -91,20 +94,60 @@ class Detection:
 
 def detect(path: str | os.PathLike[str]) -> Detection:
     """What a safetensors file or a folder of PEFT's is. Raises `FileError` when it is damaged or has no adapters."""
-    found = header(Path(path) / WEIGHTS if Path(path).is_dir() else path)
+    shapes, metadata = load_shapes(weights_in(Path(path)) if Path(path).is_dir() else path)
     try:
-        return judge({name: info.shape for name, info in found.tensors.items()}, found.metadata)
+        return judge(shapes, metadata)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
 
 
-def judge(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None) -> Detection:
-    """The same from names and shapes; of a `family`, if the caller knows it."""
+def judge(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None, *, settle: bool = True
+) -> Detection:
+    """The same from names and shapes; of a `family`, if the caller knows it.
+
+    `settle` allows other names for those that no known model has, without what stands before and behind them.
+    """
+    if what := foreign.whole(shapes):
+        raise FileError(what)
+    shapes, aside = foreign.parted(shapes)
+    wrapped = unwrapping.changed(shapes, unwrapping.without_wrappers)
+    found = _judged(shapes, metadata, family)
+    if found is None or not _is_explained(found):
+        if what := foreign.kind_of(shapes, readable=found is None):
+            raise FileError(what)
+        renamed = unwrapping.changed(shapes, unwrapping.plainer) if settle else {}
+        others = {renamed.get(name, name): shape for name, shape in shapes.items()}
+        again = _judged(others, metadata, family) if renamed else None
+        if again is not None and (found is None or _explained(again) > _explained(found)):
+            found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))
+    if found is not None and wrapped and not found.renamed:
+        found = replace(found, renamed=wrapped, remarks=(*found.remarks, unwrapping.told(wrapped)))
+    if found is None:
+        raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
+    plain = [name for name in found.strange if foreign.is_plain(name)]
+    told = f"{len(plain)} tensors are no adapter's: {some(plain)}" if plain else ""
+    strange = tuple(name for name in found.strange if name not in plain)
+    return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
+
+
+def _explained(found: Detection) -> tuple[int, int]:
+    """How much of a file is known: layers that known models have, and tensors of the dialect."""
+    return sum(fits[0].named for fits in found.fits.values() if fits), -len(found.strange)
+
+
+def _is_explained(found: Detection) -> bool:
+    named = [fits[0].named if fits else 0 for fits in found.fits.values()]
+    return not found.strange and named == [*found.components.values()]
+
+
+def _judged(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None) -> Detection | None:
+    """The same of tensors under their own names; None where no dialect has any."""
     fitting = _Fitting()
     readings = [_reading(dialect, shapes, metadata, family, fitting) for dialect in DIALECTS.values()]
     best = max((each for each in readings if each.layers), key=lambda each: each.standing, default=None)
     if best is None:
-        raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
+        return None
     decided = [*best.decided] or list(shapes)
     return Detection(
         dialect=best.dialect.name,
@@ -252,8 +295,8 @@ def size(tensors: Mapping[str, Shape]) -> Size:
         return at("lora_up.weight", 0), columns("lora_down.weight") * core
     if "hada_w1_a" in tensors and "hada_t1" not in tensors:
         return at("hada_w1_a", 0), columns("hada_w1_b")
-    if "diff" in tensors:
-        return at("diff", 0), columns("diff")
+    if whole := tensors.keys() & {"diff", "set_weight"}:
+        return at(min(whole), 0), columns(min(whole))
     if "b1.weight" in tensors:
         # The first layout of GLoRA had the two the other way round.
         out, back = (
@@ -279,10 +322,24 @@ def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for own in suffixes.values():
-        plain = own - {"alpha", "dora_scale", "lora_magnitude_vector"}
-        kind = next((each.name for each in ALGORITHMS.values() if plain and plain <= set(each.keys.values())), "other")
-        counts[f"dora over {kind}" if plain != own - {"alpha"} else kind] += 1
+        plain = own - {ALPHA} - LENGTHS
+        kind = _algorithm(plain)
+        counts[f"dora over {kind}" if own & LENGTHS else kind] += 1
     return dict(counts)
+
+
+def _algorithm(suffixes: set[str]) -> str:
+    """The algorithm of a layer's tensors; what changes or replaces the bias beside it counts as part of it."""
+    plain = suffixes - BIASES or suffixes
+    if plain <= WHOLE:
+        return Replace.name if plain else "other"
+    return next((each.name for each in ALGORITHMS.values() if plain <= set(each.keys.values())), "other")
+
+
+LENGTHS = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})
+BIASES = frozenset({"diff_b", "bias", "lora_up.bias", Replace.keys["b"]})
+WHOLE = frozenset({"weight", "bias", "scale", *Replace.keys.values()})
+"""Tensors that stand in place of a layer's own, when there are no others; IA³ has one more."""
 
 
 def _confidence(reading: _Reading) -> Confidence:

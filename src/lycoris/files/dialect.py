@@ -11,6 +11,7 @@ from lycoris.algorithms import MAGNITUDE
 from lycoris.files.family import Architecture
 from lycoris.files.naming import DIFFUSERS
 from lycoris.files.spelling import SUFFIXES, canonical, unnamed
+from lycoris.files.unwrapping import without_wrappers
 
 LONGEST = 500
 """Characters of a tensor name; no model has longer ones, and files from strangers may."""
@@ -73,7 +74,7 @@ class Dialect:
         """The parts of a tensor name, or None if it is not of this dialect."""
         if len(name) > LONGEST:
             return None
-        name = unnamed(name)
+        name = unnamed(without_wrappers(name))
         for prefix, component in self.prefixes.items():
             if name.startswith(prefix):
                 parts = _split_flat(name[len(prefix) :]) if self.style == "flat" else split_dotted(name[len(prefix) :])

@@ -11,16 +11,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import ALPHA, Full, LoRA, Norm, number
+from lycoris.algorithms import ALPHA, OFT, Full, LoRA, Norm, Replace, number
 from lycoris.errors import FileError
+from lycoris.files.spelling import PARTS
 from lycoris.geometry import Geometry
+from lycoris.ops.rotation import limited
 from lycoris.ops.rounding import widened
 
 Group = dict[str, Tensor]
 """Tensors of a layer by suffix, in LyCORIS' spelling."""
 
 REFUSED: Mapping[str, str] = {
-    "set_weight": "replaces a weight instead of changing it",
     "reshape_weight": "changes the shape of a layer, which no adapter can",
     "lokr_t1": "is a Tucker core of LoKr's first factor, which nothing is known to write or read",
     "bm.weight": "is an experimental part of GLoRA that 4.1.3 never trains",
@@ -31,6 +32,8 @@ REFUSED: Mapping[str, str] = {
 UP, DOWN = LoRA.keys["up"], LoRA.keys["down"]
 DIFF, DIFF_B = Full.keys["diff"], Full.keys["diff_b"]
 SCALE_OF_NORM, SHIFT_OF_NORM = Norm.keys["w"], Norm.keys["b"]
+WEIGHT, BIAS = Replace.keys["w"], Replace.keys["b"]
+BLOCKS = OFT.keys["blocks"]
 RANKED = (DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight", "q_layer.weight")
 """Factors whose first size is the rank."""
 
@@ -40,17 +43,23 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
 
     Raises `FileError` for tensors that have no place.
     """
+    if "reshape_weight" in group and group["reshape_weight"].flatten().tolist() == [*g.shape[:2]]:
+        # It says what the layer's shape is to be, and it is that.
+        group = {suffix: tensor for suffix, tensor in group.items() if suffix != "reshape_weight"}
     for suffix, why in REFUSED.items():
         if suffix in group:
             raise FileError(f"{where}.{suffix} {why}")
     own, beside = dict(group), []
-    for reads in (_magnitude, _norm, _rotation, _old_glora, _scale, _unfolded):
+    for reads in (_magnitude, _whole, _norm, _rotation, _rotations, _old_glora, _scale, _unfolded):
         reads(own, g, where)
+    below = {key: own.pop(key) for key in (WEIGHT, BIAS) if key in own and own.keys() - {WEIGHT, BIAS, ALPHA}}
     for takes in (_bias_of_up, _bias, _sparse):
         found = takes(own, g, where)
         if found:
             beside.append(found)
-    return [group for group in (own, *beside) if group.keys() - {ALPHA}] or [own]
+    # Another bias commutes with a change of the weight, and readers look for that first.
+    groups = (below, own, *beside) if WEIGHT in below else (own, below, *beside)
+    return [group for group in groups if group.keys() - {ALPHA}] or [own]
 
 
 def _magnitude(own: Group, g: Geometry, where: str) -> None:
@@ -58,6 +67,18 @@ def _magnitude(own: Group, g: Geometry, where: str) -> None:
     if "lora_magnitude_vector" in own:
         lengths = own.pop("lora_magnitude_vector")
         own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))
+
+
+def _whole(own: Group, g: Geometry, where: str) -> None:
+    """A weight or a bias under the name that it has in the model: it replaces that. IA³ too has a `weight`."""
+    shape = tuple(own["weight"].shape) if "weight" in own and "on_input" not in own else ()
+    if shape and (shape == g.stacked(g.stored_shape) or g.kind == "norm"):
+        own[WEIGHT] = own.pop("weight")
+    # Norms of Flux.1's own code call it scale.
+    if g.kind == "norm" and "scale" in own and own["scale"].dim() and not own.keys() & {DIFF, SCALE_OF_NORM}:
+        own[WEIGHT] = own.pop("scale")
+    if "bias" in own:
+        own[BIAS] = own.pop("bias")
 
 
 def _norm(own: Group, g: Geometry, where: str) -> None:
@@ -103,6 +124,50 @@ def _rotation(own: Group, g: Geometry, where: str) -> None:
                 f"{where}.oft_diag turns something by half a circle, which no oft_blocks generate"
             ) from error
         own.setdefault(ALPHA, torch.tensor(0.0))
+
+
+def _rotations(own: Group, g: Geometry, where: str) -> None:
+    """Rotations of several parts of the rows, as sd-scripts' networks/oft_flux.py has them: block_size is that of each
+    part, and the limit alpha·rows of it. A larger block holds smaller ones on its diagonal.
+    """
+    parts = [own.pop(f"{BLOCKS}.{n}") for n in range(PARTS) if f"{BLOCKS}.{n}" in own]
+    if not parts:
+        return
+    shapes, told = (
+        [tuple(part.shape) for part in parts],
+        f"{where}.{BLOCKS}.N, as sd-scripts' networks.oft_flux has them,",
+    )
+    if any(len(shape) != 3 or shape[1] != shape[2] or not shape[1] for shape in shapes):
+        raise FileError(f"{told} are square blocks (n, s, s), not {shapes}")
+    rows = [shape[0] * shape[1] for shape in shapes]
+    if sum(rows) != g.out_features:
+        raise FileError(f"{told} turn {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
+    if len(parts) == 1:
+        own[BLOCKS] = parts[0]
+        return
+    limit = number(own.pop(ALPHA), f"{where}.{ALPHA}") if ALPHA in own else 0.0
+    wide = [limited(widened(part), limit * count) for part, count in zip(parts, rows, strict=True)]
+    size = max(shape[1] for shape in shapes)
+    starts = [sum(rows[:n]) for n in range(len(rows))]
+    if any(
+        size % shape[1] or start % size or count % size
+        for shape, start, count in zip(shapes, starts, rows, strict=True)
+    ):
+        raise FileError(
+            f"{told} have blocks of {[shape[1] for shape in shapes]} rows, which make no blocks of one size"
+        )
+    own[BLOCKS] = torch.cat([_along(part, size) for part in wide])
+    own[ALPHA] = torch.tensor(0.0)
+
+
+def _along(blocks: Tensor, size: int) -> Tensor:
+    """(n, s, s) as (n·s / size, size, size), with s-blocks on the diagonals."""
+    n, s, _ = blocks.shape
+    many = size // s
+    found = blocks.new_zeros(n // many, many, s, many, s)
+    each = torch.arange(many)
+    found[:, each, :, each] = blocks.reshape(n // many, many, s, s).transpose(0, 1)
+    return found.reshape(n // many, size, size)
 
 
 def _old_glora(own: Group, g: Geometry, where: str) -> None:

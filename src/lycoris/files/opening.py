@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from lycoris import fingerprint, outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.files.components import family_in, family_of
+from lycoris.files import unwrapping, variants
+from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.described import described
 from lycoris.files.detect import Detection, detect, judge
+from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
 from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
-from lycoris.files.peft.config import WEIGHTS
-from lycoris.files.reading import peft_folder, resolve_as_written
+from lycoris.files.peft.config import weights_in
+from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled
 from lycoris.files.recognise import Fit
 from lycoris.files.scales import BESIDE, beside
 from lycoris.files.storage import load_tensors
@@ -63,18 +65,23 @@ def understood(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
 ) -> Opened:
     """The same from what a file holds."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     denoiser = described(metadata) if base is None else Layout.of(base)
-    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser))
+    renamed: Mapping[str, str] = {} if denoiser is None else settled(tensors, denoiser, metadata)
+    tensors, shapes = _shaped(tensors, renamed)
+    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser), settle=denoiser is None)
     if base is None and denoiser is not None:
         told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
+    tensors, shapes = _shaped(tensors, found.renamed)
+    if renamed:
+        found = replace(found, renamed=renamed, remarks=(*found.remarks, unwrapping.told(renamed)))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser
         if layout is None or component:
             assumed[component] = _outlines(found, component)
-            layout = known(found.fits[component][0])
+            layout, told = _variant(known(found.fits[component][0]), found, component, shapes)
+            found = replace(found, remarks=(*found.remarks, *filter(None, (told,))))
         try:
             bundle, layouts[component] = resolve_as_written(
                 tensors, layout, found.dialect, metadata, component, found.family, strict=strict
@@ -87,6 +94,29 @@ def understood(
         bundles[component] = _without_guess(bundle, assumed, component)
     own = {key: value for key, value in metadata.items() if key != BESIDE}
     return Opened(found, shapes, own, bundles, layouts, found.family, assumed, tensors)
+
+
+def _shaped(
+    tensors: Mapping[str, Tensor], renamed: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Tensors under other names, and their shapes."""
+    named = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    return named, {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
+def _variant(
+    layout: Layout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Layout, str]:
+    """A known model, or the variant of it that a file's adapter for its first layer is for, and a remark on that."""
+    dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
+    written, whose = layout.written(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
+    for name, shape in shapes.items():
+        key = dialect.split(name)
+        if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
+            continue
+        if told := variants.told(layout, naming, written[key.layer], shape[1]):
+            return variants.widened(layout, naming, written[key.layer], shape[1]), f"{told}; taken to be for that"
+    return layout, ""
 
 
 def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
@@ -108,7 +138,7 @@ def _folder(folder: Path, base: nn.Module | None) -> Opened:
     layout = Layout.of(model)
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
     bundle = _without_guess(read_peft(folder, model), assumed, "")
-    tensors, _ = load_tensors(folder / WEIGHTS)
+    tensors, _ = load_tensors(weights_in(folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     own = None if family is None else family.name
     return Opened(found, shapes, {}, {"": bundle}, {"": layout}, own, assumed, tensors)

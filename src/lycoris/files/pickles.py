@@ -29,6 +29,8 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
         raise FileError(f"{path} cannot be read safely: {_reason(error)}. {ADVICE}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
+    if what := _named(found):
+        raise FileError(f"{path}: {what}")
     if not isinstance(found, dict):
         raise FileError(f"{path} holds something other than tensors by name: a {type(found).__name__}. {ADVICE}")
     memory: dict[int, int] = {}
@@ -45,6 +47,20 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
     if sum(memory.values()) > size:
         raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {ADVICE}")
     return {key: tensor.detach() for key, tensor in found.items()}
+
+
+def _named(found: Any) -> str:
+    """What a pickle is whose tensors have no names of layers, and what to do with it; "" for all others."""
+    if isinstance(found, list) and found and all(isinstance(each, Tensor) for each in found):
+        return (
+            f"it holds something other than tensors by name: a list of {len(found)} tensors, as cloneofsimo's lora "
+            "saves its LoRA; save it from that program as safetensors, named as diffusers or kohya do"
+        )
+    if isinstance(found, dict) and "string_to_param" in found:
+        return (
+            "it is a textual inversion, the embeddings of new words, not an adapter of layers; load it as an embedding"
+        )
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,10 @@ from lycoris import fingerprint
 from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, LoRA, read_tensors
 from lycoris.bundle import Base, Bundle
-from lycoris.errors import FileError, nearest, unknown
-from lycoris.files import forms, history, placing
+from lycoris.errors import FileError, unknown
+from lycoris.files import foreign, forms, history, placing, unwrapping, variants
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
-from lycoris.files.detect import judge
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.families import FAMILIES
@@ -27,10 +27,11 @@ from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.reading import read_peft
+from lycoris.files.problems import nothing, problem
 from lycoris.files.scales import BESIDE, Scales, beside, sources
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Geometry
-from lycoris.report import SHOWN, Report, some
+from lycoris.report import Report, some
 
 DOWN = LoRA.keys["down"]
 
@@ -140,39 +141,42 @@ def _resolve(
     as_written: bool,
     shared: bool = True,
 ) -> tuple[Bundle, Layout]:
+    if whole := foreign.whole(_shapes(tensors)):
+        raise FileError(whole)
     choices = _dialects(tensors, dialect, prefix)
     whose, contradiction = _family(family, header, component, layout)
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
-    match = max(
-        (_matched(tensors, each, layout, component, whose, header) for each in choices), key=lambda each: each.standing
-    )
+
+    def matched(some: Mapping[str, Tensor]) -> Match:
+        every = (_matched(some, each, layout, component, whose, header) for each in choices)
+        return max(every, key=lambda each: each.standing)
+
+    tensors, match, _, remarks = _settled(tensors, matched, settle=not as_written)
     if not match.groups:
-        raise FileError(_nothing(match, tensors))
+        raise FileError(nothing(match, tensors))
     if as_written:
         layout = layout.renamed(match.naming)
     unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
-    if strict and unscaled and not sources(header, match.dialect, match.prefix):
-        raise FileError(
-            f"PEFT's tensors tell their scale only beside its {CONFIG}: read the folder with both, or take 1 for it "
-            "with strict=False"
-        )
+    if unscaled and not sources(header, match.dialect, match.prefix):
+        remarks.append(f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}")
     found, mismatched = _entries(tensors, match, layout, header)
     places = placing.place(found.stacks, layout, match.naming, shared=shared)
     mismatched |= places.refused
     remark = "" if component else fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle)
+    unused, plain = _unused(match, layout)
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
-        unused=_unused(match, layout),
+        unused=unused,
         mismatched=mismatched,
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
-        remarks=tuple(each for each in (remark, contradiction, *found.remarks) if each),
+        remarks=tuple(each for each in (remark, contradiction, *remarks, *found.remarks, plain) if each),
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
     )
     if not places.entries or (strict and not report.clean):
-        raise FileError(_problem(report, match, layout, tensors, header))
+        raise FileError(problem(report, match, layout, tensors, header))
     # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
     base = Base(layout.owner, layout.middle if as_written else layout.layers)
     own = {key: value for key, value in header.items() if key != BESIDE}
@@ -191,17 +195,62 @@ def _family(name: str | None, header: Mapping[str, str], component: str, layout:
     return family_of({component: architecture}), f"its header says {told.name}, and the model is a {architecture.name}"
 
 
-def _unused(match: _Match, layout: Layout) -> dict[str, str]:
-    """Tensor → why it has no place."""
+def _unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
+    """Tensor → why it has no place, and a remark on those that are hardly an adapter's."""
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
         if layer not in match.names:
             unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}")
-    return unused
+    plain = [name for name in unused if foreign.is_plain(name)] if match.used() else []
+    told = f"{len(plain)} tensors are no adapter's and of no layer, left out: {some(plain)}" if plain else ""
+    return {name: why for name, why in unused.items() if name not in plain}, told
+
+
+class _Settled(NamedTuple):
+    """A file's tensors under the names by which they fit best, without what is no adapter's."""
+
+    tensors: Mapping[str, Tensor]
+    match: Match
+    renamed: Mapping[str, str]
+    """Name in the file → another by which it fits, where its own does not."""
+    remarks: list[str]
+
+
+def _settled(
+    tensors: Mapping[str, Tensor], matched: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
+) -> _Settled:
+    own, aside = foreign.parted(_shapes(tensors))
+    tensors = {name: tensors[name] for name in own}
+    match, wrapped = matched(tensors), unwrapping.changed(tensors, unwrapping.without_wrappers)
+    if settle and not match.complete:
+        used = {*match.used()}
+        renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
+        others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+        again = matched(others) if renamed else match
+        if again.standing > match.standing:
+            return _Settled(others, again, renamed, [*filter(None, (aside,)), unwrapping.told(renamed)])
+    return _Settled(tensors, match, {}, [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))])
+
+
+def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
+    """The names by which tensors fit a denoiser where their own do not: name in the file → that one."""
+    choices = [each for each in DIALECTS.values() if any(each.split(key) for key in tensors)]
+    whose, _ = _family(None, header, "", layout)
+
+    def matched(some: Mapping[str, Tensor]) -> Match:
+        return max(
+            (_matched(some, each, layout, "", whose, header) for each in choices), key=lambda each: each.standing
+        )
+
+    return _settled(tensors, matched, settle=True).renamed if choices else {}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @dataclass
-class _Match:
+class Match:
     """A file read as one dialect and, of its family's namings, the one that fits best."""
 
     dialect: Dialect
@@ -215,6 +264,11 @@ class _Match:
     prefix: str
     """What the names begin with."""
     standing: Standing
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is of layers that the model has."""
+        return bool(self.groups) and not self.strange and all(layer in self.names for layer in self.groups)
 
     def used(self) -> list[str]:
         return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
@@ -230,6 +284,10 @@ def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | Non
     fitting = [dialect for dialect in DIALECTS.values() if any(dialect.split(key) for key in tensors)]
     if fitting:
         return fitting
+    if what := foreign.kind_of(_shapes(tensors), readable=True):
+        raise FileError(what)
+    if any(unwrapping.plainer(key) != key for key in tensors):
+        return list(DIALECTS.values())
     known = "; ".join(f"{d.name}: {next(iter(d.prefixes)) or 'no prefix'}..." for d in DIALECTS.values())
     raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")
 
@@ -241,7 +299,7 @@ def _matched(
     component: str,
     family: Family | None,
     header: Mapping[str, str],
-) -> _Match:
+) -> Match:
     keys = {name: dialect.split(name) for name in tensors}
     parted = {name: key for name, key in keys.items() if key is not None}
     by_component: dict[str, dict[str, Key]] = {}
@@ -264,7 +322,7 @@ def _matched(
     own = standing(
         dialect, keys.values(), header, named=counts[naming], naming=naming, architecture=layout.architecture
     )
-    return _Match(dialect, naming, groups, tables[naming], strange, elsewhere, prefix, own)
+    return Match(dialect, naming, groups, tables[naming], strange, elsewhere, prefix, own)
 
 
 @dataclass
@@ -276,7 +334,7 @@ class _Found:
 
 
 def _entries(
-    tensors: Mapping[str, Tensor], match: _Match, layout: Layout, header: Mapping[str, str]
+    tensors: Mapping[str, Tensor], match: Match, layout: Layout, header: Mapping[str, str]
 ) -> tuple[_Found, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
     found, mismatched = _Found(), {}
@@ -287,15 +345,17 @@ def _entries(
             continue
         name = match.names[layer]
         geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
+        own = {suffix: tensors[key] for suffix, key in group.items()}
         try:
-            own = {suffix: tensors[key] for suffix, key in group.items()}
             if DOWN in own and own[DOWN].dim() and "scale" not in own:
                 told = scales.alpha(name, len(own[DOWN]), _alpha(own))
                 own |= {} if told is None or ALPHA in own else {ALPHA: torch.tensor(told, dtype=torch.float64)}
             stack = _stack(own, geometry, name)
             stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
         except FileError as error:
-            mismatched[name] = str(error)
+            down = own.get(DOWN)
+            inputs = int(down.shape[1]) if down is not None and down.dim() > 1 else 0
+            mismatched[name] = variants.told(layout, match.naming, name, inputs) or str(error)
             continue
         found.stacks[name] = stack
         if note:
@@ -328,55 +388,3 @@ def finite(tensor: Tensor) -> bool:
     # NaN is both; many times as fast as a test of every number. Of one byte torch has no order.
     least, most = (tensor.half() if tensor.itemsize == 1 else tensor).aminmax()
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def _nothing(match: _Match, tensors: Mapping[str, Tensor]) -> str:
-    others = sorted(name or "the denoiser" for name in match.elsewhere)
-    if not others:
-        return f"its {len(tensors)} keys are not of the format {match.dialect.name}: {some(tensors)}"
-    return (
-        f"it has nothing for this component, only tensors for {', '.join(others)}; pass the model that they are for, "
-        f"and its name as component="
-    )
-
-
-def _looks(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """What a file's keys are like, when they are of a known family."""
-    try:
-        found = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
-    except FileError:
-        return ""
-    parts = [f"the {name or 'denoiser'} ({found.models[name]})" for name in found.components if name in found.models]
-    if not parts:
-        return ""
-    return f"These look like {found.dialect} keys for {' and '.join(parts)}. "
-
-
-def _problem(
-    report: Report, match: _Match, layout: Layout, tensors: Mapping[str, Tensor], header: Mapping[str, str]
-) -> str:
-    """What was left over, grouped."""
-    lines = []
-    if report.mismatched:
-        listed = [f"  {why}" for why in list(report.mismatched.values())[:SHOWN]]
-        more = [f"  and {len(report.mismatched) - SHOWN} more"] if len(report.mismatched) > SHOWN else []
-        head = f"{len(report.mismatched)} of {len(match.groups)} layers do not fit {layout.owner}:"
-        lines.append("\n".join([head, *listed, *more]))
-    lost = sorted(layer for layer in match.groups if layer not in match.names)
-    if lost:
-        close = ((one, nearest(one, match.names, 1)) for one in lost[:SHOWN])
-        hint = next((f"; {one} is like {near[0]}" for one, near in close if near), "")
-        none = len(lost) == len(match.groups)
-        what = "none of its" if none else f"{len(lost)} of its"
-        lines.append(
-            f"{what} {len(match.groups)} layers {'is' if none else 'are not'} a layer of {layout.owner}: "
-            f"{some(lost)}{hint}. {layout.owner} has {len(match.names)} such layers: {some(sorted(match.names))}. "
-            f"{_looks(tensors, header)}Is this the model the file was made for?"
-        )
-    if match.strange:
-        count = sum(map(len, match.groups.values())) + len(match.strange) + sum(match.elsewhere.values())
-        lines.append(
-            f"{len(match.strange)} of its {count} keys are not of the format {match.dialect.name}: "
-            f"{some(match.strange)}"
-        )
-    return "\n".join(lines)

@@ -16,18 +16,29 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lora_B",
             "lora.up.weight",
             "lora_linear_layer.up.weight",
+            "lora_layer.up.weight",
         ),
         "lora_down.weight": (
             "lora_A.weight",
             "lora_A",
             "lora.down.weight",
             "lora_linear_layer.down.weight",
+            "lora_layer.down.weight",
         ),
         "lora_up.bias": ("lora_B.bias",),
-        "lora_magnitude_vector": ("lora_magnitude_vector.weight",),
+        # The second is ai-toolkit's.
+        "lora_magnitude_vector": ("lora_magnitude_vector.weight", "magnitude"),
+        # FastVideo's for parameters that are called neither weight nor bias, and ComfyUI's for parameters by name.
+        "diff": ("diff_param", "weight.diff"),
+        "diff_b": ("bias.diff", "bias.diff_param"),
+        "set_weight": ("set_param", "weight.set_weight", "weight.set_param"),
+        "bias.set_weight": ("bias.set_param",),
     }
 )
 """LyCORIS' spelling → others that mean the same."""
+
+PARTS = 8
+"""The most parts of a layer that sd-scripts turns apart from each other; Flux.1's have up to four."""
 
 MAGNITUDE_VECTOR = "lora_magnitude_vector"
 """PEFT's name of DoRA's lengths, one for each output."""
@@ -40,11 +51,12 @@ ODD = (
     "bias_indices",
     "bias_values",
     "bias_size",
-    "set_weight",
+    "bias",
     "reshape_weight",
     "lokr_t1",
     "oft_R.weight",
     "bm.weight",
+    *(f"oft_blocks.{part}" for part in range(PARTS)),
 )
 """Tensors that `lycoris.files.forms` puts into other words, or refuses, before an algorithm sees them."""
 

@@ -60,6 +60,15 @@ def load_tensors(
         raise FileError(f"{path} cannot be read as safetensors: {error}") from error
 
 
+def load_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The same without the tensors, of which a header tells the shapes; a pickle is read for them."""
+    if Path(path).suffix.lower() in PICKLES:
+        tensors, metadata = load_tensors(path)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata
+    found = header(path)
+    return {name: info.shape for name, info in found.tensors.items()}, dict(found.metadata)
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """A copy of a tensor that lies where the processor cannot be trusted to reach it: not at a multiple of its size."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lycoris import fingerprint
 from lycoris.algorithm import Entry
-from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, TLoRA, write_tensors
+from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, Replace, TLoRA, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
 from lycoris.files import described, history, placing
@@ -195,7 +196,7 @@ def _header(
 ) -> dict[str, str]:
     """What a file says of itself: the scale of every layer, and which base it is for."""
     scales = {
-        dialect.join(layer, "", prefix).rstrip("."): stack[0].algorithm.scale(stack[0].geometry)
+        dialect.join(layer, "", prefix).rstrip("."): _main(stack).algorithm.scale(stack[0].geometry)
         for prefix, bundle in by_prefix.items()
         for layer, stack in bundle.entries.items()
     }
@@ -249,14 +250,14 @@ def _prefix(dialect: Dialect, component: str, family: Family | None, layout: Lay
 
 def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, Tensor]:
     """A layer's tensors by suffix."""
-    first, *others = stack
-    beside = all(isinstance(entry.algorithm, Full) and not entry.algorithm.weight for entry in others)
-    if len(others) > 1 or not beside:
+    places = [_place(entry) for entry in stack]
+    if any(one >= other for one, other in pairwise(places)):
         names = " and ".join(entry.algorithm.name for entry in stack)
         raise FileError(
             f"{layer} has {names}, and {dialect.name} files hold one algorithm per layer; put each on a set of its "
             "own, and write those one by one"
         )
+    first = _main(stack)
     _check_held(first, layer, dialect)
     tensors: dict[str, Tensor] = {}
     for entry in stack:
@@ -266,6 +267,24 @@ def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, 
             raise FileError(f"{layer}: two of its algorithms would be written as {', '.join(sorted(both))}")
         tensors |= own
     return _scaled(_magnitude(tensors, first, dialect), first, dialect)
+
+
+def _place(entry: Entry) -> int:
+    """Where an entry stands in a stack that the tensors of one layer make: see `lycoris.files.forms.modern`."""
+    match entry.algorithm:
+        case Replace(weight=True):
+            return 0
+        case Replace():
+            return 2
+        case Full(weight=False):
+            return 3
+        case _:
+            return 1
+
+
+def _main(stack: tuple[Entry, ...]) -> Entry:
+    """The entry that the others are beside."""
+    return next((entry for entry in stack if _place(entry) == 1), stack[0])
 
 
 def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lycoris.algorithm import Affine
-from lycoris.algorithms import DoRA, below_lengths
+from lycoris.algorithms import DoRA, Replace, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.consumers.routes import Route
@@ -135,6 +135,8 @@ class Consumer:
 
     names: frozenset[str] = NAMES
     """Tensors of which it was looked at what it makes of them."""
+    replaces: bool = False
+    """Whether it knows weights that stand in place of a layer's own."""
     unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
     own: str = ""
@@ -179,6 +181,8 @@ class Consumer:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
         if g.transposed and g.kind != "embedding" and not self.transposes:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
+        if not self.replaces and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
+            return Verdict("not at all", f"{self.title} is not known to put whole weights in place of a layer's own")
         case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among)
         for row in self.rows:
             if row.when(case):

@@ -3,13 +3,13 @@
 from lycoris.algorithms import MAGNITUDE
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
-from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS
+from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS, Diffusers
 from lycoris.files.dialects.kohya import ENCODERS, TEXT_ENCODERS, UNETS
 from lycoris.files.spelling import MAGNITUDE_VECTOR
 
 MARKS = ("ot_branch", "ot_revision", "ot_config")
 
-ONETRAINER_DIFFUSERS = Dialect(
+ONETRAINER_DIFFUSERS = Diffusers(
     name="onetrainer-diffusers",
     style="dotted",
     prefixes=COMPONENTS,

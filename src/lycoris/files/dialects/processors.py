@@ -22,7 +22,7 @@ class Processors(Dialect):
     """Names with the projection inside of the processor's name."""
 
     def split(self, name: str) -> Key | None:
-        moved = _moved(name)
+        moved = of_projection(name)
         return None if moved is None else super().split(moved)
 
     def join(self, layer: str, suffix: str, prefix: str) -> str:
@@ -32,19 +32,19 @@ class Processors(Dialect):
         return f"{prefix}{place[1]}.processor.{place[2].removesuffix('.0')}_lora.{own}"
 
 
-def _moved(name: str) -> str | None:
+def of_projection(name: str) -> str | None:
     """The name that the projection itself would have."""
     found = _PROJECTION.fullmatch(name)
     if found is not None:
         layer = f"{found[1]}.{found[2]}{'.0' * (found[2] == 'to_out')}"
-        return f"{layer}.{_whole(found[3])}"
+        return f"{layer}.{suffix_of(found[3])}"
     found = _XLABS.fullmatch(name)
     if found is not None:
-        return f"{found[1]}.{'img' if found[3] == '1' else 'txt'}_attn.{found[2]}.{_whole(found[4])}"
+        return f"{found[1]}.{'img' if found[3] == '1' else 'txt'}_attn.{found[2]}.{suffix_of(found[4])}"
     return None
 
 
-def _whole(suffix: str) -> str:
+def suffix_of(suffix: str) -> str:
     return f"lora_{suffix}" if suffix in ("down.weight", "up.weight") else suffix
 
 

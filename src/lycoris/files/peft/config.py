@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,8 @@ from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.jsons import read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NEUTRAL: Sequence[object] = (None, False, "", [], {}, ())
+"""Values of a setting that is not in use."""
 LARGEST = 4 * 2**20
 """Bytes that a config may have: thousands of paths fit."""
 LONGEST = 1000
@@ -97,7 +99,8 @@ class Config:
                 raise FileError(
                     f"{key} = {value!r:.80} makes another method of {name}, which is not read here; {_MERGE}"
                 )
-            if key not in kind.known | kind.refused:
+            # What a later PEFT adds is off by default, and does nothing as long as it is.
+            if key not in kind.known | kind.refused and value not in NEUTRAL:
                 raise FileError(unknown(f"setting of {name}", str(key), kind.known | kind.refused))
         config = cls(name, values)
         config._check()
@@ -187,6 +190,12 @@ def load_config(folder: Path) -> dict[str, Any]:
         return read_json(path)
     except ConfigError as error:
         raise FileError(str(error)) from error
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of an adapter's tensors in its folder: safetensors, unless there is only the older kind."""
+    there = [name for name in (WEIGHTS, PICKLE) if inside(folder, name).is_file()]
+    return folder / (there[0] if there else WEIGHTS)
 
 
 def inside(folder: Path, name: str) -> Path:

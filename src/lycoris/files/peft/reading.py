@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lycoris import paths
 from lycoris.bundle import Base, Bundle, Entry
 from lycoris.errors import FileError, nearest
-from lycoris.files.peft.config import KINDS, PICKLE, WEIGHTS, Config, inside, load_config
+from lycoris.files.peft.config import KINDS, Config, load_config, weights_in
 from lycoris.files.peft.layers import entries_of
 from lycoris.files.storage import load_tensors
 from lycoris.geometry import Site, class_name, sites
@@ -78,8 +78,7 @@ def read_peft(
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    names = [name for name in (WEIGHTS, PICKLE) if inside(folder, name).is_file()]
-    return load_tensors(folder / (names[0] if names else WEIGHTS))[0]
+    return load_tensors(weights_in(folder))[0]
 
 
 def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str, Any]) -> Bundle:
