@@ -23,8 +23,8 @@ from lycoris.algorithm import (
     joined_rows,
 )
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
-from lycoris.ops.blocks import Kind, Run
+from lycoris.geometry import Geometry, Kind
+from lycoris.ops.blocks import Run
 
 
 @dataclass(frozen=True, kw_only=True)
