@@ -145,28 +145,29 @@ COMFYUI: Mapping[str, Mapping[str, Known]] = {
 
 # Forge: the same functions in packages_3rdparty/comfyui_lora_collection/lora.py, as of 2024, for the models in
 # backend/diffusion_engine.
-_FORGE = (*UNETS, "sd3", "flux1")
+_FORGE_OWN = wholly(*UNETS, "sd3") | partly("flux1", lost=r".*[._]norm[._](query|key)_norm")
+"""Flux.1's norms of queries and keys have a parameter of another name there."""
 _FORGE_DOTTED = (
     partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
 )
 FORGE: Mapping[str, Mapping[str, Known]] = {
-    "kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
+    "kohya": _FORGE_OWN | _COMFYUI_CLIP,
     "kohya-diffusers": wholly(*UNETS) | _COMFYUI_CLIP,
-    "comfyui": wholly(*_FORGE),
+    "comfyui": _FORGE_OWN,
     "diffusers": _FORGE_DOTTED,
     # simpletuner lycoris format
     "lycoris": wholly(*UNETS, "flux1"),
     "bare": partly(*UNETS, lost=_ATTENTION),
     "processors": wholly(*UNETS),
-    "onetrainer-comfy": wholly(*_FORGE),
-    "onetrainer-kohya": wholly(*_FORGE) | _COMFYUI_CLIP,
+    "onetrainer-comfy": _FORGE_OWN,
+    "onetrainer-kohya": _FORGE_OWN | _COMFYUI_CLIP,
     "onetrainer-diffusers": _FORGE_DOTTED,
     "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
     | partly("flux1", lost="lora_unet_.*")
     | _COMFYUI_CLIP,
     "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
     "musubi": wholly("flux1"),
-    "musubi-other": wholly("flux1"),
+    "musubi-other": wholly("flux1", "sd3"),
 }
 
 # WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
