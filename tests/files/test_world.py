@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, plan, read, write
+from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, outline, plan, read, write
 from lycoris.algorithms import OFT
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, encode
@@ -127,6 +127,23 @@ def test_flat_names_with_more_than_the_path(how: str, tmp_path: Path) -> None:
     assert same(found, understood(flux(), {}))
     save_file(tensors, tmp_path / "a.safetensors")
     assert "not known to read names such as" in check(tmp_path / "a.safetensors", "comfyui").keys
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.transformer.transformer_blocks.0.attn.to_q.",
+        "base_model.model.transformer.transformer_blocks.0.attn.to_q.",
+        "transformer_blocks.0.attn.to_q_",
+        "transformer_blocks_0_attn_to_q_",
+    ],
+)
+def test_names_that_need_another_format_than_they_look_like(name: str) -> None:
+    """Read for a model that is at hand: without what stands before them, they are of a format that had none of them."""
+    tensors = {f"{name}lora_down.weight": torch.randn(RANK, 3072), f"{name}lora_up.weight": torch.randn(3072, RANK)}
+    found = resolve(tensors, outline.known("flux.1-dev"))
+    assert set(found.entries) == {"transformer_blocks.0.attn.to_q"}
+    assert "left out" in "".join(found.remarks)
 
 
 class Odd(nn.Module):

@@ -143,13 +143,13 @@ def _resolve(
 ) -> tuple[Bundle, Layout]:
     if whole := foreign.whole(_shapes(tensors)):
         raise FileError(whole)
-    choices = _dialects(tensors, dialect, prefix)
     whose, contradiction = _family(family, header, component, layout)
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
 
     def matched(some: Mapping[str, Tensor]) -> Match:
-        every = (_matched(some, each, layout, component, whose, header) for each in choices)
+        # Other names may be of other formats.
+        every = (_matched(some, each, layout, component, whose, header) for each in _dialects(some, dialect, prefix))
         return max(every, key=lambda each: each.standing)
 
     tensors, match, _, remarks = _settled(tensors, matched, settle=not as_written)
@@ -234,15 +234,15 @@ def _settled(
 
 def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
     """The names by which tensors fit a denoiser where their own do not: name in the file → that one."""
-    choices = [each for each in DIALECTS.values() if any(each.split(key) for key in tensors)]
+    if not any(each.split(key) for each in DIALECTS.values() for key in tensors):
+        return {}
     whose, _ = _family(None, header, "", layout)
 
     def matched(some: Mapping[str, Tensor]) -> Match:
-        return max(
-            (_matched(some, each, layout, "", whose, header) for each in choices), key=lambda each: each.standing
-        )
+        every = (_matched(some, each, layout, "", whose, header) for each in _dialects(some, None, None))
+        return max(every, key=lambda each: each.standing)
 
-    return _settled(tensors, matched, settle=True).renamed if choices else {}
+    return _settled(tensors, matched, settle=True).renamed
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,8 @@ _FLAT_PLACE = re.compile(rf"({FLAT_PREFIX})(?:{'|'.join(FLAT_PLACES)})+(.+)")
 _FLATTENED = re.compile(
     r"(.+?)_(lora_(?:up|down|mid|A|B)|hada_.+|lokr_.+|alpha|dora_scale|oft_blocks)(?:[._](weight))?"
 )
+_JOINED = re.compile(r"(.+\..+)_(lora_(?:up|down|mid|A|B)\.weight)")
+"""A dotted path with the tensor's name behind an underscore."""
 _PARAMETER = re.compile(r"(.+)\.scale\.((?:diff|set)(?:_weight|_param)?)")
 _MODULATION = re.compile(r"(.+\.)?diff_m")
 
@@ -50,7 +52,7 @@ def plainer(name: str) -> str:
         step = steps.pop(0)
         if step in COMPONENTS:
             kept = [step]
-    name = ".".join([*kept, *steps])
+    name = _JOINED.sub(r"\1.\2", ".".join([*kept, *steps]))
     found = _PARAMETER.fullmatch(name)
     return name if found is None else f"{found[1]}.{found[2]}"
 
