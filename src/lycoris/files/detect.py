@@ -12,6 +12,7 @@ from typing import Literal
 
 from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES
 from lycoris.files import bases, foreign, unwrapping
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
@@ -314,9 +315,14 @@ def size(tensors: Mapping[str, Shape]) -> Size:
     return 0, 0
 
 
-def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, float]:
-    """Smaller is likelier, of candidates that have all the layers."""
-    return -each.share, each.naming != dialect.naming_for(each.architecture), -each.whole
+def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float]:
+    """Smaller is likelier, of candidates that have all the layers.
+
+    Of models that hold them alike, the families in their order (the ones that most files are for come first), and of a
+    family the model of which a file has most.
+    """
+    usual = each.naming == dialect.naming_for(each.architecture)
+    return -each.share, not usual, list(ARCHITECTURES).index(each.architecture.name), -each.whole
 
 
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
