@@ -25,7 +25,7 @@ TRUNCATED = [
     (name, kind)
     for name, kind in ON
     if not isinstance(ALGORITHMS[name], Full | Norm | DoRA)
-    and not name.startswith(("glora", "ia3", "oft", "boft", "tlora"))
+    and not name.startswith(("glora", "ia3", "oft", "boft", "tlora", "replace"))
 ]
 LINEAR = [name for name, kind in TRUNCATED if kind == "linear"]
 
