@@ -100,3 +100,15 @@ def test_names_that_are_spelled_out_are_not_told() -> None:
     preset = {"target_module": ["Attention", "FluxAttention"]}
     _, made = reached(flux(), CONFIG | {"apply_preset": preset})
     assert not any("means" in remark for remark in made.remarks)
+
+
+def test_layers_of_a_class_that_is_spelled_out_are_its_own() -> None:
+    """Settings of `FeedForward` are not those of a single block's layers where the config names the block itself."""
+    targets = {
+        "target_module": ["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+        "module_algo_map": {"FeedForward": {"algo": "lora", "linear_dim": 3}},
+    }
+    _, made = reached(flux(), CONFIG | {"apply_preset": targets})
+    ranks = {each.path: each.algorithms[0].rank for each in made.placements}
+    assert ranks["single_transformer_blocks.0.proj_mlp"] == 2
+    assert ranks["transformer_blocks.0.ff.net.2"] == 3

@@ -22,7 +22,7 @@ ROLES: Mapping[str, str] = {"Attention": "attention", "FeedForward": "feed_forwa
 def expanded(preset: Preset, model: nn.Module) -> tuple[Preset, dict[str, Remark]]:
     """A preset whose documented names stand for what the model's family has, and by name a remark that says so.
 
-    Names that the preset spells out itself count as they are.
+    Classes that the preset spells out itself count as they are, and so do their layers.
     """
     spelled = [*preset.target_module, *preset.module_algo_map]
     remarks: dict[str, Remark] = {}
@@ -30,13 +30,19 @@ def expanded(preset: Preset, model: nn.Module) -> tuple[Preset, dict[str, Remark
         if name not in spelled:
             continue
         classes, layers = _parts(name, model)
-        classes = [each for each in classes if not any(names_class(target, each) for target in spelled)]
+        classes = [each for each in classes if not _is_spelled(each, spelled)]
+        layers = [(part, path) for part, path in layers if not _is_spelled(part.partition(".")[0], spelled)]
         if not classes and not layers:
             continue
         preset = _with(preset, name, classes, layers)
         parts = [*classes, *dict.fromkeys(part for part, _ in layers)]
         remarks[name] = Remark(f"{name!r} means {', '.join(parts)} too: {class_name(model)} has these for it")
     return preset, remarks
+
+
+def _is_spelled(name: str, spelled: Sequence[str]) -> bool:
+    """Whether a preset names a class by itself."""
+    return any(names_class(target, name) for target in spelled)
 
 
 def _parts(name: str, model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:
