@@ -110,6 +110,11 @@ def parameter(case: Case) -> bool:
     return case.entry.geometry.kind == "parameter"
 
 
+def stacked(case: Case) -> bool:
+    """A stack of matrices."""
+    return case.entry.geometry.stack > 0
+
+
 def called(pattern: str) -> Test:
     """A layer whose keys are called so."""
     return lambda case: re.fullmatch(pattern, case.key) is not None
