@@ -27,6 +27,7 @@ from lycoris.files.consumers.traits import (
     of_both_layouts,
     old_rotation,
     parameter,
+    replaces,
     stacked,
     up_bias,
     without_mid,
@@ -98,6 +99,7 @@ FIRST_LAYOUT_ON_KERNELS = Row(
     "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and fails on the kernel",
     "plain",
 )
+REPLACED = Row(replaces, "not known", "reads a set_weight, and what it makes of one was not looked at")
 STACKS = Row(
     all_of(stacked, is_a("lora", "loha", "lokr", "glora")),
     "not at all",
@@ -151,6 +153,7 @@ COMFYUI = Consumer(
     "ComfyUI",
     keys.COMFYUI,
     (
+        REPLACED,
         *STOPPED,
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
@@ -170,5 +173,6 @@ COMFYUI = Consumer(
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    replaces=True,
     own="comfyui",
 )
