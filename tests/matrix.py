@@ -1,8 +1,8 @@
 """Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.matrix`.
 
 ‖Δ' - Δ‖ / ‖Δ‖ of the change to weight and bias (for PEFT and diffusers: to the output), "-" where a program refuses or
-passes over, and where nothing is written for PEFT; behind an arrow, the same of what `lycoris convert --portable`
-writes.
+passes over, and where nothing is written for PEFT; "?" where it was not looked at; behind
+an arrow, the same of what `lycoris convert --portable` writes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def measured(consumer: str, entry: Entry, case: Made) -> float | None:
 
 
 def cell(consumer: str, case: Made) -> str:
+    if CONSUMERS[consumer].verdict(case.entry, case.base).reads == "not known":
+        return "?"
     before = measured(consumer, case.entry, case)
     told = "-" if before is None else f"{before:.0e}" if before < 1e-3 else f"{before:.2f}"
     if before is not None and before <= 1e-5:

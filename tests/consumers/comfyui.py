@@ -1,7 +1,7 @@
 """ComfyUI: per layer LoRA, LoHa, LoKr, GLoRA, OFT, BOFT in this order; norms; whole differences.
 
-A difference of the bias is taken beside any of them. `quiet=False` is for programs that took its code and pass
-exceptions on.
+A difference of the bias is taken beside any of them. Its products are of two matrices, not of stacks of them.
+`quiet=False` is for programs that took its code and pass exceptions on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ def read(
     quiet: bool = True,
     rotations: bool = True,
 ) -> Read | None:
-    if kind == "parameter":
-        return None
     if kind == "embedding":
         # Its table is (entries, outputs); the bias is nobody's.
         found = _read(tensors, weight.T, None, strength, quiet=quiet, rotations=rotations)
@@ -93,7 +91,7 @@ def _lora(tensors: Tensors, weight: Tensor, strength: float) -> Tensor:
             raise Refused("a core of two kernel dimensions was expected")
         shape = (down.shape[1], rank, *mid.shape[2:])
         down = (down.transpose(0, 1).flatten(1) @ mid.transpose(0, 1).flatten(1)).reshape(shape).transpose(0, 1)
-    change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    change = up.flatten(1).mm(down.flatten(1)).reshape(weight.shape)
     return _added(tensors, weight, change, _scale(tensors, rank), strength)
 
 
@@ -101,7 +99,7 @@ def _loha(tensors: Tensors, weight: Tensor, strength: float) -> Tensor:
     parts = []
     for n in (1, 2):
         a, b = tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]
-        parts.append(_core(tensors[f"hada_t{n}"], b, a) if "hada_t1" in tensors else a @ b)
+        parts.append(_core(tensors[f"hada_t{n}"], b, a) if "hada_t1" in tensors else a.mm(b))
     change = (parts[0] * parts[1]).reshape(weight.shape)
     return _added(tensors, weight, change, _scale(tensors, tensors["hada_w1_b"].shape[0]), strength)
 
@@ -111,12 +109,12 @@ def _lokr(tensors: Tensors, weight: Tensor, strength: float) -> Tensor:
     if "lokr_w1" in tensors:
         w1 = tensors["lokr_w1"]
     else:
-        rank, w1 = tensors["lokr_w1_b"].shape[0], tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+        rank, w1 = tensors["lokr_w1_b"].shape[0], tensors["lokr_w1_a"].mm(tensors["lokr_w1_b"])
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
     else:
         a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
-        rank, w2 = b.shape[0], _core(tensors["lokr_t2"], b, a) if "lokr_t2" in tensors else a @ b
+        rank, w2 = b.shape[0], _core(tensors["lokr_t2"], b, a) if "lokr_t2" in tensors else a.mm(b)
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
     # With a w2 of 3 or 5 dimensions this pairs the wrong axes, and reshape hides it.
@@ -133,9 +131,9 @@ def _glora(tensors: Tensors, weight: Tensor, strength: float) -> Tensor:
         old, rank = False, a2.shape[0]
     a1, a2, b1, b2 = a1.flatten(1), a2.flatten(1), b1.flatten(1), b2.flatten(1)
     if old:
-        change = b2 @ b1 + weight.flatten(1) @ a2 @ a1
+        change = b2.mm(b1) + weight.flatten(1).mm(a2).mm(a1)
     else:
-        change = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2) + (b1 @ b2).reshape(weight.shape)
+        change = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2) + b1.mm(b2).reshape(weight.shape)
     return _added(tensors, weight, change.reshape(weight.shape), _scale(tensors, rank), strength)
 
 

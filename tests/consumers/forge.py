@@ -10,7 +10,12 @@ UNMATCHED = 12
 """More keys than these that nothing takes, and the whole file is rejected."""
 
 
-def read(tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0) -> Read | None:
+def read(
+    tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0, *, own_names: bool = False
+) -> Read | None:
+    if kind == "parameter" and not own_names:
+        # It looks for these behind diffusion_model. alone.
+        return None
     found = comfyui.read(tensors, weight, bias, kind, strength, quiet=False, rotations=False)
     if found is None and len(tensors) > UNMATCHED:
         raise Refused(f"{len(tensors)} keys without a place")

@@ -21,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from consumers.pipelines import PIPELINES
 from lycoris.algorithm import Affine
 from lycoris.errors import FileError
 from lycoris.files.check import Check, judged
-from lycoris.files.families import FAMILIES
 from lycoris.files.opening import Opened, understood
 from lycoris.files.writing import compose
 from lycoris.recast import adapted
@@ -78,7 +78,6 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
             assert check.keys, label
 
 
-PIPELINES = {family.components[""]: family.pipelines[0] for family in FAMILIES.values() if family.pipelines}
 REFUSES = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
 from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
-from lycoris import GLoRA
+from lycoris import OFT, GLoRA, Replace
 from lycoris.algorithm import Affine
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.bundle import Bundle, Entry
@@ -86,18 +86,43 @@ def change(after: Affine, before: Affine) -> Tensor:
     return torch.cat([weight, (after.bias if before.bias is None else after.bias - before.bias).flatten()])
 
 
-def read_by(consumer: str, entry: Entry, base: Affine, strength: float = 1.0) -> Affine | None:
+OWN_NAMES = "comfyui"
+"""The format by whose names Forge knows bare parameters, which the one that is usual for it has not."""
+
+
+def formats(consumer: str, entry: Entry) -> list[str | None]:
+    """Those that an adapter is judged in: the program's usual one, and another where it depends on the format."""
+    return [None, OWN_NAMES] if consumer == "forge" and entry.geometry.kind == "parameter" else [None]
+
+
+def out_of_reach(consumer: str, entry: Entry, dialect: str | None) -> str:
+    """Why no export helps a program that knows other ways to read such a layer; "" where one does."""
+    nameless = consumer == "forge" and entry.geometry.kind == "parameter" and dialect != OWN_NAMES
+    return "knows bare parameters by their own names behind diffusion_model. only" if nameless else ""
+
+
+def read_by(
+    consumer: str, entry: Entry, base: Affine, strength: float = 1.0, dialect: str | None = None
+) -> Affine | None:
     """What a program makes of a layer; None when it refuses or passes over."""
     if entry.geometry.transposed and entry.geometry.kind != "embedding":
         return None
     tensors = write_tensors(entry.algorithm, entry.tensors, entry.geometry)
-    return read_as(consumer, tensors, base, entry.geometry.kind, strength)
+    return read_as(consumer, tensors, base, entry.geometry.kind, strength, dialect)
 
 
-def read_as(consumer: str, tensors: dict[str, Tensor], base: Affine, kind: str, strength: float = 1.0) -> Affine | None:
+def read_as(
+    consumer: str,
+    tensors: dict[str, Tensor],
+    base: Affine,
+    kind: str,
+    strength: float = 1.0,
+    dialect: str | None = None,
+) -> Affine | None:
     """The same of tensors, whoever wrote them."""
+    names = {"own_names": dialect == OWN_NAMES} if consumer == "forge" else {}
     try:
-        found = READERS[consumer].read(tensors, base.weight, base.bias, kind, strength)
+        found = READERS[consumer].read(tensors, base.weight, base.bias, kind, strength, **names)
     except Refused:
         return None
     return None if found is None else Affine(*found)
@@ -116,9 +141,19 @@ def check_told(verdict: Verdict, found: Affine | None, wanted: Affine, base: Aff
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    for consumer in READERS:
-        verdict, found = CONSUMERS[consumer].verdict(case.entry, case.base), read_by(consumer, case.entry, case.base)
+    for consumer, dialect in ways(case):
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        if verdict.reads == "not known":
+            rotated = isinstance(case.entry.algorithm, OFT) and case.entry.geometry.kind == "parameter"
+            assert rotated or isinstance(case.entry.algorithm, Replace), consumer
+            assert consumer in ("comfyui", "forge")
+            continue
+        found = read_by(consumer, case.entry, case.base, dialect=dialect)
         check_told(verdict, found, adapted(case.entry, case.base), case.base, consumer)
+
+
+def ways(case: Made) -> list[tuple[str, str | None]]:
+    return [(consumer, dialect) for consumer in READERS for dialect in formats(consumer, case.entry)]
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
@@ -186,15 +221,22 @@ def batched(case: Made, run: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
-def test_an_export_is_read_as_trained(pair: tuple[str, str]) -> None:
+def test_an_export_is_read_as_trained_or_refused_with_the_reason(pair: tuple[str, str]) -> None:
     case = made(*pair)
     expected = change(adapted(case.entry, case.base), case.base)
-    for consumer in READERS:
-        if CONSUMERS[consumer].verdict(case.entry, case.base).remedy is None:
+    for consumer, dialect in ways(case):
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        if verdict.reads == "as trained":
             continue
-        exported, what = portable(case.entry, consumer, case.base)
+        if verdict.remedy is None or out_of_reach(consumer, case.entry, dialect):
+            with pytest.raises(FileError, match=r"no export of .* is known that it reads as trained") as refusal:
+                portable(case.entry, consumer, case.base, dialect=dialect)
+            reason = verdict.why if verdict.remedy is None else out_of_reach(consumer, case.entry, dialect)
+            assert reason in str(refusal.value)
+            continue
+        exported, what = portable(case.entry, consumer, case.base, dialect=dialect)
         assert what != "nothing"
-        found = read_by(consumer, exported, case.base)
+        found = read_by(consumer, exported, case.base, dialect=dialect)
         assert found is not None, consumer
         got = change(found, case.base)
         assert error(got[: len(expected)], expected) <= SAME, consumer
@@ -221,11 +263,13 @@ def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> N
 def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer in CONSUMERS:
-        verdict = CONSUMERS[consumer].verdict(case.entry)
+        # As it is out of reach otherwise.
+        dialect = formats(consumer, case.entry)[-1]
+        verdict = CONSUMERS[consumer].verdict(case.entry, dialect=dialect)
         if verdict.remedy is None:
             continue
         try:
-            exported, _ = portable(case.entry, consumer)
+            exported, _ = portable(case.entry, consumer, dialect=dialect)
         except PlanError:
             assert needs_base(case.entry)
         else:
@@ -283,10 +327,10 @@ def test_what_no_export_makes_right() -> None:
 def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)
     half = 0.5 * change(adapted(case.entry, case.base), case.base)
-    for consumer in READERS:
-        verdict = CONSUMERS[consumer].verdict(case.entry, case.base)
+    for consumer, dialect in ways(case):
+        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
-            found = read_by(consumer, case.entry, case.base, 0.5)
+            found = read_by(consumer, case.entry, case.base, 0.5, dialect)
             assert found is not None
             told = "at another strength than 1" in verdict.why
             assert told == (error(change(found, case.base), half) > SAME), consumer

@@ -27,6 +27,8 @@ from lycoris.files.consumers.traits import (
     of_both_layouts,
     old_rotation,
     parameter,
+    replaces,
+    stacked,
     up_bias,
     without_mid,
 )
@@ -34,7 +36,7 @@ from lycoris.files.consumers.traits import (
 KRON = "contracts the core into a w2 that PyTorch's kron cannot use (seen with 2.13)"
 EMBEDDINGS = (
     Row(
-        any_of(all_of(embedding, is_a("glora", "diag-oft", "boft")), all_of(embedding, dora)),
+        all_of(embedding, any_of(is_a("glora", "diag-oft", "boft"), all_of(dora, no_other_than("full")))),
         "not at all",
         "takes an embedding for a layer with as many outputs as entries, which the tensors do not fit",
         "dense",
@@ -91,6 +93,19 @@ OWN_NAMES = Row(
     "knows bare parameters by their own names behind diffusion_model. only",
     "format",
 )
+FIRST_LAYOUT_ON_KERNELS = Row(
+    all_of(of_both_layouts, kernel),
+    "not at all",
+    "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and fails on the kernel",
+    "plain",
+)
+REPLACED = Row(replaces, "not known", "reads a set_weight, and what it makes of one was not looked at")
+STACKS = Row(
+    all_of(stacked, is_a("lora", "loha", "lokr", "glora")),
+    "not at all",
+    "multiplies two matrices and no stacks of them, and fails on the layer",
+    "dense",
+)
 SHARED = (
     OWN_NAMES,
     Row(
@@ -100,12 +115,8 @@ SHARED = (
     ),
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
-    Row(
-        all_of(of_both_layouts, kernel),
-        "not at all",
-        "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and fails on the kernel",
-        "plain",
-    ),
+    STACKS,
+    FIRST_LAYOUT_ON_KERNELS,
     Row(
         of_both_layouts,
         "differently",
@@ -134,7 +145,7 @@ SHARED = (
     *PLACES,
 )
 """What Forge took over."""
-FAILING = (SHARED[4], EMBEDDINGS[0], WITHOUT_MID[0])
+FAILING = (STACKS, FIRST_LAYOUT_ON_KERNELS, EMBEDDINGS[0], WITHOUT_MID[0])
 """Of these, what it cannot compute: a line in ComfyUI's log, an error in Forge."""
 
 COMFYUI = Consumer(
@@ -142,6 +153,7 @@ COMFYUI = Consumer(
     "ComfyUI",
     keys.COMFYUI,
     (
+        REPLACED,
         *STOPPED,
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
@@ -161,5 +173,6 @@ COMFYUI = Consumer(
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    replaces=True,
     own="comfyui",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers import keys
-from lycoris.files.consumers.comfyui import FAILING, KRON, SHARED, STOPPED
+from lycoris.files.consumers.comfyui import FAILING, KRON, REPLACED, SHARED, STOPPED
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.traits import core_without_contiguous, is_a
 
@@ -15,6 +15,7 @@ FORGE = Consumer(
     "Forge",
     keys.FORGE,
     (
+        REPLACED,
         Row(
             is_a("diag-oft", "boft"),
             "not at all",
@@ -26,6 +27,7 @@ FORGE = Consumer(
         *(row._replace(stops=True) if row in FAILING else row for row in SHARED),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    replaces=True,
     unmatched=UNMATCHED,
     own="comfyui",
 )

@@ -227,12 +227,12 @@ INVOKEAI: Mapping[str, Mapping[str, Known]] = {
 }
 
 # diffusers: lora_state_dict of the pipelines, and lora_conversion_utils.
-_NO_LOADER = ("hunyuanvideo-1.5", "pixart", "hunyuanimage", "cosmos-predict2", "flux3", "minimax-h3")
-"""Their pipelines have no load_lora_weights; those of the last three are modular, with readers of their own."""
+_NO_LOADER = ("hunyuanvideo-1.5", "pixart", "hunyuanimage", "cosmos-predict2")
+"""Their pipelines have no load_lora_weights."""
 _DIFFUSERS = tuple(name for name in DENOISERS if name not in _NO_LOADER)
 _NEWER = (
     *("chroma", "qwen-image-2.1", "auraflow", "sana", "hidream-i1", "ideogram4", "krea2", "ernie-image"),
-    *("ltx-video", "ltx-2", "mochi", "kandinsky5"),
+    *("ltx-video", "ltx-2", "mochi", "kandinsky5", "flux3", "minimax-h3"),
 )
 _DIFFUSERS_ENCODERS = partly(*CLIPS, lost=_FLAT_CLIP)
 _WAN_BLOCKS = r"lora_unet_(blocks)_\d+_(?:(?:self|cross)_attn_[qkvo]|ffn_[02])"
@@ -244,7 +244,8 @@ _FLAT_FAMILIES = {
     "flux2": Known(lost=r"lora_unet_(double_stream_|single_stream_|final_layer_adaLN_).*"),
     # _convert_musubi_wan_lora_to_diffusers
     "wan": Known(needs=rf"{_WAN_BLOCKS}|{_WAN_IMAGE}", stops=rf"(?!(?:{_WAN_BLOCKS}|{_WAN_IMAGE})$).*"),
-} | wholly("qwen-image", "z-image")
+} | wholly("qwen-image", "z-image", "minimax-h3")
+"""Of MiniMax-H3: _convert_non_diffusers_minimax_h3_lora_to_diffusers, for its own names with or without a prefix."""
 # _convert_non_diffusers_wan_lora_to_diffusers, which has no alpha for what is not in a block
 _DOTTED_WAN = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"
 _WAN_NORMS = r"blocks\.\d+\.(norm3|(self|cross)_attn\.norm_[qk])"
@@ -277,7 +278,7 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
         # _convert_non_diffusers_ltxv_lora_to_diffusers takes the prefix away and renames nothing.
         "ltx-video": Known(lost=r"diffusion_model\.(patchify_proj|adaln_single\.).*"),
     }
-    | wholly("qwen-image", "z-image", "qwen-image-2.1", "hidream-i1", "krea2", "ernie-image", "ltx-2"),
+    | wholly("qwen-image", "z-image", "qwen-image-2.1", "hidream-i1", "krea2", "ernie-image", "ltx-2", "minimax-h3"),
     "onetrainer-diffusers": wholly(*_DIFFUSERS, *CLIPS),
     "onetrainer-kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
     # _convert_lycoris_flux2_lokr_to_diffusers: blocks only
@@ -288,8 +289,8 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
         "wan": _WAN_WITH_ALPHA,
         "z-image": Known(lost=r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"),
     }
-    | wholly("qwen-image", "flux2"),
-    "onetrainer-comfy": {"wan": _WAN_WITH_ALPHA} | wholly("qwen-image", "flux2"),
+    | wholly("qwen-image", "flux2", "minimax-h3"),
+    "onetrainer-comfy": {"wan": _WAN_WITH_ALPHA} | wholly("qwen-image", "flux2", "minimax-h3"),
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
@@ -302,8 +303,8 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     | _DIFFUSERS_ENCODERS,
     # The names themselves, behind `unet.`
     "processors": wholly(*UNETS),
-    "bare": wholly("qwen-image", "z-image", "qwen-image-2.1"),
-    "onetrainer-original": wholly("qwen-image", "z-image", "qwen-image-2.1"),
+    "bare": wholly("qwen-image", "z-image", "qwen-image-2.1", "minimax-h3"),
+    "onetrainer-original": wholly("qwen-image", "z-image", "qwen-image-2.1", "minimax-h3"),
     "ai-toolkit": wholly("qwen-image", "z-image")
     | partly("sd3", "flux1", "flux2", "hunyuanvideo", "framepack", "lumina2", lost=r"diffusion_model\..*")
     | partly(*_NEWER, lost=r"diffusion_model\..*")

@@ -7,7 +7,7 @@ import re
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithms import IA3, MAGNITUDE, LoKr, below_lengths
+from lycoris.algorithms import IA3, MAGNITUDE, LoKr, Replace, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
@@ -108,6 +108,16 @@ def not_written_as(*dialects: str) -> Test:
 def parameter(case: Case) -> bool:
     """A bare parameter."""
     return case.entry.geometry.kind == "parameter"
+
+
+def replaces(case: Case) -> bool:
+    """A weight or bias in place of the layer's own, alone or beside another algorithm."""
+    return any(isinstance(each.algorithm, Replace) for each in (case.entry, *case.beside))
+
+
+def stacked(case: Case) -> bool:
+    """A stack of matrices."""
+    return case.entry.geometry.stack > 0
 
 
 def called(pattern: str) -> Test:

@@ -32,7 +32,6 @@ WEBUI = Consumer(
             all_of(embedding, is_a("lora", "diag-oft", "boft", "tlora")),
             "not at all",
             "cannot make such an adapter of an embedding, and rejects the file",
-            "dense",
             stops=True,
         ),
         Row(embedding, "not at all", "has no adapters for embeddings, and passes them over"),
