@@ -227,7 +227,8 @@ def _settled(
         renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
-        if again.standing > match.standing:
+        # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
+        if (len(again.used()), again.standing) > (len(match.used()), match.standing):
             return _Settled(others, again, renamed, [*filter(None, (aside,)), unwrapping.told(renamed)])
     return _Settled(tensors, match, {}, [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))])
 
