@@ -366,8 +366,9 @@ def _entries(
 
 
 def _alpha(group: Mapping[str, Tensor]) -> float | None:
-    """What a tensor `alpha` says, if it is one number; whether it has to be is for the algorithm to say."""
-    return float(group[ALPHA]) if ALPHA in group and group[ALPHA].numel() == 1 else None
+    """What a tensor `alpha` says, if it is one real number; whether it has to be is for the algorithm to say."""
+    alpha = group.get(ALPHA)
+    return None if alpha is None or alpha.numel() != 1 or alpha.is_complex() else float(alpha)
 
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
