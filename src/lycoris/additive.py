@@ -31,7 +31,7 @@ from lycoris.algorithm import (
 )
 from lycoris.errors import ConfigError
 from lycoris.geometry import Geometry
-from lycoris.ops.equality import same
+from lycoris.ops.equality import identical, same
 from lycoris.ops.lowrank import add_product
 from lycoris.ops.rebuild import Build, rebuilt
 from lycoris.ops.rounding import widened
@@ -330,19 +330,13 @@ def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[s
     rank = 0
     for part in parts:
         own = [part.entry.tensors[slot] for slot in slots]
-        start = next((at for at, other in kept if all(map(_identical, own, other))), None)
+        start = next((at for at, other in kept if all(map(identical, own, other))), None)
         if start is None:
             start = rank
             kept.append((rank, own))
             rank += len(own[0])
         starts.append(start)
     return starts, {slot: torch.cat([own[n] for _, own in kept]) for n, slot in enumerate(slots)}
-
-
-def _identical(one: Tensor, other: Tensor) -> bool:
-    if one is other or one.is_meta or other.is_meta:
-        return one is other
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def side_by_side(

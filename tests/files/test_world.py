@@ -415,7 +415,8 @@ def test_a_wider_first_layer_is_that_of_a_variant(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya-diffusers")
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
-    assert detect(tmp_path / "c.safetensors").family == "flux1"
+    # Chroma has layers of these names too; none of its first ones takes as many inputs either.
+    assert detect(tmp_path / "c.safetensors").variants() == "flux.1-schnell or flux.1-dev"
 
 
 def test_a_shape_that_the_layer_has_is_no_reason_to_refuse() -> None:

@@ -105,7 +105,7 @@ class Replace(Algorithm):
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         why = "the layer runs once, with the stored weight and bias"
-        return Cost("dense", why, g.size / tokens, g.size + g.size / tokens)
+        return Cost("dense", why, g.size / tokens, g.size + g.size / tokens, needs_input=self.weight)
 
     @classmethod
     def uses_alpha(cls, p: Params) -> bool:

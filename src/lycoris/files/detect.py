@@ -132,9 +132,10 @@ def judge(
     return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
 
 
-def _explained(found: Detection) -> tuple[int, int]:
-    """How much of a file is known: layers that known models have, and tensors of the dialect."""
-    return sum(fits[0].named for fits in found.fits.values() if fits), -len(found.strange)
+def _explained(found: Detection) -> tuple[int, int, int]:
+    """How much of a file is known: layers that known models have and have not, and tensors of the dialect."""
+    named = sum(fits[0].named for fits in found.fits.values() if fits)
+    return named, named - sum(found.components.values()), -len(found.strange)
 
 
 def _is_explained(found: Detection) -> bool:
@@ -172,6 +173,8 @@ class _Reading:
     """Component → layer as written → the size of its weight as far as its tensors tell, (O, I·ΠK); 0 for unknown."""
     suffixes: dict[tuple[str, str], set[str]]
     candidates: list[Fit]
+    others: dict[str, list[Fit]]
+    """Other components → known models that have their layers."""
     family: Family | None
     remark: str
     strange: list[str]
@@ -220,11 +223,14 @@ def _reading(
     if own:
         remarks.append(_misfit(own[0], len(denoiser)))
     best = own[0] if own else None
+    layers = _grouped(parted, shapes, component_of(family))
+    others = {each: fits.candidates(those, flat=dialect.style == "flat") for each, those in layers.items() if each}
     return _Reading(
         dialect=dialect,
-        layers=_grouped(parted, shapes, component_of(family)),
+        layers=layers,
         suffixes=_suffixes(parted.values()),
         candidates=own,
+        others=others,
         family=family,
         remark="; ".join(filter(None, remarks)),
         strange=[name for name, key in keys.items() if key is None],
@@ -233,7 +239,7 @@ def _reading(
             dialect,
             keys.values(),
             metadata,
-            named=best.named if best else 0,
+            named=(best.named if best else 0) + sum(each[0].named for each in others.values() if each),
             naming=best.naming if best else MIDDLE,
             architecture=best.architecture if best else None,
         ),
@@ -267,7 +273,7 @@ def _only(found: Iterable[Fit], family: Family | None, component: str) -> list[F
 def _fits(reading: _Reading, component: str) -> list[Fit]:
     if component == "":
         return reading.candidates
-    found = candidates(reading.layers[component], reading.dialect.style == "flat")
+    found = reading.others[component]
     return _only(found, reading.family, component) or found
 
 
@@ -315,14 +321,19 @@ def size(tensors: Mapping[str, Shape]) -> Size:
     return 0, 0
 
 
-def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float]:
+MOST = 0.9
+"""Share of a model's blocks from which on they tell that a file is for it: fewer may be some of any model's."""
+
+
+def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float, float]:
     """Smaller is likelier, of candidates that have all the layers.
 
-    Of models that hold them alike, the families in their order (the ones that most files are for come first), and of a
-    family the model of which a file has most.
+    Of models of which a file has few blocks or equally many, the families in their order (the ones that most files are
+    for come first), and of a family the model of which a file has most.
     """
     usual = each.naming == dialect.naming_for(each.architecture)
-    return -each.share, not usual, list(ARCHITECTURES).index(each.architecture.name), -each.whole
+    order = list(ARCHITECTURES).index(each.architecture.name)
+    return -each.share if each.share >= MOST else 0, not usual, order, -each.share, -each.whole
 
 
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:

@@ -23,8 +23,8 @@ def nothing(match: Match, tensors: Mapping[str, Tensor]) -> str:
         known = foreign.kind_of(_shapes(tensors), readable=True)
         return known or f"its {len(tensors)} keys are not of the format {match.dialect.name}: {some(tensors)}"
     return (
-        f"it has nothing for this component, only tensors for {', '.join(others)}; read it for the model that those "
-        "are for, by the name of that component"
+        f"it has nothing for this component, only tensors for {', '.join(others)}; pass the model that they are "
+        "for, and its name as component="
     )
 
 

@@ -227,7 +227,8 @@ def _settled(
         renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
-        if again.standing > match.standing:
+        # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
+        if (len(again.used()), again.standing) > (len(match.used()), match.standing):
             return _Settled(others, again, renamed, [*filter(None, (aside,)), unwrapping.told(renamed)])
     return _Settled(tensors, match, {}, [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))])
 
@@ -365,8 +366,9 @@ def _entries(
 
 
 def _alpha(group: Mapping[str, Tensor]) -> float | None:
-    """What a tensor `alpha` says, if it is one number; whether it has to be is for the algorithm to say."""
-    return float(group[ALPHA]) if ALPHA in group and group[ALPHA].numel() == 1 else None
+    """What a tensor `alpha` says, if it is one real number; whether it has to be is for the algorithm to say."""
+    alpha = group.get(ALPHA)
+    return None if alpha is None or alpha.numel() != 1 or alpha.is_complex() else float(alpha)
 
 
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:

@@ -140,8 +140,8 @@ def _names(architecture: str, naming: str, flat: bool) -> frozenset[str]:
     """The kinds of names that the known models of an architecture have in a naming."""
     known = ARCHITECTURES[architecture]
     names = namings(known)[naming]
-    examples = {kind: path for model in known.outlines for kind, path in _kinds(model).items()}
-    own = (names.home(path) or path for path in examples.values())
+    paths = {path for model in known.outlines for path in _paths(model)}
+    own = (names.home(path) or path for path in paths)
     return frozenset(_kind(flatten(name) if flat else name) for name in own)
 
 
@@ -155,9 +155,12 @@ def _kind(path: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _kinds(model: str) -> Mapping[str, str]:
-    """The kinds of paths in a known model, read off its outline, and one path of each."""
-    return MappingProxyType({_kind(path): path for path in _walk(outline.told(model), "")})
+def _paths(model: str) -> frozenset[str]:
+    """Paths in a known model, read off its outline: of modules that are alike, those in the first.
+
+    Not one of each kind: what differs in a number alone may have names of different kinds elsewhere.
+    """
+    return frozenset(_walk(outline.told(model), ""))
 
 
 def _walk(told: outline.Outline, path: str) -> Iterator[str]:

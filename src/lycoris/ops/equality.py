@@ -12,11 +12,15 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether tensors by name are the same numbers in the same precision, mostly because they are the same objects."""
     if one.keys() != other.keys():
         return False
-    pairs = [(one[name], other[name]) for name in one]
-    return all(a is b or (a.dtype == b.dtype and a.shape == b.shape and _equal(a, b)) for a, b in pairs)
+    return all(identical(one[name], other[name]) for name in one)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same precision; of ones without numbers, the same object."""
+    if a is b or a.is_meta or b.is_meta:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
     # Of one byte torch compares nothing.
     small = a.is_floating_point() and a.itemsize == 1
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if small else torch.equal(a, b)

@@ -138,7 +138,8 @@ class Slice(Algorithm):
         raise ConfigError("tensors do not tell of which rows they are a slice")
 
     def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
-        if p.keys() < self.slots(below.geometry).keys():
+        # Another tensor that is not there is one of another setting, which is refused by those who ask for it.
+        if any(name not in p and slot.role == "frozen" for name, slot in self.slots(below.geometry).items()):
             raise FileError(
                 f"the file leaves out what its {self.name} started from, which follows from the weight of the fused "
                 "layer, and this one has some of its rows"
