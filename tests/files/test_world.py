@@ -125,6 +125,7 @@ def test_flat_names_with_more_than_the_path(how: str, tmp_path: Path) -> None:
     tensors = {FLAT[how].format(key.removeprefix(".")): tensor for key, tensor in lora("", 3072, 3072).items()}
     found = understood(tensors, {})
     assert same(found, understood(flux(), {}))
+    assert found.tensors.keys() == tensors.keys()
     save_file(tensors, tmp_path / "a.safetensors")
     assert "not known to read names such as" in check(tmp_path / "a.safetensors", "comfyui").keys
 

@@ -34,7 +34,7 @@ class Opened(NamedTuple):
 
     detection: Detection
     shapes: Mapping[str, tuple[int, ...]]
-    """Of its tensors, by name."""
+    """Of its tensors, by the names by which they are read: `detection.renamed` has those that differ in the file."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
     layouts: dict[str, Layout]
@@ -42,7 +42,7 @@ class Opened(NamedTuple):
     assumed: dict[str, str]
     """Component → the known models that it was taken to be for, where none was given: which of them is not known."""
     tensors: Mapping[str, Tensor] = {}
-    """As the file has them."""
+    """As the file has them, under its own names."""
 
 
 def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
@@ -67,6 +67,7 @@ def understood(
     """The same from what a file holds."""
     denoiser = described(metadata) if base is None else Layout.of(base)
     renamed: Mapping[str, str] = {} if denoiser is None else settled(tensors, denoiser, metadata)
+    in_file = tensors
     tensors, shapes = _shaped(tensors, renamed)
     found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser), settle=denoiser is None)
     if base is None and denoiser is not None:
@@ -93,7 +94,7 @@ def understood(
             raise
         bundles[component] = _without_guess(bundle, assumed, component)
     own = {key: value for key, value in metadata.items() if key != BESIDE}
-    return Opened(found, shapes, own, bundles, layouts, found.family, assumed, tensors)
+    return Opened(found, shapes, own, bundles, layouts, found.family, assumed, in_file)
 
 
 def _shaped(
