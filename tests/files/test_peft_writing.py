@@ -16,7 +16,7 @@ from torch import nn
 
 from cases import ALGORITHMS, LAYERS, One, adapt, relative, serves
 from lycoris import IA3, AdapterSet, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, Rule, plan
-from lycoris.bundle import Bundle
+from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.files.peft import encode_peft, lora_adapter_metadata, read_peft, write_peft
 
@@ -241,3 +241,13 @@ def test_metadata_of_diffusers_is_for_lora_alone() -> None:
         lora_adapter_metadata({"unet": loha})
     with pytest.raises(FileError, match="no adapters to write"):
         lora_adapter_metadata({"unet": Bundle({})})
+
+
+def test_many_groups_are_refused_before_their_tensor_is_made() -> None:
+    """A rank for each of 11,200 groups of a depthwise convolution is a tensor of gigabytes in PEFT's form."""
+    model = One(nn.Conv2d(11200, 11200, 3, padding=1, groups=11200, device="meta"))
+    entry = plan(model, Rule(LoRA(rank=2))).placements[0]
+    tensors = {name: torch.zeros(slot.shape) for name, slot in entry.algorithms[0].slots(entry.geometry).items()}
+    bundle = Bundle({"layer": (Entry(entry.algorithms[0], entry.geometry, tensors),)})
+    with pytest.raises(FileError, match=r"11200 groups takes [\d,]+ bytes in PEFT's form"):
+        encode_peft(bundle)

@@ -214,9 +214,21 @@ def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     return _Layer(g, tensors, rank, scale * rank, {"dora": isinstance(algorithm, DoRA), "bias": len(stack) > 1})
 
 
+MOST_OF_A_LAYER = 2**30
+"""Bytes that one tensor of a file may take unasked."""
+
+
 def _by_group(down: Tensor, g: Geometry) -> Tensor:
-    """PEFT's `lora_A` of a grouped convolution sees all channels: ranks of their own for each group, zero elsewhere."""
+    """PEFT's `lora_A` of a grouped convolution sees all channels: ranks of their own for each group, zero elsewhere.
+
+    Raises `FileError` where that takes more than `MOST_OF_A_LAYER` bytes.
+    """
     r = down.shape[0]
+    if (size := down.numel() * g.groups**2 * down.itemsize) > MOST_OF_A_LAYER:
+        raise FileError(
+            f"a LoRA of rank {r} on a convolution of {g.groups} groups takes {size:,} bytes in PEFT's form, which has "
+            f"ranks for every group, and {down.numel() * down.itemsize:,} here; write it in another format"
+        )
     whole = down.new_zeros(g.groups * r, g.groups * g.in_features, *g.kernel)
     for at in range(g.groups):
         whole[at * r : (at + 1) * r, at * g.in_features : (at + 1) * g.in_features] = down
