@@ -15,8 +15,8 @@ from lycoris import DoRA, FileError, LoKr, LoRA, create_lycoris, fingerprint, ou
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Base, Bundle, Entry
 from lycoris.cli import app
+from lycoris.families import ARCHITECTURES
 from lycoris.files import convert, described, header
-from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.weights import BaseWeights
 from lycoris.geometry import sites

@@ -16,10 +16,10 @@ from lycoris import AdapterSet, DoRA, LoKr, LoRA, Rule, plan
 from lycoris.algorithm import Affine
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.consumers.keys import DENOISERS, DIFFUSERS, Known
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.writing import compose
 from lycoris.recast import adapted

@@ -8,9 +8,9 @@ import torch
 from lycoris import OFT, Full, GLoRA, LoRA
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
+from lycoris.families import ARCHITECTURES
 from lycoris.files.check import Check, judged
 from lycoris.files.consumers import CONSUMERS
-from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.opening import understood
 from lycoris.files.writing import compose

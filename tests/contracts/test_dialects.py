@@ -18,9 +18,9 @@ from lycoris.adapter import Adapter, Matrix
 from lycoris.algorithm import Affine, Algorithm, Entry
 from lycoris.bundle import Bundle
 from lycoris.errors import ConfigError, FileError
+from lycoris.families import ARCHITECTURES
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.skeleton import skeleton
 from lycoris.geometry import Geometry

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from lycoris import OFT, DoRA, Full, LoHa, LoKr, LoRA, TLoRA, write
 from lycoris.algorithm import Affine, Algorithm
 from lycoris.bundle import Bundle, Entry
+from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files import check
 from lycoris.files.check import Check
 from lycoris.files.consumers import CONSUMERS
 from lycoris.files.consumers.keys import ALL
 from lycoris.files.consumers.peft import together
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.files.writing import compose
 from lycoris.geometry import describe

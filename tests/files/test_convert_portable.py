@@ -17,9 +17,9 @@ from lycoris import DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, read, write
 from lycoris.algorithm import Affine, Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files import check, convert, detect
 from lycoris.files.consumers import CONSUMERS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
 from lycoris.recast import adapted
 

@@ -14,9 +14,9 @@ from lycoris import LoHa, LoKr, LoRA
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files import compose, detect, judge
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.layout import Layout
 
 FILES = [name for name, each in DIALECTS.items() if not each.folder]

@@ -15,7 +15,7 @@ from torch import nn
 import lycoris
 from lycoris import AdapterSet, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read
 from lycoris.dropin.network import LycorisNetwork
-from lycoris.files.families import ARCHITECTURES
+from lycoris.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.skeleton import namings
 from lycoris.kohya import create_network, create_network_from_weights

@@ -9,7 +9,7 @@ import pytest
 from test_families import KNOWN, spelt
 
 from lycoris import ConfigError, PlanError
-from lycoris.files.families import ARCHITECTURES
+from lycoris.families import ARCHITECTURES
 from lycoris.files.recognise import guess, weight
 from lycoris.files.skeleton import MIDDLE, Skeleton, named, skeleton, translate
 from lycoris.geometry import Geometry

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, outline, plan, read, write
 from lycoris.algorithms import OFT
 from lycoris.errors import FileError
+from lycoris.families import ARCHITECTURES
 from lycoris.files import check, convert, detect, encode
-from lycoris.files.families import ARCHITECTURES
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, understood
 from lycoris.files.reading import resolve

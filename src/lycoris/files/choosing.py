@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from lycoris.families.family import Architecture
 from lycoris.files.dialect import Dialect, Key
-from lycoris.files.family import Architecture
 
 
 class Standing(NamedTuple):

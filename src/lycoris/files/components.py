@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lycoris.families import FAMILIES
+from lycoris.families.family import Architecture, Family
 from lycoris.files.dialect import Dialect, Key
-from lycoris.files.families import FAMILIES
-from lycoris.files.family import Architecture, Family
 
 FAMILY = "lycoris_family"
 """Header key under which this library names it."""

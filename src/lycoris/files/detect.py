@@ -13,13 +13,13 @@ from typing import Literal
 from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
 from lycoris.errors import FileError
 from lycoris.families import ARCHITECTURES
+from lycoris.families.family import Family
+from lycoris.families.naming import DIFFUSERS as MIDDLE
 from lycoris.files import bases, foreign, unwrapping
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.family import Family
-from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.peft.config import weights_in
 from lycoris.files.recognise import Fit, Size, candidates
 from lycoris.files.spelling import MAGNITUDE_VECTOR

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from lycoris.algorithms import MAGNITUDE
-from lycoris.files.family import Architecture
-from lycoris.files.naming import DIFFUSERS
+from lycoris.families.family import Architecture
+from lycoris.families.naming import DIFFUSERS
 from lycoris.files.spelling import SUFFIXES, canonical, unnamed
 from lycoris.files.unwrapping import without_wrappers
 
@@ -43,7 +43,7 @@ class Dialect:
     prefixes: Mapping[str, str]
     """Beginning of a name, with what separates it from the path → component. The first one that fits counts."""
     naming: str = DIFFUSERS
-    """Whose names of layers are written, where a family has several; see `lycoris.files.family.Architecture`."""
+    """Whose names of layers are written, where a family has several; see `lycoris.families.family.Architecture`."""
     namings: Mapping[str, str] = field(default_factory=dict)
     """The same for single architectures."""
     spelling: Mapping[str, str] = field(default_factory=dict)

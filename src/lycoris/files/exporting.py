@@ -9,14 +9,14 @@ from functools import partial
 from lycoris.algorithms import below_lengths
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError
+from lycoris.families import FAMILIES
+from lycoris.families.naming import Span
 from lycoris.files.components import prefix_of
 from lycoris.files.consumers import CONSUMERS, Place
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
 from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
-from lycoris.files.naming import Span
 from lycoris.files.opening import Opened
 from lycoris.files.portable import Stack, as_lora, portable_stack
 from lycoris.files.skeleton import namings

@@ -16,10 +16,10 @@ from torch import Tensor
 from lycoris.algorithms import ALGORITHMS, DoRA, LoHa, LoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
+from lycoris.families.naming import Span
 from lycoris.files.dialect import Dialect
 from lycoris.files.forms import RANKED
 from lycoris.files.layout import Layout
-from lycoris.files.naming import Span
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 
 LET_BY = 1.1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lycoris.families.naming import Span
 from lycoris.files.consumers import Consumer, Place
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
-from lycoris.files.naming import Span
 
 
 def holders(program: Consumer, layout: Layout) -> Mapping[str, Span]:

@@ -9,11 +9,11 @@ from functools import lru_cache
 from torch import nn
 
 from lycoris.errors import FileError, PlanError
+from lycoris.families import ARCHITECTURES
+from lycoris.families.family import Architecture
+from lycoris.families.naming import DIFFUSERS as MIDDLE
+from lycoris.families.naming import Span
 from lycoris.files.dialect import Style, flatten
-from lycoris.files.families import ARCHITECTURES
-from lycoris.files.family import Architecture
-from lycoris.files.naming import DIFFUSERS as MIDDLE
-from lycoris.files.naming import Span
 from lycoris.files.recognise import Fit, guess, weight
 from lycoris.files.skeleton import named, skeleton, translate
 from lycoris.geometry import Geometry, class_name, sites

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lycoris import fingerprint, outline
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError
+from lycoris.families import FAMILIES
+from lycoris.families.family import Family
 from lycoris.files import unwrapping, variants
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.described import described
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
-from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import weights_in

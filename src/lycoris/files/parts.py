@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
+from lycoris.families import ARCHITECTURES, FAMILIES
+from lycoris.families.naming import Span
 from lycoris.files.components import component_of
 from lycoris.files.consumers import Consumer, Verdict
 from lycoris.files.consumers.keys import Known
@@ -17,10 +19,8 @@ from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import ARCHITECTURES, FAMILIES
 from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
-from lycoris.files.naming import Span
 from lycoris.files.opening import Opened
 from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.report import some

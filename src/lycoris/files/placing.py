@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from lycoris import rows
 from lycoris.algorithm import Entry, Part
 from lycoris.errors import FileError
+from lycoris.families.naming import Span
 from lycoris.files.layout import Layout
-from lycoris.files.naming import Span
 
 Stack = tuple[Entry, ...]
 

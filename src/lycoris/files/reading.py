@@ -17,13 +17,13 @@ from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, LoRA, read_tensors
 from lycoris.bundle import Base, Bundle
 from lycoris.errors import FileError, unknown
+from lycoris.families import FAMILIES
+from lycoris.families.family import Family
 from lycoris.files import foreign, forms, history, placing, unwrapping, variants
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.components import component_of, family_in, family_of
 from lycoris.files.dialect import Dialect, Key
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
-from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.reading import read_peft

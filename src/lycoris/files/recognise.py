@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from lycoris import outline
+from lycoris.families import ARCHITECTURES
+from lycoris.families.family import Architecture
 from lycoris.files.dialect import flatten
-from lycoris.files.families import ARCHITECTURES
-from lycoris.files.family import Architecture
 from lycoris.files.skeleton import Skeleton, named, namings, skeleton
 
 Size = tuple[int, int]

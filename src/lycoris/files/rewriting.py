@@ -17,6 +17,7 @@ from lycoris import fingerprint, recast
 from lycoris.algorithms import Full
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, LycorisError
+from lycoris.families.naming import DIFFUSERS as MIDDLE
 from lycoris.files import placing
 from lycoris.files.check import Check, judged
 from lycoris.files.components import FAMILY, family_in
@@ -36,7 +37,6 @@ from lycoris.files.growth import (
     widened_by,
 )
 from lycoris.files.layout import Layout
-from lycoris.files.naming import DIFFUSERS as MIDDLE
 from lycoris.files.opening import Opened, known, opened, understood
 from lycoris.files.peft import write_peft
 from lycoris.files.portable import plain

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from lycoris import outline
 from lycoris.errors import PlanError
-from lycoris.files.family import Architecture
-from lycoris.files.naming import DIFFUSERS, Naming, Span, Table
+from lycoris.families.family import Architecture
+from lycoris.families.naming import DIFFUSERS, Naming, Span, Table
 from lycoris.geometry import Geometry
 
 Skeleton = Mapping[str, Geometry]

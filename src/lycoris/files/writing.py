@@ -18,12 +18,12 @@ from lycoris.algorithm import Entry
 from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, Replace, TLoRA, write_tensors
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, unknown
+from lycoris.families import FAMILIES
+from lycoris.families.family import Family
 from lycoris.files import described, history, placing
 from lycoris.files.components import FAMILY, family_of, prefix_of
 from lycoris.files.dialect import Dialect
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.families import FAMILIES
-from lycoris.files.family import Family
 from lycoris.files.layout import Layout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata

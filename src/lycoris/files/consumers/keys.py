@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lycoris.files.families import FAMILIES
+from lycoris.families import FAMILIES
 
 
 class Known(NamedTuple):
