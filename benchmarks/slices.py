@@ -47,7 +47,7 @@ def megabytes(tensors: Any) -> float:
     return sum(pieces.values()) / 1e6
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def measure_time(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
     found = run()
     return time.process_time() - start, found
@@ -69,10 +69,10 @@ def of_linear1(folder: Path) -> None:
     save_tensors(tensors, path, {})
     print(f"linear1 of Flux.1, {fused}, a file of {size:.3f} MB, read for all of diffusers' model:")
     for shared in (True, False):
-        seconds, bundle = timed(lambda shared=shared: resolve(load_tensors(path)[0], model, shared=shared))
+        seconds, bundle = measure_time(lambda shared=shared: resolve(load_tensors(path)[0], model, shared=shared))
         held = megabytes(t for stack in bundle.entries.values() for e in stack for t in e.tensors.values())
-        told = "slices" if shared else "an adapter for each layer"
-        print(f"  as {told}: {seconds:.3f} s, {held:.3f} MB ({held / size:.2f} times the file)")
+        form = "slices" if shared else "an adapter for each layer"
+        print(f"  as {form}: {seconds:.3f} s, {held:.3f} MB ({held / size:.2f} times the file)")
 
 
 def transformer() -> nn.Module:
@@ -107,7 +107,7 @@ def of_klein(folder: Path) -> None:
     del bundle
     before = resident()
     forget_peak()
-    seconds, adapters = timed(lambda: AdapterSet.load(model, read(path, model)).attach())
+    seconds, adapters = measure_time(lambda: AdapterSet.load(model, read(path, model)).attach())
     peak, now = resident("VmHWM") - before, resident() - before
     print(f"Flux.2-klein-4B, {weights / 1e9:.2f} G parameters, {len(blocks)} layers in a file of {size:.1f} MB:")
     print(f"  read and attached in {seconds:.2f} s on {len(adapters.stacks)} layers of diffusers")

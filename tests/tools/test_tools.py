@@ -236,6 +236,61 @@ def test_nothing_is_written_over_and_nothing_grows_unasked(tmp_path: Path) -> No
     assert a.read_bytes() == before
 
 
+@pytest.mark.parametrize("strength", [0.0, float("nan"), float("inf")])
+def test_strengths_that_mean_nothing(strength: float, tmp_path: Path) -> None:
+    """Several programs take an alpha of 0 for one that is not there."""
+    model = Two("linear")
+    source = saved(model, "lora", tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="give a number other than 0"):
+        combine([(source, strength)], tmp_path / "b.safetensors", base=model)
+    with pytest.raises(ConfigError, match="at least 1"):
+        combine([(source, 1.0)], tmp_path / "b.safetensors", rank=0, base=model)
+
+
+def test_ranks_that_follow_the_timestep_are_neither_truncated_nor_added(tmp_path: Path) -> None:
+    model = Two("linear")
+    adapters = adapt(model, ALGORITHMS["tlora"])
+    entries = {layer: tuple(stack) for layer, stack in adapters.bundle().entries.items()}
+    assert not recast.needs_base(entries["one"][0])
+    files.write(adapters.bundle(), tmp_path / "a.safetensors", model=model)
+    adapters.detach()
+    other = saved(model, "lora", tmp_path / "b.safetensors")
+    result = resize(tmp_path / "a.safetensors", tmp_path / "c.safetensors", Limit(rank=1), base=model)
+    assert not result.layers
+    assert len(result.left_alone) == 2
+    with pytest.raises(FileError, match=r"tlora (depends on|follow)|ranks of tlora follow"):
+        combine([(tmp_path / "a.safetensors", 1.0), (other, 1.0)], tmp_path / "d.safetensors", base=model)
+
+
+def test_weights_of_the_denoiser_do_not_matter_to_a_text_encoder(tmp_path: Path) -> None:
+    """A folder with the denoiser's weights has none of the text encoder's layers."""
+    keys = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (640, 640)}
+    keys["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"] = (768, 768)
+    tensors = {}
+    for name, (o, i) in keys.items():
+        tensors |= {f"{name}.lora_up.weight": torch.randn(o, 4), f"{name}.lora_down.weight": torch.randn(4, i)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({"unrelated.weight": torch.zeros(1)}, tmp_path / "base.safetensors")
+    weights = BaseWeights.open(tmp_path / "base.safetensors")
+    result = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Limit(rank=2), weights=weights)
+    assert sorted(layer.component for layer in result.layers) == ["", "text_encoder"]
+
+
+def test_a_folder_holds_one_model(tmp_path: Path) -> None:
+    from lycoris.tools.adapter_file import AdapterFile
+
+    model = nn.ModuleDict({"one": nn.Linear(8, 8)})
+    adapters = adapt(model, ALGORITHMS["lora"])
+    files.write_peft(adapters.bundle(), tmp_path / "peft")
+    adapters.detach()
+    file = AdapterFile.open(tmp_path / "peft", model)
+    both = file.opened._replace(bundles={"": file.opened.bundles[""], "text_encoder": file.opened.bundles[""]})
+    joined = AdapterFile(file.path, both)
+    with pytest.raises(FileError, match="holds the adapters of one model"):
+        joined.write(tmp_path / "other", dict(joined.stacks()))
+    assert not (tmp_path / "other").exists()
+
+
 def test_files_of_other_models_are_not_added(tmp_path: Path) -> None:
     one, other = nn.ModuleDict({"a": nn.Linear(8, 8)}), nn.ModuleDict({"b": nn.Linear(8, 8)})
     a, b = saved(one, "lora", tmp_path / "a.safetensors"), saved(other, "lora", tmp_path / "b.safetensors")

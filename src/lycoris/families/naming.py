@@ -128,14 +128,14 @@ class Table:
         """The renames by the first step of their patterns; those that start with a star are in all of them."""
         there = [(_first(each.there), each) for each in self.renames]
         here = [(_first(part), (each, part)) for each in self.renames for part in each.parts]
-        return _grouped(there), _grouped(here)
+        return _group_by_first_step(there), _group_by_first_step(here)
 
 
 def _first(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _grouped(all_: Sequence[tuple[str, Each]]) -> dict[str, list[Each]]:
+def _group_by_first_step(all_: Sequence[tuple[str, Each]]) -> dict[str, list[Each]]:
     firsts = {"*", *(first for first, _ in all_)}
     return {first: [each for own, each in all_ if own in (first, "*")] for first in firsts}
 

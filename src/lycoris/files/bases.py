@@ -32,7 +32,7 @@ def disagreement(header: Mapping[str, str]) -> str:
     return f"its header names several bases: {named}; the first counted"
 
 
-def narrowed(found: list[Fit], header: Mapping[str, str]) -> list[Fit]:
+def narrow(found: list[Fit], header: Mapping[str, str]) -> list[Fit]:
     """Of models that fit, those that the header names; all where it names none of them."""
     made_for = fingerprint.told_by(header)
     if made_for is not None:

@@ -219,7 +219,7 @@ def _reading(
         like = f"; its layers are like those of {family.name}" if family is not None else ""
         family = None
         remarks.append(f"its header says {foreign}, which is no known family{like}")
-    own = bases.narrowed(fitting or found, metadata)
+    own = bases.narrow(fitting or found, metadata)
     if own:
         remarks.append(_misfit(own[0], len(denoiser)))
     best = own[0] if own else None

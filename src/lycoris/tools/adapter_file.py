@@ -58,15 +58,14 @@ class AdapterFile:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        files = [each for each in self.path.iterdir() if each.is_file()] if self.path.is_dir() else [self.path]
-        return sum(each.stat().st_size for each in files)
+        return size_on_disk(self.path)
 
     def write(
         self, target: str | os.PathLike[str], stacks: Mapping[Layer, Stack], dtype: torch.dtype | None = None
     ) -> None:
         """Write other adapters of these layers in the format of this file, with what stays true of its header.
 
-        Layers that are not in `stacks` are left out.
+        Layers that are not in `stacks` are left out. Raises `FileError` for what the format cannot hold.
         """
         bundles = {}
         for component, bundle in self.opened.bundles.items():
@@ -77,11 +76,20 @@ class AdapterFile:
             raise FileError(f"nothing of {self.path} is left to write")
         dialect = self.opened.detection.dialect
         if DIALECTS[dialect].folder:
+            if set(bundles) != {""}:
+                names = ", ".join(name or "the denoiser" for name in bundles)
+                raise FileError(f"a folder of PEFT's holds the adapters of one model, and these are of {names}")
             write_peft(bundles[""], target, dtype=dtype)
             return
         encoded = compose(bundles, dialect, model=self.opened.layouts, family=self.opened.family)
         made = stored(encoded, dtype, {**kept(self.opened.header), **encoded.header})
         save_tensors(made.tensors, target, made.header)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files)
 
 
 def count_bytes(*entries: Entry) -> int:

@@ -23,7 +23,7 @@ from lycoris.files import placing
 from lycoris.files.layout import Layout
 from lycoris.files.target import check_target
 from lycoris.ops.svd import relative
-from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes
+from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
 from lycoris.tools.resizing import as_lora, decompose_entry
 
 GROWTH = 1.1
@@ -73,12 +73,20 @@ def combine(
     file alone has keeps its algorithm. Others become a LoRA of all their factors, or a whole difference where that is
     smaller. The result has the format of the first file.
 
-    Raises `FileError` where a sum depends on the base's weights (two DoRA on one layer, or one at a strength other than
-    1), for files of different models, and for a result that is more than 10 % larger than all of them together, unless
-    `allow_growth`.
+    Raises `ConfigError` for a strength of 0, which some programs take for a missing alpha, or one that is no finite
+    number. Raises `FileError` where a sum depends on the base's weights (two DoRA on one layer, or one at a strength
+    other than 1), for files of different models, and for a result that is more than 10 % larger than all of them
+    together, unless `allow_growth`.
     """
     if not sources:
         raise ConfigError("no file to combine was given")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is at least 1, not {rank}")
+    for path, strength in sources:
+        if not math.isfinite(strength) or strength == 0:
+            raise ConfigError(
+                f"the strength of {path} is {strength}: give a number other than 0, or leave the file out"
+            )
     check_target(target, [Path(path) for path, _ in sources], overwrite=overwrite)
     files = [(AdapterFile.open(path, base), float(strength)) for path, strength in sources]
     first = _with_components(files[0][0], [file for file, _ in files[1:]])
@@ -94,8 +102,7 @@ def combine(
         forms[layer] = _describe(given, stacks[layer])
     _check_growth(stacks, [file for file, _ in files], allow_growth)
     first.write(target, stacks, dtype=dtype)
-    after = AdapterFile(Path(target), first.opened).size
-    return Combination(forms, errors, sum(file.size for file, _ in files), after)
+    return Combination(forms, errors, sum(file.size for file, _ in files), size_on_disk(Path(target)))
 
 
 def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
@@ -135,6 +142,9 @@ def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
             f"{where}: {' and '.join(bound)} depends on the base model's weights, and so does its sum with others; "
             "merge them into the base model one after the other instead"
         )
+    masked = sorted({term.entry.algorithm.name for term in terms if term.entry.algorithm.rank_masked})
+    if masked:
+        raise FileError(f"{where}: the ranks of {masked[0]} follow the timestep, which its sum with others would lose")
     scaled = [scale_entry(term.entry, term.strength, where) for term in terms]
     if all(isinstance(entry.algorithm, Norm) for entry in scaled):
         return (scaled[0]._replace(tensors=_sum([entry.tensors for entry in scaled])),)

@@ -18,7 +18,7 @@ from lycoris.algorithms import DoRA, Full, LoRA
 from lycoris.files.target import check_target
 from lycoris.files.weights import BaseWeights
 from lycoris.ops.svd import Decomposition, decompose, decompose_product, relative
-from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes
+from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
 from lycoris.tools.limits import Limit, Truncatable
 
 MAGNITUDE_SLOT = "magnitude"
@@ -87,7 +87,7 @@ def resize(
     a LoRA of rank r², a LoKr with a low-rank second factor one of rank f·r. Scales go into the factors: every alpha is
     the rank. Of DoRA the change underneath is truncated and its magnitude fitted again to the adapted weight, for which
     the base's `weights` are needed. A layer that is no larger as it is stays as it is, and so do norms, biases, whole
-    differences, and other changes that depend on the base's weights; the result says which and why.
+    differences, T-LoRA, and other changes that depend on the base's weights; the result says which and why.
 
     `dtype` is that of the written tensors; None: each layer's own. Raises `FileError` as `convert` does, and
     `ConfigError` for a size that is too small.
@@ -109,14 +109,15 @@ def resize(
         if rank * size.bytes_per_rank >= count_bytes(_below_magnitude(stack[0])):
             left_alone[layer] = "no smaller as a LoRA of that rank"
             continue
-        below = None if weights is None else weights.affine(layer.path, file.opened.layouts[layer.component])
+        below = None
+        if weights is not None and isinstance(stack[0].algorithm, DoRA):
+            below = weights.affine(layer.path, file.opened.layouts[layer.component])
         stacks[layer] = (_truncate(stack[0], found[layer], rank, below),)
         error, norm = float(size.energies[rank]), float(size.energies[0])
         errors, norms = errors + error, norms + norm
         done[layer] = Truncation(stack[0].algorithm.name, rank, relative(error, norm))
     file.write(target, stacks, dtype=dtype)
-    after = AdapterFile(Path(target), file.opened).size
-    return Resizing(done, left_alone, relative(errors, norms), file.size, after)
+    return Resizing(done, left_alone, relative(errors, norms), file.size, size_on_disk(Path(target)))
 
 
 def _below_magnitude(entry: Entry) -> Entry:
@@ -172,11 +173,13 @@ def _reason_to_leave(layer: Layer, stack: Stack, weights: BaseWeights | None) ->
         return f"{' and '.join(each.algorithm.name for each in stack)} on one layer"
     entry = stack[0]
     if isinstance(entry.algorithm, Full):
-        return "full differences have no factors; lycoris extract makes some"
+        return "full differences have no factors"
     if entry.geometry.kind == "norm":
         return "norms have no rank"
     if entry.geometry.stack:
         return "stacked matrices"
+    if entry.algorithm.rank_masked:
+        return f"the ranks of {entry.algorithm.name} follow the timestep, in an order that a truncation would lose"
     if isinstance(entry.algorithm, DoRA) and not recast.needs_base(_below_magnitude(entry)):
         return "" if weights is not None and not layer.component else "dora needs the base model's weights for that"
     if recast.needs_base(entry):

@@ -46,12 +46,12 @@ def _bias_of_wan(case: Case) -> bool:
     return case.architecture == "wan" and dotted(case) and blocks and case.name == "lora" and alone and not case.dora
 
 
-def _converted(case: Case) -> bool:
+def _is_converted(case: Case) -> bool:
     """In dotted names other than diffusers' own, behind its own prefix."""
     return dotted(case) and not case.key.startswith("transformer.")
 
 
-def _dropped(case: Case) -> bool:
+def _is_dropped(case: Case) -> bool:
     """In Flux.1's pipeline, which of files in its own format keeps the names with "lora" in them."""
     return case.architecture == "flux1" and case.dialect in ("diffusers", "onetrainer-diffusers")
 
@@ -63,7 +63,7 @@ def _norm(case: Case) -> bool:
 def _passed_over(case: Case) -> bool:
     """A norm's changes that are passed over: in Flux.1's own format, and of Wan under ComfyUI's names."""
     wan = case.architecture == "wan" and case.key.startswith("diffusion_model.")
-    return _dropped(case) or (wan and bool(case.stored) and case.stored.keys() <= {"diff", "diff_b"})
+    return _is_dropped(case) or (wan and bool(case.stored) and case.stored.keys() <= {"diff", "diff_b"})
 
 
 def _gets_lengths(case: Case) -> bool:
@@ -103,12 +103,12 @@ DIFFUSERS = Consumer(
         Row(all_of(_norm, _passed_over), "not at all", "has no adapters for a layer of kind norm"),
         Row(_norm, "not at all", "has no adapters for a layer of kind norm", stops=True),
         Row(
-            all_of(beside, _dropped, is_a("lora")),
+            all_of(beside, _is_dropped, is_a("lora")),
             "differently",
             "leaves out the change of the bias that is beside it",
         ),
         Row(
-            all_of(any_of(no_other_than("lora"), moves_bias), _dropped),
+            all_of(any_of(no_other_than("lora"), moves_bias), _is_dropped),
             "not at all",
             "reads LoRA only",
             "lora",
@@ -132,7 +132,7 @@ DIFFUSERS = Consumer(
             "base weight",
         ),
         *instead(
-            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(_converted, written_as("kohya", "musubi"))),
+            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(_is_converted, written_as("kohya", "musubi"))),
             "not at all",
             "rejects files with DoRA's lengths for Wan",
         ),
