@@ -14,6 +14,7 @@ from lycoris.files.consumers import CONSUMERS
 from lycoris.files.layout import Layout
 from lycoris.files.opening import understood
 from lycoris.files.writing import compose
+from lycoris.geometry import Geometry
 
 OUTLINES = {"flux1": "flux.1-dev", "flux2": "flux.2-klein-4b", "sd1.5-unet": "sd-1.5"}
 ATTENTION = "transformer_blocks.0.attn.to_q"
@@ -75,3 +76,21 @@ def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
         strange = CONSUMERS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
         assert strange.reads == "not known", program
         assert not CONSUMERS[program].seen("a family of tomorrow")
+
+
+class Unheard(LoRA):
+    """An algorithm that came after the tables."""
+
+    name = "unheard"
+
+
+@pytest.mark.parametrize("program", CONSUMERS)
+def test_nothing_is_claimed_of_what_no_rule_knows(program: str) -> None:
+    """Not of a new algorithm, nor of a new tensor next to a known one's."""
+    geometry = Geometry(kind="linear", shape=(8, 8), has_bias=False)
+    tensors = {"up": torch.randn(8, 2), "down": torch.randn(2, 8)}
+    consumer, known = CONSUMERS[program], Entry(LoRA(rank=2), geometry, tensors)
+    stored = {"lora_up.weight": (8, 2), "lora_down.weight": (2, 8), "alpha": ()}
+    assert consumer.verdict(known, stored=stored).reads == "as trained"
+    assert consumer.verdict(Entry(Unheard(rank=2), geometry, tensors), stored=stored).reads != "as trained"
+    assert consumer.verdict(known, stored=stored | {"lora_sideways.weight": (2, 2)}).reads == "not known"
