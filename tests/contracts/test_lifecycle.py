@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, perturb, relative, serves
 from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
-from lycoris.attach import top
+from lycoris.adapter import Adapter, Matrix
+from lycoris.attach import bottom, top
+from lycoris.geometry import sites
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
 THREE = [("lokr", "dora-loha", "lora"), ("oft", "glora", "ia3"), ("dylora", "boft", "dora-loha-high-rank")]
@@ -351,3 +353,16 @@ def test_names_of_sets_may_have_dots() -> None:
     made.merge()
     made.detach()
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["layer", "weight-alone"])
+@pytest.mark.parametrize(("name", "layer"), PAIRS_WITH_SLICES, ids=["-on-".join(pair) for pair in PAIRS_WITH_SLICES])
+def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:
+    model = One(LAYERS[layer].layer())
+    ((_, module, attribute, geometry),) = sites(model)
+    below = bottom(module, attribute)
+    adapter = Adapter(WITH_SLICES[name], geometry)
+    for tensor in adapter.tensors().values():
+        tensor.data.fill_(torch.nan)
+    adapter.initialise(Matrix(geometry, below.affine().weight) if alone else below)
+    assert all(tensor.isfinite().all() for tensor in adapter.tensors().values())

@@ -64,8 +64,10 @@ class Replace(Algorithm):
         base = below.affine()
         if "w" in p:
             p["w"].copy_(below.geometry.turned(base.weight))
-        if "b" in p and base.bias is not None:
-            p["b"].copy_(base.bias)
+        if "b" in p:
+            p["b"].zero_()
+            if base.bias is not None:
+                p["b"].copy_(base.bias)
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         weight = g.turned(p["w"]).to(base.weight.dtype) if "w" in p else base.weight
