@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lycoris import LoHa, LoKr, LoRA
 from lycoris.algorithm import Algorithm
 from lycoris.bundle import Bundle, Entry
 from lycoris.errors import FileError
 from lycoris.families import ARCHITECTURES, FAMILIES
-from lycoris.files import compose, detect, judge
+from lycoris.families.family import Architecture
+from lycoris.files import compose, detect, judge, resolve
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
 
@@ -68,6 +70,34 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
     assert found.confidence in ("certain", "likely")
     assert set(found.algorithms) == {"lora"}
     assert not found.strange
+
+
+@pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
+def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
+    where = Layout.known(*of_family(family))
+    for dialect in FILES:
+        written = encoded(where, family, dialect, layers)
+        if not written:
+            continue
+        found = judge({name: tuple(tensor.shape) for name, tensor in written.items()}, {})
+        if found.family == family:
+            assert resolve(written, where).report.dialect == found.dialect, dialect
+
+
+def of_family(family: str) -> tuple[Architecture, str]:
+    architecture = ARCHITECTURES[FAMILIES[family].components[""]]
+    return architecture, architecture.outlines[0]
+
+
+def encoded(where: Layout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
+    """A file of LoRA on some linear layers, without a header."""
+    algorithm, entries = LoRA(rank=1), {}
+    for path, g in where.layers.items():
+        if g.kind == "linear" and re.fullmatch(layers, path) and re.fullmatch(DIALECTS[dialect].layers or ".*", path):
+            tensors = {name: torch.ones(1).expand(slot.shape) for name, slot in algorithm.slots(g).items()}
+            entries[path] = (Entry(algorithm, g, tensors),)
+    return dict(compose(Bundle(entries), dialect, model=where, family=family).tensors) if entries else {}
 
 
 @pytest.mark.parametrize("algorithm", [LoHa(rank=2), LoKr(rank=4)], ids=lambda a: a.name)

@@ -33,6 +33,8 @@ SINGLE = (
     Rename("norm.key_norm", "attn.norm_k"),
     Rename("modulation.lin", "norm.linear"),
 )
+XLABS_SINGLE = (Rename("qkv", ("attn.to_q", "attn.to_k", "attn.to_v")), Rename("proj", "proj_out"))
+"""XLabs' processors of single blocks have queries, keys and values without the feed-forward that shares their layer."""
 FINAL = (
     Rename("final_layer.linear", "proj_out"),
     Rename("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True),
@@ -69,7 +71,13 @@ TRANSFORMER = Architecture(
                 *embedders("guidance_in", "time_text_embed.guidance_embedder"),
                 *FINAL,
             )
-        )
+        ),
+        "xlabs": Table(
+            (
+                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE_ATTENTION),
+                *inside("single_blocks.*", "single_transformer_blocks.*", *XLABS_SINGLE),
+            )
+        ),
     },
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock", "DoubleStreamBlock", "SingleStreamBlock"),
     attention=("FluxAttention", "SelfAttention"),

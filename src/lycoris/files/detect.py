@@ -190,11 +190,15 @@ class _Fitting:
     def __init__(self) -> None:
         self._found: dict[tuple[bool, frozenset[tuple[str, Size]]], list[Fit]] = {}
 
-    def candidates(self, layers: Mapping[str, Size], *, flat: bool) -> list[Fit]:
-        key = flat, frozenset(layers.items())
+    def candidates(self, layers: Mapping[str, Size], dialect: Dialect) -> list[Fit]:
+        """The likeliest first, each in the naming that is the usual one of a format if that fits as well as others."""
+        key = dialect.style == "flat", frozenset(layers.items())
         if key not in self._found:
-            self._found[key] = candidates(layers, flat)
-        return self._found[key]
+            self._found[key] = candidates(layers, key[0])
+        found: dict[str | None, Fit] = {}
+        for each in sorted(self._found[key], key=lambda each: _rank(each, dialect)):
+            found.setdefault(each.outline, each)
+        return [*found.values()]
 
 
 def _reading(
@@ -207,7 +211,7 @@ def _reading(
     keys = {name: dialect.split(name) for name in shapes}
     parted = {name: key for name, key in keys.items() if key is not None}
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
-    found = sorted(fits.candidates(denoiser, flat=dialect.style == "flat"), key=lambda each: _rank(each, dialect))
+    found = fits.candidates(denoiser, dialect)
     told, foreign = known or family_in(metadata), "" if known else bases.unknown_base(metadata)
     fitting = _only(found, told, "")
     family, remarks = told, [] if known else [bases.disagreement(metadata)]
@@ -224,7 +228,7 @@ def _reading(
         remarks.append(_misfit(own[0], len(denoiser)))
     best = own[0] if own else None
     layers = _grouped(parted, shapes, component_of(family))
-    others = {each: fits.candidates(those, flat=dialect.style == "flat") for each, those in layers.items() if each}
+    others = {each: fits.candidates(those, dialect) for each, those in layers.items() if each}
     return _Reading(
         dialect=dialect,
         layers=layers,

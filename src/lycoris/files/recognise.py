@@ -84,16 +84,13 @@ def weight(fit: Fit) -> int:
 
 
 def candidates(layers: Mapping[str, Size], flat: bool) -> list[Fit]:
-    """The known models that have most of these layers, the more complete ones first; each in the naming that fits best.
+    """The known models that have most of these layers, the more complete ones first, each in every naming that fits.
 
     All that are listed fit equally well.
     """
-    found: dict[str, Fit] = {}
-    for each in fits(layers, flat=flat):
-        if each.outline is not None and (each.outline not in found or _more(each) > _more(found[each.outline])):
-            found[each.outline] = each
-    best = max(map(_more, found.values()), default=None)
-    return sorted((each for each in found.values() if _more(each) == best), key=lambda each: -each.share)
+    found = [each for each in fits(layers, flat=flat) if each.outline is not None]
+    best = max(map(_more, found), default=None)
+    return sorted((each for each in found if _more(each) == best), key=lambda each: -each.share)
 
 
 def _more(fit: Fit) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from lycoris.files.dialect import Dialect, Key
 _PROJECTION = re.compile(
     r"(.+)\.processor\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)_lora\.(.+)"
 )
-_XLABS = re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])\.(.+)")
+_XLABS = re.compile(r"((?:double|single)_blocks\.\d+\.)processor\.(qkv|proj)_lora([12]?)\.(.+)")
+_STREAMS = {"1": "img_attn.", "2": "txt_attn.", "": ""}
 _PLACE = r"(.+)\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
@@ -38,9 +39,9 @@ def of_projection(name: str) -> str | None:
     if found is not None:
         layer = f"{found[1]}.{found[2]}{'.0' * (found[2] == 'to_out')}"
         return f"{layer}.{suffix_of(found[3])}"
-    found = _XLABS.fullmatch(name)
+    found = _XLABS.fullmatch(name.removeprefix("diffusion_model."))
     if found is not None:
-        return f"{found[1]}.{'img' if found[3] == '1' else 'txt'}_attn.{found[2]}.{suffix_of(found[4])}"
+        return f"{found[1]}{_STREAMS[found[3]]}{found[2]}.{suffix_of(found[4])}"
     return None
 
 
