@@ -160,7 +160,7 @@ def test_pickles_of_tensors_are_read_and_others_refused(good: Path, model: Model
 
 def test_an_empty_file(good: Path, model: Model) -> None:
     save_file({}, good.parent / "empty.safetensors")
-    refused(good.parent / "empty.safetensors", model, "no known format")
+    refused(good.parent / "empty.safetensors", model, "has no tensors")
 
 
 def test_keys_of_no_known_format(good: Path, model: Model) -> None:

@@ -362,6 +362,8 @@ def ones(*names: str) -> Tensors:
 FOREIGN: dict[str, tuple[Tensors, str]] = {
     "cloneofsimo": (ones("unet:0:up", "unet:0:down", "text_encoder:0:up"), "cloneofsimo"),
     "MLX": (ones("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"), "MLX"),
+    "Nunchaku": (ones("transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.mlp_fc1.lora_up"), "Nunchaku"),
+    "nothing": ({}, "no tensors"),
     "SAM": (ones("w_a_000", "w_b_000"), "Segment Anything"),
     "IP-Adapter": (ones("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "IP-Adapter"),
     "VeRA": (ones("base_model.model.layers.0.q_proj.vera_lambda_b", "base_model.vera_A.default"), "another method"),

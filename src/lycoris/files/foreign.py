@@ -57,6 +57,11 @@ KINDS: Sequence[Kind] = (
         "transpose each of them and save them as lora_A.weight and lora_B.weight, the scale times the latter",
     ),
     Kind(re.compile(r"w_[ab]_\d+"), "a LoRA for Segment Anything (SAM), whose layers have only numbers", _KEEP),
+    Kind(
+        re.compile(r".+\.(qkv_proj(_context)?|out_proj(_context)?|mlp_(context_)?fc[12])\.lora_(down|up)"),
+        "a LoRA that was packed for Nunchaku's quantized models",
+        "convert the LoRA that it was made from",
+    ),
     Kind(re.compile(r"(image_proj|ip_adapter)\..+"), "an IP-Adapter, which adds attention layers", _KEEP),
     Kind(re.compile(r"\d+\.\d+\.linear\.\d+\.(weight|bias)"), "a hypernetwork of WebUI's", _KEEP),
     Kind(re.compile(r"lllite_.+"), "a ControlNet-LLLite, which adds layers", _KEEP),
@@ -123,9 +128,11 @@ def kind_of(names: Shapes, *, readable: bool = False) -> str:
 
 
 def whole(names: Shapes) -> str:
-    """The same of files that have nothing of an adapter, whole weights and embeddings among them."""
+    """The same of files that have nothing of an adapter: no tensors, whole weights, embeddings."""
+    if not names:
+        return "it has no tensors; if it was just saved, nothing was given to be saved"
     short = [name for name in names if len(name) <= LONGEST]
-    if not names or any(ADAPTER.search(name) for name in short):
+    if any(ADAPTER.search(name) for name in short):
         return ""
     if what := kind_of(names):
         return what
