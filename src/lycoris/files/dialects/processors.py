@@ -6,6 +6,7 @@ T-LoRA's authors save such files, frozen copies included; diffusers and XLabs (f
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lycoris.files.dialect import Dialect, Key
@@ -14,7 +15,7 @@ _PROJECTION = re.compile(
     r"(.+)\.processor\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)_lora\.(.+)"
 )
 _XLABS = re.compile(r"((?:double|single)_blocks\.\d+\.)processor\.(qkv|proj)_lora([12]?)\.(.+)")
-_STREAMS = {"1": "img_attn.", "2": "txt_attn.", "": ""}
+_STREAMS: Mapping[str, str] = {"1": "img_attn.", "2": "txt_attn.", "": ""}
 _PLACE = r"(.+)\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
