@@ -45,7 +45,14 @@ def exported(
         for layer, stack in bundle.entries.items():
             try:
                 entries[layer], what = _exported(
-                    stack, program, to, layer, keys[layer], places[layer], layout, None if component else weights,
+                    stack,
+                    program,
+                    to,
+                    layer,
+                    keys[layer],
+                    places[layer],
+                    layout,
+                    None if component else weights,
                     found.assumed.get(component, ""),
                 )
             except FileError as error:

@@ -15,7 +15,6 @@ from lycoris.files.consumers import Consumer, Verdict
 from lycoris.files.consumers.keys import Known
 from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Taken
-from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.holding import holders, place_of
@@ -238,10 +237,6 @@ class Part:
     def _span(self, layer: str) -> Span:
         return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
 
-    def _lost(self, written: str) -> bool:
-        """Whether the program passes a layer's keys over."""
-        return self._unplaced(written) or self._is_incomplete(written)
-
     def _is_incomplete(self, written: str) -> bool:
         """Whether it is of layers that the program takes together only, and others of them are not there."""
         together = self.known.together if self.known is not None and self.routed is None else ""
@@ -276,25 +271,8 @@ class Part:
             )
         if "bias_indices" in stored and self.program.takes is None:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
-        first, *rest = stack
-        verdict = self.program.verdict(
-            first,
-            beside=tuple(rest),
-            dialect=self.dialect or self.own,
-            architecture=self.architecture,
-            key=key,
-            stored=stored,
-            place=place_of(self._span(layer), self._holders, self.layout),
-            among=self._among,
-            spelled=frozenset() if self.program.takes is None else frozenset(self.written[written].spelled),
-            model=self.model,
-        )
-        if self.program.takes is not None and (other := self._of_taken(written, stack, verdict)):
-            verdict = other
-        if self._is_incomplete(written) and not verdict.stops:
-            why = f"{title} takes such layers together, and not all of them are there"
-            return Verdict("not at all", why, None, "format" if self._others else None)
-        own = below_lengths(first.algorithm).name
+        verdict = self._by_the_table(layer, written, stack)
+        own = below_lengths(stack[0].algorithm).name
         if (
             self.taken_for
             and verdict.reads != "not at all"
@@ -316,6 +294,28 @@ class Part:
                 "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
             )
         return verdict
+
+    def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
+        """What the program makes of the layer's tensors that it looks for."""
+        own = self.written[written]
+        verdict = self.program.verdict(
+            stack[0],
+            beside=stack[1:],
+            dialect=self.dialect or self.own,
+            architecture=self.architecture,
+            key=own.key,
+            stored=own.tensors,
+            place=place_of(self._span(layer), self._holders, self.layout),
+            among=self._among,
+            spelled=frozenset() if self.program.takes is None else frozenset(own.spelled),
+            model=self.model,
+        )
+        if self.program.takes is not None:
+            verdict = self._of_taken(written, stack, verdict) or verdict
+        if not self._is_incomplete(written) or verdict.stops:
+            return verdict
+        why = f"{self.program.title} takes such layers together, and not all of them are there"
+        return Verdict("not at all", why, None, "format" if self._others else None)
 
     def _of_taken(self, written: str, stack: tuple[Entry, ...], verdict: Verdict) -> Verdict | None:
         """What becomes of a layer of which the program does not look for all tensors; None: what its table says."""

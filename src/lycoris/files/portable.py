@@ -101,7 +101,9 @@ def joined(stack: Stack, base: Affine | None = None) -> Stack:
     for part in parts:
         for own, tensor in part.tensors.items():
             name = norms.get(own, own)
-            tensors[name] = widened(tensors[name]) + widened(tensor.reshape(tensors[name].shape)) if name in tensors else tensor
+            tensors[name] = (
+                widened(tensors[name]) + widened(tensor.reshape(tensors[name].shape)) if name in tensors else tensor
+            )
     if norms:
         return (Entry(Norm(), g, tensors),)
     return (Entry(Full(weight="diff" in tensors, bias="diff_b" in tensors), g, tensors),)

@@ -152,7 +152,7 @@ _FORGE_NORMS = r".*[._]norm[._](query|key)_norm|.*distilled_guidance_layer[._]no
 """Of Flux.1 and Chroma, whose norms over a vector have a parameter of another name there."""
 _FORGE_DITS = partly("flux1", "chroma", lost=_FORGE_NORMS)
 _FORGE_OWN = partly(*UNETS, "sd3", lost=_PREFIXED) | partly("flux1", "chroma", lost=f"{_FORGE_NORMS}|{_PREFIXED}")
-_FORGE_NAMED = {"sd3": Known(named="comfyui")} | dict.fromkeys(
+_FORGE_NAMED: Mapping[str, Known] = {"sd3": Known(named="comfyui")} | dict.fromkeys(
     ("flux1", "chroma"), Known(_FORGE_NORMS, named="comfyui")
 )
 """lora_unet_ stands before its own names of layers, of which diffusers has some too."""
@@ -163,7 +163,7 @@ _FORGE_DOTTED = (
 )
 FORGE: Mapping[str, Mapping[str, Known]] = {
     "kohya": _FORGE_OWN | _FORGE_CLIP,
-    "kohya-diffusers": partly(*UNETS, lost=_PREFIXED) | _FORGE_NAMED | _FORGE_CLIP,
+    "kohya-diffusers": {**partly(*UNETS, lost=_PREFIXED), **_FORGE_NAMED, **_FORGE_CLIP},
     "comfyui": _FORGE_OWN,
     "diffusers": _FORGE_DOTTED,
     # simpletuner lycoris format
@@ -177,7 +177,11 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
     | {each: known._replace(lost="lora_transformer_.*|" + known.lost) for each, known in _FORGE_NAMED.items()}
     | partly("flux1", lost="lora_unet_.*")
     | _FORGE_CLIP,
-    "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
+    "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*")
+    | {
+        "sd3": Known(r"transformer\..*", named="comfyui"),
+        "chroma": Known(rf"transformer\..*|{_FORGE_NORMS}", named="comfyui"),
+    },
     "musubi": _FORGE_DITS | wholly("sd3"),
     "musubi-other": _FORGE_DITS | wholly("sd3"),
 }
@@ -187,7 +191,7 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
 # under its name, which counts before that of the architecture.
 _WEBUI_TOGETHER = r"lora_te{}_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"
 """torch.nn.MultiheadAttention"""
-_WEBUI_CLIP: dict[str, Known] = {
+_WEBUI_CLIP: Mapping[str, Known] = {
     "clip": Known(
         lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*|(lora_te2|oft_te\d?)_.*",
         unsure=r"lora_te_text_model_encoder_layers_\d+_layer_norm[12]",
@@ -203,24 +207,27 @@ _WEBUI_CLIP: dict[str, Known] = {
     if component and family.components[""] not in UNETS and encoder in CLIPS
 }
 _WEBUI_UNETS = r"lora_unet__.*|oft_unet_.*|lora_unet_conv_norm_out"
-_WEBUI = partly("sd1.5-unet", "sd2-unet", lost=_WEBUI_UNETS) | _WEBUI_CLIP
+_WEBUI: Mapping[str, Known] = {**partly("sd1.5-unet", "sd2-unet", lost=_WEBUI_UNETS), **_WEBUI_CLIP}
 _WEBUI_SGM = partly("sdxl-unet", lost="lora_unet__.*") | wholly("sd3")
-_WEBUI_SDXL = {"sd3": Known(named="comfyui")} | partly(
+_WEBUI_SDXL: Mapping[str, Known] = {"sd3": Known(named="comfyui")} | partly(
     "sdxl-unet", lost=rf"{_WEBUI_UNETS}|lora_unet_(add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"
 )
 # diffusers_weight_mapping in modules/models/sd3/sd3_model.py: what it maps of the context's attention is called
 # otherwise, by its model and by diffusers.
-_WEBUI_SD3 = {
+_WEBUI_SD3: Mapping[str, Known] = {
     "sd3": Known(
         lost=r"(?!transformer\.transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)$).*",
         together=r"transformer\.transformer_blocks\.(\d+)\.attn\.to_(?:q|k|v)",
     )
 }
 WEBUI: Mapping[str, Mapping[str, Known]] = {
-    "kohya": _WEBUI | _WEBUI_SGM,
-    "kohya-diffusers": _WEBUI | _WEBUI_SDXL,
-    "onetrainer-kohya": _WEBUI | _WEBUI_SGM,
-    "onetrainer-legacy": _WEBUI | _WEBUI_SDXL,
+    "kohya": {**_WEBUI, **_WEBUI_SGM},
+    "kohya-diffusers": {**_WEBUI, **_WEBUI_SDXL},
+    "onetrainer-kohya": {**_WEBUI, **_WEBUI_SGM},
+    "onetrainer-legacy": {
+        name: known._replace(lost="|".join(filter(None, ("lora_transformer_.*", known.lost))))
+        for name, known in {**_WEBUI, **_WEBUI_SDXL}.items()
+    },
     "diffusers": _WEBUI_SD3,
     "onetrainer-diffusers": _WEBUI_SD3,
     "ai-toolkit": _WEBUI_SD3,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
-
 class Taken(NamedTuple):
     """What a program makes of a layer's tensors by their names."""
 

@@ -71,6 +71,12 @@ WEBUI = Consumer(
     keys.WEBUI,
     (
         Row(
+            all_of(replaces, embedding),
+            "not at all",
+            "knows no weight in place of a layer's own, nor embeddings, and rejects the file",
+            stops=True,
+        ),
+        Row(
             all_of(replaces, not_(changes_weight)),
             "not at all",
             "knows no weight or bias in place of a layer's own, and rejects the file",
@@ -93,7 +99,9 @@ WEBUI = Consumer(
             "out; how far off that is depends on the base weight",
             "plain",
         ),
-        Row(all_of(first_layout, linear, any_of(unscaled, scaled_by_itself)), "as trained", "computes what was trained"),
+        Row(
+            all_of(first_layout, linear, any_of(unscaled, scaled_by_itself)), "as trained", "computes what was trained"
+        ),
         Row(
             all_of(first_layout, linear),
             "differently",
@@ -124,7 +132,12 @@ WEBUI = Consumer(
             "cannot give a whole w2 the shape of a convolution over one or three dimensions, and leaves the layer out",
             "flat w2",
         ),
-        Row(_misfits, "not at all", "cannot divide lengths of DoRA that are a vector there, and leaves the layer out", "anew"),
+        Row(
+            _misfits,
+            "not at all",
+            "cannot divide lengths of DoRA that are a vector there, and leaves the layer out",
+            "anew",
+        ),
         LENGTHS_OF_COLUMNS,
         Row(
             all_of(any_of(called(rf"lora_te2_{_QKV}"), all_of(called(_QKV_OF_TE), modelled("openclip-h"))), any_bias),
