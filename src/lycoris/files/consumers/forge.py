@@ -18,10 +18,11 @@ from lycoris.files.consumers.traits import (
     is_a,
     linear,
     no_other_than,
-    not_written_as,
+    not_,
     replaces_bias,
     replaces_weight,
     square,
+    under_own_names,
     unfolded,
 )
 
@@ -36,19 +37,19 @@ def _misfits(case: Case) -> bool:
 
 REPLACED = (
     Row(
-        all_of(replaces_bias, not_written_as("comfyui", "onetrainer-comfy", "musubi-other"), replaces_weight),
+        all_of(replaces_bias, not_(under_own_names), replaces_weight),
         "differently",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",
     ),
     Row(
-        all_of(replaces_bias, not_written_as("comfyui", "onetrainer-comfy", "musubi-other"), changes_weight),
+        all_of(replaces_bias, not_(under_own_names), changes_weight),
         "differently",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",
     ),
     Row(
-        all_of(replaces_bias, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
+        all_of(replaces_bias, not_(under_own_names)),
         "not at all",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",

@@ -114,6 +114,13 @@ def not_written_as(*dialects: str) -> Test:
     return lambda case: case.dialect not in dialects
 
 
+def under_own_names(case: Case) -> bool:
+    """Behind what ComfyUI's own names of layers stand behind."""
+    if case.key:
+        return case.key.startswith("diffusion_model.")
+    return case.dialect in ("comfyui", "onetrainer-comfy", "musubi-other")
+
+
 def parameter(case: Case) -> bool:
     """A bare parameter."""
     return case.entry.geometry.kind == "parameter"
