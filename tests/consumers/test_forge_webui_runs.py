@@ -1,7 +1,7 @@
 """What is said of whole files, against what Forge's and the WebUI's own readers made of them.
 
-Recorded over the files of `files`, at a 32nd of the models' widths: family → format → outcome → kinds of files. An
-outcome is one letter for each layer, in order: "=" read as trained, "~" differently, "-" not at all; one letter for
+Recorded over the files of `known_files`, at a 32nd of the models' widths: family → format → outcome → kinds of files.
+An outcome is one letter for each layer, in order: "=" read as trained, "~" differently, "-" not at all; one letter for
 all where they are alike.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from consumers.files import cases, file_of, layouts_of
+from known_files import cases, file_of, layouts_of
 from lycoris.files.check import Check, judged
 from lycoris.files.opening import understood
 

@@ -93,7 +93,7 @@ EXCHANGED = Row(
 PROJECTION = r"text_encoder\.text_projection"
 OF_ANOTHER_ENCODER = (
     Row(
-        all_of(called(PROJECTION), is_a("lora", "loha", "lokr", "glora")),
+        all_of(called(PROJECTION), is_a("lora", "loha", "lokr", "glora", "replace")),
         "not at all",
         "takes the projection of the first text encoder for that of the second, and stops",
         "format",
