@@ -17,9 +17,22 @@ def read(
         # It looks for these behind diffusion_model. alone.
         return None
     found = comfyui.read(tensors, weight, bias, kind, strength, quiet=False, rotations=False)
+    found = _replaced(tensors, weight, bias, kind, found, own_names=own_names)
     if found is None and len(tensors) > UNMATCHED:
         raise Refused(f"{len(tensors)} keys without a place")
     return found
+
+
+def _replaced(
+    tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, found: Read | None, *, own_names: bool
+) -> Read | None:
+    """At any strength, and whatever else there is for that weight. What ends in bias has a key behind its own names."""
+    new, shift = tensors.get("set_weight"), tensors.get("bias.set_weight") if own_names else None
+    if new is None and shift is None:
+        return found
+    before = (weight, bias) if found is None else found
+    table = None if new is None else new.T if kind == "embedding" else new
+    return before[0] if table is None else table.expand(weight.shape), before[1] if shift is None else shift
 
 
 def accepts(unmatched: int) -> bool:

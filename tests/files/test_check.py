@@ -60,10 +60,12 @@ def checked(
 
 
 def test_every_key_that_is_told_is_of_something() -> None:
+    models = {model for each in ARCHITECTURES.values() for model in each.models}
+    encoders = {f"{family.name}/{each}" for family in FAMILIES.values() for each in family.components.values()}
     for consumer in CONSUMERS.values():
         for dialect, known in consumer.keys.items():
             assert dialect in DIALECTS
-            assert known.keys() - {ALL} <= ARCHITECTURES.keys()
+            assert known.keys() - {ALL} <= ARCHITECTURES.keys() | models | encoders
             assert all(re.compile(pattern) for each in known.values() for pattern in each)
 
 
@@ -84,7 +86,12 @@ KNOWN = [
     ("forge", "kohya", "wan", False),
     ("forge", "kohya", "qwen-image", False),
     ("forge", "comfyui", "flux2", False),
-    ("webui", "kohya", "sd3", False),
+    ("webui", "kohya", "flux1", False),
+    ("webui", "kohya", "sd3", True),
+    ("webui", "diffusers", "sd3", True),
+    ("webui", "lycoris", "sd3", False),
+    ("forge", "kohya", "chroma", True),
+    ("forge", "lycoris", "chroma", False),
     ("webui", "kohya", "sdxl-unet", True),
     ("webui", "kohya", "clip", True),
     ("webui", "kohya", "t5", False),

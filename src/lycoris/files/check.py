@@ -14,8 +14,9 @@ from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
 from lycoris.files.detect import Detection
 from lycoris.files.opening import Opened, opened
-from lycoris.files.parts import Part, routed_by, written_in
+from lycoris.files.parts import Part, architecture_of, routed_by
 from lycoris.files.portable import EXPORTS
+from lycoris.files.written import names_in_file, scales_in, written_in
 from lycoris.report import some
 
 
@@ -102,12 +103,19 @@ def judged(found: Opened, consumer: str) -> Check:
     routed = routed_by(program, found, written)
     taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
     parts = [
-        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for)
+        Part(
+            *(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for),
+            family=found.family,
+            model=found.assumed.get(name, ""),
+            scales=scales_in(found, written[name]),
+        )
         for name in detection.components
     ]
     rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
+    if program.refuses is not None and (why := program.refuses(names_in_file(found), architecture_of(found))):
+        rejected.append(f"{program.title} {why}")
     rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
-    lost = sum(part.passed_over for part in parts)
+    lost = len(found.shapes) - sum(part.taken for part in parts)
     if program.unmatched is not None and lost > program.unmatched:
         rejected.append(
             f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"

@@ -291,6 +291,10 @@ def _grouped(
     return {of: {layer: size(own) for layer, own in layers.items()} for of, layers in tensors.items()}
 
 
+ROWS = ("w_norm", "b_norm", "diff_b", "bias.set_weight")
+"""Tensors with one number for each output."""
+
+
 def size(tensors: Mapping[str, Shape]) -> Size:
     """(O, I·ΠK) of the layer that some tensors of an adapter are for; 0 where they do not tell."""
 
@@ -316,13 +320,13 @@ def size(tensors: Mapping[str, Shape]) -> Size:
         return at(out, 0), columns(back)
     if "p_layer.weight" in tensors:
         return at("p_layer.weight", 0), columns("q_layer.weight")
-    if "oft_blocks" in tensors:
-        return (math.prod(tensors["oft_blocks"][-3:-1]), 0) if len(tensors["oft_blocks"]) > 2 else (0, 0)
+    if blocks := tensors.keys() & {"oft_blocks", "oft_diag"}:
+        return (math.prod(tensors[min(blocks)][-3:-1]), 0) if len(tensors[min(blocks)]) > 2 else (0, 0)
     if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
         ol, im = at("lokr_w1", 0) or at("lokr_w1_a", 0), at("lokr_w1", 1) or at("lokr_w1_b", 1)
         ok, inner = at("lokr_w2", 0) or at("lokr_w2_a", 0), columns("lokr_w2") or columns("lokr_w2_b")
         return (0, 0) if "lokr_t2" in tensors else (ol * ok, im * inner)
-    return 0, 0
+    return next((at(name, 0) for name in ROWS if name in tensors), 0), 0
 
 
 MOST = 0.9

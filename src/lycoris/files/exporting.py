@@ -45,7 +45,15 @@ def exported(
         for layer, stack in bundle.entries.items():
             try:
                 entries[layer], what = _exported(
-                    stack, program, to, layer, keys[layer], places[layer], layout, None if component else weights
+                    stack,
+                    program,
+                    to,
+                    layer,
+                    keys[layer],
+                    places[layer],
+                    layout,
+                    None if component else weights,
+                    found.assumed.get(component, ""),
                 )
             except FileError as error:
                 problems[layer] = str(error)
@@ -87,9 +95,12 @@ def _exported(
     place: Place,
     layout: Layout,
     weights: BaseWeights | None,
+    model: str,
 ) -> tuple[Stack, str]:
     architecture = None if layout.architecture is None else layout.architecture.name
-    export = partial(portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place)
+    export = partial(
+        portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place, model=model
+    )
     try:
         return export()
     except PlanError as error:

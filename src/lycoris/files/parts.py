@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
-from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, DoRA, below_lengths
+from lycoris.algorithms import ALGORITHMS, ALPHA, DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.families.naming import Span
-from lycoris.files.components import component_of
 from lycoris.files.consumers import Consumer, Verdict
 from lycoris.files.consumers.keys import Known
 from lycoris.files.consumers.routes import Routed, Sent
-from lycoris.files.detect import Detection
+from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Taken
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.holding import holders, place_of
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened
-from lycoris.files.spelling import MAGNITUDE_VECTOR
+from lycoris.files.written import Written
 from lycoris.report import some
 
 SAME = 1e-6
 """A scale this near to 1 is 1."""
-
-
-class Written(NamedTuple):
-    """A layer in a file."""
-
-    key: str
-    """What the names of its tensors have in common."""
-    tensors: Mapping[str, tuple[int, ...]]
-    """Their shapes, by name in LyCORIS' spelling."""
-    names: tuple[str, ...] = ()
-    """Of the tensors, as the file has them."""
-
-
-def written_in(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
-    """Component → layer as written → what the file has."""
-    whose = component_of(FAMILIES[detection.family] if detection.family else None)
-    found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
-    for name, shape in shapes.items():
-        key = DIALECTS[detection.dialect].split(name)
-        if key is not None:
-            layers = found.setdefault(whose(key), {})
-            before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
-            layers[key.layer] = before._replace(
-                tensors={**before.tensors, key.suffix: shape}, names=(*before.names, name)
-            )
-    return found
 
 
 def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
@@ -64,10 +36,15 @@ def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[st
         for component in written.values()
         for each in component.values()
     }
+    return program.route(Sent(layers, architecture_of(found), tuple(found.shapes)))
+
+
+def architecture_of(found: Opened) -> str | None:
+    """Of the denoiser that a file is for; None: not known."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     if architecture is None and found.family is not None:
         architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
-    return program.route(Sent(layers, None if architecture is None else architecture.name, tuple(found.shapes)))
+    return None if architecture is None else architecture.name
 
 
 @dataclass(frozen=True)
@@ -86,6 +63,11 @@ class Part:
     """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
     taken_for: str = ""
     """The one algorithm that the program takes the whole file for; "" each layer has its own."""
+    family: str | None = None
+    model: str = ""
+    """The known model that the component is taken to be; "" not known."""
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Layer as written → the scale that the file has as a number of its own, and the one that it has without that."""
 
     @property
     def architecture(self) -> str | None:
@@ -114,12 +96,17 @@ class Part:
 
     @cached_property
     def known(self) -> Known | None:
-        return self.program.known(self.dialect, self.architecture)
+        return self.program.known(self.dialect, self.architecture, *self._finer)
+
+    @property
+    def _finer(self) -> tuple[str, ...]:
+        """Other names of what the architecture is here."""
+        return (f"{self.family}/{self.architecture}", self.model)
 
     @property
     def elsewhere(self) -> list[str]:
         """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.known(each, self.architecture)]
+        return [each for each in self.program.keys if self.program.known(each, self.architecture, *self._finer)]
 
     @property
     def problems(self) -> list[str]:
@@ -145,7 +132,7 @@ class Part:
         """That the program knows none of its keys; "" where it does."""
         if self.routed is not None and self.routed.refused:
             return ""
-        if (self.known is not None or self.routed is not None) and not all(map(self._lost, self.written)):
+        if (self.known is not None or self.routed is not None) and not all(map(self._unplaced, self.written)):
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
         if self.routed is None and not self.program.seen(self.architecture):
@@ -165,7 +152,7 @@ class Part:
         stopping = {
             layer: verdict.why
             for layer, verdict in self.verdicts.items()
-            if verdict.stops and not self._lost(self._as_written(layer))
+            if verdict.stops and not self._unplaced(self._as_written(layer))
         }
         if not stopping:
             return ""
@@ -178,23 +165,41 @@ class Part:
         return self.program.whole(self.bundle) if self.program.whole is not None and alone else ""
 
     @property
-    def passed_over(self) -> int:
-        """How many tensors the program has no use for."""
-        found = 0
-        for layer, verdict in self.verdicts.items():
-            written = self._as_written(layer)
-            if verdict.reads == "not at all":
-                # Of a layer that it knows, it takes these whatever else there is.
-                taken = set() if self._lost(written) else {ALPHA, MAGNITUDE}
-                found += len(self.written[written].tensors.keys() - taken)
-            else:
-                found += len(self.written[written].tensors.keys() & {MAGNITUDE_VECTOR, "lora_up.bias"})
-        return found
+    def taken(self) -> int:
+        """How many tensors the program has a use for."""
+        return sum(len(self._taken(layer).names) for layer in self.written)
+
+    def _taken(self, written: str) -> Taken:
+        """What the program makes of a layer's tensors by their names in the file."""
+        own = self.written[written]
+        if self._unplaced(written):
+            return Taken(frozenset())
+        spelled = frozenset(own.spelled)
+        return Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own)
+
+    def _left(self, written: str) -> frozenset[str]:
+        """Those that it does not look for, by LyCORIS' names."""
+        own, taken = self.written[written], self._taken(written).names
+        return frozenset(name for name, spelled in zip(own.tensors, own.spelled, strict=True) if spelled not in taken)
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
         """What becomes of each layer."""
-        return {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
+        found = {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
+        pattern = self.known.together if self.known is not None and self.routed is None else ""
+        if not pattern:
+            return found
+        groups = {
+            layer: match.groups()
+            for layer in found
+            if (match := re.fullmatch(pattern, self.written[self._as_written(layer)].key))
+        }
+        failing = {group for layer, group in groups.items() if found[layer].reads == "not at all"}
+        for layer, group in groups.items():
+            if group in failing and found[layer].reads != "not at all":
+                why = f"{self.program.title} takes such layers together, and leaves all out when one fails"
+                found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
+        return found
 
     def _as_written(self, layer: str) -> str:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
@@ -232,23 +237,31 @@ class Part:
     def _span(self, layer: str) -> Span:
         return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
 
-    def _lost(self, written: str) -> bool:
-        """Whether the program passes a layer's keys over."""
+    def _is_incomplete(self, written: str) -> bool:
+        """Whether it is of layers that the program takes together only, and others of them are not there."""
+        together = self.known.together if self.known is not None and self.routed is None else ""
+        return bool(together) and _among(self.written[written].key, together, self._incomplete)
+
+    def _unplaced(self, written: str) -> bool:
+        """Whether the program has no place for a layer's keys."""
         if self.routed is not None:
             return self.written[written].key in self.routed.lost
         if self.known is None:
             return True
         unnamed = self._named is not None and written not in self._named
         key = self.written[written].key
-        return unnamed or bool(re.fullmatch(self.known.lost, key)) or _among(key, self.known.together, self._incomplete)
+        lost = key
+        if self.program.takes is not None:
+            lost, unnamed = self.written[written].own, unnamed or not self.written[written].own
+        return unnamed or bool(re.fullmatch(self.known.lost, lost))
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key, stored, _ = self.written[written]
+        key, stored = self.written[written].key, self.written[written].tensors
         known = None if self.routed is not None else self.known
         if self.known is None and self.routed is None and not self.program.seen(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")
-        if self._lost(written) or (known is not None and re.fullmatch(known.stops, key)):
+        if self._unplaced(written) or (known is not None and re.fullmatch(known.stops, key)):
             return Verdict(
                 "not at all", f"{title} has no place for such keys", None, "format" if self._others else None
             )
@@ -256,20 +269,10 @@ class Part:
             return Verdict(
                 "not known", f"whether {title} has a place for such keys depends on the version of the model"
             )
-        if "bias_indices" in stored:
+        if "bias_indices" in stored and self.program.takes is None:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
-        first, *rest = stack
-        verdict = self.program.verdict(
-            first,
-            beside=tuple(rest),
-            dialect=self.dialect or self.own,
-            architecture=self.architecture,
-            key=key,
-            stored=stored,
-            place=place_of(self._span(layer), self._holders, self.layout),
-            among=self._among,
-        )
-        own = below_lengths(first.algorithm).name
+        verdict = self._by_the_table(layer, written, stack)
+        own = below_lengths(stack[0].algorithm).name
         if (
             self.taken_for
             and verdict.reads != "not at all"
@@ -291,6 +294,52 @@ class Part:
                 "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
             )
         return verdict
+
+    def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
+        """What the program makes of the layer's tensors that it looks for."""
+        own = self.written[written]
+        verdict = self.program.verdict(
+            stack[0],
+            beside=stack[1:],
+            dialect=self.dialect or self.own,
+            architecture=self.architecture,
+            key=own.key,
+            stored=own.tensors,
+            place=place_of(self._span(layer), self._holders, self.layout),
+            among=self._among,
+            spelled=frozenset() if self.program.takes is None else frozenset(own.spelled),
+            model=self.model,
+        )
+        if self.program.takes is not None:
+            verdict = self._of_taken(written, stack, verdict) or verdict
+        if not self._is_incomplete(written) or verdict.stops:
+            return verdict
+        why = f"{self.program.title} takes such layers together, and not all of them are there"
+        return Verdict("not at all", why, None, "format" if self._others else None)
+
+    def _of_taken(self, written: str, stack: tuple[Entry, ...], verdict: Verdict) -> Verdict | None:
+        """What becomes of a layer of which the program does not look for all tensors; None: what its table says."""
+        title, left, (taken, stops) = self.program.title, self._left(written), self._taken(written)
+        if not taken - ALPHA_AND_LENGTHS:
+            if verdict.reads == "not at all" and verdict.stops == stops:
+                return None
+            strange = some(sorted(set(self.written[written].spelled) - taken))
+            why = f"{title} looks for no tensors called {strange}" + ", and rejects the file" * stops
+            return Verdict("not at all", why, None, verdict.remedy or "anew", stops=stops)
+        if verdict.reads != "as trained":
+            return None
+        entry = stack[0]
+        plain = len(stack) == 1 and not isinstance(entry.algorithm, DoRA)
+        if left - {ALPHA, "scale"}:
+            return Verdict("differently", f"{title} leaves out {some(sorted(left - {ALPHA, 'scale'}))}", None, "anew")
+        if "scale" in left:
+            ours, its = self.scales[written]
+        else:
+            ours, its = entry.algorithm.scale(entry.geometry), 1.0
+        if not left or abs(its - ours) <= SAME * abs(ours):
+            return None
+        error = abs(its / ours - 1) if plain and ours else None
+        return Verdict("differently", f"{title} does not look for {some(sorted(left))} there", error, "anew")
 
     def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
         """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lycoris.additive import Additive
 from lycoris.algorithm import Affine, Algorithm
-from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, below_lengths
+from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, Norm, below_lengths
 from lycoris.algorithms.lokr import Layout
 from lycoris.bundle import Entry
 from lycoris.errors import FileError, unknown
@@ -59,10 +59,12 @@ def portable_stack(
     architecture: str | None = None,
     key: str = "",
     place: Place = "",
+    model: str = "",
 ) -> tuple[Stack, str]:
     """The same of all that a file has for a layer: an algorithm, and changes of its bias or of single places beside it.
 
-    `key` is what the file calls the layer, `place` how the program's model holds it.
+    `key` is what the file calls the layer, `place` how the program's model holds it, `model` the known model that it is
+    taken to be of.
     """
     if consumer not in CONSUMERS:
         raise FileError(unknown("consumer", consumer, CONSUMERS))
@@ -73,7 +75,13 @@ def portable_stack(
     while True:
         first, *beside = stack
         verdict = CONSUMERS[consumer].verdict(
-            first, base, beside=tuple(beside), dialect=dialect, architecture=architecture, key=key, place=place
+            *(first, base),
+            beside=tuple(beside),
+            dialect=dialect,
+            architecture=architecture,
+            key=key,
+            place=place,
+            model=model,
         )
         if verdict.reads == "as trained":
             return stack, ", then ".join(done.values()) or "nothing"
@@ -87,11 +95,18 @@ def portable_stack(
 
 def joined(stack: Stack, base: Affine | None = None) -> Stack:
     """An algorithm and the changes beside it as one difference of the weight and the bias."""
-    tensors: dict[str, Tensor] = {}
-    for entry in stack:
-        for name, tensor in dense(entry, base).tensors.items():
-            tensors[name] = widened(tensors[name]) + widened(tensor) if name in tensors else tensor
-    return (Entry(Full(weight="diff" in tensors, bias="diff_b" in tensors), stack[0].geometry, tensors),)
+    g, tensors = stack[0].geometry, dict[str, Tensor]()
+    parts = [dense(entry, base) for entry in stack]
+    norms = {"diff": "w", "diff_b": "b"} if any(isinstance(part.algorithm, Norm) for part in parts) else {}
+    for part in parts:
+        for own, tensor in part.tensors.items():
+            name = norms.get(own, own)
+            tensors[name] = (
+                widened(tensors[name]) + widened(tensor.reshape(tensors[name].shape)) if name in tensors else tensor
+            )
+    if norms:
+        return (Entry(Norm(), g, tensors),)
+    return (Entry(Full(weight="diff" in tensors, bias="diff_b" in tensors), g, tensors),)
 
 
 def plain(entry: Entry, base: Affine | None = None) -> Entry:

@@ -17,6 +17,7 @@ from lycoris.files.consumers.traits import (
     dora_out,
     embedding,
     exchanged,
+    first_layout,
     in_rows,
     is_a,
     kernel,
@@ -42,7 +43,7 @@ EMBEDDINGS = (
         "dense",
     ),
     Row(
-        all_of(embedding, no_other_than("full")),
+        all_of(embedding, no_other_than("full", "replace")),
         "differently",
         "takes an embedding for a layer with as many outputs as entries, and lays the change out the other way round",
         "dense",
@@ -94,9 +95,10 @@ OWN_NAMES = Row(
     "format",
 )
 FIRST_LAYOUT_ON_KERNELS = Row(
-    all_of(of_both_layouts, kernel),
+    all_of(any_of(of_both_layouts, first_layout), kernel),
     "not at all",
-    "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and fails on the kernel",
+    "multiplies the weight of a GLoRA of the first layout, or of as many ranks as inputs and outputs, as a matrix, and "
+    "fails on the kernel",
     "plain",
 )
 REPLACED = Row(replaces, "not known", "reads a set_weight, and what it makes of one was not looked at")

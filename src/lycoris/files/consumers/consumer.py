@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -12,6 +12,7 @@ from lycoris.algorithms import DoRA, Replace, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.consumers.routes import Route
+from lycoris.files.consumers.taking import Takes
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all", "not known"]
@@ -82,6 +83,10 @@ class Case(NamedTuple):
     place: Place = ""
     among: frozenset[str] = frozenset()
     """The own names of all tensors of the file, likewise."""
+    spelled: frozenset[str] = frozenset()
+    """The names of its tensors as the file spells them; none: as the dialect does."""
+    model: str = ""
+    """The known model that its component is taken to be; "" not known."""
 
     @property
     def name(self) -> str:
@@ -133,6 +138,8 @@ class Consumer:
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
+    asked: frozenset[str] = ASKED
+    """Algorithms of which it was looked at what it makes of them."""
     names: frozenset[str] = NAMES
     """Tensors of which it was looked at what it makes of them."""
     replaces: bool = False
@@ -143,6 +150,10 @@ class Consumer:
     """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
     route: Route | None = None
     """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
+    refuses: Callable[[Collection[str], str | None], str] | None = None
+    """Why it rejects a file by the names of its tensors and the denoiser's architecture; "" where it does not."""
+    takes: Takes | None = None
+    """The tensors of a layer that it looks for; None: not looked at, and taken to be all, however they are spelled."""
     stops: bool = False
     """Whether every layer that it cannot take costs the whole file."""
     taken_for: Callable[[Iterable[str]], str] | None = None
@@ -152,10 +163,13 @@ class Consumer:
     whole: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
-    def known(self, dialect: str, architecture: str | None) -> Known | None:
-        """What it knows of the keys that a dialect has for an architecture; None: nothing."""
+    def known(self, dialect: str, architecture: str | None, *finer: str) -> Known | None:
+        """What it knows of the keys that a dialect has for an architecture; None: nothing.
+
+        `finer` are other names under which there may be something more exact.
+        """
         there = self.keys.get(dialect, {})
-        return there.get(architecture or ALL, there.get(ALL))
+        return next((there[each] for each in (*finer, architecture or ALL, ALL) if each in there), None)
 
     def verdict(
         self,
@@ -169,12 +183,15 @@ class Consumer:
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         place: Place = "",
         among: frozenset[str] = frozenset(),
+        spelled: frozenset[str] = frozenset(),
+        model: str = "",
     ) -> Verdict:
         """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
 
         `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
         program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the
-        program's model holds the layer, `among` the names of all tensors of the file.
+        program's model holds the layer, `among` the names of all tensors of the file, `spelled` those of the layer's as
+        written, `model` the known model that the component is taken to be.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
@@ -183,14 +200,18 @@ class Consumer:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
         if not self.replaces and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
             return Verdict("not at all", f"{self.title} is not known to put whole weights in place of a layer's own")
-        case = Case(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among)
+        case = Case(
+            *(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among),
+            spelled=spelled,
+            model=model,
+        )
         for row in self.rows:
             if row.when(case):
                 error = None if row.error is None else row.error(case)
                 why = row.why if isinstance(row.why, str) else row.why(case)
                 stops = row.reads == "not at all" and (row.stops or self.stops)
                 return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
-        if case.name not in ASKED:
+        if case.name not in self.asked:
             return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
         if strange := sorted(stored.keys() - self.names):
             return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")

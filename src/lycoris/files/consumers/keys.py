@@ -143,16 +143,27 @@ COMFYUI: Mapping[str, Mapping[str, Known]] = {
     "peft": wholly("sd3"),
 }
 
+_PREFIXED = r"model\.diffusion_model\..*|lora_unet__.*|oft_(unet|te\d?)_.*"
+"""What begins otherwise than programs expect it."""
+
 # Forge: the same functions in packages_3rdparty/comfyui_lora_collection/lora.py, as of 2024, for the models in
 # backend/diffusion_engine.
-_FORGE_OWN = wholly(*UNETS, "sd3") | partly("flux1", lost=r".*[._]norm[._](query|key)_norm")
-"""Flux.1's norms of queries and keys have a parameter of another name there."""
+_FORGE_NORMS = r".*[._]norm[._](query|key)_norm|.*distilled_guidance_layer[._]norms[._]\d+"
+"""Of Flux.1 and Chroma, whose norms over a vector have a parameter of another name there."""
+_FORGE_DITS = partly("flux1", "chroma", lost=_FORGE_NORMS)
+_FORGE_OWN = partly(*UNETS, "sd3", lost=_PREFIXED) | partly("flux1", "chroma", lost=f"{_FORGE_NORMS}|{_PREFIXED}")
+_FORGE_NAMED: Mapping[str, Known] = {"sd3": Known(named="comfyui")} | dict.fromkeys(
+    ("flux1", "chroma"), Known(_FORGE_NORMS, named="comfyui")
+)
+"""lora_unet_ stands before its own names of layers, of which diffusers has some too."""
+_FORGE_CLIP = _COMFYUI_CLIP | partly("t5", lost=f"lora_te_.*|{_EMBEDS}")
+_FORGE_DOTTED_CLIP = rf"(?!text_encoder\.text_projection$)({_DOTTED_CLIP})"
 _FORGE_DOTTED = (
-    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_DOTTED_CLIP)
+    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_FORGE_DOTTED_CLIP)
 )
 FORGE: Mapping[str, Mapping[str, Known]] = {
-    "kohya": _FORGE_OWN | _COMFYUI_CLIP,
-    "kohya-diffusers": wholly(*UNETS) | _COMFYUI_CLIP,
+    "kohya": _FORGE_OWN | _FORGE_CLIP,
+    "kohya-diffusers": {**partly(*UNETS, lost=_PREFIXED), **_FORGE_NAMED, **_FORGE_CLIP},
     "comfyui": _FORGE_OWN,
     "diffusers": _FORGE_DOTTED,
     # simpletuner lycoris format
@@ -160,38 +171,66 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
     "bare": partly(*UNETS, lost=_ATTENTION),
     "processors": wholly(*UNETS),
     "onetrainer-comfy": _FORGE_OWN,
-    "onetrainer-kohya": _FORGE_OWN | _COMFYUI_CLIP,
+    "onetrainer-kohya": _FORGE_OWN | _FORGE_CLIP,
     "onetrainer-diffusers": _FORGE_DOTTED,
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
+    "onetrainer-legacy": partly(*UNETS, "sd3", "chroma", lost="lora_transformer_.*")
+    | {each: known._replace(lost="lora_transformer_.*|" + known.lost) for each, known in _FORGE_NAMED.items()}
     | partly("flux1", lost="lora_unet_.*")
-    | _COMFYUI_CLIP,
-    "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*"),
-    "musubi": wholly("flux1"),
-    "musubi-other": wholly("flux1", "sd3"),
+    | _FORGE_CLIP,
+    "ai-toolkit": partly("flux1", lost=r"diffusion_model\..*")
+    | {
+        "sd3": Known(r"transformer\..*", named="comfyui"),
+        "chroma": Known(rf"transformer\..*|{_FORGE_NORMS}", named="comfyui"),
+    },
+    "musubi": _FORGE_DITS | wholly("sd3"),
+    "musubi-other": _FORGE_DITS | wholly("sd3"),
 }
 
-# WebUI: assign_network_names_to_compvis_modules and convert_diffusers_name_to_compvis in
-# extensions-builtin/Lora/networks.py. Of SD3's keys it takes the last two dots for the end of the layer's name.
-_WEBUI_CLIP = dict.fromkeys(
-    ("clip",),
-    Known(
-        lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*",
+# WebUI: assign_network_names_to_compvis_modules, convert_diffusers_name_to_compvis and load_network in
+# extensions-builtin/Lora/networks.py; it has models of these families only. What is said of one model or family is
+# under its name, which counts before that of the architecture.
+_WEBUI_TOGETHER = r"lora_te{}_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"
+"""torch.nn.MultiheadAttention"""
+_WEBUI_CLIP: Mapping[str, Known] = {
+    "clip": Known(
+        lost=r"(lora|oft)_te_(?!text_model_encoder_layers_).*|(lora_te2|oft_te\d?)_.*",
         unsure=r"lora_te_text_model_encoder_layers_\d+_layer_norm[12]",
     ),
-) | dict.fromkeys(
-    ("clip-with-projection",),
-    # torch.nn.MultiheadAttention
-    Known(lost=_FLAT_CLIP, together=r"lora_te2_text_model_encoder_layers_(\d+)_self_attn_(?:q|k|v|out)_proj"),
+    "clip-l": Known(lost=r"lora_te_(?!text_model_encoder_layers_).*|(lora_te2|oft_te\d?)_.*"),
+    "openclip-h": Known(lost=rf"lora_te\d_.*|oft_te\d?_.*|{_FLAT_CLIP}", together=_WEBUI_TOGETHER.format("")),
+    "sdxl/clip": Known(lost=r"(?!lora_te1_).*"),
+    "clip-with-projection": Known(lost=rf"(?!lora_te2_).*|{_FLAT_CLIP}", together=_WEBUI_TOGETHER.format("2")),
+} | {
+    f"{family.name}/{encoder}": Known(lost=".*")
+    for family in FAMILIES.values()
+    for component, encoder in family.components.items()
+    if component and family.components[""] not in UNETS and encoder in CLIPS
+}
+_WEBUI_UNETS = r"lora_unet__.*|oft_unet_.*|lora_unet_conv_norm_out"
+_WEBUI: Mapping[str, Known] = {**partly("sd1.5-unet", "sd2-unet", lost=_WEBUI_UNETS), **_WEBUI_CLIP}
+_WEBUI_SGM = partly("sdxl-unet", lost="lora_unet__.*") | wholly("sd3")
+_WEBUI_SDXL: Mapping[str, Known] = {"sd3": Known(named="comfyui")} | partly(
+    "sdxl-unet", lost=rf"{_WEBUI_UNETS}|lora_unet_(add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"
 )
-_WEBUI = partly("sd1.5-unet", "sd2-unet", lost="lora_unet_conv_norm_out") | _WEBUI_CLIP
-_WEBUI_SDXL = partly(
-    "sdxl-unet", lost="lora_unet_(conv_norm_out|add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)"
-)
+# diffusers_weight_mapping in modules/models/sd3/sd3_model.py: what it maps of the context's attention is called
+# otherwise, by its model and by diffusers.
+_WEBUI_SD3: Mapping[str, Known] = {
+    "sd3": Known(
+        lost=r"(?!transformer\.transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)$).*",
+        together=r"transformer\.transformer_blocks\.(\d+)\.attn\.to_(?:q|k|v)",
+    )
+}
 WEBUI: Mapping[str, Mapping[str, Known]] = {
-    "kohya": _WEBUI | wholly("sdxl-unet"),
-    "kohya-diffusers": _WEBUI | _WEBUI_SDXL,
-    "onetrainer-kohya": _WEBUI | wholly("sdxl-unet"),
-    "onetrainer-legacy": _WEBUI | _WEBUI_SDXL,
+    "kohya": {**_WEBUI, **_WEBUI_SGM},
+    "kohya-diffusers": {**_WEBUI, **_WEBUI_SDXL},
+    "onetrainer-kohya": {**_WEBUI, **_WEBUI_SGM},
+    "onetrainer-legacy": {
+        name: known._replace(lost="|".join(filter(None, ("lora_transformer_.*", known.lost))))
+        for name, known in {**_WEBUI, **_WEBUI_SDXL}.items()
+    },
+    "diffusers": _WEBUI_SD3,
+    "onetrainer-diffusers": _WEBUI_SD3,
+    "ai-toolkit": _WEBUI_SD3,
 }
 
 # InvokeAI: invokeai/backend/patches/lora_conversions, one file for each of these.

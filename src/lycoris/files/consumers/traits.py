@@ -7,7 +7,7 @@ import re
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithms import IA3, MAGNITUDE, LoKr, Replace, below_lengths
+from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, Replace, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
@@ -22,6 +22,10 @@ def all_of(*tests: Test) -> Test:
 
 def any_of(*tests: Test) -> Test:
     return lambda case: any(test(case) for test in tests)
+
+
+def not_(test: Test) -> Test:
+    return lambda case: not test(case)
 
 
 def is_a(*names: str) -> Test:
@@ -84,6 +88,11 @@ def unscaled(case: Case) -> bool:
     return case.entry.algorithm.scale(case.entry.geometry) == 1
 
 
+def scaled_by_itself(case: Case) -> bool:
+    """With the scale as a number of its own."""
+    return "scale" in case.stored
+
+
 def linear(case: Case) -> bool:
     return case.entry.geometry.kind == "linear"
 
@@ -105,9 +114,59 @@ def not_written_as(*dialects: str) -> Test:
     return lambda case: case.dialect not in dialects
 
 
+def under_own_names(case: Case) -> bool:
+    """Behind what ComfyUI's own names of layers stand behind."""
+    if case.key:
+        return case.key.startswith("diffusion_model.")
+    return case.dialect in ("comfyui", "onetrainer-comfy", "musubi-other")
+
+
 def parameter(case: Case) -> bool:
     """A bare parameter."""
     return case.entry.geometry.kind == "parameter"
+
+
+def replaces_weight(case: Case) -> bool:
+    """A weight in place of the layer's own."""
+    return any(isinstance(each.algorithm, Replace) and "w" in each.tensors for each in (case.entry, *case.beside))
+
+
+def replaces_bias(case: Case) -> bool:
+    """A bias in place of the layer's own."""
+    return any(isinstance(each.algorithm, Replace) and "b" in each.tensors for each in (case.entry, *case.beside))
+
+
+def only_replaces(case: Case) -> bool:
+    """Nothing but weights and biases in place of the layer's own, and changes of its bias."""
+    return replaces(case) and not changes_weight(case)
+
+
+def changes_weight(case: Case) -> bool:
+    """A change of the weight that the layer has, or that stands in its place."""
+    return any(
+        not isinstance(each.algorithm, Replace) and not each.tensors.keys() <= {"diff_b"}
+        for each in (case.entry, *case.beside)
+    )
+
+
+def modelled(*models: str) -> Test:
+    """Of a component that is taken to be such a model."""
+    return lambda case: case.model in models
+
+
+def single_dotted(case: Case) -> bool:
+    """With a tensor whose name in the file has one dot."""
+    return any(f"{case.key}.{name}".count(".") < 2 for name in case.spelled or case.stored or (ALPHA,))
+
+
+def flat_lengths(case: Case) -> bool:
+    """DoRA's lengths as a vector."""
+    return bool(case.dora) and len(case.stored.get(MAGNITUDE, (1, 1))) < 2
+
+
+def unfolded(case: Case) -> bool:
+    """Second factors that keep the kernel's dimensions."""
+    return any(len(case.stored.get(name, ())) > 2 for name in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"))
 
 
 def replaces(case: Case) -> bool:
@@ -144,7 +203,11 @@ def cored(case: Case) -> bool:
 
 def without_mid(case: Case) -> bool:
     """LoRA with a core beside factors that are called as PEFT does, which has none."""
-    return case.name == "lora" and cored(case) and "lora_up.weight" in DIALECTS[case.dialect].spelling
+    if case.name != "lora" or not cored(case):
+        return False
+    if case.spelled:
+        return "lora_up.weight" not in case.spelled
+    return "lora_up.weight" in DIALECTS[case.dialect].spelling
 
 
 def off_pictures(case: Case) -> bool:

@@ -1,0 +1,81 @@
+"""Which tensors of a layer a program looks for, by their names as a file spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+class Taken(NamedTuple):
+    """What a program makes of a layer's tensors by their names."""
+
+    names: frozenset[str]
+    """Those that it uses."""
+    stops: bool = False
+    """Whether it gives the file up, since it uses none."""
+
+
+Takes = Callable[[frozenset[str], str], Taken]
+"""The names of a layer's tensors, and its key → what the program makes of them."""
+
+ALPHA_AND_LENGTHS = frozenset({"alpha", "dora_scale"})
+"""What is taken whatever else there is, and changes nothing alone."""
+PROCESSOR = "_lora.up.weight", "_lora.down.weight"
+"""Behind a projection's name, of attention processors."""
+_LORA = "lora_up.weight", "lora_down.weight"
+_PEFT = "lora_B.weight", "lora_A.weight"
+_HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+_CORES = frozenset({"hada_t1", "hada_t2"})
+_LOKR = frozenset(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
+_GLORA = frozenset(f"{each}.weight" for each in ("a1", "a2", "b1", "b2"))
+
+
+def by_forge(names: frozenset[str], key: str) -> Taken:
+    """`load_lora` looks for all of these, and the last one that it finds of a weight counts."""
+    pairs = (
+        _LORA,
+        PROCESSOR,
+        _PEFT,
+        ("lora.up.weight", "lora.down.weight"),
+        ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
+    )
+    found = names & {*ALPHA_AND_LENGTHS, "diff", "diff_b", "set_weight", "w_norm", *_LOKR}
+    pair = next((pair for pair in pairs if pair[0] in names), ())
+    found |= names & {*pair, *(("lora_mid.weight",) if pair == _LORA else ())}
+    if "hada_w1_a" in names:
+        found |= names & (_HADA | _CORES if "hada_t1" in names else _HADA)
+    if "a1.weight" in names:
+        found |= names & _GLORA
+    if "w_norm" in names:
+        found |= names & {"b_norm"}
+    # What does not end in weight has a key of its own there.
+    if key.startswith("diffusion_model."):
+        found |= names & {"bias.diff", "bias.set_weight"}
+    return Taken(found)
+
+
+def by_webui(names: frozenset[str], key: str) -> Taken:
+    """The first kind of network that finds its tensors counts; `NetworkModule` takes what scales it beside them."""
+    if key.startswith("transformer."):
+        # Of SD 3's names the last two steps are the tensor's, and of others the layer is another one.
+        names = frozenset(name for name in names if name.count(".") == 1)
+    taken = next((names & taken for needed, taken in _networks() if names >= needed), frozenset[str]())
+    return Taken(taken, stops=bool(names) and not taken)
+
+
+def _networks() -> Iterator[tuple[frozenset[str], frozenset[str]]]:
+    """What each kind of network needs → what it takes."""
+    scaled = ALPHA_AND_LENGTHS | {"scale"}
+    yield frozenset(_LORA), scaled | {*_LORA, "lora_mid.weight"}
+    # Of these two it makes a new layer, without anything else.
+    yield frozenset(_PEFT), frozenset(_PEFT)
+    yield _HADA, scaled | _HADA | _CORES
+    yield frozenset({"weight", "on_input"}), scaled | {"weight", "on_input"}
+    for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}):
+        for second in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}):
+            yield frozenset({*first, *second}), scaled | _LOKR
+    yield frozenset({"diff"}), scaled | {"diff", "diff_b"}
+    yield frozenset({"w_norm", "b_norm"}), scaled | {"w_norm", "b_norm"}
+    yield _GLORA | {"alpha"}, scaled | _GLORA
+    for blocks in ("oft_blocks", "oft_diag"):
+        yield frozenset({blocks}), scaled | {blocks, "rescale"}
