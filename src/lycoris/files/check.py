@@ -102,7 +102,17 @@ def judged(found: Opened, consumer: str) -> Check:
     routed = routed_by(program, found, written)
     taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
     parts = [
-        Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for)
+        Part(
+            program,
+            name,
+            detection.dialect,
+            layouts[name],
+            bundles[name],
+            written[name],
+            routed,
+            taken_for,
+            detection.family,
+        )
         for name in detection.components
     ]
     rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []

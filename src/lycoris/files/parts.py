@@ -86,6 +86,7 @@ class Part:
     """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
     taken_for: str = ""
     """The one algorithm that the program takes the whole file for; "" each layer has its own."""
+    family: str | None = None
 
     @property
     def architecture(self) -> str | None:
@@ -114,12 +115,16 @@ class Part:
 
     @cached_property
     def known(self) -> Known | None:
-        return self.program.known(self.dialect, self.architecture)
+        by_naming, architecture = self.program.by_naming, self.architecture
+        named = (
+            by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
+        )
+        return named or self.program.known(self.dialect, architecture, self.family)
 
     @property
     def elsewhere(self) -> list[str]:
         """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.known(each, self.architecture)]
+        return [each for each in self.program.keys if self.program.known(each, self.architecture, self.family)]
 
     @property
     def problems(self) -> list[str]:
@@ -148,6 +153,8 @@ class Part:
         if (self.known is not None or self.routed is not None) and not all(map(self._lost, self.written)):
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
+        if self.architecture in self.program.lacks:
+            return f"{self.program.title} has no such model as {model}"
         if self.routed is None and not self.program.seen(self.architecture):
             return f"which keys {self.program.title} knows for {model} was not looked at"
         return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
@@ -238,9 +245,15 @@ class Part:
             return self.written[written].key in self.routed.lost
         if self.known is None:
             return True
-        unnamed = self._named is not None and written not in self._named
         key = self.written[written].key
-        return unnamed or bool(re.fullmatch(self.known.lost, key)) or _among(key, self.known.together, self._incomplete)
+        unnamed = self._named is not None and written not in self._named and bool(re.fullmatch(self.known.where, key))
+        unhinged = bool(re.fullmatch(self.known.hinge[0], key)) and not self._has(self.known.hinge[1])
+        lost = bool(re.fullmatch(self.known.lost, key)) or _among(key, self.known.together, self._incomplete)
+        return unnamed or unhinged or lost
+
+    def _has(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return any(name in each.names for each in self.written.values())
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)

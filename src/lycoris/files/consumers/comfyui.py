@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lycoris.files.consumers import keys
+from lycoris.files.consumers import comfyui_keys
 from lycoris.files.consumers.consumer import Consumer, Row
 from lycoris.files.consumers.shared import CORES, LONE_SHIFT, W2_ON_WRONG_AXES, cores
 from lycoris.files.consumers.traits import (
@@ -151,7 +151,7 @@ FAILING = (STACKS, FIRST_LAYOUT_ON_KERNELS, EMBEDDINGS[0], WITHOUT_MID[0])
 COMFYUI = Consumer(
     "comfyui",
     "ComfyUI",
-    keys.COMFYUI,
+    comfyui_keys.KEYS,
     (
         REPLACED,
         *STOPPED,
@@ -173,6 +173,8 @@ COMFYUI = Consumer(
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    by_naming=comfyui_keys.known,
+    lacks=comfyui_keys.LACKS,
     replaces=True,
     own="comfyui",
 )

@@ -133,6 +133,11 @@ class Consumer:
     transposes: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
+    by_naming: Callable[[str, str], Known | None] | None = None
+    """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
+    or of an architecture: as `keys` says."""
+    lacks: frozenset[str] = frozenset()
+    """Architectures of which it has no model."""
     names: frozenset[str] = NAMES
     """Tensors of which it was looked at what it makes of them."""
     replaces: bool = False
@@ -152,10 +157,10 @@ class Consumer:
     whole: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
-    def known(self, dialect: str, architecture: str | None) -> Known | None:
-        """What it knows of the keys that a dialect has for an architecture; None: nothing."""
+    def known(self, dialect: str, architecture: str | None, family: str | None = None) -> Known | None:
+        """What it knows of the keys that a dialect has for an architecture, in a family's models; None: nothing."""
         there = self.keys.get(dialect, {})
-        return there.get(architecture or ALL, there.get(ALL))
+        return there.get(f"{family}:{architecture}") or there.get(architecture or ALL, there.get(ALL))
 
     def verdict(
         self,
@@ -199,4 +204,4 @@ class Consumer:
     def seen(self, architecture: str | None) -> bool:
         """Whether it was looked at which keys it knows for an architecture."""
         named = any(ALL in there or architecture in there for there in self.keys.values())
-        return architecture in LOOKED_AT or named
+        return architecture in LOOKED_AT or architecture in self.lacks or named
