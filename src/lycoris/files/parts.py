@@ -19,7 +19,7 @@ from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.holding import holders, place_of
+from lycoris.files.holding import Holder, holders, place_of
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened
 from lycoris.files.spelling import MAGNITUDE_VECTOR
@@ -233,7 +233,7 @@ class Part:
         return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
 
     @cached_property
-    def _holders(self) -> Mapping[str, Span]:
+    def _holders(self) -> Mapping[str, Holder]:
         return holders(self.program, self.layout)
 
     def _span(self, layer: str) -> Span:
@@ -279,7 +279,7 @@ class Part:
             architecture=self.architecture,
             key=key,
             stored=stored,
-            place=place_of(self._span(layer), self._holders, self.layout),
+            place=place_of(Holder(layer, self._span(layer)), self._holders, self.layout),
             among=self._among,
         )
         own = below_lengths(first.algorithm).name

@@ -169,7 +169,8 @@ def _table(dialect: str) -> dict[str, Known]:
 
 # `unet.` is before `attn1.processor.to_q`, which newer files do not have.
 _DOTTED = partly(*UNETS, lost=rf"{UNET_PROJECTIONS}|transformer\..*") | DOTTED_CLIP
-_OWN_ENCODERS = wholly(*DOTTED_CLIP, "language-model") | partly("t5", lost=EMBEDS)
+_HEAD = r".*lm_head"
+_OWN_ENCODERS = wholly(*DOTTED_CLIP) | partly("t5", lost=EMBEDS) | partly("language-model", lost=_HEAD)
 _FLAT = wholly(*UNETS) | COMFYUI_CLIP
 # T5 alone is counted as the first text encoder. One language model alone has `lora_te_`.
 _FIRST = {f"{family}:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}") for family in ("chroma", "pixart", "ltx-video", "mochi")}
@@ -177,7 +178,7 @@ _FLAT_ENCODERS = (
     _FLAT
     | _FIRST
     | {"cosmos-predict2:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}")}
-    | {f"{family}:language-model": Known("(?!lora_te_).*") for family in ("z-image", "lumina2")}
+    | {f"{family}:language-model": Known(f"(?!lora_te_).*|{_HEAD}") for family in ("z-image", "lumina2")}
 )
 KEYS: Mapping[str, Mapping[str, Known]] = MappingProxyType(
     {

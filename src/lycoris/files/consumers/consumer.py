@@ -15,9 +15,9 @@ from lycoris.files.consumers.routes import Route
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all", "not known"]
-Place = Literal["", "rows", "swapped"]
-"""How a program's model holds a layer of a file: as one of its own, as some rows of one, or as one whose two halves are
-the other way round."""
+Place = Literal["", "rows", "swapped", "renamed"]
+"""How a program's model holds a layer of a file: as one of its own, as some rows of one, as one whose two halves are
+the other way round, or as one of another name."""
 Remedy = Literal[
     "plain",
     "dense",

@@ -115,9 +115,24 @@ def replaces(case: Case) -> bool:
     return any(isinstance(each.algorithm, Replace) for each in (case.entry, *case.beside))
 
 
+def nameless(case: Case) -> bool:
+    """A layer of which it is not known what its keys call it."""
+    return not case.key
+
+
+def not_behind(*prefixes: str) -> Test:
+    """A layer whose keys begin otherwise."""
+    return lambda case: bool(case.key) and not case.key.startswith(prefixes)
+
+
 def stacked(case: Case) -> bool:
     """A stack of matrices."""
     return case.entry.geometry.stack > 0
+
+
+def one_of_a_stack(case: Case) -> bool:
+    """A stack of one matrix."""
+    return case.entry.geometry.stack == 1
 
 
 def called(pattern: str) -> Test:
@@ -185,6 +200,16 @@ def core_without_contiguous(case: Case) -> bool:
 
 def w1_split(case: Case) -> bool:
     return case.name == "lokr" and "w1_a" in case.entry.tensors
+
+
+def split_factors(case: Case) -> bool:
+    """A LoKr of which one factor or both are products."""
+    return case.name == "lokr" and not whole_factors(case)
+
+
+def whole_factors(case: Case) -> bool:
+    """A LoKr of two whole factors."""
+    return case.name == "lokr" and case.entry.tensors.keys() >= {"w1", "w2"}
 
 
 def w2_on_wrong_axes(case: Case) -> bool:
@@ -297,6 +322,11 @@ def starts_elsewhere(case: Case) -> bool:
 
 def in_rows(case: Case) -> bool:
     """A layer that the program's model holds as rows of a larger one, or with its halves exchanged."""
+    return case.place in ("rows", "swapped")
+
+
+def renamed(case: Case) -> bool:
+    """A layer that the program's model calls otherwise."""
     return bool(case.place)
 
 
