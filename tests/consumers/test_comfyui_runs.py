@@ -1,8 +1,8 @@
 """What is said of whole files for ComfyUI, against what its own reader made of them.
 
-The record (`comfyui_runs.json`) is of its loader over the files of `whole.picks_everywhere`, with the names that its own
-classes have: for each known model and format, "x" (the load fails), "=" (read as trained), "~" (differently), "-" (not
-at all), or these of the layers in the order of their names, each with how many follow each other.
+The record (`comfyui_runs.json`) is of its loader over the files of `whole.picks_everywhere`, with the names that its
+own classes have: for each known model and format, "x" (the load fails), "=" (read as trained), "~" (differently), "-"
+(not at all), or these of the layers in the order of their names, each with how many follow each other.
 """
 
 from __future__ import annotations

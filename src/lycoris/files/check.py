@@ -112,6 +112,7 @@ def judged(found: Opened, consumer: str) -> Check:
             routed,
             taken_for,
             detection.family,
+            {new: name for name, new in detection.renamed.items()},
         )
         for name in detection.components
     ]
@@ -129,7 +130,7 @@ def judged(found: Opened, consumer: str) -> Check:
             verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
             algorithms[name] = _told(part.bundle.entries[layer])
     problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
-    if detection.renamed:
+    if detection.renamed and program.takes is None:
         first, new = next(iter(detection.renamed.items()))
         problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
     nowhere = not any(part.elsewhere for part in parts)

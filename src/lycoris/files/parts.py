@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,8 +19,10 @@ from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.detect import Detection
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
+from lycoris.files.dialects.processors import PROCESSORS
 from lycoris.files.holding import Holder, holders, place_of
 from lycoris.files.layout import Layout
+from lycoris.files.missed import without_missed
 from lycoris.files.opening import Opened
 from lycoris.files.spelling import MAGNITUDE_VECTOR
 from lycoris.report import some
@@ -87,6 +89,8 @@ class Part:
     taken_for: str = ""
     """The one algorithm that the program takes the whole file for; "" each layer has its own."""
     family: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tensor → the one that it has in the file, where that is another."""
 
     @property
     def architecture(self) -> str | None:
@@ -257,7 +261,7 @@ class Part:
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key, stored, _ = self.written[written]
+        key, stored, names = self.written[written]
         known = None if self.routed is not None else self.known
         if self.known is None and self.routed is None and not self.program.seen(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")
@@ -272,6 +276,7 @@ class Part:
         if "bias_indices" in stored:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         first, *rest = stack
+        place = place_of(Holder(layer, self._span(layer)), self._holders, self.layout)
         verdict = self.program.verdict(
             first,
             beside=tuple(rest),
@@ -279,7 +284,7 @@ class Part:
             architecture=self.architecture,
             key=key,
             stored=stored,
-            place=place_of(Holder(layer, self._span(layer)), self._holders, self.layout),
+            place=place,
             among=self._among,
         )
         own = below_lengths(first.algorithm).name
@@ -292,8 +297,15 @@ class Part:
                 f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
             )
             return Verdict("not at all", why, None, "lora")
-        if verdict.reads != "as trained":
-            return verdict
+        # Processors have the layer in the middle of the tensor's name.
+        if self.own != PROCESSORS.name:
+            verdict = without_missed(verdict, self.program, key, names, self.renamed, place)
+        return self._otherwise(layer, stack) or verdict if verdict.reads == "as trained" else verdict
+
+    def _otherwise(self, layer: str, stack: tuple[Entry, ...]) -> Verdict | None:
+        """What becomes of a layer, all of which the program reads, for where and how the file has it."""
+        title, known = self.program.title, None if self.routed is not None else self.known
+        key, stored, _ = self.written[self._as_written(layer)]
         if left_out := self._left_out(stack, key, stored):
             return left_out
         if known is not None and re.fullmatch(known.bent, key):
@@ -303,7 +315,7 @@ class Part:
             return Verdict(
                 "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
             )
-        return verdict
+        return None
 
     def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
         """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""

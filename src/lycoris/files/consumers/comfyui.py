@@ -265,6 +265,7 @@ COMFYUI = Consumer(
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
     names=NAMES | {"set_weight", "bias.set_weight"},
     by_naming=comfyui_keys.known,
+    takes=comfyui_keys.takes,
     lacks=comfyui_keys.LACKS,
     replaces=True,
     own="comfyui",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from lycoris.families import ARCHITECTURES
 from lycoris.families.naming import DIFFUSERS
+from lycoris.files.consumers.consumer import Place
 from lycoris.files.consumers.keys import (
     COMFYUI_CLIP,
     DOTTED_CLIP,
@@ -120,6 +121,39 @@ MODELS: Mapping[str, Model] = MappingProxyType(
 LACKS = frozenset({"flux3", "qwen-image-2.1", "sana", "framepack"})
 """Architectures of which it has no model."""
 
+_SPELLED = frozenset(
+    {
+        *(
+            "alpha",
+            "dora_scale",
+            "reshape_weight",
+            "diff",
+            "diff_b",
+            "set_weight",
+            "bias.set_weight",
+            "w_norm",
+            "b_norm",
+        ),
+        *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_B.weight", "lora_A.weight"),
+        *("lora.up.weight", "lora.down.weight", "lora_B", "lora_A"),
+        *("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
+        *("lora_B.default.weight", "lora_A.default.weight"),
+        *(f"hada_{each}" for each in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")),
+        *("oft_blocks", "rescale"),
+    }
+)
+"""Names of tensors that it looks for: load_lora in comfy/lora.py, and comfy/weight_adapter."""
+
+
+def takes(spelled: str, key: str, place: Place) -> bool:
+    """Whether it knows a tensor behind a layer's key; each bias has a key of its own behind `diffusion_model.`."""
+    if spelled == "bias.diff":
+        return key.startswith("diffusion_model.") and not place
+    return spelled in _SPELLED
+
+
 _PREFIXES = sorted(
     {
         prefix
@@ -171,7 +205,9 @@ def _table(dialect: str) -> dict[str, Known]:
 _DOTTED = partly(*UNETS, lost=rf"{UNET_PROJECTIONS}|transformer\..*") | DOTTED_CLIP
 _HEAD = r".*lm_head"
 _OWN_ENCODERS = wholly(*DOTTED_CLIP) | partly("t5", lost=EMBEDS) | partly("language-model", lost=_HEAD)
-_FLAT = wholly(*UNETS) | COMFYUI_CLIP
+_FLAT_UNETS = partly(*UNETS, lost="(?!lora_unet_(?!_)).*")
+_OWN_UNETS = partly(*UNETS, lost=r"(?!diffusion_model\.).*")
+_FLAT = _FLAT_UNETS | COMFYUI_CLIP
 # T5 alone is counted as the first text encoder. One language model alone has `lora_te_`.
 _FIRST = {f"{family}:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}") for family in ("chroma", "pixart", "ltx-video", "mochi")}
 _FLAT_ENCODERS = (
@@ -182,22 +218,20 @@ _FLAT_ENCODERS = (
 )
 KEYS: Mapping[str, Mapping[str, Known]] = MappingProxyType(
     {
-        "comfyui": _table("comfyui") | wholly(*UNETS) | _OWN_ENCODERS,
+        "comfyui": _table("comfyui") | _OWN_UNETS | _OWN_ENCODERS,
         "kohya": _table("kohya") | _FLAT_ENCODERS,
         "kohya-diffusers": _table("kohya-diffusers") | _FLAT_ENCODERS,
         # unet_to_diffusers
         "lycoris": _table("lycoris") | wholly(*UNETS),
         "diffusers": _table("diffusers") | _DOTTED,
         # `unet.` and nothing else, before the processors' names
-        "processors": wholly(*UNETS),
+        "processors": partly(*UNETS, lost=r"transformer\..*"),
         "musubi": _table("musubi"),
         "musubi-other": _table("musubi-other"),
-        "onetrainer-comfy": _table("onetrainer-comfy") | wholly(*UNETS) | _OWN_ENCODERS,
+        "onetrainer-comfy": _table("onetrainer-comfy") | _OWN_UNETS | _OWN_ENCODERS,
         "onetrainer-kohya": _table("onetrainer-kohya") | _FLAT_ENCODERS,
         "onetrainer-diffusers": _table("onetrainer-diffusers") | _DOTTED,
-        "onetrainer-legacy": _table("onetrainer-legacy")
-        | partly(*UNETS, lost="lora_transformer_.*")
-        | {name: each for name, each in _FLAT_ENCODERS.items() if name not in UNETS},
+        "onetrainer-legacy": _table("onetrainer-legacy") | _FLAT_ENCODERS,
         "ai-toolkit": _table("ai-toolkit"),
         # unet_to_diffusers: without a prefix
         "bare": _table("bare") | partly(*UNETS, lost=UNET_PROJECTIONS),

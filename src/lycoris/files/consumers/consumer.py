@@ -136,6 +136,10 @@ class Consumer:
     by_naming: Callable[[str, str], Known | None] | None = None
     """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
     or of an architecture: as `keys` says."""
+    takes: Callable[[str, str, Place], bool] | None = None
+    """Whether it knows a tensor by its name behind the layer's key, as the file spells it, from that key and how its
+    model holds the layer, and keys as the file has them; None: those that `lycoris.files.spelling` has, and keys also
+    with what wrappers put around them."""
     lacks: frozenset[str] = frozenset()
     """Architectures of which it has no model."""
     names: frozenset[str] = NAMES

@@ -91,9 +91,9 @@ LOOKED_AT = frozenset(
 
 # Text encoders: model_lora_keys_clip in ComfyUI's comfy/lora.py, which Forge has too.
 COMFYUI_CLIP = (
-    partly("clip", lost=f"lora_te2_.*|{_FLAT_CLIP}")
-    | partly("clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
-    | partly("t5", lost=f"lora_te1?_.*|{EMBEDS}")
+    partly("clip", lost=f"lora_te2_.*|oft_.*|{_FLAT_CLIP}")
+    | partly("clip-with-projection", lost=rf"oft_.*|(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
+    | partly("t5", lost=f"lora_te1?_.*|oft_.*|{EMBEDS}")
 )
 # One of CLIP alone is the first text encoder, whichever it is in the pipeline.
 DOTTED_CLIP = partly("clip", lost=rf"text_encoder_2\..*|{_DOTTED_CLIP}") | partly(
