@@ -148,7 +148,11 @@ REPLACEMENTS = (
         "format",
     ),
     OWN_NAMES,
-    Row(is_a("replace"), "as trained", "puts whole weights and biases in place of the own ones, whatever the strength"),
+    Row(
+        is_a("replace"),
+        "as trained",
+        "puts whole weights and biases in place of the own ones, at another strength than 1 too",
+    ),
 )
 """Whole weights and biases. One beside another algorithm is judged by the rows of that."""
 STACKS = Row(
