@@ -56,6 +56,7 @@ MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {
 EQUAL, SMALL = LoRA(rank=4, alpha=4.0), LoRA(rank=4, alpha=1.0)
 
 
+KNOWN = "known "
 SMALLER = 32
 """By how much the layers of a known model are made smaller."""
 SIZES = (
@@ -95,9 +96,10 @@ def shrunk(told: outline.Outline) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def model_of(family: str) -> tuple[nn.Module, Layout]:
-    """A small model of a family, or an empty one made of a known model's outline, by the name of that."""
+    """A small model of a family, or an empty one made of a known model's outline, by the name of that, behind `KNOWN`
+    where a family is called the same."""
     if family not in MODELS:
-        empty = outline.build(shrunk(outline.told(family)))
+        empty = outline.build(shrunk(outline.told(family.removeprefix(KNOWN))))
         return empty, Layout.of(empty)
     torch.manual_seed(7)
     kind, options = MODELS[family]
