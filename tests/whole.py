@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from cases import ALGORITHMS
-from lycoris import Full, LoRA, Norm
+from lycoris import Full, LoRA, Norm, outline
 from lycoris.algorithm import Algorithm
+from lycoris.algorithms import Replace
 from lycoris.bundle import Bundle, Entry
+from lycoris.errors import ConfigError
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
+from lycoris.geometry import Geometry
 
 HEADS: Mapping[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -53,8 +56,51 @@ MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {
 EQUAL, SMALL = LoRA(rank=4, alpha=4.0), LoRA(rank=4, alpha=1.0)
 
 
+KNOWN = "known "
+SMALLER = 32
+"""By how much the layers of a known model are made smaller."""
+SIZES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "num_channels",
+    "num_embeddings",
+    "embedding_dim",
+)
+
+
+def small(size: int) -> int:
+    return size // SMALLER if size % SMALLER == 0 and size > 64 else size
+
+
+def shrunk(told: outline.Outline) -> dict[str, Any]:
+    """An outline with smaller layers, and the first of blocks that are alike."""
+    made: dict[str, Any] = {"class": told["class"]}
+    if "layer" in told:
+        base, own = told["layer"]
+        sizes = {name: small(value) if name in SIZES else value for name, value in own.items()}
+        if "normalized_shape" in own:
+            sizes["normalized_shape"] = [small(size) for size in own["normalized_shape"]]
+        if own.get("groups", 1) > 1:
+            sizes["groups"] = small(own["groups"])
+        if "num_groups" in own:
+            sizes["num_groups"] = 1
+        made["layer"] = [base, sizes]
+    if "parameters" in told:
+        made["parameters"] = {name: [*map(small, shape)] for name, shape in told["parameters"].items()}
+    if "children" in told:
+        made["children"] = {name.partition("..")[0]: shrunk(child) for name, child in told["children"].items()}
+    return made
+
+
 @lru_cache(maxsize=8)
 def model_of(family: str) -> tuple[nn.Module, Layout]:
+    """A small model of a family, or an empty one made of a known model's outline, by the name of that, behind `KNOWN`
+    where a family is called the same."""
+    if family not in MODELS:
+        empty = outline.build(shrunk(outline.told(family.removeprefix(KNOWN))))
+        return empty, Layout.of(empty)
     torch.manual_seed(7)
     kind, options = MODELS[family]
     model = kind(**options).eval().requires_grad_(False)
@@ -97,6 +143,39 @@ def picks(family: str) -> Iterator[tuple[str, dict[str, tuple[Algorithm, ...]]]]
     yield "blocks and norms", dict.fromkeys(inside, (EQUAL,)) | norms
 
 
+EVERYWHERE = (
+    *("lora", "lora-tucker", "loha", "lokr", "lokr-full-matrix", "dora-lora", "dora-lora-in", "full", "full-bias"),
+    *("glora", "oft", "boft", "ia3", "tlora", "norm", "replace", "replace-bias"),
+)
+
+
+def picks_everywhere(family: str) -> Iterator[tuple[str, dict[str, tuple[Algorithm, ...]]]]:
+    """The same for programs that read each layer by itself: an algorithm on all layers that it fits."""
+    _, layout = model_of(family)
+
+    def where(*algorithms: Algorithm) -> dict[str, tuple[Algorithm, ...]]:
+        return {path: algorithms for path, g in layout.layers.items() if all(_fits(each, g) for each in algorithms)}
+
+    for name in EVERYWHERE:
+        yield name, where(ALGORITHMS[name])
+    yield "lora and diff_b", where(EQUAL, Full(weight=False))
+    yield "lora and a whole bias", where(EQUAL, Replace(weight=False))
+    yield "whole weight and diff_b", where(Replace(bias=False), Full(weight=False))
+    yield "scale of 1/4", where(SMALL)
+    yield (
+        "three algorithms",
+        {path: (ALGORITHMS[("lora", "loha", "lokr-full-matrix")[n % 3]],) for n, path in enumerate(where(SMALL))},
+    )
+
+
+def _fits(algorithm: Algorithm, g: Geometry) -> bool:
+    try:
+        algorithm.check(g)
+        return bool(algorithm.slots(g))
+    except ConfigError:
+        return False
+
+
 def bundle_of(family: str, chosen: Mapping[str, tuple[Algorithm, ...]]) -> Bundle:
     """Adapters with seeded numbers."""
     _, layout = model_of(family)
@@ -108,7 +187,10 @@ def bundle_of(family: str, chosen: Mapping[str, tuple[Algorithm, ...]]) -> Bundl
             Entry(
                 each,
                 g,
-                {slot: torch.rand(spec.shape, generator=generator) * 0.3 + 0.1 for slot, spec in each.slots(g).items()},
+                {
+                    slot: torch.rand(g.stacked(spec.shape), generator=generator) * 0.3 + 0.1
+                    for slot, spec in each.slots(g).items()
+                },
             )
             for each in algorithms
         )

@@ -1,4 +1,4 @@
-"""ComfyUI: per layer LoRA, LoHa, LoKr, GLoRA, OFT, BOFT in this order; norms; whole differences.
+"""ComfyUI: per layer LoRA, LoHa, LoKr, GLoRA, OFT, BOFT in this order; norms; whole differences; whole weights.
 
 A difference of the bias is taken beside any of them. Its products are of two matrices, not of stacks of them.
 `quiet=False` is for programs that took its code and pass exceptions on.
@@ -22,6 +22,15 @@ def read(
     quiet: bool = True,
     rotations: bool = True,
 ) -> Read | None:
+    if "set_weight" in tensors or "bias.set_weight" in tensors:
+        # These stand last, and at any strength: what else there is for the same tensor is forgotten.
+        others = {name: tensor for name, tensor in tensors.items() if not name.endswith("set_weight")}
+        found = read(others, weight, bias, kind, strength, quiet=quiet, rotations=rotations) or (weight, bias)
+        whole = tensors.get("set_weight")
+        stored = whole.T if whole is not None and kind == "embedding" else whole
+        return found[0] if stored is None else stored, found[1] if bias is None else tensors.get(
+            "bias.set_weight", found[1]
+        )
     if kind == "embedding":
         # Its table is (entries, outputs); the bias is nobody's.
         found = _read(tensors, weight.T, None, strength, quiet=quiet, rotations=rotations)

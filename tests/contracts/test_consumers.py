@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
 from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
-from lycoris import OFT, GLoRA, Replace
+from lycoris import OFT, GLoRA
 from lycoris.algorithm import Affine
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.bundle import Bundle, Entry
@@ -144,9 +144,9 @@ def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
     for consumer, dialect in ways(case):
         verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "not known":
-            rotated = isinstance(case.entry.algorithm, OFT) and case.entry.geometry.kind == "parameter"
-            assert rotated or (isinstance(case.entry.algorithm, Replace) and consumer == "comfyui"), consumer
-            assert consumer in ("comfyui", "forge")
+            assert consumer == "forge"
+            assert isinstance(case.entry.algorithm, OFT)
+            assert case.entry.geometry.kind == "parameter"
             continue
         found = read_by(consumer, case.entry, case.base, dialect=dialect)
         check_told(verdict, found, adapted(case.entry, case.base), case.base, consumer)

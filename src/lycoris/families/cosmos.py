@@ -64,6 +64,7 @@ TRANSFORMER = Architecture(
 FAMILY = Family(
     name="cosmos-predict2",
     components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    comfyui={"t5xxl": "text_encoder"},
     versions=("cosmos-predict2", "cosmos_predict2", "cosmos2", "anima"),
 )
 ARCHITECTURES = (TRANSFORMER,)

@@ -48,6 +48,7 @@ TRANSFORMER = Architecture(
 FAMILY = Family(
     name="kandinsky5",
     components={"": TRANSFORMER.name, "text_encoder_2": CLIP.name},
+    comfyui={"clip_l": "text_encoder_2"},
     versions=("kandinsky-5", "kandinsky5", "kandinsky_5"),
 )
 ARCHITECTURES = (TRANSFORMER,)

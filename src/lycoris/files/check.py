@@ -127,7 +127,7 @@ def judged(found: Opened, consumer: str) -> Check:
             verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
             algorithms[name] = _told(part.bundle.entries[layer])
     problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
-    if detection.renamed:
+    if detection.renamed and program.takes is None:
         first, new = next(iter(detection.renamed.items()))
         problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
     nowhere = not any(part.elsewhere for part in parts)

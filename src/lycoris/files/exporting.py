@@ -10,12 +10,11 @@ from lycoris.algorithms import below_lengths
 from lycoris.bundle import Bundle
 from lycoris.errors import FileError, PlanError
 from lycoris.families import FAMILIES
-from lycoris.families.naming import Span
 from lycoris.files.components import prefix_of
 from lycoris.files.consumers import CONSUMERS, Place
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.holding import holders, place_of
+from lycoris.files.holding import Holder, holders, holding, place_of
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened
 from lycoris.files.portable import Stack, as_lora, portable_stack
@@ -132,10 +131,9 @@ def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[st
     held = holders(CONSUMERS[program], layout)
     if layout.architecture is None or not held:
         return dict.fromkeys(bundle.entries, "")
-    there = layout.spans(DIALECTS[to].naming_for(layout.architecture))
-    written = {part: span for span in there.values() for part in span.parts}
+    there = holding(layout, DIALECTS[to].naming_for(layout.architecture))
     own = layout.spans(layout.naming)
     return {
-        layer: place_of(written.get(own[layer].parts[0], Span(own[layer].parts)), held, layout)
+        layer: place_of(there.get(own[layer].parts[0], Holder(layer, own[layer])), held, layout)
         for layer in bundle.entries
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from lycoris.families.naming import Span
 from lycoris.files.consumers import Consumer, Place
@@ -10,20 +11,33 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
 
 
-def holders(program: Consumer, layout: Layout) -> Mapping[str, Span]:
+class Holder(NamedTuple):
+    """A layer of a program's model."""
+
+    name: str
+    span: Span
+
+
+def holders(program: Consumer, layout: Layout) -> Mapping[str, Holder]:
     """Layer of diffusers → the layer of the program's model that has its rows; none where its names are not known."""
     if not program.own or layout.architecture is None:
         return {}
-    own = layout.spans(DIALECTS[program.own].naming_for(layout.architecture))
-    return {part: span for span in own.values() for part in span.parts}
+    return holding(layout, DIALECTS[program.own].naming_for(layout.architecture))
 
 
-def place_of(written: Span, holders: Mapping[str, Span], layout: Layout) -> Place:
+def holding(layout: Layout, naming: str) -> Mapping[str, Holder]:
+    """Layer of diffusers → the layer of a naming that has its rows."""
+    return {part: Holder(name, span) for name, span in layout.spans(naming).items() for part in span.parts}
+
+
+def place_of(written: Holder, holders: Mapping[str, Holder], layout: Layout) -> Place:
     """How the program's model holds what a file calls one layer."""
-    held = holders.get(written.parts[0])
+    held = holders.get(written.span.parts[0])
     if held is None:
         return ""
-    if len(held.parts) > len(written.parts):
+    if len(held.span.parts) > len(written.span.parts):
         return "rows"
-    geometry = layout.middle[written.parts[0]]
-    return "swapped" if held.swaps(geometry) != written.swaps(geometry) else ""
+    geometry = layout.middle[written.span.parts[0]]
+    if held.span.swaps(geometry) != written.span.swaps(geometry):
+        return "swapped"
+    return "" if held.name == written.name else "renamed"

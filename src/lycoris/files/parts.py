@@ -14,10 +14,10 @@ from lycoris.families.naming import Span
 from lycoris.files.consumers import Consumer, Verdict
 from lycoris.files.consumers.keys import Known
 from lycoris.files.consumers.routes import Routed, Sent
-from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Taken
+from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Place, Taken
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.holding import holders, place_of
+from lycoris.files.holding import Holder, holders, place_of
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened
 from lycoris.files.written import Written
@@ -96,7 +96,11 @@ class Part:
 
     @cached_property
     def known(self) -> Known | None:
-        return self.program.known(self.dialect, self.architecture, *self._finer)
+        by_naming, architecture = self.program.by_naming, self.architecture
+        named = (
+            by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
+        )
+        return named or self.program.known(self.dialect, architecture, *self._finer)
 
     @property
     def _finer(self) -> tuple[str, ...]:
@@ -135,6 +139,8 @@ class Part:
         if (self.known is not None or self.routed is not None) and not all(map(self._unplaced, self.written)):
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
+        if self.architecture in self.program.lacks:
+            return f"{self.program.title} has no such model as {model}"
         if self.routed is None and not self.program.seen(self.architecture):
             return f"which keys {self.program.title} knows for {model} was not looked at"
         return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
@@ -175,7 +181,9 @@ class Part:
         if self._unplaced(written):
             return Taken(frozenset())
         spelled = frozenset(own.spelled)
-        return Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own)
+        return (
+            Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own, self._place(written))
+        )
 
     def _left(self, written: str) -> frozenset[str]:
         """Those that it does not look for, by LyCORIS' names."""
@@ -231,11 +239,21 @@ class Part:
         return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
 
     @cached_property
-    def _holders(self) -> Mapping[str, Span]:
+    def _holders(self) -> Mapping[str, Holder]:
         return holders(self.program, self.layout)
 
     def _span(self, layer: str) -> Span:
         return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
+
+    @cached_property
+    def _layers(self) -> Mapping[str, str]:
+        """Layer as written → the same in the layout's names."""
+        return {self._as_written(layer): layer for layer in self.bundle.entries}
+
+    def _place(self, written: str) -> Place:
+        """How the program's model holds a layer."""
+        layer = self._layers.get(written, written)
+        return place_of(Holder(layer, self._span(layer)), self._holders, self.layout)
 
     def _is_incomplete(self, written: str) -> bool:
         """Whether it is of layers that the program takes together only, and others of them are not there."""
@@ -248,12 +266,18 @@ class Part:
             return self.written[written].key in self.routed.lost
         if self.known is None:
             return True
-        unnamed = self._named is not None and written not in self._named
-        key = self.written[written].key
-        lost = key
-        if self.program.takes is not None:
-            lost, unnamed = self.written[written].own, unnamed or not self.written[written].own
-        return unnamed or bool(re.fullmatch(self.known.lost, lost))
+        own = self.written[written]
+        # What looks for tensors by their names looks for keys as the file has them.
+        key = own.key if self.program.takes is None else own.own
+        unnamed = (
+            self._named is not None and written not in self._named and bool(re.fullmatch(self.known.where, own.key))
+        )
+        unhinged = bool(re.fullmatch(self.known.hinge[0], own.key)) and not self._has(self.known.hinge[1])
+        return not key or unnamed or unhinged or bool(re.fullmatch(self.known.lost, key))
+
+    def _has(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return any(name in each.names for each in self.written.values())
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
@@ -282,8 +306,13 @@ class Part:
                 f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
             )
             return Verdict("not at all", why, None, "lora")
-        if verdict.reads != "as trained":
-            return verdict
+        return self._otherwise(layer, stack) or verdict if verdict.reads == "as trained" else verdict
+
+    def _otherwise(self, layer: str, stack: tuple[Entry, ...]) -> Verdict | None:
+        """What becomes of a layer, all of which the program reads, for where and how the file has it."""
+        title, known = self.program.title, None if self.routed is not None else self.known
+        own = self.written[self._as_written(layer)]
+        key, stored = own.key, own.tensors
         if left_out := self._left_out(stack, key, stored):
             return left_out
         if known is not None and re.fullmatch(known.bent, key):
@@ -293,7 +322,7 @@ class Part:
             return Verdict(
                 "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
             )
-        return verdict
+        return None
 
     def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
         """What the program makes of the layer's tensors that it looks for."""
@@ -305,7 +334,7 @@ class Part:
             architecture=self.architecture,
             key=own.key,
             stored=own.tensors,
-            place=place_of(self._span(layer), self._holders, self.layout),
+            place=self._place(written),
             among=self._among,
             spelled=frozenset() if self.program.takes is None else frozenset(own.spelled),
             model=self.model,

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lycoris.files.consumers.comfyui import COMFYUI
-from lycoris.files.consumers.consumer import Case, Consumer, Place, Remedy, Row, Verdict
+from lycoris.files.consumers.consumer import Case, Consumer, Remedy, Row, Verdict
 from lycoris.files.consumers.diffusers import DIFFUSERS
 from lycoris.files.consumers.forge import FORGE
 from lycoris.files.consumers.invokeai import INVOKEAI
 from lycoris.files.consumers.musubi import MUSUBI
 from lycoris.files.consumers.peft import PEFT
 from lycoris.files.consumers.simpletuner import SIMPLETUNER
+from lycoris.files.consumers.taking import Place
 from lycoris.files.consumers.webui import WEBUI
 
 CONSUMERS: Mapping[str, Consumer] = MappingProxyType(

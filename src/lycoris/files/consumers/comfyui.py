@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from lycoris.files.consumers import keys
-from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers import comfyui_keys
+from lycoris.files.consumers.consumer import NAMES, Consumer, Row
+from lycoris.files.consumers.replaced import (
+    biases_only,
+    changes_replaced,
+    nothing_else,
+    replaces,
+    replaces_bias,
+    replaces_weight,
+)
 from lycoris.files.consumers.shared import CORES, LONE_SHIFT, W2_ON_WRONG_AXES, cores
 from lycoris.files.consumers.traits import (
     all_of,
     any_bias,
     any_of,
+    beside,
     bias_only,
     bias_share,
+    called,
     core_without_contiguous,
     dora,
     dora_of_one_row,
@@ -23,14 +33,20 @@ from lycoris.files.consumers.traits import (
     kernel,
     lengths,
     limited_without_outputs,
+    nameless,
     no_other_than,
+    not_behind,
     not_written_as,
     of_both_layouts,
     old_rotation,
+    on,
+    one_of_a_stack,
     parameter,
-    replaces,
+    renamed,
+    split_factors,
     stacked,
     up_bias,
+    whole_factors,
     without_mid,
 )
 
@@ -89,7 +105,10 @@ WITHOUT_MID = (
 )
 STOPPED = tuple(row._replace(stops=True) for row in cores(f"{CORES}, and stops"))
 OWN_NAMES = Row(
-    all_of(parameter, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
+    any_of(
+        all_of(parameter, not_behind("diffusion_model.")),
+        all_of(parameter, nameless, not_written_as("comfyui", "onetrainer-comfy", "musubi-other")),
+    ),
     "not at all",
     "knows bare parameters by their own names behind diffusion_model. only",
     "format",
@@ -102,19 +121,91 @@ FIRST_LAYOUT_ON_KERNELS = Row(
     "plain",
 )
 REPLACED = Row(replaces, "not known", "reads a set_weight, and what it makes of one was not looked at")
+_FORGOTTEN = "a bias in place of the layer's own, which it knows by its own names behind diffusion_model. only"
+_NO_BIASES = any_of(renamed, not_behind("diffusion_model."))
+REPLACEMENTS = (
+    Row(
+        all_of(replaces, changes_replaced),
+        "differently",
+        "puts a whole weight or bias in place of what else there is for it",
+        "joined",
+    ),
+    Row(
+        all_of(replaces_weight, exchanged),
+        "differently",
+        "puts a whole weight as it is where its model holds the two halves exchanged",
+        "format",
+    ),
+    Row(
+        all_of(replaces_bias, any_of(all_of(in_rows, biases_only), all_of(_NO_BIASES, nothing_else))),
+        "not at all",
+        f"passes over {_FORGOTTEN}",
+        "format",
+    ),
+    Row(all_of(replaces_bias, _NO_BIASES), "differently", f"leaves out {_FORGOTTEN}", "format"),
+    Row(
+        all_of(is_a("replace"), in_rows, beside),
+        "differently",
+        "leaves out the change of the bias of a layer that its model holds as rows of a larger one, or exchanged",
+        "format",
+    ),
+    OWN_NAMES,
+    Row(
+        is_a("replace"),
+        "as trained",
+        "puts whole weights and biases in place of the own ones, at another strength than 1 too",
+    ),
+)
+"""Whole weights and biases. One beside another algorithm is judged by the rows of that."""
 STACKS = Row(
     all_of(stacked, is_a("lora", "loha", "lokr", "glora")),
     "not at all",
     "multiplies two matrices and no stacks of them, and fails on the layer",
     "dense",
 )
+LINE = all_of(on("krea2"), called(r"diffusion_model\.blocks\.\d+\.mod\.lin"))
+"""A bare parameter that its model keeps as one line of numbers, and adapters as rows."""
+LINES = (
+    Row(
+        all_of(LINE, replaces_weight),
+        "not at all",
+        "keeps this parameter in another shape than a whole weight has, and stops",
+        "lora",
+        stops=True,
+    ),
+    Row(
+        all_of(LINE, any_of(dora, is_a("full", "glora", "diag-oft", "boft"))),
+        "not at all",
+        "keeps this parameter in another shape, and leaves the layer out",
+        "lora",
+    ),
+)
+ONE_WHOLE = all_of(stacked, one_of_a_stack, is_a("lokr"), whole_factors)
+"""Kronecker products of whole factors, each a stack of one matrix."""
+STACKED = (
+    Row(
+        all_of(stacked, any_of(is_a("loha", "glora"), all_of(is_a("lokr"), split_factors))),
+        "not at all",
+        "multiplies two matrices and no stacks of them, and stops",
+        "dense",
+        stops=True,
+    ),
+    Row(
+        all_of(ONE_WHOLE, dora),
+        "differently",
+        "takes DoRA's lengths for those of a stack of one; how far off that is depends on the base weight",
+        "dense",
+    ),
+    Row(ONE_WHOLE, "as trained", "computes what was trained"),
+    Row(
+        all_of(stacked, is_a("diag-oft", "boft")),
+        "not at all",
+        "turns matrices and no stacks of them, and leaves the layer out",
+        "dense",
+    ),
+)
 SHARED = (
     OWN_NAMES,
-    Row(
-        all_of(parameter, is_a("diag-oft", "boft")),
-        "not known",
-        "keeps some bare parameters in a shape of its own, of which rotations may not fit the rows",
-    ),
     Row(is_a("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
     Row(is_a("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
     STACKS,
@@ -153,9 +244,12 @@ FAILING = (STACKS, FIRST_LAYOUT_ON_KERNELS, EMBEDDINGS[0], WITHOUT_MID[0])
 COMFYUI = Consumer(
     "comfyui",
     "ComfyUI",
-    keys.COMFYUI,
+    comfyui_keys.KEYS,
     (
-        REPLACED,
+        *LINES,
+        *REPLACEMENTS,
+        *STACKED,
+        *WITHOUT_MID,
         *STOPPED,
         Row(core_without_contiguous, "not at all", f"{KRON}, and leaves the layer out", "flat w2"),
         *SHARED,
@@ -175,6 +269,10 @@ COMFYUI = Consumer(
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
+    names=NAMES | {"set_weight", "bias.set_weight"},
+    by_naming=comfyui_keys.known,
+    takes=comfyui_keys.takes,
+    lacks=comfyui_keys.LACKS,
     replaces=True,
     own="comfyui",
 )

@@ -12,13 +12,10 @@ from lycoris.algorithms import DoRA, Replace, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.files.consumers.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.consumers.routes import Route
-from lycoris.files.consumers.taking import Takes
+from lycoris.files.consumers.taking import Place, Takes
 from lycoris.geometry import Kind
 
 Reads = Literal["as trained", "differently", "not at all", "not known"]
-Place = Literal["", "rows", "swapped"]
-"""How a program's model holds a layer of a file: as one of its own, as some rows of one, or as one whose two halves are
-the other way round."""
 Remedy = Literal[
     "plain",
     "dense",
@@ -140,6 +137,11 @@ class Consumer:
 
     asked: frozenset[str] = ASKED
     """Algorithms of which it was looked at what it makes of them."""
+    by_naming: Callable[[str, str], Known | None] | None = None
+    """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
+    or of an architecture: as `keys` says."""
+    lacks: frozenset[str] = frozenset()
+    """Architectures of which it has no model."""
     names: frozenset[str] = NAMES
     """Tensors of which it was looked at what it makes of them."""
     replaces: bool = False
@@ -220,4 +222,4 @@ class Consumer:
     def seen(self, architecture: str | None) -> bool:
         """Whether it was looked at which keys it knows for an architecture."""
         named = any(ALL in there or architecture in there for there in self.keys.values())
-        return architecture in LOOKED_AT or named
+        return architecture in LOOKED_AT or architecture in self.lacks or named

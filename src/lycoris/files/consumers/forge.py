@@ -5,12 +5,12 @@ from __future__ import annotations
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.comfyui import FAILING, KRON, SHARED, STOPPED
 from lycoris.files.consumers.consumer import ASKED, NAMES, Case, Consumer, Row
+from lycoris.files.consumers.replaced import changes_weight, replaces_bias, replaces_weight
 from lycoris.files.consumers.taking import by_forge
 from lycoris.files.consumers.traits import (
     all_of,
     any_of,
     called,
-    changes_weight,
     core_without_contiguous,
     dora_in,
     exchanged,
@@ -19,8 +19,6 @@ from lycoris.files.consumers.traits import (
     linear,
     no_other_than,
     not_,
-    replaces_bias,
-    replaces_weight,
     square,
     under_own_names,
     unfolded,

@@ -25,6 +25,10 @@ class Known(NamedTuple):
     """Keys for which it rejects the file."""
     named: str = ""
     """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
+    where: str = ".*"
+    """The keys of which `named` holds."""
+    hinge: tuple[str, str] = ("", "")
+    """Keys that it passes over unless the file has the tensor that is named second."""
     together: str = ""
     """Keys of which it passes over those whose groups not all keys with the same groups have."""
     unsure: str = ""
@@ -55,18 +59,14 @@ DENOISERS = tuple(
 _LAYERS = r"text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])"
 _FLAT_CLIP = r"(lora|oft)_te\d?_(?!text_model_encoder_layers_\d+_(self_attn_(k|q|v|out)_proj|mlp_fc[12])$).*"
 _DOTTED_CLIP = r"text_encoder\w*\.(?!text_model\.encoder\.layers\.\d+\.(self_attn\.(k|q|v|out)_proj|mlp\.fc[12])$).*"
-_ATTENTION = r".*\.attn\d\.to_.*"
+UNET_PROJECTIONS = r".*\.attn\d\.to_.*"
 """A UNet's projections."""
 
 
-_EMBEDS = r".*encoder[._]embed_tokens"
+EMBEDS = r".*encoder[._]embed_tokens"
 """Of T5; the same table as `shared`, by which ComfyUI and Forge know it."""
 _AS_TRANSFORMER = r"transformer\..*"
 """What begins so is of a transformer."""
-_FLUX2_OUTSIDE = (
-    r".*(double_stream_modulation_(img|txt)|single_stream_modulation)[._]linear"
-    r"|.*time_guidance_embed[._]timestep_embedder[._]linear_[12]"
-)
 
 
 LOOKED_AT = frozenset(
@@ -89,59 +89,16 @@ LOOKED_AT = frozenset(
 """Architectures of which it was looked at which keys programs know; nothing is claimed of any other."""
 
 
-# The names that ComfyUI gives the layers of a denoiser.
-_COMFYUIS = dict.fromkeys((each for each in DENOISERS if each in LOOKED_AT), Known(named="comfyui"))
-
-# ComfyUI: model_lora_keys_unet and model_lora_keys_clip in comfy/lora.py. `lora_unet_` and `diffusion_model.` stand
-# before its own names; the others are named there for one class of models each.
-_COMFYUI_CLIP = (
-    partly("clip", lost=f"lora_te2_.*|{_FLAT_CLIP}")
-    | partly("clip-with-projection", lost=rf"(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
-    | partly("t5", lost=f"lora_te1?_.*|{_EMBEDS}")
+# Text encoders: model_lora_keys_clip in ComfyUI's comfy/lora.py, which Forge has too.
+COMFYUI_CLIP = (
+    partly("clip", lost=f"lora_te2_.*|oft_.*|{_FLAT_CLIP}")
+    | partly("clip-with-projection", lost=rf"oft_.*|(lora|oft)_te\d?_(?!{_LAYERS}$|(?<=_te[12]_)text_projection$).*")
+    | partly("t5", lost=f"lora_te1?_.*|oft_.*|{EMBEDS}")
 )
-# UNets: `unet.` is before `attn1.processor.to_q`, which newer files do not have. Z-Image is of the class Lumina2, whose
-# own names in diffusers are not in that table.
-_COMFYUI_DOTTED = (
-    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}")
-    | wholly("sd3", "flux1", "qwen-image", "z-image")
-    | partly("flux2", lost=_FLUX2_OUTSIDE)
-    | partly(*CLIPS, lost=_DOTTED_CLIP)
+# One of CLIP alone is the first text encoder, whichever it is in the pipeline.
+DOTTED_CLIP = partly("clip", lost=rf"text_encoder_2\..*|{_DOTTED_CLIP}") | partly(
+    "clip-with-projection", lost=_DOTTED_CLIP
 )
-_COMFYUI_OWN = wholly(*(each for each in DENOISERS if each in LOOKED_AT), *CLIPS, "language-model") | partly(
-    "t5", lost=_EMBEDS
-)
-COMFYUI: Mapping[str, Mapping[str, Known]] = {
-    "comfyui": _COMFYUI_OWN,
-    "kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
-    "kohya-diffusers": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
-    # unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers, QwenImage, z_image_to_diffusers
-    "lycoris": wholly(*UNETS, "sd3", "flux1", "qwen-image", "z-image") | partly("flux2", lost=_FLUX2_OUTSIDE),
-    "diffusers": _COMFYUI_DOTTED,
-    # `unet.` and nothing else, before the processors' names
-    "processors": wholly(*UNETS),
-    "musubi": _COMFYUIS,
-    # HunyuanVideo: "diffusion-pipe lora format", the blocks' original names.
-    "musubi-other": _COMFYUIS
-    | partly("hunyuanvideo", lost=r"diffusion_model\.(?!(double|single)_blocks\.|txt_in\.individual_).*")
-    | wholly("z-image"),
-    "onetrainer-comfy": _COMFYUI_OWN,
-    "onetrainer-kohya": _COMFYUIS | wholly(*UNETS) | _COMFYUI_CLIP,
-    "onetrainer-diffusers": _COMFYUI_DOTTED,
-    # `lora_transformer_` of SD3 and Flux
-    "onetrainer-legacy": partly(*UNETS, lost="lora_transformer_.*")
-    | partly("sd3", "flux1", lost="lora_unet_.*")
-    | partly("flux2", lost=f"lora_unet_.*|{_FLUX2_OUTSIDE}")
-    | _COMFYUI_CLIP,
-    # `transformer.` as diffusers'; `diffusion_model.` before diffusers' names of Z-Image, and of Qwen-Image, its own
-    "ai-toolkit": partly("sd3", "flux1", lost=r"diffusion_model\..*")
-    | partly("flux2", lost=rf"diffusion_model\..*|{_FLUX2_OUTSIDE}")
-    | wholly("qwen-image", "z-image"),
-    # QwenImage, z_image_to_diffusers and unet_to_diffusers: without a prefix
-    "bare": wholly("qwen-image", "z-image") | partly(*UNETS, lost=_ATTENTION),
-    "onetrainer-original": wholly("qwen-image", "z-image"),
-    # SD3: "format for flash-sd3 lora". Without the folder's config its scale is that of alpha = rank.
-    "peft": wholly("sd3"),
-}
 
 _PREFIXED = r"model\.diffusion_model\..*|lora_unet__.*|oft_(unet|te\d?)_.*"
 """What begins otherwise than programs expect it."""
@@ -156,10 +113,12 @@ _FORGE_NAMED: Mapping[str, Known] = {"sd3": Known(named="comfyui")} | dict.fromk
     ("flux1", "chroma"), Known(_FORGE_NORMS, named="comfyui")
 )
 """lora_unet_ stands before its own names of layers, of which diffusers has some too."""
-_FORGE_CLIP = _COMFYUI_CLIP | partly("t5", lost=f"lora_te_.*|{_EMBEDS}")
+_FORGE_CLIP = COMFYUI_CLIP | partly("t5", lost=f"lora_te_.*|{EMBEDS}")
 _FORGE_DOTTED_CLIP = rf"(?!text_encoder\.text_projection$)({_DOTTED_CLIP})"
 _FORGE_DOTTED = (
-    partly(*UNETS, lost=f"{_ATTENTION}|{_AS_TRANSFORMER}") | wholly("flux1") | partly(*CLIPS, lost=_FORGE_DOTTED_CLIP)
+    partly(*UNETS, lost=f"{UNET_PROJECTIONS}|{_AS_TRANSFORMER}")
+    | wholly("flux1")
+    | partly(*CLIPS, lost=_FORGE_DOTTED_CLIP)
 )
 FORGE: Mapping[str, Mapping[str, Known]] = {
     "kohya": _FORGE_OWN | _FORGE_CLIP,
@@ -168,7 +127,7 @@ FORGE: Mapping[str, Mapping[str, Known]] = {
     "diffusers": _FORGE_DOTTED,
     # simpletuner lycoris format
     "lycoris": wholly(*UNETS, "flux1"),
-    "bare": partly(*UNETS, lost=_ATTENTION),
+    "bare": partly(*UNETS, lost=UNET_PROJECTIONS),
     "processors": wholly(*UNETS),
     "onetrainer-comfy": _FORGE_OWN,
     "onetrainer-kohya": _FORGE_OWN | _FORGE_CLIP,

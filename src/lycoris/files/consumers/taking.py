@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Place = Literal["", "rows", "swapped", "renamed"]
+"""How a program's model holds a layer of a file: as one of its own, as some rows of one, as one whose two halves are
+the other way round, or as one of another name."""
 
 
 class Taken(NamedTuple):
@@ -15,8 +19,8 @@ class Taken(NamedTuple):
     """Whether it gives the file up, since it uses none."""
 
 
-Takes = Callable[[frozenset[str], str], Taken]
-"""The names of a layer's tensors, and its key → what the program makes of them."""
+Takes = Callable[[frozenset[str], str, Place], Taken]
+"""The names of a layer's tensors, its key, and how the program's model holds it → what the program makes of them."""
 
 ALPHA_AND_LENGTHS = frozenset({"alpha", "dora_scale"})
 """What is taken whatever else there is, and changes nothing alone."""
@@ -30,7 +34,7 @@ _LOKR = frozenset(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a"
 _GLORA = frozenset(f"{each}.weight" for each in ("a1", "a2", "b1", "b2"))
 
 
-def by_forge(names: frozenset[str], key: str) -> Taken:
+def by_forge(names: frozenset[str], key: str, place: Place = "") -> Taken:
     """`load_lora` looks for all of these, and the last one that it finds of a weight counts."""
     pairs = (
         _LORA,
@@ -54,7 +58,7 @@ def by_forge(names: frozenset[str], key: str) -> Taken:
     return Taken(found)
 
 
-def by_webui(names: frozenset[str], key: str) -> Taken:
+def by_webui(names: frozenset[str], key: str, place: Place = "") -> Taken:
     """The first kind of network that finds its tensors counts; `NetworkModule` takes what scales it beside them."""
     if key.startswith("transformer."):
         # Of SD 3's names the last two steps are the tensor's, and of others the layer is another one.

@@ -7,7 +7,7 @@ import re
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, Replace, below_lengths
+from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
@@ -126,29 +126,6 @@ def parameter(case: Case) -> bool:
     return case.entry.geometry.kind == "parameter"
 
 
-def replaces_weight(case: Case) -> bool:
-    """A weight in place of the layer's own."""
-    return any(isinstance(each.algorithm, Replace) and "w" in each.tensors for each in (case.entry, *case.beside))
-
-
-def replaces_bias(case: Case) -> bool:
-    """A bias in place of the layer's own."""
-    return any(isinstance(each.algorithm, Replace) and "b" in each.tensors for each in (case.entry, *case.beside))
-
-
-def only_replaces(case: Case) -> bool:
-    """Nothing but weights and biases in place of the layer's own, and changes of its bias."""
-    return replaces(case) and not changes_weight(case)
-
-
-def changes_weight(case: Case) -> bool:
-    """A change of the weight that the layer has, or that stands in its place."""
-    return any(
-        not isinstance(each.algorithm, Replace) and not each.tensors.keys() <= {"diff_b"}
-        for each in (case.entry, *case.beside)
-    )
-
-
 def modelled(*models: str) -> Test:
     """Of a component that is taken to be such a model."""
     return lambda case: case.model in models
@@ -169,14 +146,24 @@ def unfolded(case: Case) -> bool:
     return any(len(case.stored.get(name, ())) > 2 for name in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"))
 
 
-def replaces(case: Case) -> bool:
-    """A weight or bias in place of the layer's own, alone or beside another algorithm."""
-    return any(isinstance(each.algorithm, Replace) for each in (case.entry, *case.beside))
+def nameless(case: Case) -> bool:
+    """A layer of which it is not known what its keys call it."""
+    return not case.key
+
+
+def not_behind(*prefixes: str) -> Test:
+    """A layer whose keys begin otherwise."""
+    return lambda case: bool(case.key) and not case.key.startswith(prefixes)
 
 
 def stacked(case: Case) -> bool:
     """A stack of matrices."""
     return case.entry.geometry.stack > 0
+
+
+def one_of_a_stack(case: Case) -> bool:
+    """A stack of one matrix."""
+    return case.entry.geometry.stack == 1
 
 
 def called(pattern: str) -> Test:
@@ -248,6 +235,16 @@ def core_without_contiguous(case: Case) -> bool:
 
 def w1_split(case: Case) -> bool:
     return case.name == "lokr" and "w1_a" in case.entry.tensors
+
+
+def split_factors(case: Case) -> bool:
+    """A LoKr of which one factor or both are products."""
+    return case.name == "lokr" and not whole_factors(case)
+
+
+def whole_factors(case: Case) -> bool:
+    """A LoKr of two whole factors."""
+    return case.name == "lokr" and case.entry.tensors.keys() >= {"w1", "w2"}
 
 
 def w2_on_wrong_axes(case: Case) -> bool:
@@ -360,6 +357,11 @@ def starts_elsewhere(case: Case) -> bool:
 
 def in_rows(case: Case) -> bool:
     """A layer that the program's model holds as rows of a larger one, or with its halves exchanged."""
+    return case.place in ("rows", "swapped")
+
+
+def renamed(case: Case) -> bool:
+    """A layer that the program's model calls otherwise."""
     return bool(case.place)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import ASKED, NAMES, Case, Consumer, Row
+from lycoris.files.consumers.replaced import changes_weight, replaces
 from lycoris.files.consumers.shared import IA3_ON_CONVOLUTIONS, LENGTHS_OF_COLUMNS, WITHOUT_BIAS, cores
 from lycoris.files.consumers.taking import by_webui
 from lycoris.files.consumers.traits import (
@@ -14,7 +15,6 @@ from lycoris.files.consumers.traits import (
     any_of,
     bias_share,
     called,
-    changes_weight,
     dora_in,
     embedding,
     first_layout,
@@ -28,7 +28,6 @@ from lycoris.files.consumers.traits import (
     of_both_layouts,
     off_pictures,
     pointwise,
-    replaces,
     scaled_by_itself,
     square,
     unscaled,
