@@ -14,7 +14,7 @@ from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
 from lycoris.files.detect import Detection
 from lycoris.files.opening import Opened, opened
-from lycoris.files.parts import Part, routed_by, written_in
+from lycoris.files.parts import Part, denoiser_of, routed_by, written_in
 from lycoris.files.portable import EXPORTS
 from lycoris.report import some
 
@@ -100,7 +100,7 @@ def judged(found: Opened, consumer: str) -> Check:
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = written_in(found.shapes, detection)
     routed = routed_by(program, found, written)
-    taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
+    taken_for = program.taken_for(found.shapes, denoiser_of(found)) if program.taken_for is not None else ""
     parts = [
         Part(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for)
         for name in detection.components

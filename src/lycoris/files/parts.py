@@ -64,10 +64,15 @@ def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[st
         for component in written.values()
         for each in component.values()
     }
+    return program.route(Sent(layers, denoiser_of(found), tuple(found.shapes)))
+
+
+def denoiser_of(found: Opened) -> str | None:
+    """The architecture of the denoiser that a file is for; None: not known."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     if architecture is None and found.family is not None:
         architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
-    return program.route(Sent(layers, None if architecture is None else architecture.name, tuple(found.shapes)))
+    return None if architecture is None else architecture.name
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,11 @@ class Part:
             return stopped
         assert self.known is not None
         keys = {each.key for each in self.written.values()}
-        stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
+        stopping = sorted(
+            each.key
+            for layer, each in self.written.items()
+            if re.fullmatch(self.known.stops, each.key) or (self.known.strict and self._lost(layer))
+        )
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
         lacking = [key for key in self._absent if _among(key, self.known.needs, groups)]
         found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]

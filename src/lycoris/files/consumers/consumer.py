@@ -145,8 +145,9 @@ class Consumer:
     """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
     stops: bool = False
     """Whether every layer that it cannot take costs the whole file."""
-    taken_for: Callable[[Iterable[str]], str] | None = None
-    """The one algorithm that it takes all of a file for, by the names of its tensors; None: each layer has its own."""
+    taken_for: Callable[[Iterable[str], str | None], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
+    None or "": each layer has its own."""
     reads_header: bool = False
     """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None

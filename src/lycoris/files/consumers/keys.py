@@ -31,6 +31,8 @@ class Known(NamedTuple):
     """Keys that it knows in some models of the architecture."""
     needs: str = ""
     """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
+    strict: bool = False
+    """Whether it rejects the file for keys that it does not know."""
 
 
 Keys = Mapping[str, Mapping[str, Known]]
@@ -314,11 +316,20 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
 PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
 SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
 
-# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for. HunyuanVideo goes
-# through create_arch_network_from_weights, by the classes of its blocks.
-_MUSUBI = dict.fromkeys(
-    ("hunyuanvideo-1.5", "framepack", "wan", "flux1", "flux2", "qwen-image", "z-image"), Known(named="musubi")
-) | {"hunyuanvideo": Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")}
-MUSUBI: Mapping[str, Mapping[str, Known]] = dict.fromkeys(
-    ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers"), _MUSUBI
+# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for; of the models in
+# MUSUBI_NETWORKS create_arch_network_from_weights makes adapters for the layers in certain classes of blocks.
+_MUSUBI_OWN = dict.fromkeys(
+    ("hunyuanvideo-1.5", "framepack", "wan", "flux2", "qwen-image", "z-image", "krea2"), Known(named="musubi")
 )
+MUSUBI_NETWORKS: Mapping[str, Known] = {
+    **dict.fromkeys(
+        ("hunyuanvideo", "flux1"), Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")
+    ),
+    "kandinsky5": Known(lost=r"lora_unet_(?!(text|visual)_transformer_blocks_\d+_).*", named="musubi"),
+    # load_state_dict(strict=True)
+    "ideogram4": Known(lost=r"lora_unet_(?!layers_\d+_).*", named="musubi", strict=True),
+}
+MUSUBI: Mapping[str, Mapping[str, Known]] = {
+    dialect: {**_MUSUBI_OWN, **MUSUBI_NETWORKS}
+    for dialect in ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers")
+}

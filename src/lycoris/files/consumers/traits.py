@@ -7,7 +7,7 @@ import re
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithms import IA3, MAGNITUDE, LoKr, Replace, below_lengths
+from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, Replace, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
@@ -22,6 +22,10 @@ def all_of(*tests: Test) -> Test:
 
 def any_of(*tests: Test) -> Test:
     return lambda case: any(test(case) for test in tests)
+
+
+def not_(test: Test) -> Test:
+    return lambda case: not test(case)
 
 
 def is_a(*names: str) -> Test:
@@ -82,6 +86,17 @@ def old_rotation(case: Case) -> bool:
 
 def unscaled(case: Case) -> bool:
     return case.entry.algorithm.scale(case.entry.geometry) == 1
+
+
+def without_alpha(case: Case) -> bool:
+    """Without a tensor for alpha in the file."""
+    return bool(case.stored) and ALPHA not in case.stored
+
+
+def unscaled_error(case: Case) -> float | None:
+    """How far off the change is without its scale."""
+    scale = case.entry.algorithm.scale(case.entry.geometry)
+    return abs(1 / scale - 1) if scale else None
 
 
 def linear(case: Case) -> bool:
