@@ -21,8 +21,15 @@ from lycoris.files.layout import Layout
 HEADS: Mapping[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 HUNYUANVIDEO: Mapping[str, Any] = {
     **HEADS,
-    **{"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
-    **{"patch_size": 1, "patch_size_t": 1, "text_embed_dim": 24, "pooled_projection_dim": 20},
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 24,
+    "pooled_projection_dim": 20,
     "rope_axes_dim": (4, 6, 6),
 }
 MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {

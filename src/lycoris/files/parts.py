@@ -183,8 +183,8 @@ class Part:
     @property
     def together(self) -> str:
         """Why the program does not take layers together that it takes one by one; "" where it does."""
-        alone = all(each.reads == "as trained" for each in self.verdicts.values())
-        return self.program.whole(self.bundle) if self.program.whole is not None and alone else ""
+        stops = any(each.stops for each in self.verdicts.values())
+        return self.program.whole(self.bundle) if self.program.whole is not None and not stops else ""
 
     @property
     def passed_over(self) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lycoris.algorithms import LoKr, below_lengths
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Case, Consumer, Reads, Row, Test
+from lycoris.files.consumers.diffusers_lokr import together
 from lycoris.files.consumers.diffusers_routes import route
-from lycoris.files.consumers.peft import STRENGTH, refused
+from lycoris.files.consumers.peft import STRENGTH
 from lycoris.files.consumers.traits import (
     all_of,
     any_of,
@@ -31,7 +31,6 @@ from lycoris.files.consumers.traits import (
     unscaled_error,
     written_as,
 )
-from lycoris.files.peft.factors import factorize_like_peft
 
 PADDING = "pads with zeros beside a layer that does not; how far off that is depends on the input"
 
@@ -98,18 +97,6 @@ def _of_lokr(case: Case) -> bool:
     return case.architecture == "z-image" and bare and not case.key.endswith(".attention.out")
 
 
-def _without_factor(case: Case) -> bool:
-    """A LoKr for which _create_lokr_config finds no decompose_factor, or PEFT then makes other shapes."""
-    lokr, g = below_lengths(case.entry.algorithm), case.entry.geometry
-    if not isinstance(lokr, LoKr):
-        return False
-    ol, im, *_ = lokr.layout_for(g)
-    tried = (ol, -1)
-    return refused(case) or not any(
-        (factorize_like_peft(g.out_features, n)[0], factorize_like_peft(g.in_features, n)[0]) == (ol, im) for n in tried
-    )
-
-
 lokr = all_of(is_a("lokr"), _of_lokr)
 
 DIFFUSERS = Consumer(
@@ -127,13 +114,6 @@ DIFFUSERS = Consumer(
             "differently",
             "leaves the magnitude out of LoKr; how far off that is depends on the base weight",
             "lora",
-        ),
-        Row(
-            all_of(_taken_for_lokr, _without_factor),
-            "not at all",
-            "finds no decompose_factor that makes these shapes",
-            "lora",
-            stops=True,
         ),
         Row(
             all_of(_taken_for_lokr, not_(unscaled)),
@@ -183,7 +163,6 @@ DIFFUSERS = Consumer(
             "leaves DoRA's lengths out, which in this format are called dora_scale; how far off that is depends on the "
             "base weight",
         ),
-        *instead(all_of(lokr, _without_factor), "not at all", "finds no decompose_factor that makes these shapes"),
         Row(lokr, "as trained", "computes what was trained, if one decompose_factor fits all layers of the file"),
         *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only, in some of their formats"),
         *instead(no_other_than("lora"), "not at all", "reads LoRA only"),
@@ -212,4 +191,5 @@ DIFFUSERS = Consumer(
     kinds=("linear", "conv", "norm"),
     reads_header=True,
     route=route,
+    whole=together,
 )

@@ -63,7 +63,17 @@ def _wan(sent: Sent) -> Routed | None:
     return Routed(refused=f"rejects the file for alpha of {some(scaled)}") if scaled else None
 
 
-_ROUTES: Mapping[str, Callable[[Sent], Routed | None]] = MappingProxyType({"flux2": _flux2, "wan": _wan})
+def _hunyuanvideo(sent: Sent) -> Routed | None:
+    """is_original_hunyuan_video: it is converted by that layer, and else taken as it is, for nothing."""
+    own = [key for key in sent.layers if key.startswith(OWN)]
+    if not own or any("img_attn_qkv" in name for name in sent.names):
+        return None
+    return _left(sent, own, PAIR) or Routed(lost=frozenset(own))
+
+
+_ROUTES: Mapping[str, Callable[[Sent], Routed | None]] = MappingProxyType(
+    {"flux2": _flux2, "wan": _wan, "hunyuanvideo": _hunyuanvideo}
+)
 
 
 def route(sent: Sent) -> Routed | None:

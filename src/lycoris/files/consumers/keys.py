@@ -255,6 +255,7 @@ _WAN_WITH_ALPHA = Known(stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS}
 _WAN_WITHOUT = Known(
     stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS}|(text|time)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])$).*",
 )
+_Z_IMAGE_LOST = r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"
 DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "diffusers": wholly(*_DIFFUSERS, *CLIPS),
     "kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
@@ -289,10 +290,14 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "comfyui": {
         "flux1": Known(lost=r"diffusion_model\.(?!(double|single)_blocks\.).*"),
         "wan": _WAN_WITH_ALPHA,
-        "z-image": Known(lost=r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"),
+        "z-image": Known(lost=_Z_IMAGE_LOST),
     }
     | wholly("qwen-image", "flux2", "minimax-h3"),
-    "onetrainer-comfy": {"wan": _WAN_WITH_ALPHA} | wholly("qwen-image", "flux2", "minimax-h3"),
+    "onetrainer-comfy": {
+        "wan": _WAN_WITH_ALPHA,
+        "z-image": Known(lost=_Z_IMAGE_LOST, stops=r"diffusion_model\..*\.attention\.out"),
+    }
+    | wholly("qwen-image", "flux2", "minimax-h3"),
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
