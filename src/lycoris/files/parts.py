@@ -108,7 +108,7 @@ class Part:
         """
         own, architecture = DIALECTS[self.own], self.layout.architecture
         # Text encoders have other names only by a level that some versions of a class have.
-        if architecture is None or self.component or own.naming_for(architecture) == self.layout.naming:
+        if architecture is None or self.component or own.folder or own.naming_for(architecture) == self.layout.naming:
             return self.own
         alike = (
             each.name
@@ -154,7 +154,8 @@ class Part:
         """That the program knows none of its keys; "" where it does."""
         if self.routed is not None and self.routed.refused:
             return ""
-        if (self.known is not None or self.routed is not None) and not all(map(self._lost, self.written)):
+        taken = not self.written or not all(map(self._lost, self.written))
+        if (self.known is not None or self.routed is not None) and taken:
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
         if self.routed is None and not self.program.seen(self.architecture):
@@ -195,15 +196,19 @@ class Part:
             if verdict.reads == "not at all":
                 # Of a layer that it knows, it takes these whatever else there is.
                 taken = set() if self._lost(written) else {ALPHA, MAGNITUDE}
-                found += len(self.written[written].tensors.keys() - taken)
+                found += len(self._of(written).tensors.keys() - taken)
             else:
-                found += len(self.written[written].tensors.keys() & {MAGNITUDE_VECTOR, "lora_up.bias"})
+                found += len(self._of(written).tensors.keys() & {MAGNITUDE_VECTOR, "lora_up.bias"})
         return found
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
         """What becomes of each layer."""
         return {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
+
+    def _of(self, written: str) -> Written:
+        """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
+        return self.written.get(written) or Written(self.prefix + written, {})
 
     def _as_written(self, layer: str) -> str:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
@@ -244,16 +249,16 @@ class Part:
     def _lost(self, written: str) -> bool:
         """Whether the program passes a layer's keys over."""
         if self.routed is not None:
-            return self.written[written].key in self.routed.lost
+            return self._of(written).key in self.routed.lost
         if self.known is None:
             return True
         unnamed = self._named is not None and written not in self._named
-        key = self.written[written].key
+        key = self._of(written).key
         return unnamed or bool(re.fullmatch(self.known.lost, key)) or _among(key, self.known.together, self._incomplete)
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key, stored, _ = self.written[written]
+        key, stored, _ = self._of(written)
         known = None if self.routed is not None else self.known
         if self.known is None and self.routed is None and not self.program.seen(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")

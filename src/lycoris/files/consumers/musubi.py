@@ -83,6 +83,7 @@ MUSUBI = Consumer(
             "lora",
             stops=True,
         ),
+        Row(is_a("norm"), "not at all", "has no adapters for norms"),
         Row(all_of(by_network, no_other_than("lora")), "not at all", "merges LoRA only into this model", "lora"),
         Row(
             all_of(by_network, without_alpha),
@@ -146,7 +147,7 @@ MUSUBI = Consumer(
             "computes what was trained when it merges; to train on, it has to be told the factor",
         ),
     ),
-    kinds=("linear", "conv"),
+    kinds=("linear", "conv", "norm"),
     taken_for=detected,
     route=route,
 )

@@ -65,5 +65,5 @@ PEFT = Consumer(
     transposes=True,
     whole=together,
     reads_header=True,
-    names=NAMES | {"oft_R.weight", "lora_up.bias"},
+    names=NAMES | {"oft_R.weight", "ia3_l", "lora_up.bias"},
 )
