@@ -71,8 +71,25 @@ def _hunyuanvideo(sent: Sent) -> Routed | None:
     return _left(sent, own, PAIR) or Routed(lost=frozenset(own))
 
 
+def _krea2(sent: Sent) -> Routed | None:
+    """_convert_non_diffusers_krea2_lora_to_diffusers"""
+    return _left(sent, (key for key in sent.layers if key.startswith(OWN)), PAIR)
+
+
+def _only_renamed(sent: Sent) -> Routed | None:
+    """Of converters that pass every tensor on, where the pipeline wants "lora" in each name."""
+    own = [key for key in sent.layers if key.startswith(OWN)]
+    return _left(sent, own, frozenset(name for key in own for name in sent.layers[key] if "lora" in name))
+
+
 _ROUTES: Mapping[str, Callable[[Sent], Routed | None]] = MappingProxyType(
-    {"flux2": _flux2, "wan": _wan, "hunyuanvideo": _hunyuanvideo}
+    {
+        **dict.fromkeys(("ltx-video", "ltx-2", "hidream-i1", "ernie-image"), _only_renamed),
+        "flux2": _flux2,
+        "hunyuanvideo": _hunyuanvideo,
+        "krea2": _krea2,
+        "wan": _wan,
+    }
 )
 
 

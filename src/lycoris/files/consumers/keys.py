@@ -315,6 +315,7 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "ai-toolkit": wholly("qwen-image", "z-image")
     | partly("sd3", "flux1", "flux2", "hunyuanvideo", "framepack", "lumina2", lost=r"diffusion_model\..*")
     | partly(*_NEWER, lost=r"diffusion_model\..*")
+    | wholly("ltx-video", "ltx-2")
     | {"wan": Known(stops=r"diffusion_model\..*")},
 }
 # Both walk the model's own modules.
