@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -185,7 +185,10 @@ class Part:
     def together(self) -> str:
         """Why the program does not take layers together that it takes one by one; "" where it does."""
         stops = any(each.stops for each in self.verdicts.values())
-        return self.program.whole(self.bundle) if self.program.whole is not None and not stops else ""
+        if self.program.whole is None or stops:
+            return ""
+        entries = {at: each for at, each in self.bundle.entries.items() if not self._lost(self._as_written(at))}
+        return self.program.whole(replace(self.bundle, entries=entries))
 
     @property
     def passed_over(self) -> int:

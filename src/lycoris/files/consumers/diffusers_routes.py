@@ -71,8 +71,8 @@ def _hunyuanvideo(sent: Sent) -> Routed | None:
     return _left(sent, own, PAIR) or Routed(lost=frozenset(own))
 
 
-def _krea2(sent: Sent) -> Routed | None:
-    """_convert_non_diffusers_krea2_lora_to_diffusers"""
+def _pairs_only(sent: Sent) -> Routed | None:
+    """_convert_non_diffusers_krea2_lora_to_diffusers, _convert_non_diffusers_lumina2_lora_to_diffusers"""
     return _left(sent, (key for key in sent.layers if key.startswith(OWN)), PAIR)
 
 
@@ -87,7 +87,8 @@ _ROUTES: Mapping[str, Callable[[Sent], Routed | None]] = MappingProxyType(
         **dict.fromkeys(("ltx-video", "ltx-2", "hidream-i1", "ernie-image"), _only_renamed),
         "flux2": _flux2,
         "hunyuanvideo": _hunyuanvideo,
-        "krea2": _krea2,
+        "krea2": _pairs_only,
+        "lumina2": _pairs_only,
         "wan": _wan,
     }
 )

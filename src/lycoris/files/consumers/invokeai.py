@@ -30,7 +30,7 @@ from lycoris.files.consumers.traits import (
 
 def route(sent: Sent) -> Routed:
     """What becomes of a file's keys; a model that is not in the tables is not known to be read."""
-    own = (ROUTES | NEWER).get(sent.architecture or "")
+    own = {**ROUTES, **NEWER}.get(sent.architecture or "")
     return refused("is not known to read adapters for this model") if own is None else own(sent)
 
 
