@@ -22,6 +22,19 @@ from lycoris.files.layout import Layout
 from lycoris.geometry import Geometry
 
 HEADS: Mapping[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
+HUNYUANVIDEO: Mapping[str, Any] = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 24,
+    "pooled_projection_dim": 20,
+    "rope_axes_dim": (4, 6, 6),
+}
 MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "flux1": (
         diffusers.FluxTransformer2DModel,
@@ -51,6 +64,54 @@ MODELS: Mapping[str, tuple[type[nn.Module], dict[str, Any]]] = {
         HEADS
         | {"patch_size": (1, 2, 2), "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 16}
         | {"ffn_dim": 48, "num_layers": 1, "rope_max_seq_len": 32},
+    ),
+    "hunyuanvideo": (
+        diffusers.HunyuanVideoTransformer3DModel,
+        HUNYUANVIDEO | {"guidance_embeds": True},
+    ),
+    "framepack": (
+        diffusers.HunyuanVideoFramepackTransformer3DModel,
+        HUNYUANVIDEO
+        | {"guidance_embeds": True, "has_image_proj": True, "image_proj_dim": 12}
+        | {"has_clean_x_embedder": True},
+    ),
+    "hunyuanvideo-1.5": (
+        diffusers.HunyuanVideo15Transformer3DModel,
+        HEADS
+        | {"in_channels": 65, "out_channels": 4, "num_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 24}
+        | {"text_embed_2_dim": 20, "image_embed_dim": 12, "rope_axes_dim": (4, 6, 6)},
+    ),
+    "krea2": (
+        diffusers.Krea2Transformer2DModel,
+        HEADS
+        | {"in_channels": 16, "num_layers": 1, "num_key_value_heads": 1, "intermediate_size": 48}
+        | {"timestep_embed_dim": 16, "text_hidden_dim": 32, "num_text_layers": 2, "text_num_attention_heads": 2}
+        | {"text_num_key_value_heads": 2, "text_intermediate_size": 40, "num_layerwise_text_blocks": 1}
+        | {"num_refiner_text_blocks": 1, "axes_dims_rope": (4, 6, 6)},
+    ),
+    "kandinsky5": (
+        diffusers.Kandinsky5Transformer3DModel,
+        {"in_text_dim": 24, "in_text_dim2": 20, "time_dim": 16, "model_dim": 32, "ff_dim": 48}
+        | {"num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (4, 6, 6), "visual_cond": True},
+    ),
+    "ideogram4": (
+        diffusers.Ideogram4Transformer2DModel,
+        HEADS
+        | {"in_channels": 16, "num_layers": 1, "intermediate_size": 48, "adaln_dim": 12, "llm_features_dim": 24}
+        | {"mrope_section": (4, 2, 2)},
+    ),
+    "cosmos-predict2": (
+        diffusers.CosmosTransformer3DModel,
+        HEADS
+        | {"in_channels": 4, "out_channels": 4, "num_layers": 1, "text_embed_dim": 24, "adaln_lora_dim": 8}
+        | {"extra_pos_embed_type": None, "max_size": (8, 16, 16)},
+    ),
+    "sd1.5-unet": (
+        diffusers.UNet2DConditionModel,
+        {"sample_size": 8, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8, "attention_head_dim": 8}
+        | {"cross_attention_dim": 24, "layers_per_block": 1, "block_out_channels": (16, 32)}
+        | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
     ),
 }
 EQUAL, SMALL = LoRA(rank=4, alpha=4.0), LoRA(rank=4, alpha=1.0)

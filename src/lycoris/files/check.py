@@ -14,9 +14,9 @@ from lycoris.errors import FileError, unknown
 from lycoris.files.consumers import CONSUMERS, Consumer, Verdict
 from lycoris.files.detect import Detection
 from lycoris.files.opening import Opened, opened
-from lycoris.files.parts import Part, architecture_of, routed_by
+from lycoris.files.parts import Part
 from lycoris.files.portable import EXPORTS
-from lycoris.files.written import names_in_file, scales_in, written_in
+from lycoris.files.written import denoiser_of, names_in_file, routed_by, scales_in, written_in
 from lycoris.report import some
 
 
@@ -101,7 +101,7 @@ def judged(found: Opened, consumer: str) -> Check:
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = written_in(found.shapes, detection)
     routed = routed_by(program, found, written)
-    taken_for = program.taken_for(found.shapes) if program.taken_for is not None else ""
+    taken_for = program.taken_for(found.shapes, denoiser_of(found)) if program.taken_for is not None else ""
     parts = [
         Part(
             *(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for),
@@ -112,7 +112,7 @@ def judged(found: Opened, consumer: str) -> Check:
         for name in detection.components
     ]
     rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
-    if program.refuses is not None and (why := program.refuses(names_in_file(found), architecture_of(found))):
+    if program.refuses is not None and (why := program.refuses(names_in_file(found), denoiser_of(found))):
         rejected.append(f"{program.title} {why}")
     rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
     lost = len(found.shapes) - sum(part.taken for part in parts)

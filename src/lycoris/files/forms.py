@@ -25,6 +25,7 @@ REFUSED: Mapping[str, str] = {
     "reshape_weight": "changes the shape of a layer, which no adapter can",
     "lokr_t1": "is a Tucker core of LoKr's first factor, which nothing is known to write or read",
     "bm.weight": "is an experimental part of GLoRA that 4.1.3 never trains",
+    "ia3_l": "scales inputs or outputs, as PEFT does; load it as a PEFT folder, with its config",
     "oft_R.weight": "turns the inputs of a layer, as PEFT and OneTrainer do; load it as a PEFT folder, with its config",
 }
 """Tensors that are known, and for which there is no place; each with the reason."""

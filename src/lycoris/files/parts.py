@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lycoris.algorithms import ALGORITHMS, ALPHA, DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
-from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.families.naming import Span
 from lycoris.files.consumers import Consumer, Verdict
 from lycoris.files.consumers.keys import Known
-from lycoris.files.consumers.routes import Routed, Sent
+from lycoris.files.consumers.routes import Routed
 from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Place, Taken
 from lycoris.files.dialect import flatten
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.holding import Holder, holders, place_of
 from lycoris.files.layout import Layout
-from lycoris.files.opening import Opened
 from lycoris.files.written import Written
 from lycoris.report import some
 
 SAME = 1e-6
 """A scale this near to 1 is 1."""
-
-
-def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
-    """What becomes of all keys together in a program that looks at all of them."""
-    if program.route is None:
-        return None
-    layers = {
-        each.key: tuple(name.removeprefix(f"{each.key}.") for name in each.names)
-        for component in written.values()
-        for each in component.values()
-    }
-    return program.route(Sent(layers, architecture_of(found), tuple(found.shapes)))
-
-
-def architecture_of(found: Opened) -> str | None:
-    """Of the denoiser that a file is for; None: not known."""
-    architecture = found.layouts[""].architecture if "" in found.layouts else None
-    if architecture is None and found.family is not None:
-        architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
-    return None if architecture is None else architecture.name
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,7 @@ class Part:
         """
         own, architecture = DIALECTS[self.own], self.layout.architecture
         # Text encoders have other names only by a level that some versions of a class have.
-        if architecture is None or self.component or own.naming_for(architecture) == self.layout.naming:
+        if architecture is None or self.component or own.folder or own.naming_for(architecture) == self.layout.naming:
             return self.own
         alike = (
             each.name
@@ -123,7 +101,11 @@ class Part:
             return stopped
         assert self.known is not None
         keys = {each.key for each in self.written.values()}
-        stopping = sorted(key for key in keys if re.fullmatch(self.known.stops, key))
+        stopping = sorted(
+            each.key
+            for layer, each in self.written.items()
+            if re.fullmatch(self.known.stops, each.key) or (self.known.strict and self._unplaced(layer))
+        )
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
         lacking = [key for key in self._absent if _among(key, self.known.needs, groups)]
         found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
@@ -136,7 +118,8 @@ class Part:
         """That the program knows none of its keys; "" where it does."""
         if self.routed is not None and self.routed.refused:
             return ""
-        if (self.known is not None or self.routed is not None) and not all(map(self._unplaced, self.written)):
+        taken = not self.written or not all(map(self._unplaced, self.written))
+        if (self.known is not None or self.routed is not None) and taken:
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
         if self.architecture in self.program.lacks:
@@ -167,8 +150,11 @@ class Part:
     @property
     def together(self) -> str:
         """Why the program does not take layers together that it takes one by one; "" where it does."""
-        alone = all(each.reads == "as trained" for each in self.verdicts.values())
-        return self.program.whole(self.bundle) if self.program.whole is not None and alone else ""
+        stops = any(each.stops for each in self.verdicts.values())
+        if self.program.whole is None or stops:
+            return ""
+        entries = {at: each for at, each in self.bundle.entries.items() if not self._unplaced(self._as_written(at))}
+        return self.program.whole(replace(self.bundle, entries=entries))
 
     @property
     def taken(self) -> int:
@@ -177,7 +163,7 @@ class Part:
 
     def _taken(self, written: str) -> Taken:
         """What the program makes of a layer's tensors by their names in the file."""
-        own = self.written[written]
+        own = self._of(written)
         if self._unplaced(written):
             return Taken(frozenset())
         spelled = frozenset(own.spelled)
@@ -187,7 +173,7 @@ class Part:
 
     def _left(self, written: str) -> frozenset[str]:
         """Those that it does not look for, by LyCORIS' names."""
-        own, taken = self.written[written], self._taken(written).names
+        own, taken = self._of(written), self._taken(written).names
         return frozenset(name for name, spelled in zip(own.tensors, own.spelled, strict=True) if spelled not in taken)
 
     @cached_property
@@ -200,7 +186,7 @@ class Part:
         groups = {
             layer: match.groups()
             for layer in found
-            if (match := re.fullmatch(pattern, self.written[self._as_written(layer)].key))
+            if (match := re.fullmatch(pattern, self._of(self._as_written(layer)).key))
         }
         failing = {group for layer, group in groups.items() if found[layer].reads == "not at all"}
         for layer, group in groups.items():
@@ -208,6 +194,10 @@ class Part:
                 why = f"{self.program.title} takes such layers together, and leaves all out when one fails"
                 found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
         return found
+
+    def _of(self, written: str) -> Written:
+        """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
+        return self.written.get(written) or Written(self.prefix + written, {})
 
     def _as_written(self, layer: str) -> str:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
@@ -258,15 +248,15 @@ class Part:
     def _is_incomplete(self, written: str) -> bool:
         """Whether it is of layers that the program takes together only, and others of them are not there."""
         together = self.known.together if self.known is not None and self.routed is None else ""
-        return bool(together) and _among(self.written[written].key, together, self._incomplete)
+        return bool(together) and _among(self._of(written).key, together, self._incomplete)
 
     def _unplaced(self, written: str) -> bool:
         """Whether the program has no place for a layer's keys."""
         if self.routed is not None:
-            return self.written[written].key in self.routed.lost
+            return self._of(written).key in self.routed.lost
         if self.known is None:
             return True
-        own = self.written[written]
+        own = self._of(written)
         # What looks for tensors by their names looks for keys as the file has them.
         key = own.key if self.program.takes is None else own.own
         unnamed = (
@@ -281,7 +271,7 @@ class Part:
 
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
-        key, stored = self.written[written].key, self.written[written].tensors
+        key, stored = self._of(written).key, self._of(written).tensors
         known = None if self.routed is not None else self.known
         if self.known is None and self.routed is None and not self.program.seen(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")
@@ -311,7 +301,7 @@ class Part:
     def _otherwise(self, layer: str, stack: tuple[Entry, ...]) -> Verdict | None:
         """What becomes of a layer, all of which the program reads, for where and how the file has it."""
         title, known = self.program.title, None if self.routed is not None else self.known
-        own = self.written[self._as_written(layer)]
+        own = self._of(self._as_written(layer))
         key, stored = own.key, own.tensors
         if left_out := self._left_out(stack, key, stored):
             return left_out
@@ -326,7 +316,7 @@ class Part:
 
     def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
         """What the program makes of the layer's tensors that it looks for."""
-        own = self.written[written]
+        own = self._of(written)
         verdict = self.program.verdict(
             stack[0],
             beside=stack[1:],
@@ -352,7 +342,7 @@ class Part:
         if not taken - ALPHA_AND_LENGTHS:
             if verdict.reads == "not at all" and verdict.stops == stops:
                 return None
-            strange = some(sorted(set(self.written[written].spelled) - taken))
+            strange = some(sorted(set(self._of(written).spelled) - taken))
             why = f"{title} looks for no tensors called {strange}" + ", and rejects the file" * stops
             return Verdict("not at all", why, None, verdict.remedy or "anew", stops=stops)
         if verdict.reads != "as trained":

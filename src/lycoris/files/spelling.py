@@ -17,6 +17,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lora.up.weight",
             "lora_linear_layer.up.weight",
             "lora_layer.up.weight",
+            "lora_embedding_B",
         ),
         "lora_down.weight": (
             "lora_A.weight",
@@ -24,6 +25,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lora.down.weight",
             "lora_linear_layer.down.weight",
             "lora_layer.down.weight",
+            "lora_embedding_A",
         ),
         "lora_up.bias": ("lora_B.bias",),
         # The second is ai-toolkit's.
@@ -55,6 +57,7 @@ ODD = (
     "reshape_weight",
     "lokr_t1",
     "oft_R.weight",
+    "ia3_l",
     "bm.weight",
     *(f"oft_blocks.{part}" for part in range(PARTS)),
 )

@@ -9,8 +9,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lycoris.algorithms import ALPHA
-from lycoris.families import FAMILIES
+from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files.components import component_of
+from lycoris.files.consumers import Consumer
+from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.detect import Detection
 from lycoris.files.dialect import Key
 from lycoris.files.dialects import DIALECTS
@@ -94,3 +96,23 @@ def tensor_of(found: Opened, written: Written, suffix: str) -> Tensor | None:
     name = dict(zip(written.tensors, written.names, strict=True))[suffix]
     in_file = {other: own for own, other in found.detection.renamed.items()}
     return found.tensors.get(in_file.get(name, name))
+
+
+def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
+    """What becomes of all keys together in a program that looks at all of them."""
+    if program.route is None:
+        return None
+    layers = {
+        each.key: tuple(name.removeprefix(f"{each.key}.") for name in each.names)
+        for component in written.values()
+        for each in component.values()
+    }
+    return program.route(Sent(layers, denoiser_of(found), tuple(found.shapes)))
+
+
+def denoiser_of(found: Opened) -> str | None:
+    """The architecture of the denoiser that a file is for; None: not known."""
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    if architecture is None and found.family is not None:
+        architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
+    return None if architecture is None else architecture.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lycoris.files.consumers import comfyui_keys
 from lycoris.files.consumers.consumer import NAMES, Consumer, Row
+from lycoris.files.consumers.errors import bias_share
 from lycoris.files.consumers.replaced import (
     biases_only,
     changes_replaced,
@@ -19,7 +20,6 @@ from lycoris.files.consumers.traits import (
     any_of,
     beside,
     bias_only,
-    bias_share,
     called,
     core_without_contiguous,
     dora,

@@ -158,8 +158,9 @@ class Consumer:
     """The tensors of a layer that it looks for; None: not looked at, and taken to be all, however they are spelled."""
     stops: bool = False
     """Whether every layer that it cannot take costs the whole file."""
-    taken_for: Callable[[Iterable[str]], str] | None = None
-    """The one algorithm that it takes all of a file for, by the names of its tensors; None: each layer has its own."""
+    taken_for: Callable[[Iterable[str], str | None], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
+    None or "": each layer has its own."""
     reads_header: bool = False
     """Whether it honors the scale that a file's header, or a config beside it, has."""
     whole: Callable[[Bundle], str] | None = None

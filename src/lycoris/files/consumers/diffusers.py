@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from lycoris.algorithms import LoKr, below_lengths
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Case, Consumer, Reads, Row, Test
-from lycoris.files.consumers.peft import STRENGTH, refused
+from lycoris.files.consumers.diffusers_lokr import together
+from lycoris.files.consumers.diffusers_routes import route
+from lycoris.files.consumers.errors import unscaled_error
+from lycoris.files.consumers.peft import STRENGTH
 from lycoris.files.consumers.traits import (
     all_of,
     any_of,
@@ -20,14 +22,15 @@ from lycoris.files.consumers.traits import (
     lora_goes_wrong,
     moves_bias,
     no_other_than,
+    not_,
     on,
     padded_otherwise,
     resized,
     scaled,
     square,
+    unscaled,
     written_as,
 )
-from lycoris.files.peft.factors import factorize_like_peft
 
 PADDING = "pads with zeros beside a layer that does not; how far off that is depends on the input"
 
@@ -51,9 +54,22 @@ def _is_converted(case: Case) -> bool:
     return dotted(case) and not case.key.startswith("transformer.")
 
 
-def _is_dropped(case: Case) -> bool:
-    """In Flux.1's pipeline, which of files in its own format keeps the names with "lora" in them."""
-    return case.architecture == "flux1" and case.dialect in ("diffusers", "onetrainer-diffusers")
+_of_flux1 = all_of(on("flux1"), written_as("diffusers", "onetrainer-diffusers"))
+"""Flux.1's pipeline leaves out what it has no use for of files with diffusers' names."""
+
+
+def by_kohya(case: Case) -> bool:
+    """In a file of kohya's, of which the converter for Flux.2 leaves out what it has no use for."""
+    return "lora_down.weight" in case.among
+
+
+def _taken_for_lokr(case: Case) -> bool:
+    """In a file of Flux.1's that has LoKr in diffusers' names: load_lora_adapter then takes it for one of LoKr.
+
+    Of LoKr alone the pipeline rejects a file: there must be a name with "lora" in it.
+    """
+    mixed = any("lokr_" in name for name in case.among) and any("lora" in name for name in case.among)
+    return mixed and _of_flux1(case)
 
 
 def _norm(case: Case) -> bool:
@@ -63,7 +79,7 @@ def _norm(case: Case) -> bool:
 def _passed_over(case: Case) -> bool:
     """A norm's changes that are passed over: in Flux.1's own format, and of Wan under ComfyUI's names."""
     wan = case.architecture == "wan" and case.key.startswith("diffusion_model.")
-    return _is_dropped(case) or (wan and bool(case.stored) and case.stored.keys() <= {"diff", "diff_b"})
+    return _of_flux1(case) or (wan and bool(case.stored) and case.stored.keys() <= {"diff", "diff_b"})
 
 
 def _gets_lengths(case: Case) -> bool:
@@ -81,18 +97,6 @@ def _of_lokr(case: Case) -> bool:
     return case.architecture == "z-image" and bare and not case.key.endswith(".attention.out")
 
 
-def _without_factor(case: Case) -> bool:
-    """A LoKr for which _create_lokr_config finds no decompose_factor, or PEFT then makes other shapes."""
-    lokr, g = below_lengths(case.entry.algorithm), case.entry.geometry
-    if not isinstance(lokr, LoKr):
-        return False
-    ol, im, *_ = lokr.layout_for(g)
-    tried = (ol, -1)
-    return refused(case) or not any(
-        (factorize_like_peft(g.out_features, n)[0], factorize_like_peft(g.in_features, n)[0]) == (ol, im) for n in tried
-    )
-
-
 lokr = all_of(is_a("lokr"), _of_lokr)
 
 DIFFUSERS = Consumer(
@@ -103,12 +107,29 @@ DIFFUSERS = Consumer(
         Row(all_of(_norm, _passed_over), "not at all", "has no adapters for a layer of kind norm"),
         Row(_norm, "not at all", "has no adapters for a layer of kind norm", stops=True),
         Row(
-            all_of(beside, _is_dropped, is_a("lora")),
+            all_of(_taken_for_lokr, no_other_than("lokr")), "not at all", "takes a file with LoKr for one of LoKr alone"
+        ),
+        Row(
+            all_of(_taken_for_lokr, dora),
+            "differently",
+            "leaves the magnitude out of LoKr; how far off that is depends on the base weight",
+            "lora",
+        ),
+        Row(
+            all_of(_taken_for_lokr, not_(unscaled)),
+            "differently",
+            "reads no scale beside LoKr for this model, and takes 1",
+            "lora",
+            unscaled_error,
+        ),
+        Row(_taken_for_lokr, "as trained", "computes what was trained, if one decompose_factor fits all of them"),
+        Row(
+            all_of(beside, any_of(on("flux1"), all_of(on("flux2"), by_kohya)), is_a("lora")),
             "differently",
             "leaves out the change of the bias that is beside it",
         ),
         Row(
-            all_of(any_of(no_other_than("lora"), moves_bias), _is_dropped),
+            all_of(any_of(no_other_than("lora"), moves_bias), _of_flux1),
             "not at all",
             "reads LoRA only",
             "lora",
@@ -142,7 +163,6 @@ DIFFUSERS = Consumer(
             "leaves DoRA's lengths out, which in this format are called dora_scale; how far off that is depends on the "
             "base weight",
         ),
-        *instead(all_of(lokr, _without_factor), "not at all", "finds no decompose_factor that makes these shapes"),
         Row(lokr, "as trained", "computes what was trained, if one decompose_factor fits all layers of the file"),
         *instead(is_a("lokr"), "not at all", "reads LoKr for Flux.2 and Z-Image only, in some of their formats"),
         *instead(no_other_than("lora"), "not at all", "reads LoRA only"),
@@ -170,4 +190,6 @@ DIFFUSERS = Consumer(
     ),
     kinds=("linear", "conv", "norm"),
     reads_header=True,
+    route=route,
+    whole=together,
 )

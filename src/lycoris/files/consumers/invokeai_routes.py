@@ -6,10 +6,10 @@ The names of its functions, in invokeai/backend/patches/lora_conversions, stand 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
-from lycoris.files.consumers.routes import Route, Routed, Sent
+from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.report import some
 
 PAIR = ("lora_A.weight", "lora_B.weight")
@@ -20,11 +20,11 @@ BLOCKS = ("double_blocks.", "single_blocks.")
 UNSUPPORTED = "finds no format of its own for Flux in these keys, and rejects the file"
 
 
-def _refused(why: str) -> Routed:
+def refused(why: str) -> Routed:
     return Routed(refused=why)
 
 
-def _flat(key: str) -> bool:
+def flat(key: str) -> bool:
     return "." not in key
 
 
@@ -33,8 +33,8 @@ _SGM = re.compile(r"lora_unet_((in|out)put_blocks_|middle_block_|time_embed_|lab
 
 
 def _unet(sent: Sent) -> Routed:
-    if not all(map(_flat, sent.layers)):
-        return _refused("takes names with underscores only for this model, and rejects the file")
+    if not all(map(flat, sent.layers)):
+        return refused("takes names with underscores only for this model, and rejects the file")
     own = {key for key in sent.layers if key.startswith("lora_unet_")}
     stability = {key for key in own if _SGM.fullmatch(key)}
     known: tuple[str, ...] = ("lora_unet_", "lora_te_")
@@ -42,9 +42,9 @@ def _unet(sent: Sent) -> Routed:
         known = ("lora_unet_", "lora_te1_", "lora_te2_")
         strange = [key for key in sent.layers if not key.startswith(known)]
         if strange:
-            return _refused(f"rejects the file for {some(sorted(strange))}, which begin otherwise than it knows")
+            return refused(f"rejects the file for {some(sorted(strange))}, which begin otherwise than it knows")
         if stability and stability != own:
-            return _refused("rejects the file, for only some of its keys have the original code's names of layers")
+            return refused("rejects the file, for only some of its keys have the original code's names of layers")
         stability = set()
     return Routed(lost=frozenset(stability | {key for key in sent.layers if not key.startswith(known)}))
 
@@ -123,12 +123,12 @@ def _diffusers_like(sent: Sent) -> str:
 def _strange_to_kohya(sent: Sent) -> str:
     """Which layers of a file in kohya's format have names that it does not have there; "" where the file is another."""
     strange = [key for key in sent.layers if not _KOHYA.fullmatch(key)]
-    if not all(map(_flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
+    if not all(map(flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
         return ""
     return f"rejects the file for {some(sorted(strange))}"
 
 
-def _without(prefixes: tuple[str, ...], key: str) -> str:
+def without(prefixes: tuple[str, ...], key: str) -> str:
     return next((key.removeprefix(each) for each in prefixes if key.startswith(each)), key)
 
 
@@ -141,14 +141,14 @@ def _flux1(sent: Sent) -> Routed:
     if kind := _diffusers_like(sent):
         if kind == "flux2":
             return Routed(lost=frozenset(sent.layers))
-        why = _of_diffusers(_without(("base_model.model.", "transformer."), key) for key in sent.layers)
+        why = _of_diffusers(without(("base_model.model.", "transformer."), key) for key in sent.layers)
         broken = _whole_names(sent, sent.layers)
-        return _refused(why or (f"rejects the file for {some(broken)}" if broken else ""))
+        return refused(why or (f"rejects the file for {some(broken)}" if broken else ""))
     if all(map(_KOHYA.fullmatch, sent.layers)):
         kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
         return Routed(lost=frozenset(sent.layers.keys() - kept))
     if all(map(_ONETRAINER.fullmatch, sent.layers)):
-        return _refused(_of_diffusers_flat(sent.layers))
+        return refused(_of_diffusers_flat(sent.layers))
     return _flux_of_blocks(sent)
 
 
@@ -173,14 +173,14 @@ def _of_diffusers_flat(keys: Iterable[str]) -> str:
 def _flux_of_blocks(sent: Sent) -> Routed:
     """The original code's names, behind `diffusion_model.`."""
     if strange := _strange_to_kohya(sent):
-        return _refused(strange)
+        return refused(strange)
     if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
         # is_state_dict_likely_in_flux_aitoolkit_format
         own = [key for key in sent.layers if key.startswith("diffusion_model.")]
         alone = [key for key in sent.layers if "." not in key]
         broken = [*_whole_names(sent, own), *alone, *_cut_short(sent)]
         if broken:
-            return _refused(
+            return refused(
                 f"takes tensors with two-part names only in such keys, such as lora_A.weight, and rejects the file for "
                 f"{some(broken)}"
             )
@@ -190,7 +190,7 @@ def _flux_of_blocks(sent: Sent) -> Routed:
     blocks = tuple(prefix + each for prefix in prefixes for each in BLOCKS)
     if sent.all_end(*ends) and sent.any_starts(*blocks) and sent.all_start(*prefixes):
         return Routed()
-    return _refused(UNSUPPORTED)
+    return refused(UNSUPPORTED)
 
 
 def _cut_short(sent: Sent) -> list[str]:
@@ -222,7 +222,7 @@ def _flux2(sent: Sent) -> Routed:
     found = _flux_of_blocks(sent)
     if found.refused:
         return found
-    names = {key: _without(("diffusion_model.", "base_model.model."), key) for key in sent.layers}
+    names = {key: without(("diffusion_model.", "base_model.model."), key) for key in sent.layers}
     lost = {key for key, name in names.items() if not _FLUX2.fullmatch(name)} | found.lost
     fused = {key for key in sent.layers if key.endswith("_attn.qkv")}
     if sent.any_ends(*KRON, *HADA):
@@ -238,30 +238,30 @@ def _parted_badly(sent: Sent, keys: Iterable[str]) -> set[str]:
     return {
         key
         for key in keys
-        if key.endswith("attn_qkv" if _flat(key) else "attn.qkv")
+        if key.endswith("attn_qkv" if flat(key) else "attn.qkv")
         and ("dora_scale" in sent.layers[key] or not {"lora_up.weight", "lora_A.weight"} & set(sent.layers[key]))
     }
 
 
-_KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"})
+KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"})
 
 
-def _cut(sent: Sent, key: str) -> bool:
+def cut(sent: Sent, key: str, known: Collection[str] = KNOWN_ENDS) -> bool:
     """_group_by_layer: whether it takes another place for the end of the layer's name."""
-    return not _flat(key) and any(
-        name not in _KNOWN_ENDS and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
+    return not flat(key) and any(
+        name not in known and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
         for name in sent.layers[key]
     )
 
 
-def _bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
+def bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
     """Of lora_A and lora_B it takes nothing that is beside them: the layers with alpha, and with a magnitude."""
     pairs = {key: set(names) for key, names in sent.layers.items() if "lora_A.weight" in names}
     scaled = frozenset(key for key, names in pairs.items() if "alpha" in names)
     return scaled, frozenset(key for key, names in pairs.items() if "dora_scale" in names)
 
 
-def _ends_elsewhere(keys: Iterable[str]) -> str:
+def ends_elsewhere(keys: Iterable[str]) -> str:
     return (
         "takes the last two dots of a name for the end of the layer's, which is right for LoRA only, and rejects the "
         f"file for {some(sorted(keys))}"
@@ -274,15 +274,15 @@ _Z_IMAGE = re.compile(
 
 
 def _z_image(sent: Sent) -> Routed:
-    cut = [key for key in sent.layers if _cut(sent, key)]
-    if cut:
-        return _refused(_ends_elsewhere(cut))
+    broken = [key for key in sent.layers if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
     prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
-    lost = {key for key in sent.layers if _flat(key) and not _Z_IMAGE.fullmatch(key)}
+    lost = {key for key in sent.layers if flat(key) and not _Z_IMAGE.fullmatch(key)}
     lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}
-    lost |= {key for key in sent.layers if _without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
-    scaled, bare = _bare_pairs(sent)
+    lost |= {key for key in sent.layers if without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
+    scaled, bare = bare_pairs(sent)
     return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
 
 
@@ -296,13 +296,13 @@ _QWEN = re.compile(
 def _qwen(sent: Sent) -> Routed:
     if sent.any_starts("lora_unet_transformer_blocks_"):
         # _convert_kohya_format
-        dotted = [key for key in sent.layers if not _flat(key)]
+        dotted = [key for key in sent.layers if not flat(key)]
         return Routed(lost=frozenset([*(key for key in sent.layers if not _QWEN.fullmatch(key)), *dotted]))
-    cut = [key for key in sent.layers if _cut(sent, key)]
-    if cut:
-        return _refused(_ends_elsewhere(cut))
+    broken = [key for key in sent.layers if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
     lost = {key for key in sent.layers if key.startswith(("diffusion_model.", "lora_", "lycoris_", "base_model."))}
-    scaled, bare = _bare_pairs(sent)
+    scaled, bare = bare_pairs(sent)
     return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
 
 
@@ -324,18 +324,18 @@ def _wan(sent: Sent) -> Routed:
         norms = [key for key in taken if key.endswith(("norm_q", "norm_k"))]
         if norms:
             # torch.nn.RMSNorm is not in AUTOCAST_MODULE_TYPE_MAPPING.
-            return _refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
+            return refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
         return Routed(lost=frozenset(sent.layers.keys() - taken))
     prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
-    paths = {key: _without(prefixes, key) for key in sent.layers}
+    paths = {key: without(prefixes, key) for key in sent.layers}
     inside = {key for key, path in paths.items() if path.startswith("blocks.")}
-    cut = [key for key in inside if _cut(sent, key)]
-    if cut:
-        return _refused(_ends_elsewhere(cut))
+    broken = [key for key in inside if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
     return Routed(lost=frozenset(key for key in sent.layers if not _WAN_DOTTED.fullmatch(paths[key])))
 
 
-_ROUTES: Mapping[str, Route] = MappingProxyType(
+ROUTES: Mapping[str, Callable[[Sent], Routed]] = MappingProxyType(
     {
         **dict.fromkeys(("sd1.5-unet", "sd2-unet", "sdxl-unet"), _unet),
         "flux1": _flux1,
@@ -345,9 +345,3 @@ _ROUTES: Mapping[str, Route] = MappingProxyType(
         "wan": _wan,
     }
 )
-
-
-def route(sent: Sent) -> Routed:
-    """What becomes of a file's keys; a model that is not in the table is not known to be read."""
-    own = _ROUTES.get(sent.architecture or "")
-    return _refused("is not known to read adapters for this model") if own is None else own(sent)

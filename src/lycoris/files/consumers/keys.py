@@ -35,6 +35,8 @@ class Known(NamedTuple):
     """Keys that it knows in some models of the architecture."""
     needs: str = ""
     """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
+    strict: bool = False
+    """Whether it rejects the file for keys that it does not know."""
 
 
 Keys = Mapping[str, Mapping[str, Known]]
@@ -251,6 +253,7 @@ _WAN_WITH_ALPHA = Known(stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS}
 _WAN_WITHOUT = Known(
     stops=rf"diffusion_model\.(?!({_DOTTED_WAN}|{_WAN_NORMS}|(text|time)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])$).*",
 )
+_Z_IMAGE_LOST = r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"
 DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "diffusers": wholly(*_DIFFUSERS, *CLIPS),
     "kohya": _FLAT_FAMILIES | wholly(*UNETS) | _DIFFUSERS_ENCODERS,
@@ -285,10 +288,14 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "comfyui": {
         "flux1": Known(lost=r"diffusion_model\.(?!(double|single)_blocks\.).*"),
         "wan": _WAN_WITH_ALPHA,
-        "z-image": Known(lost=r"diffusion_model\.(.*\.attention\.qkv|x_embedder|final_layer\..*)"),
+        "z-image": Known(lost=_Z_IMAGE_LOST),
     }
     | wholly("qwen-image", "flux2", "minimax-h3"),
-    "onetrainer-comfy": {"wan": _WAN_WITH_ALPHA} | wholly("qwen-image", "flux2", "minimax-h3"),
+    "onetrainer-comfy": {
+        "wan": _WAN_WITH_ALPHA,
+        "z-image": Known(lost=_Z_IMAGE_LOST, stops=r"diffusion_model\..*\.attention\.out"),
+    }
+    | wholly("qwen-image", "flux2", "minimax-h3"),
     # _convert_mixture_state_dict_to_diffusers
     "onetrainer-legacy": {
         "flux1": Known(
@@ -306,17 +313,27 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     "ai-toolkit": wholly("qwen-image", "z-image")
     | partly("sd3", "flux1", "flux2", "hunyuanvideo", "framepack", "lumina2", lost=r"diffusion_model\..*")
     | partly(*_NEWER, lost=r"diffusion_model\..*")
+    | wholly("ltx-video", "ltx-2")
     | {"wan": Known(stops=r"diffusion_model\..*")},
 }
 # Both walk the model's own modules.
 PEFT: Mapping[str, Mapping[str, Known]] = {"peft": EVERY}
 SIMPLETUNER: Mapping[str, Mapping[str, Known]] = {"lycoris": EVERY}
 
-# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for. HunyuanVideo goes
-# through create_arch_network_from_weights, by the classes of its blocks.
-_MUSUBI = dict.fromkeys(
-    ("hunyuanvideo-1.5", "framepack", "wan", "flux1", "flux2", "qwen-image", "z-image"), Known(named="musubi")
-) | {"hunyuanvideo": Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")}
-MUSUBI: Mapping[str, Mapping[str, Known]] = dict.fromkeys(
-    ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers"), _MUSUBI
+# musubi-tuner: load_safetensors_with_lora_and_fp8 merges into every weight that it has a name for; of the models in
+# MUSUBI_NETWORKS create_arch_network_from_weights makes adapters for the layers in certain classes of blocks.
+_MUSUBI_OWN = dict.fromkeys(
+    ("hunyuanvideo-1.5", "framepack", "wan", "flux2", "qwen-image", "z-image", "krea2"), Known(named="musubi")
 )
+MUSUBI_NETWORKS: Mapping[str, Known] = {
+    **dict.fromkeys(
+        ("hunyuanvideo", "flux1"), Known(lost=r"lora_unet_(?!(double|single)_blocks_\d+_).*", named="musubi")
+    ),
+    "kandinsky5": Known(lost=r"lora_unet_(?!(text|visual)_transformer_blocks_\d+_).*", named="musubi"),
+    # load_state_dict(strict=True)
+    "ideogram4": Known(lost=r"lora_unet_(?!layers_\d+_).*", named="musubi", strict=True),
+}
+MUSUBI: Mapping[str, Mapping[str, Known]] = {
+    dialect: {**_MUSUBI_OWN, **MUSUBI_NETWORKS}
+    for dialect in ("musubi", "kohya", "onetrainer-kohya", "kohya-diffusers")
+}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Case, Consumer, Row
+from lycoris.files.consumers.routes import Routed, Sent
 from lycoris.files.consumers.traits import (
     all_of,
+    any_of,
     beside,
     cored,
     dora,
@@ -17,15 +20,47 @@ from lycoris.files.consumers.traits import (
     off_pictures,
     on,
     w1_split,
+    without_alpha,
 )
 
-FIRST = (("lora_down", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"))
-"""Part of a tensor's name → algorithm."""
+FIRST = (("lora_down", "lora"), ("lora_A", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"))
+"""Part of a tensor's name → algorithm. FramePack's lora_A is lora_down by then; no other model knows such a file."""
 
 
-def detected(names: Iterable[str]) -> str:
-    """detect_network_type: the algorithm of the first tensor that tells one."""
+by_network = on(*keys.MUSUBI_NETWORKS)
+"""Into models of these it merges through modules of its LoRA, one for each layer in a block."""
+by_hooks = on("ideogram4")
+"""Of those, it wants every tensor of the file to be of such a module."""
+
+
+def detected(names: Iterable[str], architecture: str | None) -> str:
+    """detect_network_type: the algorithm of the first tensor that tells one; "" where each layer has its own."""
+    if architecture in keys.MUSUBI_NETWORKS:
+        return ""
     return next((algorithm for name in names for part, algorithm in FIRST if part in name), "lora")
+
+
+# convert_hunyuan_to_framepack
+_OF_HUNYUANVIDEO = re.compile(
+    r"double_blocks\.\d+\.(img|txt)_(attn[._](qkv|proj)|mlp[._]fc[12]|mod[._]linear)"
+    r"|single_blocks\.\d+\.(linear[12]|modulation[._]linear)"
+)
+_OF_FRAMEPACK = re.compile(
+    r"((single_)?transformer_blocks|context_embedder|x_embedder|clean_x_embedder|image_projection|time_text_embed|norm_out|proj_out)\b.*"
+)
+
+
+def route(sent: Sent) -> Routed | None:
+    """convert_lora_for_framepack: it renames dotted keys, of which it keeps LoRA's factors and nothing else."""
+    dotted = not sent.names[0].startswith("lora_unet_") and any("lora_A" in name for name in sent.names)
+    if sent.architecture != "framepack" or not dotted:
+        return None
+    paths = {key: key.partition(".")[2] for key in sent.layers if key.startswith(("diffusion_model.", "transformer."))}
+    pairs = {key for key, names in sent.layers.items() if "lora_A.weight" in names}
+    older = any("double_blocks" in path or "single_blocks" in path for path in paths.values())
+    named = _OF_HUNYUANVIDEO if older else _OF_FRAMEPACK
+    kept = {key for key in pairs & paths.keys() if named.fullmatch(paths[key])}
+    return Routed(lost=frozenset(sent.layers.keys() - kept), without_scale=frozenset(kept))
 
 
 def _conv(case: Case) -> bool:
@@ -42,7 +77,20 @@ MUSUBI = Consumer(
     keys.MUSUBI,
     (
         Row(
-            all_of(on("hunyuanvideo"), no_other_than("lora")), "not at all", "merges LoRA only into this model", "lora"
+            all_of(by_hooks, any_of(no_other_than("lora"), beside, dora, cored)),
+            "not at all",
+            "takes LoRA and nothing else for this model, and stops",
+            "lora",
+            stops=True,
+        ),
+        Row(is_a("norm"), "not at all", "has no adapters for norms"),
+        Row(all_of(by_network, no_other_than("lora")), "not at all", "merges LoRA only into this model", "lora"),
+        Row(
+            all_of(by_network, without_alpha),
+            "not at all",
+            "wants alpha beside every LoRA for this model, and stops",
+            "format",
+            stops=True,
         ),
         Row(moves_bias, "not at all", "has no adapters that change a bias"),
         Row(
@@ -99,6 +147,7 @@ MUSUBI = Consumer(
             "computes what was trained when it merges; to train on, it has to be told the factor",
         ),
     ),
-    kinds=("linear", "conv"),
+    kinds=("linear", "conv", "norm"),
     taken_for=detected,
+    route=route,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 from lycoris.bundle import Bundle
@@ -36,8 +37,11 @@ def counterpart(case: Case) -> str:
 
 def together(bundle: Bundle) -> str:
     """Why one folder does not hold them all: of two kinds, or with no one decompose_factor."""
+    written = {path: stack for path, stack in bundle.entries.items() if not refusal(stack)}
+    if not written:
+        return ""
     try:
-        encode_peft(bundle)
+        encode_peft(replace(bundle, entries=written))
     except FileError as error:
         return str(error)
     return ""
@@ -61,5 +65,5 @@ PEFT = Consumer(
     transposes=True,
     whole=together,
     reads_header=True,
-    names=NAMES | {"oft_R.weight", "lora_up.bias"},
+    names=NAMES | {"oft_R.weight", "ia3_l", "lora_up.bias"},
 )

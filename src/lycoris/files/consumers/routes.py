@@ -45,4 +45,5 @@ class Routed:
     """Layers whose DoRA magnitude it leaves out."""
 
 
-Route = Callable[[Sent], Routed]
+Route = Callable[[Sent], Routed | None]
+"""None: what becomes of each key does not depend on the others, and `Consumer.keys` says it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lycoris.files.consumers.consumer import Row
+from lycoris.files.consumers.errors import misplaced_alone
 from lycoris.files.consumers.traits import (
     all_of,
     beside,
@@ -13,7 +14,6 @@ from lycoris.files.consumers.traits import (
     ia3_out_on_square_line,
     is_a,
     lone_shift,
-    misplaced_alone,
     off_pictures,
     w2_on_wrong_axes,
 )

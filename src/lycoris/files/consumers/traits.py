@@ -9,6 +9,7 @@ import torch
 from lycoris.adapter import Matrix
 from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, below_lengths
 from lycoris.files.consumers.consumer import Case, Test
+from lycoris.files.consumers.errors import misplaced
 from lycoris.files.dialects import DIALECTS
 from lycoris.recast import adapted
 
@@ -91,6 +92,11 @@ def unscaled(case: Case) -> bool:
 def scaled_by_itself(case: Case) -> bool:
     """With the scale as a number of its own."""
     return "scale" in case.stored
+
+
+def without_alpha(case: Case) -> bool:
+    """Without a tensor for alpha in the file."""
+    return bool(case.stored) and ALPHA not in case.stored
 
 
 def linear(case: Case) -> bool:
@@ -254,19 +260,6 @@ def w2_on_wrong_axes(case: Case) -> bool:
     return misplaced(case) > SAME
 
 
-def misplaced(case: Case) -> float:
-    """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
-    p = {name: tensor.double() for name, tensor in case.entry.tensors.items()}
-    w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
-    right = torch.einsum("ab,cdk->acbdk", w1, p["w2"].flatten(2)).flatten()
-    return float((torch.kron(w1, p["w2"]).flatten() - right).norm() / right.norm().clamp_min(1e-30))
-
-
-def misplaced_alone(case: Case) -> float | None:
-    """The same where nothing but ΔW counts."""
-    return None if case.dora else misplaced(case)
-
-
 def unbalanced(case: Case) -> bool:
     """A LoKr whose w1 has more rows than its w2."""
     algorithm, g = below_lengths(case.entry.algorithm), case.entry.geometry
@@ -383,15 +376,6 @@ def bias_only(case: Case) -> bool:
 def any_bias(case: Case) -> bool:
     """A change of the bias, be it alone, with one of the weight, or beside another algorithm."""
     return moves_bias(case) or beside(case)
-
-
-def bias_share(case: Case) -> float | None:
-    """How far off the change is without that of the bias, where all of it is stored."""
-    t = case.entry.tensors
-    if case.beside or "diff" not in t or "diff_b" not in t:
-        return None
-    bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
-    return (bias / whole) ** 0.5 if whole else None
 
 
 def embedding(case: Case) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import ASKED, NAMES, Case, Consumer, Row
+from lycoris.files.consumers.errors import bias_share
 from lycoris.files.consumers.replaced import changes_weight, replaces
 from lycoris.files.consumers.shared import IA3_ON_CONVOLUTIONS, LENGTHS_OF_COLUMNS, WITHOUT_BIAS, cores
 from lycoris.files.consumers.taking import by_webui
@@ -13,7 +14,6 @@ from lycoris.files.consumers.traits import (
     all_of,
     any_bias,
     any_of,
-    bias_share,
     called,
     dora_in,
     embedding,

@@ -88,6 +88,8 @@ def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     entry = _read(named, g, path)
     if shift is None:
         return (entry,)
+    if not g.has_bias and not shift.any():
+        return (entry,)
     if not g.has_bias:
         raise FileError(f"{path}: lora_bias adds a bias to a layer that has none, which adapters here cannot")
     return entry, _bias(g, shift * config.scale(path))
