@@ -209,10 +209,12 @@ _FLAT_UNETS = partly(*UNETS, lost="(?!lora_unet_(?!_)).*")
 _OWN_UNETS = partly(*UNETS, lost=r"(?!diffusion_model\.).*")
 _FLAT = _FLAT_UNETS | COMFYUI_CLIP
 # T5 alone is counted as the first text encoder. One language model alone has `lora_te_`.
-_FIRST = {f"{family}:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}") for family in ("chroma", "pixart", "ltx-video", "mochi")}
+_FIRST: Mapping[str, Known] = {
+    f"{family}:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}") for family in ("chroma", "pixart", "ltx-video", "mochi")
+}
 _FLAT_ENCODERS = (
     _FLAT
-    | _FIRST
+    | {**_FIRST}
     | {"cosmos-predict2:t5": Known(rf"(?!lora_te1_).*|{EMBEDS}")}
     | {f"{family}:language-model": Known(f"(?!lora_te_).*|{_HEAD}") for family in ("z-image", "lumina2")}
 )
