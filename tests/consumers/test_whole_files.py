@@ -88,15 +88,9 @@ REFUSES = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 
 def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
     """Layer of diffusers → its weight and bias as a pipeline makes them of a file."""
-    pipeline, model = getattr(diffusers, PIPELINES[family]), copy.deepcopy(model_of(family)[0])
-    state, *alphas, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
-    if family == "flux1":
-        state = {key: tensor for key, tensor in state.items() if "lora" in key}
-    if not state or not all("lora" in key or ("lokr" in key and family in ("flux2", "z-image")) for key in state):
-        raise ValueError("load_lora_weights refuses such keys")
-    takes = inspect.signature(pipeline.load_lora_into_transformer).parameters
-    given = {"network_alphas": alphas[0] if alphas else None} if "network_alphas" in takes else {}
-    pipeline.load_lora_into_transformer(state, transformer=model, adapter_name="a", metadata=metadata, **given)
+    kind, model = getattr(diffusers, PIPELINES[family]), copy.deepcopy(model_of(family)[0])
+    needed = (name for name, each in inspect.signature(kind).parameters.items() if each.default is each.empty)
+    kind(**dict.fromkeys(needed) | {"transformer": model}).load_lora_weights(str(path), adapter_name="a")
     found: dict[str, Affine] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
