@@ -14,6 +14,7 @@ from lycoris.algorithm import Affine
 from lycoris.errors import FileError
 from lycoris.files.headers import header
 from lycoris.files.layout import Layout
+from lycoris.geometry import Geometry
 from lycoris.ops.rounding import widened
 
 
@@ -39,7 +40,7 @@ class BaseWeights:
         Raises `FileError` when one is not there.
         """
         span = layout.spans(layout.naming)[name]
-        weights = [self._read(f"{part}.weight") for part in span.parts]
+        weights = [self._weight(part, layout.middle[part]) for part in span.parts]
         weight, bias = torch.cat(weights), None
         if any(f"{part}.bias" in self.files for part in span.parts):
             bias = torch.cat([self._bias(part, own) for part, own in zip(span.parts, weights, strict=True)])
@@ -47,6 +48,10 @@ class BaseWeights:
             half = len(weight) // 2
             weight, bias = weight.roll(half, 0), None if bias is None else bias.roll(half, 0)
         return Affine(weight, bias)
+
+    def _weight(self, part: str, g: Geometry) -> Tensor:
+        """(O, I, *K); a bare parameter has no module around it."""
+        return g.turned(self._read(part if g.kind == "parameter" else f"{part}.weight"))
 
     def _bias(self, part: str, weight: Tensor) -> Tensor:
         """Of a part without one, zeros: another part of its module has one."""

@@ -1,0 +1,27 @@
+"""Base weights on disk are those of the model's layers, whatever kind of layer they are of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cases import LAYERS, One
+from lycoris.attach import bottom
+from lycoris.files.layout import Layout
+from lycoris.files.weights import BaseWeights
+from lycoris.geometry import sites
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_on_disk_is_the_layer_in_memory(layer: str, tmp_path: Path) -> None:
+    model = One(LAYERS[layer].layer())
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "a.safetensors")
+    ((path, module, attribute, _),) = sites(model)
+    found = BaseWeights.open(tmp_path / "a.safetensors").affine(path, Layout.of(model))
+    there = bottom(module, attribute).affine()
+    assert torch.equal(found.weight, there.weight)
+    assert (found.bias is None) == (there.bias is None)
+    assert found.bias is None or torch.equal(found.bias, there.bias)
