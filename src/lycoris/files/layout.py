@@ -93,7 +93,9 @@ class Layout:
         """Names of a naming, as a file writes them → dotted. Raises `FileError` when two are written alike."""
         names = self.layers if naming == self.naming else self.spans(naming)
         if style == "dotted":
-            return {name: name for name in names}
+            # Behind the name of a parameter that is called weight, that of a tensor is taken for one of a layer's.
+            short = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
+            return {**short, **{name: name for name in names}}
         found: dict[str, str] = {}
         for name in names:
             first = found.setdefault(flatten(name), name)

@@ -197,7 +197,8 @@ class Part:
 
     def _of(self, written: str) -> Written:
         """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
-        return self.written.get(written) or Written(self.prefix + written, {})
+        found = self.written.get(written) or self.written.get(written.removesuffix(".weight"))
+        return found or Written(self.prefix + written, {})
 
     def _as_written(self, layer: str) -> str:
         return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
