@@ -16,7 +16,8 @@ def read(
     if kind == "parameter" and not own_names:
         # It looks for these behind diffusion_model. alone.
         return None
-    found = comfyui.read(tensors, weight, bias, kind, strength, quiet=False, rotations=False)
+    others = {name: tensor for name, tensor in tensors.items() if not name.endswith("set_weight")}
+    found = comfyui.read(others, weight, bias, kind, strength, quiet=False, rotations=False)
     found = _replaced(tensors, weight, bias, kind, found, own_names=own_names)
     if found is None and len(tensors) > UNMATCHED:
         raise Refused(f"{len(tensors)} keys without a place")

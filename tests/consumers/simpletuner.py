@@ -14,6 +14,8 @@ def read(tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, stre
     if "oft_blocks" in tensors:
         return _turned(tensors, weight, strength), bias
     if "w_norm" in tensors:
+        if bias is None:
+            raise Refused("NormModule is for torch's LayerNorm and GroupNorm, and RMSNorm is none of them")
         return weight + strength * tensors["w_norm"], moved(bias, tensors.get("b_norm"), strength)
     if "diff" in tensors:
         return weight + strength * tensors["diff"], moved(bias, tensors.get("diff_b"), strength)
@@ -58,6 +60,8 @@ def _change(tensors: Tensors, weight: Tensor) -> Tensor | None:
 
 def _lokr(tensors: Tensors, weight: Tensor) -> Tensor:
     rank = None
+    if not _loads(tensors, weight):
+        raise Refused("the tensors do not fit those of the module that is made for their shapes")
     if "lokr_w1" in tensors:
         w1 = tensors["lokr_w1"]
     else:
@@ -72,6 +76,44 @@ def _lokr(tensors: Tensors, weight: Tensor) -> Tensor:
         rank, w2 = len(b), _core(tensors["lokr_t2"], b, a) if "lokr_t2" in tensors else a @ b
     pairs = torch.einsum("ab,cdk->acbdk", w1, w2.reshape(ok, inner, -1))
     return (1.0 if rank is None else _scale(tensors, rank)) * pairs.reshape(weight.shape)
+
+
+def _loads(tensors: Tensors, weight: Tensor) -> bool:
+    """Whether the module that is made for a LoKr has the shapes of the file."""
+    shapes = {name.removeprefix("lokr_"): list(t.shape) for name, t in tensors.items() if name.startswith("lokr_")}
+    ranks = [shapes[name][1] for name in ("w1_a", "w2_a") if name in shapes]
+    first, second = (shapes.get(w) or [shapes[f"{w}_a"][0], shapes[f"{w}_b"][1]] for w in ("w1", "w2"))
+    outs, ins = first[0] * second[0], first[1] * second[1]
+    if (first[0], first[1]) == (_parts(outs, -1)[0], _parts(ins, -1)[0]):
+        factor = -1
+    else:
+        tried = [max(first), max(second)]
+        fitting = [
+            each
+            for each in tried
+            if outs % each == ins % each == 0 and each in (first[0], second[0]) and each in (first[1], second[1])
+        ]
+        factor = fitting[0] if fitting else min(tried)
+    rows, columns, places = _parts(weight.shape[0], factor), _parts(weight.shape[1], factor), list(weight.shape[2:])
+    made = {}
+    if "w1" not in shapes and "w2" not in shapes and ranks[0] < max(rows[0], columns[0]) / 2:
+        made |= {"w1_a": [rows[0], ranks[0]], "w1_b": [ranks[0], columns[0]]}
+    else:
+        made["w1"] = [rows[0], columns[0]]
+    if not ranks or ranks[0] >= max(rows[1], columns[1]) / 2:
+        made["w2"] = [rows[1], columns[1], *places]
+    elif "t2" in shapes and any(size > 1 for size in places):
+        made |= {"t2": [ranks[0]] * 2 + places, "w2_a": [ranks[0], rows[1]], "w2_b": [ranks[0], columns[1]]}
+    else:
+        made |= {"w2_a": [rows[1], ranks[0]], "w2_b": [ranks[0], columns[1] * weight[0, 0].numel()]}
+    return made == shapes
+
+
+def _parts(n: int, factor: int) -> tuple[int, int]:
+    if factor > 0 and n % factor == 0:
+        return min(factor, n // factor), max(factor, n // factor)
+    small = max(m for m in range(1, n + 1) if n % m == 0 and m * m <= n and (factor < 0 or m <= max(factor, 1)))
+    return small, n // small
 
 
 def _scale(tensors: Tensors, rank: int) -> float:

@@ -316,6 +316,12 @@ def test_cores(reader: object, name: str) -> None:
     elif name == "lokr" and reader is forge:
         with pytest.raises(Refused, match="view size"):
             read(reader, tensors, weight)
+    elif name == "lokr":
+        with pytest.raises(Refused, match="do not fit"):
+            read(simpletuner, tensors, weight)
+        w2 = torch.einsum("pq...,qi,po->oi...", *(tensors[f"lokr_{each}"] for each in ("t2", "w2_b", "w2_a")))
+        wanted = 2.0 / R * lokr_change(tensors["lokr_w1"], w2).reshape(weight.shape)
+        assert error(read(reader, tensors, weight), wanted) < 1e-12
     else:
         assert error(read(reader, tensors, weight), read(simpletuner, tensors, weight)) < 1e-12
     for kernel in ((3,), (1, 3, 3)):

@@ -164,7 +164,8 @@ def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str
         assert alone.why.startswith(consumer.title)
         assert alone.remedy is None or alone.reads != "as trained"
         if alone != told:
-            assert (alone.reads, told.reads) == ("differently", "as trained")
+            assert alone.reads in ("differently", "not known")
+            assert told.reads == "as trained" or alone.reads == "not known"
             assert "depends on the base weight" in alone.why
 
 
@@ -319,7 +320,7 @@ def test_an_unknown_program() -> None:
 
 
 def test_what_no_export_makes_right() -> None:
-    with pytest.raises(FileError, match=r"musubi-tuner has no adapters for a layer of kind norm; no export of norm"):
+    with pytest.raises(FileError, match=r"musubi-tuner has no adapters for norms; no export of norm"):
         portable(made("norm", "layer-norm").entry, "musubi")
 
 

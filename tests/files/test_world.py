@@ -127,7 +127,9 @@ def test_flat_names_with_more_than_the_path(how: str, tmp_path: Path) -> None:
     assert same(found, understood(flux(), {}))
     assert found.tensors.keys() == tensors.keys()
     save_file(tensors, tmp_path / "a.safetensors")
-    assert "not known to read names such as" in check(tmp_path / "a.safetensors", "comfyui").keys
+    assert "not known to read names such as" in check(tmp_path / "a.safetensors", "simpletuner").keys
+    # ComfyUI's own function was asked for each name.
+    assert {each.reads for each in check(tmp_path / "a.safetensors", "comfyui").layers.values()} == {"not at all"}
 
 
 @pytest.mark.parametrize(

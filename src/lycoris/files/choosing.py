@@ -20,6 +20,9 @@ class Standing(NamedTuple):
     """Whether the header is one of its files'."""
     usual: bool
     """Whether such files usually call the layers so."""
+    likely: tuple[float, int]
+    """How much of a model there is, if it is most of it; of models that fit equally well, the one that most files are
+    for. With a model at hand it is the same for every format."""
     spelled: int
     """Tensors spelled as such files usually are."""
 
@@ -32,6 +35,7 @@ def standing(
     named: int,
     naming: str,
     architecture: Architecture | None,
+    likely: tuple[float, int] = (0.0, 0),
 ) -> Standing:
     """How well a format explains the names of a file, of whose layers a model has `named` under that naming."""
     keys = list(keys)
@@ -40,5 +44,6 @@ def standing(
         -sum(key is None for key in keys),
         any(mark in header for mark in dialect.marks),
         architecture is not None and naming == dialect.naming_for(architecture),
+        likely,
         sum(key is not None and dialect.spelling.get(key.suffix, key.suffix) == key.spelled for key in keys),
     )

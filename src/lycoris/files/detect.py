@@ -246,6 +246,7 @@ def _reading(
             named=(best.named if best else 0) + sum(each[0].named for each in others.values() if each),
             naming=best.naming if best else MIDDLE,
             architecture=best.architecture if best else None,
+            likely=_likely(best) if best else (0.0, -len(ARCHITECTURES)),
         ),
         foreign=bool(foreign),
     )
@@ -340,8 +341,13 @@ def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float, float]:
     for come first), and of a family the model of which a file has most.
     """
     usual = each.naming == dialect.naming_for(each.architecture)
-    order = list(ARCHITECTURES).index(each.architecture.name)
-    return -each.share if each.share >= MOST else 0, not usual, order, -each.share, -each.whole
+    share, order = _likely(each)
+    return -share, not usual, -order, -each.share, -each.whole
+
+
+def _likely(each: Fit) -> tuple[float, int]:
+    """The larger the likelier: the share if a file has most of a model, and the family's place in their order."""
+    return each.share if each.share >= MOST else 0.0, -list(ARCHITECTURES).index(each.architecture.name)
 
 
 def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:

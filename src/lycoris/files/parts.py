@@ -10,7 +10,7 @@ from functools import cached_property
 from lycoris.algorithms import ALGORITHMS, ALPHA, DoRA, below_lengths
 from lycoris.bundle import Bundle, Entry
 from lycoris.families.naming import Span
-from lycoris.files.consumers import Consumer, Verdict
+from lycoris.files.consumers import Consumer, Remedy, Verdict
 from lycoris.files.consumers.keys import Known
 from lycoris.files.consumers.routes import Routed
 from lycoris.files.consumers.taking import ALPHA_AND_LENGTHS, Place, Taken
@@ -351,7 +351,8 @@ class Part:
         entry = stack[0]
         plain = len(stack) == 1 and not isinstance(entry.algorithm, DoRA)
         if left - {ALPHA, "scale"}:
-            return Verdict("differently", f"{title} leaves out {some(sorted(left - {ALPHA, 'scale'}))}", None, "anew")
+            remedy: Remedy = "joined" if "bias_indices" in left else "anew"
+            return Verdict("differently", f"{title} leaves out {some(sorted(left - {ALPHA, 'scale'}))}", None, remedy)
         if "scale" in left:
             ours, its = self.scales[written]
         else:

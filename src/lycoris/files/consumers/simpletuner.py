@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lycoris.files.consumers import keys
 from lycoris.files.consumers.consumer import Consumer, Row
+from lycoris.files.consumers.lycoris_lokr import loads_otherwise
 from lycoris.files.consumers.shared import LONE_SHIFT, WITHOUT_BIAS
 from lycoris.files.consumers.traits import (
     all_of,
@@ -16,7 +17,8 @@ from lycoris.files.consumers.traits import (
     lone_bias,
     old_rotation,
     starts_elsewhere,
-    unbalanced,
+    without_base,
+    without_shift,
 )
 
 SIMPLETUNER = Consumer(
@@ -24,15 +26,34 @@ SIMPLETUNER = Consumer(
     "SimpleTuner",
     keys.SIMPLETUNER,
     (
-        Row(is_a("ia3"), "not at all", "stops when it loads an IA3 file", "plain"),
+        Row(is_a("ia3"), "not at all", "stops when it loads an IA3 file", "plain", stops=True),
         Row(lone_bias, "not at all", "recognises no diff_b without diff, and passes it over", "both diffs"),
+        Row(
+            all_of(is_a("norm"), without_shift),
+            "not at all",
+            "stops at norms without a bias, which are none of torch's LayerNorm and GroupNorm",
+            stops=True,
+        ),
         LONE_SHIFT,
-        Row(first_layout, "not at all", "knows the later layout of GLoRA only, and stops", "anew"),
+        Row(first_layout, "not at all", "knows the later layout of GLoRA only, and stops", "anew", stops=True),
         Row(old_rotation, "not at all", "recognises no oft_diag, and passes it over", "anew"),
         Row(all_of(dora, is_a("full")), "differently", "takes the difference and leaves DoRA's lengths out", "plain"),
-        Row(unbalanced, "not at all", "makes a LoKr of other shapes than an unbalanced one has, and stops", "plain"),
-        Row(dora_in, "not at all", "cannot load DoRA's lengths of inputs", "plain"),
+        Row(
+            loads_otherwise,
+            "not at all",
+            "makes a LoKr of other shapes than the file's, and stops",
+            "plain",
+            stops=True,
+        ),
+        Row(dora_in, "not at all", "cannot load DoRA's lengths of inputs", "plain", stops=True),
         Row(all_of(is_a("tlora"), kernel), "not at all", "cannot run T-LoRA on a convolution with a kernel", "plain"),
+        Row(
+            all_of(is_a("tlora"), without_base),
+            "not known",
+            "takes what T-LoRA started from to be the base weight's largest singular triplets, exactly; whether they "
+            "are depends on the base weight",
+            "plain",
+        ),
         Row(
             starts_elsewhere,
             "differently",

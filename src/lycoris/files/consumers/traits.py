@@ -7,7 +7,7 @@ import re
 import torch
 
 from lycoris.adapter import Matrix
-from lycoris.algorithms import ALPHA, IA3, MAGNITUDE, LoKr, below_lengths
+from lycoris.algorithms import ALPHA, IA3, MAGNITUDE
 from lycoris.files.consumers.consumer import Case, Test
 from lycoris.files.consumers.errors import misplaced
 from lycoris.files.dialects import DIALECTS
@@ -260,12 +260,6 @@ def w2_on_wrong_axes(case: Case) -> bool:
     return misplaced(case) > SAME
 
 
-def unbalanced(case: Case) -> bool:
-    """A LoKr whose w1 has more rows than its w2."""
-    algorithm, g = below_lengths(case.entry.algorithm), case.entry.geometry
-    return isinstance(algorithm, LoKr) and algorithm.layout_for(g).ol ** 2 > g.out_features
-
-
 def lengths(case: Case) -> bool:
     """Rotations with lengths that are not all 1."""
     scale = case.entry.tensors.get("rescale")
@@ -346,6 +340,16 @@ def starts_elsewhere(case: Case) -> bool:
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
+
+
+def without_base(case: Case) -> bool:
+    """With a base weight that is not at hand."""
+    return case.base is None
+
+
+def without_shift(case: Case) -> bool:
+    """A norm that has no bias."""
+    return case.entry.geometry.kind == "norm" and not case.entry.geometry.has_bias
 
 
 def in_rows(case: Case) -> bool:
