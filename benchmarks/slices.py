@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lycoris import AdapterSet, LoKr, read, write
-from lycoris.adapter import Adapter
+from lycoris.adapters.adapter import Adapter
+from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import write_tensors
-from lycoris.bundle import Bundle, Entry
+from lycoris.algorithms.base import Entry
 from lycoris.files import load_tensors, resolve, save_tensors
 from lycoris.files.layout import Layout
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
 
 
 def resident(field: str = "VmRSS") -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lycoris import BOFT, IA3, OFT, AdapterSet, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Rule, TLoRA, plan
-from lycoris.algorithm import Algorithm
+from lycoris.algorithms.base import Algorithm
 
 LAYERS, WIDTH, ROUNDS = 500, 320, 5
 ALGORITHMS: tuple[Algorithm, ...] = (

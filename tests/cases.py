@@ -30,11 +30,11 @@ from lycoris import (
     TLoRA,
     plan,
 )
-from lycoris.algorithm import Algorithm
-from lycoris.attach import base_class, top
+from lycoris.adapters.attach import base_class, top
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.slices import AdditiveSlice, Slice
 from lycoris.errors import ConfigError
-from lycoris.geometry import sites
-from lycoris.slices import AdditiveSlice, Slice
+from lycoris.layers.geometry import sites
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from cases import ALGORITHMS
 from lycoris import Full, LoRA, Norm, Replace
-from lycoris.algorithm import Algorithm
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import ConfigError
-from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
 from lycoris.files.writing import Encoded, compose
+from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 UNET = (
     "conv_in",

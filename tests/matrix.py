@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import ALGORITHMS, PAIRS
 from consumers import Refused
 from contracts.test_consumers import Made, change, diffusers_output, error, made, read_by, written_for_peft
-from lycoris.bundle import Entry
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError
-from lycoris.files.consumers import CONSUMERS
-from lycoris.files.portable import portable
-from lycoris.recast import adapted
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.portable import portable
 
 LAYERS = ("linear", "conv2d", "conv1d", "conv3d")
 LEFT_OUT = ("drops", "stable", "gate")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, One, perturb, relative
-from lycoris import AdapterSet, AttachError, DoRA, LoRA, Rule, bases, plan, read, write
-from lycoris.algorithm import Algorithm
-from lycoris.attach import top
+from lycoris import AdapterSet, AttachError, DoRA, LoRA, Rule, plan, read, write
+from lycoris.adapters.attach import top
+from lycoris.algorithms.base import Algorithm
+from lycoris.layers import base_weights
 from quantised import CPU, EVERY, Float8Linear, torchao
 
 SOME = ["lora", "loha", "loha-high-rank", "lokr", "tlora", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
@@ -33,7 +34,7 @@ def made(base: str, algorithm: Algorithm, random: bool = True) -> tuple[One, Ada
 
 
 def test_none_of_the_libraries_is_imported() -> None:
-    use = "import sys, torch, lycoris; lycoris.bases.kind(torch.nn.Linear(2, 2))"
+    use = "import sys, torch, lycoris; lycoris.layers.base_weights.kind(torch.nn.Linear(2, 2))"
     code = f"{use}; print({set(LIBRARIES)} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
@@ -42,10 +43,10 @@ def test_none_of_the_libraries_is_imported() -> None:
 @EVERY
 def test_a_weight_is_read_as_the_layer_uses_it(base: str) -> None:
     layer, x = CPU[base].layer(), torch.randn(3, 64)
-    assert bases.kind(layer) == CPU[base].label
+    assert base_weights.kind(layer) == CPU[base].label
     for _ in range(2):
         # A forward pass may move things about inside the layer.
-        dense = bases.read(layer)
+        dense = base_weights.read(layer)
         assert dense.weight.shape == (32, 64)
         assert not dense.weight.requires_grad
         assert relative(nn.functional.linear(x, *dense), layer(x)) < 1e-5
@@ -65,7 +66,7 @@ def test_a_fresh_adapter_changes_nothing(base: str, name: str) -> None:
 @EACH
 def test_adapters_train_unmerged(base: str, name: str) -> None:
     model, adapters, x = made(base, ALGORITHMS[name], random=False)
-    weight, aim = bases.read(model.layer).weight.clone(), model(x).detach() + torch.randn(2, 5, 32)
+    weight, aim = base_weights.read(model.layer).weight.clone(), model(x).detach() + torch.randn(2, 5, 32)
     optimizer = torch.optim.Adam(list(adapters.parameters()), lr=1e-2)
     losses = []
     for _ in range(8):
@@ -80,7 +81,7 @@ def test_adapters_train_unmerged(base: str, name: str) -> None:
     assert float(x.grad.abs().sum()) > 0
     own = {id(parameter) for parameter in adapters.parameters()}
     assert {id(parameter) for parameter in model.parameters() if parameter.grad is not None} <= own
-    assert torch.equal(bases.read(model.layer).weight, weight)
+    assert torch.equal(base_weights.read(model.layer).weight, weight)
 
 
 @EVERY
@@ -138,7 +139,7 @@ def test_float8_in_a_plain_layer_under_autocast() -> None:
         adapters = AdapterSet.build(model, plan(model, Rule(ALGORITHMS["dora-lora"]), strict=False)).attach()
         assert torch.equal(model(x), plain)
         model(x).float().sum().backward()
-    assert bases.read(model.layer).bias.dtype == torch.float32
+    assert base_weights.read(model.layer).bias.dtype == torch.float32
     assert all(parameter.grad is not None for parameter in adapters.parameters())
 
 
@@ -151,7 +152,7 @@ def test_layerwise_casting_of_diffusers_leaves_adapters_alone() -> None:
     perturb(adapters)
     before, exact = copy.deepcopy(adapters.state_dict()), model(x)
     apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=("norm",))
-    assert bases.kind(model[0]) == "float8_e4m3fn storage"
+    assert base_weights.kind(model[0]) == "float8_e4m3fn storage"
     y = model(x.bfloat16().requires_grad_())
     assert relative(y.float(), exact) < 0.1
     y.float().sum().backward()
@@ -199,7 +200,7 @@ def test_a_scale_of_unknown_shape_is_refused() -> None:
     layer = CPU["float8-scaled"].layer()
     layer.weight_scale = torch.ones(5)
     with pytest.raises(AttachError, match=r"its scale has shape \(5,\)"):
-        bases.read(layer)
+        base_weights.read(layer)
 
 
 def test_scales_over_blocks_of_columns() -> None:
@@ -207,7 +208,7 @@ def test_scales_over_blocks_of_columns() -> None:
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     layer.scale_weight = torch.rand(32, 4, 1) + 0.5
     expected = (layer.weight.float().view(32, 4, 16) * layer.scale_weight).view(32, 64)
-    assert torch.equal(bases.read(layer).weight, expected)
+    assert torch.equal(base_weights.read(layer).weight, expected)
 
 
 def test_quanto_layers_are_frozen_first() -> None:
@@ -215,9 +216,9 @@ def test_quanto_layers_are_frozen_first() -> None:
 
     model = One(nn.Linear(64, 32))
     optimum.quanto.quantize(model, weights="qint8")
-    assert bases.kind(model.layer) == "optimum-quanto qint8, not frozen yet"
+    assert base_weights.kind(model.layer) == "optimum-quanto qint8, not frozen yet"
     with pytest.raises(AttachError, match=r"optimum.quanto.freeze\(model\)"):
-        bases.read(model.layer)
+        base_weights.read(model.layer)
 
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
@@ -226,8 +227,8 @@ def test_bitsandbytes_layers_are_moved_first(kind: str) -> None:
 
     options = {} if kind == "Linear4bit" else {"has_fp16_weights": False}
     layer = getattr(bnb.nn, kind)(64, 32, **options)
-    assert torch.equal(bases.read(layer).weight, layer.weight.data)
-    (row,) = bases.capabilities({"layer": layer}).rows
+    assert torch.equal(base_weights.read(layer).weight, layer.weight.data)
+    (row,) = base_weights.capabilities({"layer": layer}).rows
     assert not row.merges
     assert "moved to its device" in row.remark
 
@@ -236,10 +237,10 @@ def test_four_bit_weights_that_were_packed_for_a_cpu_are_read() -> None:
     from bitsandbytes import functional
 
     layer = CPU["bitsandbytes-nf4"].layer()
-    weight, state = bases.read(layer).weight, layer.weight.quant_state
+    weight, state = base_weights.read(layer).weight, layer.weight.quant_state
     layer.weight.data, layer.weight.quant_state = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
     for _ in range(2):
-        assert relative(bases.read(layer).weight.float(), weight) < 0.01
+        assert relative(base_weights.read(layer).weight.float(), weight) < 0.01
 
 
 def test_the_table_names_what_works() -> None:
@@ -269,10 +270,10 @@ def test_packed_int4_of_torchao_is_not_read() -> None:
 
     layer = nn.Linear(64, 32).requires_grad_(False)
     layer.weight = nn.Parameter(Int4OpaqueTensor.from_hp(layer.weight, [1, 32]), requires_grad=False)
-    (row,) = bases.capabilities({"layer": layer}).rows
+    (row,) = base_weights.capabilities({"layer": layer}).rows
     assert (row.trains, row.reads, row.merges) == (False, False, False)
     with pytest.raises(AttachError, match=r"no dequantize\(\) for Int4OpaqueTensor"):
-        bases.read(layer)
+        base_weights.read(layer)
 
 
 def test_the_table_is_logged_at_attach(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cases import One, adapt, relative
 from lycoris import AdapterSet, ConfigError, LoRA, RankSchedule, TLoRA, create_lycoris, set_timestep_mask
-from lycoris.dropin.tlora import clear_timestep_mask
+from lycoris.compat.timestep_masks import clear_timestep_mask
 
 TIMES = torch.tensor([900, 100, 500])
 SAMPLES = len(TIMES)

@@ -31,7 +31,7 @@ def scaled(strengths: dict[str, float], x: torch.Tensor) -> torch.Tensor:
 
 
 def site_affine(model: nn.Module, path: str):
-    from lycoris.attach import bottom
+    from lycoris.adapters.attach import bottom
 
     return bottom(model.get_submodule(path)).affine()
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lycoris import AdapterSet, ConfigError, DoRA, FileError, LoKr, LoRA, Rule, TLoRA, plan, read
-from lycoris.checkpoints import checkpoint_adapters
+from lycoris.integrations.checkpoints import checkpoint_adapters
 
 ALGORITHMS = [LoKr(rank=2), DoRA(over=LoRA(rank=2)), TLoRA(rank=2)]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import ALGORITHMS, perturb, relative
-from lycoris import AdapterSet, AttachError, LoRA, Rule, bases, plan
+from lycoris import AdapterSet, AttachError, LoRA, Rule, plan
+from lycoris.layers import base_weights
 from quantised import Float8Linear, float8, torchao
 
 
@@ -175,7 +176,7 @@ def test_a_weight_that_is_read_stands_in(
     dense = chain(nn.Linear, between=1)
     for own, other in zip(dense, low, strict=True):
         if isinstance(own, nn.Linear):
-            weight, bias = bases.read(other)
+            weight, bias = base_weights.read(other)
             own.weight, own.bias = (nn.Parameter(part.detach(), requires_grad=False) for part in (weight, bias))
     first, x = adapted(low, algorithm=algorithm), torch.randn(40, 8)
     second = AdapterSet.build(dense, plan(dense, Rule(ALGORITHMS[algorithm]), strict=False)).attach()
@@ -201,15 +202,15 @@ def test_a_convolution_that_is_read_stands_in() -> None:
         parameter.grad = None
     y = model[1](model[0](x))
     (top,) = adapters.stacks["2"]
-    base = nn.functional.conv2d(y, bases.read(model[2]).weight, model[2].bias, stride=2)
-    change = top.adapted(bases.Affine(torch.zeros(4, 6, 3, 3), None)).weight
+    base = nn.functional.conv2d(y, base_weights.read(model[2]).weight, model[2].bias, stride=2)
+    change = top.adapted(base_weights.Affine(torch.zeros(4, 6, 3, 3), None)).weight
     (base + nn.functional.conv2d(y, change, stride=2)).square().sum().backward()
     for parameter, grad in zip(adapters.parameters(), found, strict=True):
         assert relative(grad, parameter.grad) < 1e-4
 
 
 def test_layers_with_a_derivative_get_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lycoris import derivative
+    from lycoris.layers import derivative
 
     monkeypatch.setattr(derivative, "supply", lambda *_: pytest.fail("nothing was missing"))
     model = chain(nn.Linear)
@@ -231,22 +232,22 @@ def test_the_fp8_layers_of_transformers_are_read(block: tuple[int, int] | None) 
         for i in range(48):
             at = () if block is None else (o // block[0], i // block[1])
             expected[o, i] *= layer.weight_scale_inv[at]
-    assert torch.equal(bases.read(layer).weight, expected)
+    assert torch.equal(base_weights.read(layer).weight, expected)
     model = nn.Sequential(layer)
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))))
     (row,) = adapters.capabilities().rows
     assert (row.stored_as, row.trains, row.merges) == ("float8_e4m3fn storage", True, True)
     perturb(adapters, 1.0)
-    change = adapters.stacks["0"][0].adapted(bases.Affine(torch.zeros(32, 48), None)).weight
+    change = adapters.stacks["0"][0].adapted(base_weights.Affine(torch.zeros(32, 48), None)).weight
     adapters.merge(into_low_bit=True)
-    assert relative(bases.read(layer).weight, expected + change) < 1 / 8
+    assert relative(base_weights.read(layer).weight, expected + change) < 1 / 8
 
 
 def test_a_scale_of_unknown_meaning_is_refused() -> None:
     layer = Float8Linear(16, 8)
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     layer.register_buffer("input_scale", torch.ones(()))
-    assert bases.read(layer).weight.shape == (8, 16)
+    assert base_weights.read(layer).weight.shape == (8, 16)
     layer.register_buffer("scale_2", torch.ones(8, 1))
     with pytest.raises(AttachError, match=r"scale_2 beside it is not known here; known are weight_scale"):
-        bases.read(layer)
+        base_weights.read(layer)

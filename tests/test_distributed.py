@@ -32,7 +32,7 @@ from jobs import (
 )
 from lycoris import AdapterSet, AttachError, Rule, plan
 from lycoris.files import encode
-from lycoris.geometry import sites
+from lycoris.layers.geometry import sites
 from ranks import Ranks
 
 OFTEN = ["lora", "loha-high-rank", "lokr-full-matrix", "tlora", "dora-lora", "oft"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lycoris.recipe import Recipe
+from lycoris.targeting.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "emoji" / "README.md"])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import lycoris
 from cases import ALGORITHMS, LAYERS, PAIRS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, serves
 from lycoris import AdapterSet, ConfigError, DoRA, LoHa, LoRA, Rule, explain, plan
-from lycoris.additive import Additive
-from lycoris.algorithm import Algorithm
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Algorithm
 from lycoris.files.writing import encode
-from lycoris.geometry import sites
+from lycoris.layers.geometry import sites
 
 IDS = ["-on-".join(pair) for pair in PAIRS_WITH_SLICES]
 

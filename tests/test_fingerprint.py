@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lycoris import AdapterSet, LoRA, Rule, fingerprint, plan, read, write
+from lycoris import AdapterSet, LoRA, Rule, plan, read, write
+from lycoris.models import fingerprint
 
 
 def base(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:

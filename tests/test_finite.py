@@ -8,7 +8,7 @@ from torch import nn
 
 from cases import adapt
 from lycoris import AdapterSet, LoRA, NotFiniteError, Rule, plan, watch_finite
-from lycoris.finite import first_bad_module, first_bad_tensor
+from lycoris.adapters.debug import first_bad_module, first_bad_tensor
 
 
 def model() -> nn.Sequential:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lycoris.dropin.keywords import read_preset
+from lycoris.compat.legacy_options import read_preset
 from lycoris.errors import ConfigError
-from lycoris.jsons import read_json, read_text, read_toml
+from lycoris.json_io import read_json, read_text, read_toml
 from lycoris.training.settings import load_recipe
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"

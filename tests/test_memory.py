@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lycoris import AdapterSet, ConfigError, LoKr, LoRA, Norm, Rule, TLoRA, explain, plan
-from lycoris.memory import memory
+from lycoris.analysis.memory import memory
 
 MAKERS = {
     "adamw": torch.optim.AdamW,

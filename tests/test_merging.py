@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, One, perturb, relative
-from lycoris import AdapterSet, AttachError, Full, LoRA, Rule, bases, plan
-from lycoris.algorithm import Algorithm
+from lycoris import AdapterSet, AttachError, Full, LoRA, Rule, plan
+from lycoris.algorithms.base import Algorithm
+from lycoris.layers import base_weights
 from lycoris.ops import rounding
 from quantised import CPU, EVERY, gguf
 
@@ -42,11 +43,11 @@ def quiet() -> Iterator[None]:
 @EACH
 def test_it_is_refused_unless_asked_for(base: str, name: str) -> None:
     model, adapters, x = made(base, ALGORITHMS[name])
-    attached, own = model(x), bases.own(model.layer)
+    attached, own = model(x), base_weights.own(model.layer)
     with pytest.raises(AttachError, match=rf"weight of layer is stored as {CPU[base].label}.*into_low_bit=True"):
         adapters.merge()
     assert not adapters.merged
-    assert all(a is b for a, b in zip(bases.own(model.layer), own, strict=True))
+    assert all(a is b for a, b in zip(base_weights.own(model.layer), own, strict=True))
     assert torch.equal(model(x), attached)
 
 
@@ -54,13 +55,13 @@ def test_it_is_refused_unless_asked_for(base: str, name: str) -> None:
 @EACH
 def test_it_stays_within_the_steps_of_the_format(base: str, name: str) -> None:
     model, adapters, x = made(base, ALGORITHMS[name])
-    attached, before = model(x), bases.read(model.layer).weight.clone()
-    dense = bases.read(model.layer).weight + 0
+    attached, before = model(x), base_weights.read(model.layer).weight.clone()
+    dense = base_weights.read(model.layer).weight + 0
     with quiet():
         report = adapters.merge(into_low_bit=True)
-    after = bases.read(model.layer).weight
+    after = base_weights.read(model.layer).weight
     assert type(model.layer.weight) is type(CPU[base].layer().weight)
-    assert bases.kind(model.layer) == CPU[base].label
+    assert base_weights.kind(model.layer) == CPU[base].label
     assert relative(after, before) > 0.02
     assert relative(model(x), attached) < 2 * CPU[base].step
     (told,) = report.layers
@@ -74,21 +75,21 @@ def test_it_stays_within_the_steps_of_the_format(base: str, name: str) -> None:
 
 def _dense(adapters: AdapterSet) -> Tensor:
     (layer,), ((adapter,),) = adapters._layers.values(), adapters.stacks.values()
-    weight, bias = bases.read(layer)
-    return adapter.adapted(type(bases.read(layer))(weight.float(), bias)).weight.detach()
+    weight, bias = base_weights.read(layer)
+    return adapter.adapted(type(base_weights.read(layer))(weight.float(), bias)).weight.detach()
 
 
 @EVERY
 @EACH
 def test_unmerging_puts_the_very_same_parameters_back(base: str, name: str) -> None:
     model, adapters, x = made(base, ALGORITHMS[name])
-    attached, own, state = model(x), bases.own(model.layer), sorted(model.state_dict())
+    attached, own, state = model(x), base_weights.own(model.layer), sorted(model.state_dict())
     with quiet():
         adapters.merge(into_low_bit=True)
         merged = model(x)
         assert sorted(model.state_dict()) == state
         adapters.unmerge()
-        assert all(a is b for a, b in zip(bases.own(model.layer), own, strict=True))
+        assert all(a is b for a, b in zip(base_weights.own(model.layer), own, strict=True))
         assert torch.equal(model(x), attached)
         adapters.merge(into_low_bit=True)
         assert torch.equal(model(x), merged)
@@ -102,7 +103,7 @@ def test_what_is_merged_can_be_saved_as_a_base(base: str) -> None:
     model, adapters, x = made(base, LoRA(rank=2))
     adapters.merge(into_low_bit=True)
     merged, fresh = model(x), CPU[base].layer()
-    weight = bases.read(model.layer).weight
+    weight = base_weights.read(model.layer).weight
     if base.startswith("bitsandbytes-int8"):
         fresh.load_state_dict(model.layer.state_dict())
         assert torch.equal(fresh(x), merged)
@@ -115,11 +116,11 @@ def test_a_layer_that_nothing_was_added_to_stays_as_it_was(base: str) -> None:
     """The grid of values stays where it was, so that only updates are rounded."""
     model = One(CPU[base].layer())
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2)))).attach()
-    before = bases.read(model.layer).weight.clone()
+    before = base_weights.read(model.layer).weight.clone()
     with quiet():
         adapters.merge(into_low_bit=True)
     if CPU[base].stochastic:  # the others' own quantisers choose their scales anew
-        assert torch.equal(bases.read(model.layer).weight, before)
+        assert torch.equal(base_weights.read(model.layer).weight, before)
 
 
 @pytest.mark.parametrize("base", STOCHASTIC)
@@ -128,12 +129,12 @@ def test_stochastic_rounding_keeps_small_updates_in_the_mean(base: str) -> None:
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.fill_(2e-4)
-    before = bases.read(model.layer).weight.clone()
+    before = base_weights.read(model.layer).weight.clone()
     gained, runs = torch.zeros(()), 40
     for seed in range(runs):
         with quiet():
             adapters.merge(into_low_bit=True, stochastic_seed=seed)
-        gained += (bases.read(model.layer).weight - before).float().mean() / runs
+        gained += (base_weights.read(model.layer).weight - before).float().mean() / runs
         adapters.unmerge()
     assert float(gained) == pytest.approx(2e-4, rel=0.25)
 
@@ -150,7 +151,7 @@ def test_a_seed_says_what_is_drawn(base: str) -> None:
     for seed in (1, 1, 2):
         with quiet():
             adapters.merge(into_low_bit=True, stochastic_seed=seed)
-        results.append(bases.read(model.layer).weight.float().clone())
+        results.append(base_weights.read(model.layer).weight.float().clone())
         adapters.unmerge()
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -199,10 +200,10 @@ def test_updates_below_the_step_are_told() -> None:
 def test_one_layer_that_refuses_stops_the_merge_before_it_begins() -> None:
     model = nn.Sequential(nn.Linear(64, 64), gguf(nn.Linear(64, 64), "Q8_0"), nn.Linear(64, 64))
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2)))).attach()
-    own = [bases.own(layer).weight for layer in model]
+    own = [base_weights.own(layer).weight for layer in model]
     with pytest.raises(AttachError, match="weight of 1 is stored as GGUF Q8_0"):
         adapters.merge()
-    assert all(bases.own(layer).weight is weight for layer, weight in zip(model, own, strict=True))
+    assert all(base_weights.own(layer).weight is weight for layer, weight in zip(model, own, strict=True))
 
 
 def test_types_that_gguf_cannot_write_are_named() -> None:

@@ -10,9 +10,10 @@ from tools.models import known as known_models
 from torch import nn
 
 from cases import LAYERS
-from lycoris import ConfigError, outline
-from lycoris.families import ARCHITECTURES
-from lycoris.geometry import describe, sites
+from lycoris import ConfigError
+from lycoris.layers.geometry import describe, sites
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -13,19 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from cases import adapt, perturb, relative
-from lycoris import (
-    AdapterSet,
-    FileError,
-    LoRA,
-    Rule,
-    create_lycoris,
-    create_lycoris_from_weights,
-    paths,
-    plan,
-    read,
-    write,
-)
-from lycoris.geometry import class_name, site, sites
+from lycoris import AdapterSet, FileError, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read, write
+from lycoris.layers import paths
+from lycoris.layers.geometry import class_name, site, sites
 
 # torch looks at the gradient of every input of a compiled function.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

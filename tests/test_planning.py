@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lycoris import BOFT, OFT, AdapterSet, ConfigError, DoRA, Full, LoHa, LoKr, LoRA, Norm, PlanError, Rule, TLoRA, plan
-from lycoris.planning import block_classes
+from lycoris.targeting.planning import block_classes
 
 
 class Attention(nn.Module):

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt, relative
 from lycoris import DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
-from lycoris.adapter import Matrix
-from lycoris.algorithm import Affine, Algorithm
 from lycoris.algorithms import Norm, read_tensors, write_tensors
-from lycoris.bundle import Entry
+from lycoris.algorithms.base import Algorithm, Entry, Matrix
+from lycoris.algorithms.conversion import adapted, dense, low_rank, needs_base
 from lycoris.errors import PlanError
-from lycoris.geometry import sites
-from lycoris.recast import adapted, dense, low_rank, needs_base
+from lycoris.layers.geometry import Affine, sites
 
 TOLERANCE = 1e-10
 

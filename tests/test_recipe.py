@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lycoris import ConfigError, DoRA, LoKr, LoRA, PlanError, RankSchedule, TLoRA
-from lycoris.algorithm import Algorithm
-from lycoris.options import ALGORITHMS, OPTIONS
-from lycoris.preset import PRESETS_WITH_CONV
-from lycoris.recipe import Recipe, schedule_of
+from lycoris.algorithms.base import Algorithm
+from lycoris.targeting.options import ALGORITHMS, OPTIONS
+from lycoris.targeting.preset import PRESETS_WITH_CONV
+from lycoris.targeting.recipe import Recipe, schedule_of
 
 BUILT = [name for name, _ in ALGORITHMS]
 

@@ -7,11 +7,11 @@ import re
 import pytest
 from torch import nn
 
-from lycoris import outline
-from lycoris.families import DENOISERS
-from lycoris.geometry import class_name, sites
-from lycoris.planning import Plan
-from lycoris.recipe import Recipe
+from lycoris.layers.geometry import class_name, sites
+from lycoris.models import outline
+from lycoris.models.families import DENOISERS
+from lycoris.targeting.planning import Plan
+from lycoris.targeting.recipe import Recipe
 
 CONFIG = {"algo": "lora", "linear_dim": 2, "apply_preset": {"target_module": ["Attention", "FeedForward"]}}
 BESIDE = re.compile(r"norm|mod|ada|(^|\.)proj_(in|out)$|pooler|caption|text_fusion\.projector")

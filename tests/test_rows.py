@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
-from lycoris import OFT, Full, LoKr, LoRA, recast, rows
-from lycoris.adapter import Adapter, Matrix
-from lycoris.additive import Ranked
-from lycoris.algorithm import Affine, Algorithm, Entry, Part
+from lycoris import OFT, Full, LoKr, LoRA
+from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import ALGORITHMS as KINDS
-from lycoris.algorithms import below_lengths
+from lycoris.algorithms import below_lengths, conversion, rows
+from lycoris.algorithms.additive import Ranked
+from lycoris.algorithms.base import Algorithm, Entry, Matrix, Part
 from lycoris.errors import ConfigError, FileError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 
 EXACT = 1e-10
 SHAPES: dict[str, tuple[int, ...]] = {"linear": (24, 10), "conv": (24, 10, 3, 3), "norm": (24,)}
@@ -53,14 +53,14 @@ def make(name: str, kind: str, rows_: int = 24) -> tuple[Entry | None, Tensor]:
 def change(entry: Entry, weight: Tensor) -> Tensor:
     """(O, n): what each row of the weight, and its bias, become more."""
     bias = torch.zeros(len(weight), dtype=weight.dtype)
-    whole = recast.adapted(entry, Affine(weight, bias))
+    whole = conversion.adapted(entry, Affine(weight, bias))
     assert whole.bias is not None
     return torch.cat([(whole.weight - weight).reshape(len(weight), -1), whole.bias[:, None]], dim=1)
 
 
 def refused(error: FileError, *entries: Entry) -> None:
     """Only what the base weight determines may be refused, and by name."""
-    assert any(recast.needs_base(each) and each.algorithm.name in str(error) for each in entries)
+    assert any(conversion.needs_base(each) and each.algorithm.name in str(error) for each in entries)
     assert "layer" in str(error)
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lycoris import AdapterSet, LoKr, LoRA, Rule, create_lycoris, plan
-from lycoris.checkpoints import checkpoint_adapters
-from lycoris.saving import BaseOnlyWarning
+from lycoris.adapters.saving import BaseOnlyWarning
+from lycoris.integrations.checkpoints import checkpoint_adapters
 
 
 def net() -> nn.Sequential:

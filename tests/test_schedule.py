@@ -25,7 +25,7 @@ from lycoris import (
     read,
     write,
 )
-from lycoris.schedule import TIMESTEP_UNITS, read_timestep, takes_timestep
+from lycoris.targeting.rank_schedule import TIMESTEP_UNITS, read_timestep, takes_timestep
 
 TABLES = {
     1.0: {0: 64, 250: 48, 500: 32, 750: 16, 999: 1, 1000: 1},

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from cases import ALGORITHMS, perturb, relative
-from lycoris import AdapterSet, AttachError, LoRA, Rule, bases, plan
+from lycoris import AdapterSet, AttachError, LoRA, Rule, plan
+from lycoris.layers import base_weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # importing it warns, by what else is installed
 sdnq = pytest.importorskip("sdnq", exc_type=ImportError)
@@ -43,7 +44,7 @@ def dense(model: nn.Sequential, low: nn.Sequential) -> nn.Sequential:
     made = copy.deepcopy(model).requires_grad_(False)
     for own, other in zip(made, low, strict=True):
         if hasattr(own, "weight"):
-            own.weight.copy_(bases.read(other).weight)
+            own.weight.copy_(base_weights.read(other).weight)
     return made
 
 
@@ -52,8 +53,8 @@ def test_a_weight_is_read_as_the_layer_uses_it(settings: dict[str, Any]) -> None
     model = nn.Sequential(nn.Linear(64, 96))
     low, x = quantised(model, **settings), torch.randn(3, 64)
     assert type(low[0]).__name__ == "SDNQLinear"
-    assert bases.kind(low[0]).startswith(f"SDNQ {settings['weights_dtype']}")
-    found = bases.read(low[0])
+    assert base_weights.kind(low[0]).startswith(f"SDNQ {settings['weights_dtype']}")
+    found = base_weights.read(low[0])
     assert found.weight.shape == (96, 64)
     assert relative(nn.functional.linear(x, *found), low(x)) < 1e-5
     assert relative(found.weight, model[0].weight.detach()) < 0.3

@@ -21,19 +21,19 @@ import tiny
 from cases import ALGORITHMS, perturb, relative
 from jobs import fully_sharded
 from lycoris import BOFT, OFT, AdapterSet, DoRA, LoKr, LoRA, Rule, TLoRA, explain, plan, read, verify, write
-from lycoris.adapter import Adapter, Matrix
-from lycoris.algorithm import Affine, Algorithm, Entry, Part
+from lycoris.adapters.adapter import Adapter
+from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import write_tensors
-from lycoris.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry, Matrix, Part
+from lycoris.algorithms.rows import apart, join, share
+from lycoris.algorithms.slices import AdditiveSlice, Slice, fused_entry
+from lycoris.analysis.memory import memory
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files import encode, resolve
 from lycoris.files.layout import Layout
 from lycoris.files.peft.writing import encode_peft
-from lycoris.geometry import Geometry, describe
-from lycoris.memory import memory
+from lycoris.layers.geometry import Affine, Geometry, describe
 from lycoris.ops.equality import same
-from lycoris.rows import apart, join, share
-from lycoris.slices import AdditiveSlice, Slice, fused_entry
 from ranks import SIZE, Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers")

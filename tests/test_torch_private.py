@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lycoris import torch_private
+from lycoris.ops import torch_private
 
 SOURCE = Path(torch_private.__file__).parent
 PRIVATE = re.compile(r"torch\._C\b|\btorch(\.\w+)*\._[a-z]\w*\(|_execution_engine|from torch[\w.]* import [^\n]*\b_\w")

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from cases import ALGORITHMS
-from lycoris import Full, LoRA, Norm, outline
-from lycoris.algorithm import Algorithm
+from lycoris import Full, LoRA, Norm
+from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import Replace
-from lycoris.bundle import Bundle, Entry
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import ConfigError
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
+from lycoris.models import outline
 
 HEADS: Mapping[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 HUNYUANVIDEO: Mapping[str, Any] = {

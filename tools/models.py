@@ -1,7 +1,7 @@
 """Write the outline of every known model, and the table of families, from the real classes.
 
 `make models`, or `python -m tools.models [NAME ...]` for some. Classes are built on the meta device, without weights.
-What each is built with is in its family's file, `lycoris.families`.
+What each is built with is in its family's file, `lycoris.models.families`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lycoris import outline
 from lycoris.errors import ConfigError, unknown
-from lycoris.families import ARCHITECTURES, FAMILIES
-from lycoris.families.family import Architecture, Config
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES, FAMILIES
+from lycoris.models.families.family import Architecture, Config
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "src" / "lycoris" / "models"

@@ -1,34 +1,33 @@
 """Adapters beyond LoRA for any PyTorch model: make, train, stack, merge, save and load them."""
 
-import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lycoris.dropin import package
+from lycoris.compat import package
 
 if TYPE_CHECKING:
-    from lycoris.adapters import AdapterSet
+    from lycoris.adapters.adapter_set import AdapterSet
+    from lycoris.adapters.bundle import Bundle
+    from lycoris.adapters.check_result import Verification
+    from lycoris.adapters.debug import watch_finite
+    from lycoris.adapters.verification import verify
     from lycoris.algorithms import BOFT, IA3, OFT, DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, Replace, TLoRA
-    from lycoris.bundle import Bundle
-    from lycoris.checked import Verification
-    from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
-    from lycoris.dropin.network import LycorisNetwork
-    from lycoris.dropin.tlora import (
+    from lycoris.analysis.explain import Explanation, explain
+    from lycoris.compat.create import create_lycoris, create_lycoris_from_weights
+    from lycoris.compat.network import LycorisNetwork
+    from lycoris.compat.timestep_masks import (
         clear_timestep_mask,
         compute_timestep_mask,
         get_timestep_mask,
         set_timestep_mask,
     )
     from lycoris.errors import AttachError, ConfigError, FileError, LycorisError, NotFiniteError, PlanError
-    from lycoris.explain import Explanation, explain
     from lycoris.files import read, write
-    from lycoris.finite import watch_finite
-    from lycoris.planning import Plan, Rule, plan
-    from lycoris.schedule import RankSchedule
-    from lycoris.verification import verify
+    from lycoris.targeting.planning import Plan, Rule, plan
+    from lycoris.targeting.rank_schedule import RankSchedule
 
 __version__ = "5.0.0.dev0"
 
@@ -79,7 +78,7 @@ _HOMES: Mapping[str, str] = MappingProxyType(
     {
         name: home
         for home, names in {
-            "adapters": ("AdapterSet",),
+            "adapters.adapter_set": ("AdapterSet",),
             "algorithms": (
                 *(
                     "BOFT",
@@ -97,20 +96,20 @@ _HOMES: Mapping[str, str] = MappingProxyType(
                     "TLoRA",
                 ),
             ),
-            "bundle": ("Bundle",),
-            "checked": ("Verification",),
-            "dropin.making": ("create_lycoris", "create_lycoris_from_weights"),
-            "dropin.network": ("LycorisNetwork",),
-            "dropin.tlora": (
+            "adapters.bundle": ("Bundle",),
+            "adapters.check_result": ("Verification",),
+            "compat.create": ("create_lycoris", "create_lycoris_from_weights"),
+            "compat.network": ("LycorisNetwork",),
+            "compat.timestep_masks": (
                 *("clear_timestep_mask", "compute_timestep_mask", "get_timestep_mask", "set_timestep_mask"),
             ),
             "errors": (*("AttachError", "ConfigError", "FileError", "LycorisError", "NotFiniteError", "PlanError"),),
-            "explain": ("Explanation", "explain"),
+            "analysis.explain": ("Explanation", "explain"),
             "files": ("read", "write"),
-            "finite": ("watch_finite",),
-            "planning": ("Plan", "Rule", "plan"),
-            "schedule": ("RankSchedule",),
-            "verification": ("verify",),
+            "adapters.debug": ("watch_finite",),
+            "targeting.planning": ("Plan", "Rule", "plan"),
+            "targeting.rank_schedule": ("RankSchedule",),
+            "adapters.verification": ("verify",),
         }.items()
         for name in names
     }
@@ -132,18 +131,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *package.names()})
-
-
-class _Package(ModuleType):
-    """A package in which a public name wins over a submodule that is called the same, as `explain` is.
-
-    Python binds every submodule to its package when it is imported, which may be before or after the public name's
-    first use.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

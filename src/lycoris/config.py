@@ -1,6 +1,7 @@
 """Built-in presets."""
 
-from lycoris.dropin.presets import (
+from lycoris.compat.config_sdk import AlgoOverride, PresetConfig
+from lycoris.compat.presets import (
     BUILTIN_PRESET_CONFIGS,
     FULL_TEXT_ENCODER_MODULES,
     FULL_UNET_MODULES,
@@ -8,7 +9,6 @@ from lycoris.dropin.presets import (
     PRESET,
     list_builtin_presets,
 )
-from lycoris.dropin.sdk import AlgoOverride, PresetConfig
 
 __all__ = [
     "BUILTIN_PRESET_CONFIGS",

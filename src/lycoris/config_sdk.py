@@ -1,6 +1,6 @@
 """Presets and algorithms as values, for user interfaces."""
 
-from lycoris.dropin.sdk import (
+from lycoris.compat.config_sdk import (
     ALGO_REGISTRY,
     VALID_PRESET_KEYS,
     AlgoOverride,

@@ -1,13 +1,13 @@
 """The interface that sd-scripts, and trainers like it, import."""
 
-from lycoris.dropin import modules as _modules
-from lycoris.dropin.keywords import deprecated_arg_dict, logger, read_preset
-from lycoris.dropin.kohya import create_network, create_network_from_weights
-from lycoris.dropin.kohya_network import LycorisNetworkKohya
-from lycoris.dropin.modules import *  # noqa: F403  # module classes have one list for all that export them
-from lycoris.dropin.network import LycorisNetwork
-from lycoris.dropin.presets import PRESET
-from lycoris.dropin.values import is_supported_linear_module, precalculate_safetensors_hashes, str_bool
+from lycoris.compat import module_classes as _modules
+from lycoris.compat.kohya import create_network, create_network_from_weights
+from lycoris.compat.kohya_network import LycorisNetworkKohya
+from lycoris.compat.legacy_options import deprecated_arg_dict, logger, read_preset
+from lycoris.compat.module_classes import *  # noqa: F403  # module classes have one list for all that export them
+from lycoris.compat.network import LycorisNetwork
+from lycoris.compat.presets import PRESET
+from lycoris.compat.values import is_supported_linear_module, precalculate_safetensors_hashes, str_bool
 
 __all__ = [
     "PRESET",

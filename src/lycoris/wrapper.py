@@ -1,13 +1,13 @@
 """Networks over one model, and what they are made of, by the names of lycoris-lora."""
 
-from lycoris.dropin import modules as _modules
-from lycoris.dropin.keywords import deprecated_arg_dict, logger, read_preset
-from lycoris.dropin.making import create_lycoris, create_lycoris_from_weights
-from lycoris.dropin.modules import *  # noqa: F403  # module classes have one list for all that export them
-from lycoris.dropin.network import LycorisNetwork
-from lycoris.dropin.presets import PRESET
-from lycoris.dropin.sdk import VALID_PRESET_KEYS
-from lycoris.dropin.values import is_supported_linear_module, is_weight_only_fp8_linear, str_bool
+from lycoris.compat import module_classes as _modules
+from lycoris.compat.config_sdk import VALID_PRESET_KEYS
+from lycoris.compat.create import create_lycoris, create_lycoris_from_weights
+from lycoris.compat.legacy_options import deprecated_arg_dict, logger, read_preset
+from lycoris.compat.module_classes import *  # noqa: F403  # module classes have one list for all that export them
+from lycoris.compat.network import LycorisNetwork
+from lycoris.compat.presets import PRESET
+from lycoris.compat.values import is_supported_linear_module, is_weight_only_fp8_linear, str_bool
 
 __all__ = [
     "PRESET",

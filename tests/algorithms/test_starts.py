@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lycoris import AdapterSet, LoHa, LoKr, Rule, plan
-from lycoris.algorithm import Algorithm
+from lycoris.algorithms.base import Algorithm
 
 RANKS = [1, 4, 16, 64]
 LAYERS = {"linear": lambda: nn.Linear(256, 256), "conv2d": lambda: nn.Conv2d(96, 96, 3)}

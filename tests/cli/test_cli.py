@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from lycoris.cli import app
 from lycoris.demo.demo import ASSETS
-from lycoris.generation.pictures import Sampling
-from lycoris.training import loop, measure
+from lycoris.training import evaluate, loop
+from lycoris.training.sampling import Sampling
 from lycoris.training.settings import Settings
 
 LYCORIS = Path(sys.executable).with_name("lycoris")
@@ -214,7 +214,7 @@ def test_any_folder_name_will_do(config: Path) -> None:
 def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ["demo", "--output-dir", str(out), "--steps", "2"]
-    monkeypatch.setattr(measure, "sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
+    monkeypatch.setattr(evaluate, "sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
     with monkeypatch.context() as patched:
         patched.setattr(loop, "interruptible", lambda: nullcontext(lambda: True))
         assert CliRunner().invoke(app, words).exit_code == 130

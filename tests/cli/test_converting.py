@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from lycoris import DoRA, FileError, LoKr, LoRA, create_lycoris, fingerprint, outline, write
-from lycoris.algorithm import Algorithm
-from lycoris.bundle import Base, Bundle, Entry
+from lycoris import DoRA, FileError, LoKr, LoRA, create_lycoris, write
+from lycoris.adapters.bundle import Base, Bundle
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.cli import app
-from lycoris.families import ARCHITECTURES
 from lycoris.files import convert, described, header
+from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.layout import Layout
-from lycoris.files.weights import BaseWeights
-from lycoris.geometry import sites
+from lycoris.layers.geometry import sites
+from lycoris.models import fingerprint, outline
+from lycoris.models.families import ARCHITECTURES
 
 RUN = CliRunner()
 

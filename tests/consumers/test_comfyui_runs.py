@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from lycoris.families import ARCHITECTURES
-from lycoris.files.check import judged
-from lycoris.files.consumers import CONSUMERS
 from lycoris.files.opening import understood
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.check import judged
 from lycoris.files.writing import compose
+from lycoris.models.families import ARCHITECTURES
 from whole import bundle_of, model_of, picks_everywhere
 
 RUNS: Mapping[str, Any] = json.loads((Path(__file__).parent / "comfyui_runs.json").read_text())["runs"]

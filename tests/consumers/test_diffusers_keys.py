@@ -13,16 +13,17 @@ from torch import Tensor
 from cases import perturb
 from consumers.pipelines import PIPELINES
 from lycoris import AdapterSet, DoRA, LoKr, LoRA, Rule, plan
-from lycoris.algorithm import Affine
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES
-from lycoris.files.consumers import CONSUMERS
-from lycoris.files.consumers.keys import DENOISERS, DIFFUSERS, Known
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.keys import DENOISERS, DIFFUSERS, Known
 from lycoris.files.writing import compose
-from lycoris.recast import adapted
+from lycoris.layers.geometry import Affine
+from lycoris.models.families import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}

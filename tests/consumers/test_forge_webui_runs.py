@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from known_files import cases, file_of, layouts_of
-from lycoris.files.check import Check, judged
 from lycoris.files.opening import understood
+from lycoris.files.programs.check import Check, judged
 
 HERE = Path(__file__).parent
 CODES: Mapping[str, str] = {"as trained": "=", "differently": "~", "not at all": "-"}

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from lycoris import OFT, Full, GLoRA, LoRA
-from lycoris.algorithm import Algorithm
-from lycoris.bundle import Bundle, Entry
-from lycoris.families import ARCHITECTURES
-from lycoris.files.check import Check, judged
-from lycoris.files.consumers import CONSUMERS
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.files.layout import Layout
 from lycoris.files.opening import understood
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.check import Check, judged
 from lycoris.files.writing import compose
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
+from lycoris.models.families import ARCHITECTURES
 
 OUTLINES = {"flux1": "flux.1-dev", "flux2": "flux.2-klein-4b", "sd1.5-unet": "sd-1.5"}
 ATTENTION = "transformer_blocks.0.attn.to_q"

@@ -13,7 +13,7 @@ import tiny
 from cases import perturb
 from consumers import Refused, tuners
 from lycoris import AdapterSet, LoRA, Rule, plan
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.programs import CONSUMERS
 from lycoris.files.writing import compose
 from tiny import sdxl_unet
 

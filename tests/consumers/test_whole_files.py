@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consumers.pipelines import PIPELINES
-from lycoris.algorithm import Affine
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError
-from lycoris.files.check import Check, judged
 from lycoris.files.opening import Opened, understood
+from lycoris.files.programs.check import Check, judged
 from lycoris.files.writing import compose
-from lycoris.recast import adapted
+from lycoris.layers.geometry import Affine
 from whole import MODELS, bundle_of, model_of, picks
 
 HERE = Path(__file__).parent

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
 from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 from lycoris import OFT, GLoRA
-from lycoris.algorithm import Affine
+from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import read_tensors, write_tensors
-from lycoris.bundle import Bundle, Entry
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.conversion import adapted, needs_base
 from lycoris.errors import FileError, PlanError
-from lycoris.files.consumers import CONSUMERS, Verdict
 from lycoris.files.peft import write_peft
-from lycoris.files.portable import portable
-from lycoris.geometry import Geometry, sites
-from lycoris.recast import adapted, needs_base
+from lycoris.files.programs import CONSUMERS, Verdict
+from lycoris.files.programs.portable import portable
+from lycoris.layers.geometry import Affine, Geometry, sites
 
 SAME = 1e-5
 READERS = {

@@ -10,14 +10,14 @@ import torch
 from test_consumers import BESIDE, READERS, SAME, change, check_told, error, made, read_as
 from torch import Tensor
 
-from lycoris.algorithm import Affine
 from lycoris.algorithms import read_tensors, write_tensors
-from lycoris.bundle import Entry
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError
-from lycoris.files import forms
-from lycoris.files.consumers import CONSUMERS
-from lycoris.files.portable import portable_stack
-from lycoris.recast import adapted
+from lycoris.files.dialects import forms
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.portable import portable_stack
+from lycoris.layers.geometry import Affine
 
 Tensors = dict[str, Tensor]
 

@@ -13,17 +13,18 @@ import torch
 from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
-from lycoris import OFT, recast
-from lycoris.adapter import Adapter, Matrix
-from lycoris.algorithm import Affine, Algorithm, Entry
-from lycoris.bundle import Bundle
+from lycoris import OFT
+from lycoris.adapters.adapter import Adapter
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms import conversion
+from lycoris.algorithms.base import Algorithm, Entry, Matrix
 from lycoris.errors import ConfigError, FileError
-from lycoris.families import ARCHITECTURES
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
 from lycoris.files.skeleton import skeleton
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.models.families import ARCHITECTURES
 
 EXACT = 1e-10
 NAMES = (
@@ -121,7 +122,7 @@ def made(where: Layout) -> Iterator[Case]:
 def change(stack: tuple[Entry, ...], weight: Tensor) -> Tensor:
     base = Affine(weight, None)
     for each in stack:
-        base = recast.adapted(each, base)
+        base = conversion.adapted(each, base)
     return base.weight - weight
 
 
@@ -140,7 +141,7 @@ def held(bundle: Bundle, dialect: str) -> Bundle:
 def rightly_refused(error: FileError, bundle: Bundle, kind: str, dialect: str) -> None:
     """Only for what a dialect does not hold, or what the base weight determines."""
     served = DIALECTS[dialect].algorithms
-    tied = any(recast.needs_base(each) for stack in bundle.entries.values() for each in stack)
+    tied = any(conversion.needs_base(each) for stack in bundle.entries.values() for each in stack)
     assert (served is not None and kind not in served) or tied, str(error)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from cases import LAYERS, NOT_ALONE, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, relative
 from lycoris import AdapterSet, read, write
 from lycoris.algorithms import ALGORITHMS as REGISTRY
+from lycoris.algorithms.slices import AdditiveSlice, Slice
 from lycoris.errors import FileError
-from lycoris.slices import AdditiveSlice, Slice
 
 TOLERANCE = 1e-10
 

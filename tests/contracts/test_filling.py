@@ -12,11 +12,11 @@ from torch import nn
 
 from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, relative, serves
 from lycoris import IA3, OFT, AdapterSet, Full, LoRA, Rule, TLoRA, plan
-from lycoris.algorithm import Algorithm
 from lycoris.algorithms import DoRA
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.slices import Slice
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import encode, resolve
-from lycoris.slices import Slice
 
 EVERY = pytest.mark.parametrize(
     ("name", "layer"), PAIRS_WITH_SLICES, ids=["-on-".join(pair) for pair in PAIRS_WITH_SLICES]

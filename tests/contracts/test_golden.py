@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from cases import One, relative
 from lycoris import AdapterSet, Bundle
+from lycoris.adapters.attach import top
 from lycoris.algorithms import read_tensors
-from lycoris.attach import top
-from lycoris.bundle import Entry
-from lycoris.geometry import describe
+from lycoris.algorithms.base import Entry
+from lycoris.layers.geometry import describe
 
 HERE = Path(__file__).parent.parent / "golden"
 CASES = json.loads((HERE / "manifest.json").read_text())

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, perturb, relative, serves
 from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
-from lycoris.adapter import Adapter, Matrix
-from lycoris.attach import bottom, top
-from lycoris.geometry import sites
+from lycoris.adapters.adapter import Adapter
+from lycoris.adapters.attach import bottom, top
+from lycoris.algorithms.base import Matrix
+from lycoris.layers.geometry import sites
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
 THREE = [("lokr", "dora-loha", "lora"), ("oft", "glora", "ia3"), ("dylora", "boft", "dora-loha-high-rank")]

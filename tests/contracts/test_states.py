@@ -12,23 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, One, adapt, perturb, relative
-from lycoris import (
-    AdapterSet,
-    AttachError,
-    ConfigError,
-    FileError,
-    LoRA,
-    RankSchedule,
-    Rule,
-    TLoRA,
-    attach,
-    bases,
-    merging,
-    plan,
-    read,
-    write,
-)
+from lycoris import AdapterSet, AttachError, ConfigError, FileError, LoRA, RankSchedule, Rule, TLoRA, plan, read, write
+from lycoris.adapters import attach, merging
 from lycoris.files import encode, resolve
+from lycoris.layers import base_weights
 
 NAMES = ["lora", "lokr-whole", "dora-lora", "full"]
 
@@ -253,8 +240,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, nth: int) ->
 @pytest.mark.parametrize(
     ("where", "what", "attached"),
     [
-        (bases, "install", True),
-        (bases, "install", False),
+        (base_weights, "install", True),
+        (base_weights, "install", False),
         (merging, "fold", True),
         (merging, "fold", False),
         (attach, "attach", False),

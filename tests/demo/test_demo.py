@@ -11,9 +11,9 @@ import torch
 
 from lycoris.demo.demo import ASSETS, settings
 from lycoris.training import data
+from lycoris.training.base_model import quiet
 from lycoris.training.checkpoint import STATE
-from lycoris.training.families import quiet
-from lycoris.training.inputs import check
+from lycoris.training.preflight import check
 from lycoris.training.settings import load
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "emoji"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cases import relative
 from lycoris import ConfigError, LycorisNetwork, create_lycoris, create_lycoris_from_weights
-from lycoris.dropin.musubi import loha
+from lycoris.compat.musubi import loha
 from lycoris.kohya import create_network, create_network_from_weights
 from lycoris.modules import MODULE_LIST, DiagOFTModule, LoConModule, LokrModule, NormModule
 from networks import MyModel, trained

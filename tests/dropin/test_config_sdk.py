@@ -16,7 +16,7 @@ from lycoris.config_sdk import (
     describe_algo,
     list_algorithms,
 )
-from lycoris.options import ALL, OPTIONS, RANKED
+from lycoris.targeting.options import ALL, OPTIONS, RANKED
 
 ELEVEN = ["boft", "diag-oft", "dylora", "full", "glora", "ia3", "locon", "loha", "lokr", "lora", "tlora"]
 

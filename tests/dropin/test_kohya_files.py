@@ -17,7 +17,7 @@ from cases import perturb, relative
 from hosts import UNET, T5EncoderModel, Transformer, block
 from lycoris import ConfigError, FileError, LycorisNetwork
 from lycoris.files import load_tensors, save_tensors
-from lycoris.files.history import SCALES
+from lycoris.files.dialects.history import SCALES
 from lycoris.files.writing import STALE
 from lycoris.kohya import create_network, create_network_from_weights
 from pipelines import Host, made, sd_scripts_header

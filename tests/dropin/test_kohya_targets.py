@@ -10,8 +10,9 @@ import pytest
 from torch import nn
 
 from hosts import TEXT, UNET, Transformer, block
-from lycoris import ConfigError, LycorisNetwork, PlanError, outline
+from lycoris import ConfigError, LycorisNetwork, PlanError
 from lycoris.kohya import LycorisNetworkKohya, create_network
+from lycoris.models import outline
 from pipelines import ARGS, Host
 from tiny import sdxl_unet
 

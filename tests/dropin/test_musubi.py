@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cases import perturb, relative
 from hosts import Transformer, block, wan
 from lycoris import AttachError, ConfigError, FileError, PlanError
-from lycoris.dropin.musubi import loha, lokr
+from lycoris.compat.musubi import loha, lokr
 from lycoris.kohya import create_network, create_network_from_weights
 
 MODULES = {"loha": loha, "lokr": lokr}
@@ -62,7 +62,7 @@ def by_hand(name: str, sd: dict[str, Tensor], layer: str) -> Tensor:
 def test_a_training_run(name: str, dit: Transformer, x: Tensor, tmp_path: Path) -> None:
     """trainer_base.py from --network_module to the file, and --network_weights, --base_weights, --dim_from_weights."""
     base, state = dit(x), {key: tensor.clone() for key, tensor in dit.state_dict().items()}
-    module = importlib.import_module(f"lycoris.dropin.musubi.{name}")
+    module = importlib.import_module(f"lycoris.compat.musubi.{name}")
     args = {"factor": "2"} if name == "lokr" else {}
     network = module.create_arch_network(1.0, 2, 1.0, None, None, dit, neuron_dropout=None, **args)
     network.prepare_network(None)

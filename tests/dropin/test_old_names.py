@@ -132,7 +132,7 @@ def test_the_package_lists_what_it_has() -> None:
 def test_importing_leaves_logging_and_old_modules_alone() -> None:
     code = (
         "import logging, sys, lycoris; logger = logging.getLogger('LyCORIS'); "
-        "print([n for n in ('lycoris.kohya', 'lycoris.utils', 'lycoris.wrapper', 'lycoris.dropin.sdk') "
+        "print([n for n in ('lycoris.kohya', 'lycoris.utils', 'lycoris.wrapper', 'lycoris.compat.config_sdk') "
         "if n in sys.modules]); lycoris.logger.info(''); import lycoris.utils.logger, lycoris.logging; "
         "print(logger.handlers, logger.propagate, logger.level)"
     )

@@ -22,8 +22,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from cases import perturb
 from lycoris import RankSchedule, create_lycoris, create_lycoris_from_weights
+from lycoris.adapters.saving import BaseOnlyWarning
 from lycoris.files import load_tensors
-from lycoris.saving import BaseOnlyWarning
 from tiny import PARTS, PROMPT, denoiser
 
 pytestmark = [

@@ -16,7 +16,7 @@ from torch import nn
 from cases import Fused, perturb, relative
 from hosts import TEXT, UNET
 from lycoris import AdapterSet, AttachError, ConfigError, LoRA, Rule, plan
-from lycoris.dropin.parts import Part
+from lycoris.compat.parts import Part
 from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_from_weights
 from pipelines import ARGS, Host, made, sd_scripts_header
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cases import perturb, relative
 from hosts import TextEncoder, Transformer, UNet, block
 from lycoris import ConfigError, FileError, PlanError, read
-from lycoris.dropin.sd_scripts import loha, lokr
+from lycoris.compat.sd_scripts import loha, lokr
 from lycoris.kohya import create_network_from_weights
 
 MODULES = {"loha": loha, "lokr": lokr}
@@ -187,7 +187,7 @@ def test_sizes(name: str) -> None:
 def test_a_training_run(name: str, host: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """train_network.py from --network_module to the file, --network_weights, --dim_from_weights, --base_weights."""
     unet, text = (make() for make in HOSTS[host][:2])
-    module = importlib.import_module(f"lycoris.dropin.sd_scripts.{name}")
+    module = importlib.import_module(f"lycoris.compat.sd_scripts.{name}")
     args = {"conv_dim": "2", **({"factor": "2"} if name == "lokr" else {}), "loraplus_lr_ratio": "4"}
     network = module.create_network(1.0, 2, 1.0, None, text, unet, neuron_dropout=None, **args)
     network.apply_to(text, unet, True, True)

@@ -282,14 +282,14 @@ def test_masks_reach_networks_while_they_are_applied_and_no_longer(x: Tensor) ->
 
 
 def test_a_forgotten_network_is_not_kept_alive() -> None:
-    from lycoris.dropin import tlora
+    from lycoris.compat import timestep_masks
 
     model = denoiser()
     adapted(model)
-    before = len(tlora._tracked)
+    before = len(timestep_masks._tracked)
     del model
     gc.collect()
-    assert len(tlora._tracked) < before
+    assert len(timestep_masks._tracked) < before
 
 
 def test_the_functions() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lycoris.files.headers import DTYPES
+from lycoris.files.container.headers import DTYPES
 
 Mutation = Callable[[random.Random, bytes], bytes]
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from cases import LAYERS, One
-from lycoris.attach import bottom
+from lycoris.adapters.attach import bottom
+from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.layout import Layout
-from lycoris.files.weights import BaseWeights
-from lycoris.geometry import sites
+from lycoris.layers.geometry import sites
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import save_file
 
 from lycoris import OFT, DoRA, Full, LoHa, LoKr, LoRA, TLoRA, write
-from lycoris.algorithm import Affine, Algorithm
-from lycoris.bundle import Bundle, Entry
-from lycoris.families import ARCHITECTURES, FAMILIES
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.files import check
-from lycoris.files.check import Check
-from lycoris.files.consumers import CONSUMERS
-from lycoris.files.consumers.keys import ALL
-from lycoris.files.consumers.peft import together
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.check import Check
+from lycoris.files.programs.keys import ALL
+from lycoris.files.programs.peft import together
 from lycoris.files.writing import compose
-from lycoris.geometry import describe
-from lycoris.recast import adapted
+from lycoris.layers.geometry import Affine, describe
+from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 FIRST = r".*\b(blocks|layers|block|transformer_blocks)\.0\..*(attn|attention|SelfAttention).*"
 BLOCK = r"transformer_blocks\.0\..*"

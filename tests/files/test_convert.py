@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import tiny
 from cases import perturb, relative
 from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Rule, TLoRA, plan, read, write
-from lycoris.algorithm import Algorithm
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, header, load_tensors, write_peft
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.files.programs import CONSUMERS
 from lycoris.files.skeleton import skeleton
-from lycoris.files.weights import BaseWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers", "ignore:::peft")
 

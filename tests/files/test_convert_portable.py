@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from cases import relative
 from lycoris import DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, read, write
-from lycoris.algorithm import Affine, Algorithm
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES, FAMILIES
 from lycoris.files import check, convert, detect
-from lycoris.files.consumers import CONSUMERS
 from lycoris.files.layout import Layout
-from lycoris.recast import adapted
+from lycoris.files.programs import CONSUMERS
+from lycoris.layers.geometry import Affine
+from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 ATTENTION = (
     r"(?!(up|mid)_block|down_blocks\.[02])"

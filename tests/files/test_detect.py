@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lycoris import LoHa, LoKr, LoRA
-from lycoris.algorithm import Algorithm
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES, FAMILIES
-from lycoris.families.family import Architecture
 from lycoris.files import compose, detect, judge, resolve
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
+from lycoris.models.families import ARCHITECTURES, FAMILIES
+from lycoris.models.families.family import Architecture
 
 FILES = [name for name, each in DIALECTS.items() if not each.folder]
 MODELS = [

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from lycoris import outline
-from lycoris.families import ARCHITECTURES, FAMILIES
-from lycoris.families.naming import Naming
-from lycoris.families.others import OTHERS
 from lycoris.files.skeleton import Skeleton, named, namings, skeleton, translate
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES, FAMILIES
+from lycoris.models.families.naming import Naming
+from lycoris.models.families.others import OTHERS
 
 KNOWN = [
     (architecture.name, naming, model)

@@ -12,8 +12,8 @@ import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
-from lycoris.families import ARCHITECTURES
 from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.models.families import ARCHITECTURES
 
 SCALES = ("query_norm", "key_norm", ".qnorm", ".knorm", ".prenorm", ".postnorm", "txtmlp.0", "last.norm")
 """Norms whose weight is called scale."""

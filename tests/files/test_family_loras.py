@@ -12,10 +12,10 @@ from diffusers.loaders import lora_conversion_utils as theirs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lycoris import outline
-from lycoris.families import ARCHITECTURES
 from lycoris.files import convert
 from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES
 
 RANK = 2
 

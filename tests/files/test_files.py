@@ -27,7 +27,7 @@ from lycoris import (
     read,
     write,
 )
-from lycoris.algorithm import Algorithm
+from lycoris.algorithms.base import Algorithm
 from lycoris.files import header
 
 LINEAR = [name for name, layer in PAIRS if layer == "conv2d-1x1"]

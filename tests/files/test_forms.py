@@ -14,7 +14,7 @@ from lycoris import TLoRA
 from lycoris.algorithms import read_tensors
 from lycoris.errors import FileError
 from lycoris.files import resolve
-from lycoris.geometry import describe
+from lycoris.layers.geometry import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers")
 

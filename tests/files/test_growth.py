@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lycoris import outline, read
+from lycoris import read
 from lycoris.files import convert, detect, header, judge
 from lycoris.files.growth import GrowthError, told
+from lycoris.models import outline
 
 RANK = 4
 Shape = tuple[int, ...]

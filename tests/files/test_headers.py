@@ -13,7 +13,7 @@ from safetensors.torch import save, save_file
 from storing import TENSORS, entry, put, raw, refused
 
 from lycoris.files import TensorInfo, header, load_tensors, save_tensors
-from lycoris.files.headers import DTYPES
+from lycoris.files.container.headers import DTYPES
 
 
 def test_a_header_tells_what_is_in_a_file(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_hostile_header_takes_no_more_than_a_good_one(bomb: str, tmp_path: Pat
 
 
 def test_more_keys_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lycoris.files.headers.MEMBERS", 3)
+    monkeypatch.setattr("lycoris.files.container.headers.MEMBERS", 3)
     metadata = {str(n): "" for n in range(4)}
     assert len(header(put(tmp_path, raw({"__metadata__": dict(list(metadata.items())[:3])}))).metadata) == 3
     refused(put(tmp_path, raw({"__metadata__": metadata})), "of __metadata__ has more than 3 keys")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lycoris import DoRA, LoKr, LoRA
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
-from lycoris.families import FAMILIES
 from lycoris.files import compose, resolve
 from lycoris.files.layout import Layout
+from lycoris.models.families import FAMILIES
 
 UP = ".lora_up.weight"
 EXPECTED = [
@@ -405,7 +406,7 @@ EXPECTED = [
 
 @pytest.mark.parametrize(("family", "component", "model", "layer", "dialect", "name"), EXPECTED)
 def test_names(family: str, component: str, model: str, layer: str, dialect: str, name: str) -> None:
-    from lycoris.families import ARCHITECTURES
+    from lycoris.models.families import ARCHITECTURES
 
     where = Layout.known(ARCHITECTURES[FAMILIES[family].components[component]], model)
     geometry = where.layers[layer]
@@ -458,7 +459,7 @@ SPELLED = {
 @pytest.mark.parametrize("dialect", SPELLED)
 def test_tensors_and_scale(dialect: str) -> None:
     """Without alpha in the file, its two factors multiply to what they are trained as."""
-    from lycoris.families import ARCHITECTURES
+    from lycoris.models.families import ARCHITECTURES
 
     where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
     algorithm, geometry = LoRA(rank=4, alpha=1.0), where.layers[layer]
@@ -484,7 +485,7 @@ LENGTHS = [
 
 @pytest.mark.parametrize(("dialect", "axis", "name", "shape"), LENGTHS)
 def test_lengths_of_dora(dialect: str, axis: Literal["out", "in"], name: str, shape: tuple[int, ...]) -> None:
-    from lycoris.families import ARCHITECTURES
+    from lycoris.models.families import ARCHITECTURES
 
     where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.2"
     algorithm, geometry = DoRA(over=LoRA(rank=2), axis=axis), where.layers[layer]
@@ -501,7 +502,7 @@ def test_lengths_of_dora(dialect: str, axis: Literal["out", "in"], name: str, sh
 
 def test_a_foreign_reading_of_lokr_is_none_of_musubis() -> None:
     """What musubi's converter leaves alone: alpha stays for everything but LoRA."""
-    from lycoris.families import ARCHITECTURES
+    from lycoris.models.families import ARCHITECTURES
 
     where, layer = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
     algorithm, geometry = LoKr(rank=2, alpha=1.0), where.layers[layer]

@@ -14,11 +14,11 @@ from torch import nn
 
 import lycoris
 from lycoris import AdapterSet, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read
-from lycoris.dropin.network import LycorisNetwork
-from lycoris.families import ARCHITECTURES
+from lycoris.compat.network import LycorisNetwork
 from lycoris.files.layout import Layout
 from lycoris.files.skeleton import namings
 from lycoris.kohya import create_network, create_network_from_weights
+from lycoris.models.families import ARCHITECTURES
 
 Sizes = dict[str, tuple[int, int]]
 

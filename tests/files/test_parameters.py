@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lycoris import Full
-from lycoris.bundle import Bundle, Entry
-from lycoris.families import ARCHITECTURES, FAMILIES
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Entry
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
+from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 KNOWN = {name: ARCHITECTURES[family.components[""]] for name, family in FAMILIES.items() if name != "language-model"}
 LAYOUTS = {name: Layout.known(each, each.outlines[0]) for name, each in KNOWN.items()}

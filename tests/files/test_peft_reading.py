@@ -15,7 +15,7 @@ from cases import One, relative
 from lycoris import AdapterSet
 from lycoris.errors import FileError
 from lycoris.files.peft import read_peft
-from lycoris.geometry import sites
+from lycoris.layers.geometry import sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers", "ignore::UserWarning")
 LYCORIS = at("linear", "bare", "conv1d", "conv2d", "pointwise", "grouped")

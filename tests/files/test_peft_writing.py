@@ -16,7 +16,8 @@ from torch import nn
 
 from cases import ALGORITHMS, LAYERS, One, adapt, relative, serves
 from lycoris import IA3, AdapterSet, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, Rule, plan
-from lycoris.bundle import Bundle, Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
 from lycoris.files.peft import encode_peft, lora_adapter_metadata, read_peft, write_peft
 

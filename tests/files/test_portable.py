@@ -8,12 +8,12 @@ from torch import nn
 
 from cases import ALGORITHMS, LAYERS, LayerCase, relative
 from lycoris import BOFT, OFT, DoRA, Full, LoHa, LoKr, LoRA
-from lycoris.algorithm import Algorithm
 from lycoris.algorithms import read_tensors, write_tensors
-from lycoris.bundle import Entry
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.conversion import adapted
 from lycoris.errors import FileError, PlanError
-from lycoris.files.consumers import CONSUMERS
-from lycoris.files.portable import (
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.portable import (
     EXPORTS,
     as_lora,
     both_diffs,
@@ -23,7 +23,6 @@ from lycoris.files.portable import (
     without_core,
     without_limit,
 )
-from lycoris.recast import adapted
 from test_recast import ROOMY, change, entry_of, is_read_again
 
 TOLERANCE = 1e-10

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lycoris import outline
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES
 from lycoris.files import check, convert, detect, header, judge, resolve
-from lycoris.files.dialect import flatten
+from lycoris.files.dialects.base import flatten
 from lycoris.files.layout import Layout
 from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES
 
 BLOCKS = {f"lora_unet_double_blocks_{at}_img_attn_qkv": (9216, 3072) for at in range(2)}
 """Of Flux.1, of Flux.2, of HunyuanVideo and of FramePack."""

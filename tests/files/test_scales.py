@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lycoris import read
-from lycoris.bundle import Bundle
+from lycoris.adapters.bundle import Bundle
 
 RANK = 4
 DOTTED = ("lora_A.weight", "lora_B.weight")

@@ -9,10 +9,10 @@ import pytest
 from test_families import KNOWN, spelt
 
 from lycoris import ConfigError, PlanError
-from lycoris.families import ARCHITECTURES
-from lycoris.files.recognise import guess, weight
+from lycoris.files.recognition import guess, weight
 from lycoris.files.skeleton import MIDDLE, Skeleton, named, skeleton, translate
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
+from lycoris.models.families import ARCHITECTURES
 
 
 def linear(rows: int, columns: int) -> Geometry:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lycoris import FileError
 from lycoris.files import header, load_tensors, save_tensors
-from lycoris.files.headers import DTYPES
+from lycoris.files.container.headers import DTYPES
 
 
 def test_some_of_the_tensors(tmp_path: Path) -> None:

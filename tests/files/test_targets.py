@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lycoris import AdapterSet, LoRA, Rule, plan, write
-from lycoris.bundle import Bundle
+from lycoris.adapters.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files import compose, load_tensors, save_tensors
 

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, outline, plan, read, write
+from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, plan, read, write
 from lycoris.algorithms import OFT
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES
 from lycoris.files import check, convert, detect, encode
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, understood
 from lycoris.files.reading import resolve
+from lycoris.models import outline
+from lycoris.models.families import ARCHITECTURES
 
 Tensors = dict[str, Tensor]
 RANK = 2

@@ -7,9 +7,9 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from torch import Tensor
 
-from lycoris import outline
+from lycoris.algorithms.slices import own_rows
 from lycoris.files import judge, resolve
-from lycoris.slices import own_rows
+from lycoris.models import outline
 
 WIDTH, MLP = 3072, 12288
 SINGLE = {"qkv_lora": (3 * WIDTH, WIDTH), "proj_lora": (WIDTH, WIDTH + MLP)}

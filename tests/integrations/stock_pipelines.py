@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import tiny
 from cases import perturb
 from lycoris import AdapterSet, LoRA, Rule, plan
-from lycoris.algorithm import Algorithm
-from lycoris.attach import bottom
-from lycoris.bundle import Bundle
+from lycoris.adapters.attach import bottom
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms.base import Algorithm
 from lycoris.files import encode, save_tensors
 from lycoris.files.peft import encode_peft, lora_adapter_metadata
 from lycoris.integrations.diffusers import models

@@ -11,12 +11,13 @@ from stock_pipelines import DENOISER, adapters, bundles, draw, kohya, merged, pi
 from torch import nn
 
 from cases import relative
-from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA, bases
-from lycoris.algorithm import Algorithm
+from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
+from lycoris.algorithms.base import Algorithm
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files import save_tensors
 from lycoris.integrations.diffusers import load, models
-from lycoris.schedule import RankSchedule
+from lycoris.layers import base_weights
+from lycoris.targeting.rank_schedule import RankSchedule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:::diffusers", "ignore:::transformers", "ignore:::peft", "ignore:::torch"
@@ -189,7 +190,7 @@ def test_an_interrupted_merge_leaves_the_pipeline_as_it_was(
     pipe = pipeline("sd", made)
     loaded = load(pipe, bundles(pipe, algorithm), schedule=RankSchedule(max_rank=2))
     before, act = state(pipe), draw(pipe)
-    real, left = bases.install, [len(loaded.sets["unet"].stacks) + 1]
+    real, left = base_weights.install, [len(loaded.sets["unet"].stacks) + 1]
 
     def install(*args: Any) -> None:
         left[0] -= 1
@@ -198,7 +199,7 @@ def test_an_interrupted_merge_leaves_the_pipeline_as_it_was(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bases, "install", install)
+        patch.setattr(base_weights, "install", install)
         with pytest.raises(KeyboardInterrupt):
             loaded.merge()
     assert state(pipe) == before

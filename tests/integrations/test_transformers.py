@@ -31,8 +31,8 @@ from transformers import (
 
 import lycoris
 from lycoris import AdapterSet, ConfigError, DoRA, FileError, LoKr, LoRA, RankSchedule, Rule, TLoRA, plan
+from lycoris.adapters.saving import BaseOnlyWarning
 from lycoris.integrations.transformers import AdapterCallback
-from lycoris.saving import BaseOnlyWarning
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers' own.

@@ -10,8 +10,9 @@ from benchmarks.kept import Kept
 from torch import Tensor, nn
 
 from cases import relative
-from lycoris.geometry import describe
-from lycoris.ops import channels, kronecker, lowrank, rebuild, rotation
+from lycoris.algorithms import rebuilt_weight
+from lycoris.layers.geometry import describe
+from lycoris.ops import channel_scale, kronecker, low_rank, rotation
 
 
 def parameter(*shape: int) -> Tensor:
@@ -35,9 +36,9 @@ def test_bend(shape: tuple[int, ...], biased: bool) -> None:
     y, w = parameter(*shape), parameter(shape[-1])
     bias = parameter(shape[-1]) if biased else None
     inputs = [y, w] if bias is None else [y, w, bias]
-    fast = channels.bend(y, w, -1, bias)
+    fast = channel_scale.bend(y, w, -1, bias)
     assert "_Bend" in str(fast.grad_fn), "the size at which it pays"
-    same(fast, channels.reference(y, w, -1, bias), inputs)
+    same(fast, channel_scale.reference(y, w, -1, bias), inputs)
 
 
 @pytest.mark.parametrize(("n", "s", "tokens"), [(3, 4, 1), (5, 6, 700), (1, 8, 256)])
@@ -95,7 +96,7 @@ def test_norms_from_factors(axis: int, kernel: tuple[int, ...]) -> None:
     out, into = parameter(12, 2), parameter(2, 6, *kernel)
     w1, w2 = parameter(3, 2), parameter(4, 3, *kernel)
     cases = [
-        (lowrank.low_rank_gram(weight, out, into, axis), (out @ into.flatten(1)).reshape(weight.shape), [out, into]),
+        (low_rank.low_rank_gram(weight, out, into, axis), (out @ into.flatten(1)).reshape(weight.shape), [out, into]),
         (kronecker.kron_gram(weight, w1, w2, axis), kronecker.kron(w1, w2), [w1, w2]),
     ]
     for (inner, square), delta, inputs in cases:
@@ -129,14 +130,15 @@ def test_rebuilt_is_the_same_and_keeps_no_weight(layer: nn.Module, based: bool) 
 
     kept = Kept(x, layer.weight)
     with kept.during():
-        fast = rebuild.rebuilt(build, g, x, *base, factors)
+        fast = rebuilt_weight.rebuilt(build, g, x, *base, factors)
     assert g.size not in kept.sizes()
-    same(fast, rebuild.reference(build, g, x, *base, factors), inputs)
+    same(fast, rebuilt_weight.reference(build, g, x, *base, factors), inputs)
 
 
 def test_rebuilt_passes_gradcheck() -> None:
     g = replace(describe(nn.Linear(4, 3)), has_bias=False)
     a, b, x, weight = parameter(3, 2), parameter(2, 4), parameter(5, 4), parameter(3, 4)
     assert torch.autograd.gradcheck(
-        lambda *t: rebuild.rebuilt(lambda p, q: torch.tanh(p @ q), g, t[2], t[3], None, list(t[:2])), (a, b, x, weight)
+        lambda *t: rebuilt_weight.rebuilt(lambda p, q: torch.tanh(p @ q), g, t[2], t[3], None, list(t[:2])),
+        (a, b, x, weight),
     )

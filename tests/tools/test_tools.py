@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, adapt
-from lycoris import FileError, files, recast
-from lycoris.algorithm import Affine, Entry
-from lycoris.algorithms import DoRA, Full, Norm, Replace
+from lycoris import FileError, files
+from lycoris.algorithms import DoRA, Full, Norm, Replace, conversion
+from lycoris.algorithms.base import Entry
 from lycoris.errors import ConfigError
-from lycoris.files.weights import BaseWeights
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.layers.geometry import Affine
 from lycoris.ops.svd import decompose, decompose_product
 from lycoris.tools import Combination, Limit, Resizing, combine, inspect, resize
 
@@ -56,7 +57,7 @@ def changes(path: Path, model: nn.Module) -> dict[str, Affine]:
         below = Affine(module.weight.detach().double(), None if module.bias is None else module.bias.detach().double())
         above = below
         for entry in stack:
-            above = recast.adapted(_wide(entry), above)
+            above = conversion.adapted(_wide(entry), above)
         bias = torch.zeros(1) if below.bias is None else above.bias - below.bias
         found[layer] = Affine(above.weight - below.weight, bias)
     return found
@@ -251,7 +252,7 @@ def test_ranks_that_follow_the_timestep_are_neither_truncated_nor_added(tmp_path
     model = Two("linear")
     adapters = adapt(model, ALGORITHMS["tlora"])
     entries = {layer: tuple(stack) for layer, stack in adapters.bundle().entries.items()}
-    assert not recast.needs_base(entries["one"][0])
+    assert not conversion.needs_base(entries["one"][0])
     files.write(adapters.bundle(), tmp_path / "a.safetensors", model=model)
     adapters.detach()
     other = saved(model, "lora", tmp_path / "b.safetensors")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from lycoris.training.families import quiet
+from lycoris.training.base_model import quiet
 from lycoris.training.settings import Settings, load
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")

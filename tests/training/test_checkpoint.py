@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lycoris.errors import ConfigError, FileError
 from lycoris.training import checkpoint
 from lycoris.training.settings import FREE_ON_RESUME, Settings
-from lycoris.training.trainer import train
+from lycoris.training.train import train
 
 Make = Callable[..., Settings]
 BARE: dict[str, Any] = {"validation_prompts": [], "validation_prompts_outside": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lycoris.training.cache import Cached
-from lycoris.training.draw import draw, order
+from lycoris.training.noise import draw, order
 
 
 def test_every_epoch_holds_every_row_once_whatever_the_batch_size() -> None:

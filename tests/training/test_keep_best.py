@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from lycoris.errors import ConfigError
 from lycoris.training import checkpoint
-from lycoris.training.inputs import check
+from lycoris.training.preflight import check
 from lycoris.training.settings import Settings
-from lycoris.training.trainer import train
+from lycoris.training.train import train
 
 Make = Callable[..., Settings]
 OVERSHOOTING: dict[str, Any] = {

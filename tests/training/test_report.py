@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lycoris.generation.pictures import Block, draw, grid
-from lycoris.training import families, report
+from lycoris.training import base_model, report
 from lycoris.training.jsonfile import write_atomically
 from lycoris.training.preview import sampling
 from lycoris.training.run import History
+from lycoris.training.sampling import Block, draw, grid
 from lycoris.training.settings import Settings
 
 
 def test_a_picture_depends_on_its_place_and_seed_and_not_on_the_batch(settings: Callable[..., Settings]) -> None:
     given = settings()
-    pipe = families.load(given)
+    pipe = base_model.load(given)
     prompts = ["red ball", "blue ball", "red ball"]
     together = draw(pipe, prompts, sampling(given))
     one_by_one = draw(pipe, prompts, dataclasses.replace(sampling(given), batch_size=1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lycoris.errors import ConfigError
-from lycoris.training import families
+from lycoris.training import base_model
 from lycoris.training.settings import Settings, load
 
 NEEDED = {"lycoris_config": "l.json", "pretrained_model_name_or_path": "base", "instance_data_dir": "images"}
@@ -106,12 +106,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_another_pipeline_class_is_not_yet_supported(settings: Callable[..., Settings], tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigError, match="FluxPipeline, which is not yet supported"):
-        families.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 def test_a_folder_without_a_pipeline_is_refused(settings: Callable[..., Settings], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
-        families.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_checkpoint_in_a_file_is_relative_to_it_or_a_name_in_output_dir(
 def test_an_index_that_is_none_is_refused(settings: Callable[..., Settings], tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
-        families.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 def test_a_missing_part_of_the_base_is_named(settings: Callable[..., Settings], base: Path, tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_a_missing_part_of_the_base_is_named(settings: Callable[..., Settings], 
     shutil.copytree(base, copy)
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(ConfigError, match="has no tokenizer;"):
-        families.check(settings(pretrained_model_name_or_path="copy"))
+        base_model.check(settings(pretrained_model_name_or_path="copy"))
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
     with pytest.raises(ConfigError, match="has no tokenizer, vae;"):
-        families.check(settings(pretrained_model_name_or_path="copy"))
+        base_model.check(settings(pretrained_model_name_or_path="copy"))
 
 
 def test_a_damaged_part_of_the_base_is_an_error_without_a_trace(
@@ -159,4 +159,4 @@ def test_a_damaged_part_of_the_base_is_an_error_without_a_trace(
     shutil.copytree(base, tmp_path / "copy")
     (tmp_path / "copy" / "unet" / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        families.load(settings(pretrained_model_name_or_path="copy"))
+        base_model.load(settings(pretrained_model_name_or_path="copy"))

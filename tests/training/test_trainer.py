@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from lycoris import create_lycoris_from_weights
 from lycoris.errors import ConfigError, NotFiniteError, PlanError
-from lycoris.training import families
-from lycoris.training.inputs import check
-from lycoris.training.measure import _title
+from lycoris.training import base_model
+from lycoris.training.evaluate import _title
+from lycoris.training.preflight import check
 from lycoris.training.settings import Settings
-from lycoris.training.trainer import train
+from lycoris.training.train import train
 
 Make = Callable[..., Settings]
 
@@ -67,12 +67,12 @@ def test_the_printed_three_lines_work(settings: Make, console: Console) -> None:
     outcome = train(given, console)
     text = console.file.getvalue()
     lines = text[text.index("from lycoris import") :]
-    pipe = families.load(given)
+    pipe = base_model.load(given)
     x, t, words = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 16, 16)
     before = pipe.unet(x, t, words).sample
     exec(lines, {"pipe": pipe})
     assert not torch.equal(before, pipe.unet(x, t, words).sample)
-    again = families.load(given)
+    again = base_model.load(given)
     network, _ = create_lycoris_from_weights(1.0, str(outcome.adapter), again.unet)
     network.apply_to()
     torch.testing.assert_close(again.unet(x, t, words).sample, pipe.unet(x, t, words).sample)
@@ -118,11 +118,11 @@ def test_errors_come_before_anything_is_written(settings: Make, console: Console
 
 
 def test_nan_stops_training_and_names_the_module(settings: Make, console: Console, base: Path, tmp_path: Path) -> None:
-    pipe = families.load(settings())
+    pipe = base_model.load(settings())
     broken = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     with torch.no_grad():
         pipe.unet.get_submodule(broken).weight[0, 0] = torch.nan
-    with families.quiet():
+    with base_model.quiet():
         pipe.save_pretrained(tmp_path / "broken")
     given = settings(pretrained_model_name_or_path="broken")
     with pytest.raises(NotFiniteError) as caught:

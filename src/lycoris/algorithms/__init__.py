@@ -9,8 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lycoris.additive import Additive
-from lycoris.algorithm import Algorithm
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.boft import BOFT
 from lycoris.algorithms.dora import DoRA, below_lengths
 from lycoris.algorithms.dylora import DyLoRA
@@ -22,11 +22,11 @@ from lycoris.algorithms.lokr import LoKr
 from lycoris.algorithms.lora import LoRA
 from lycoris.algorithms.norm import Norm
 from lycoris.algorithms.oft import OFT
-from lycoris.algorithms.replacement import Replace
+from lycoris.algorithms.replace import Replace
+from lycoris.algorithms.slices import Slice
 from lycoris.algorithms.tlora import TLoRA
 from lycoris.errors import ConfigError, FileError
-from lycoris.geometry import Geometry
-from lycoris.slices import Slice
+from lycoris.layers.geometry import Geometry
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
     {

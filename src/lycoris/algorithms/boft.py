@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lycoris.algorithm import Affine, Base, Call, Cost, Params, Slot, dense_forward
+from lycoris.algorithms.base import Base, Call, Cost, Params, Slot, dense_forward
 from lycoris.algorithms.oft import OFT, length_slot
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import butterfly_sizes
 from lycoris.ops.rotation import butterfly_work, cayley, joined, joined_butterfly, stage, turn_all

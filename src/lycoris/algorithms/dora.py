@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from lycoris.additive import Additive
-from lycoris.algorithm import (
-    Affine,
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import (
     Algorithm,
     Base,
     Call,
@@ -26,11 +25,11 @@ from lycoris.algorithm import (
     joined_rows,
     one_mask,
 )
+from lycoris.algorithms.slices import cut_additive, take_additive
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.channels import bend
-from lycoris.slices import cut_additive, take_additive
+from lycoris.ops.channel_scale import bend
 
 Axis = Literal["out", "in"]
 

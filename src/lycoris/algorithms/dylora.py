@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Call, Params, one_mask
+from lycoris.algorithms.base import Call, Params, one_mask
 from lycoris.algorithms.lora import LoRA
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import nearest_divisor
 
 

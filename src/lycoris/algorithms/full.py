@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, joined_rows
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, joined_rows
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 
 

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Ranked, add_mixed, amplified, low_rank_work
-from lycoris.algorithm import (
-    Affine,
-    Base,
-    Call,
-    Cost,
-    Params,
-    Slot,
-    dense_forward,
-    in_dtype_of,
-    uniform_like_linear,
-)
-from lycoris.geometry import Geometry
+from lycoris.algorithms.additive import Ranked, add_mixed, amplified, low_rank_work
+from lycoris.algorithms.base import Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.rounding import widened
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Cost, Params, Part, Slot, covers, joined_rows
+from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, covers, joined_rows
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.channels import bend
+from lycoris.ops.channel_scale import bend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, joined_outputs, low_rank_work, shared_inputs, side_by_side
-from lycoris.algorithm import Affine, Algorithm, Base, Params, Part, Slot
-from lycoris.geometry import Geometry
+from lycoris.algorithms.additive import Additive, Ranked, joined_outputs, low_rank_work, shared_inputs, side_by_side
+from lycoris.algorithms.base import Algorithm, Base, Params, Part, Slot
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.khatri_rao import khatri_rao
-from lycoris.ops.lowrank import low_rank_gram
+from lycoris.ops.low_rank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, covers, uniform_like_linear
+from lycoris.algorithms.additive import Additive, Ranked
+from lycoris.algorithms.base import Algorithm, Base, Call, Params, Part, Slot, covers, uniform_like_linear
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import factorize, nearest_divisor
 from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up

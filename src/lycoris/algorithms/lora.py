@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import (
+from lycoris.algorithms.additive import (
     Additive,
     Ranked,
     add_mixed,
@@ -19,10 +19,10 @@ from lycoris.additive import (
     shared_inputs,
     side_by_side,
 )
-from lycoris.algorithm import Affine, Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
-from lycoris.geometry import Geometry
+from lycoris.algorithms.base import Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.lowrank import low_rank_gram
+from lycoris.ops.low_rank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
 

@@ -10,19 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import (
-    Affine,
-    Algorithm,
-    Base,
-    Call,
-    Cost,
-    Params,
-    Part,
-    Slot,
-    interpolate,
-    joined_rows,
-)
-from lycoris.geometry import Geometry, Kind
+from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, interpolate, joined_rows
+from lycoris.layers.geometry import Affine, Geometry, Kind
 from lycoris.ops.blocks import Run
 
 

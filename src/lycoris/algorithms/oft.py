@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithm import (
-    Affine,
+from lycoris.algorithms.base import (
     Algorithm,
     Base,
     Call,
@@ -24,7 +23,7 @@ from lycoris.algorithm import (
     joined_rows,
 )
 from lycoris.errors import ConfigError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import nearest_divisor
 from lycoris.ops.rotation import cayley, limited, scaled_turn, turn_blocks

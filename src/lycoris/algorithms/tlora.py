@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithm import Affine, Base, Call, Params, Slot, one_mask
+from lycoris.algorithms.additive import Additive, Ranked, low_rank_work
+from lycoris.algorithms.base import Base, Call, Params, Slot, one_mask
 from lycoris.errors import ConfigError, FileError
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.rounding import widened
 
@@ -31,7 +31,8 @@ class TLoRA(Ranked, Additive):
 
     q, λ, p start as singular vectors and values of the layer's own weight; the copies with a 0 stay as they were, so
     that ΔW starts at exactly zero under any mask. `keep` comes from a schedule over diffusion timesteps
-    (`lycoris.schedule`). The frozen copies are saved with the rest: a file does not depend on which base it meets.
+    (`lycoris.targeting.rank_schedule`). The frozen copies are saved with the rest: a file does not depend on which base
+    it meets.
     """
 
     vectors: Vectors = "principal"

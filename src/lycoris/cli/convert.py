@@ -103,7 +103,7 @@ def open_base(name: str | None) -> tuple[Any, Any]:
     if name is None:
         return None, None
     from lycoris.cli.model import empty
-    from lycoris.files.weights import BaseWeights
+    from lycoris.files.container.model_weights import BaseWeights
 
     has = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
     return empty(name), BaseWeights.open(name) if has else None

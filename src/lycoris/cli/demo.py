@@ -34,9 +34,9 @@ def demo(
         from rich.console import Console
 
         from lycoris.demo.demo import settings
-        from lycoris.training import checkpoint, trainer
+        from lycoris.training import checkpoint, train
 
-        outcome = trainer.train(settings(output_dir, steps=steps, resume=resume), Console(), overwrite=force)
+        outcome = train.train(settings(output_dir, steps=steps, resume=resume), Console(), overwrite=force)
         again = f"lycoris demo --output-dir {shlex.quote(str(output_dir))}"
         end(outcome, again if steps is None else f"{again} --steps {steps}")
         print("\nNext:\n")

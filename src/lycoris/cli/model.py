@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lycoris import outline
 from lycoris.errors import ConfigError, nearest, unknown
-from lycoris.jsons import read_json
+from lycoris.json_io import read_json
+from lycoris.models import outline
 
 
 def empty(model: str) -> nn.Module:

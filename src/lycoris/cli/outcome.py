@@ -16,7 +16,7 @@ import typer
 from lycoris.errors import LycorisError
 
 if TYPE_CHECKING:
-    from lycoris.training.trainer import Outcome
+    from lycoris.training.train import Outcome
 
 FAILED, INTERRUPTED = 2, 130
 DEBUG = "--debug"

@@ -11,11 +11,11 @@ import typer
 
 from lycoris.cli.outcome import Debug, Force, plain_errors, same_file
 from lycoris.errors import ConfigError, unknown
-from lycoris.jsons import read_json
+from lycoris.json_io import read_json
 
 if TYPE_CHECKING:
-    from lycoris.explain import Explanation
-    from lycoris.memory import Memory
+    from lycoris.analysis.explain import Explanation
+    from lycoris.analysis.memory import Memory
 
 NUMBERS = (0, 3, 4, 5, 6, 7)
 """Columns of the table that are aligned to the right."""
@@ -49,16 +49,16 @@ def plan(
 ) -> None:
     """What adapters would cost on a model, layer by layer and in memory. Needs no weights."""
     with plain_errors(debug):
-        from lycoris.recipe import Recipe
+        from lycoris.targeting.recipe import Recipe
 
         given = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "factor": factor}
         recipe = Recipe.parse(_config(config) | {k: v for k, v in given.items() if v is not None} | _set(settings))
         if report is not None:
             _check_report(report, config, model, force)
         # What is wrong with the options is told before torch is imported, which takes seconds.
+        from lycoris.analysis.explain import explain
+        from lycoris.analysis.memory import memory
         from lycoris.cli.model import empty
-        from lycoris.explain import explain
-        from lycoris.memory import memory
 
         own, of_file = precision("dtype", dtype), precision("file-dtype", file_dtype)
         base = empty(model)

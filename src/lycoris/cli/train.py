@@ -50,9 +50,9 @@ def train(
         load_recipe(settings.lycoris_config)
         from rich.console import Console
 
-        from lycoris.training import trainer
+        from lycoris.training import train
 
-        outcome = trainer.train(settings, Console(), overwrite=force)
+        outcome = train.train(settings, Console(), overwrite=force)
         folder = f" --output-dir {shlex.quote(str(output_dir))}" if output_dir else ""
         allowed = " --allow-unsupported" if allow_unsupported else ""
         end(outcome, f"lycoris train {shlex.quote(str(config))}{folder}{allowed}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lycoris.training import checkpoint
-from lycoris.training.inputs import fast_in_bfloat16
+from lycoris.training.preflight import fast_in_bfloat16
 from lycoris.training.settings import LATEST, Settings, load
 
 ASSETS = Path(__file__).parent / "assets"

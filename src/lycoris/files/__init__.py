@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lycoris.files.check import check
+from lycoris.files.container.headers import Header, TensorInfo, header
+from lycoris.files.container.kinds import PICKLES
+from lycoris.files.container.storage import load_tensors, save_tensors
 from lycoris.files.convert import convert
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.headers import Header, TensorInfo, header
-from lycoris.files.kinds import PICKLES
 from lycoris.files.peft import read_peft, write_peft
+from lycoris.files.programs.check import check
 from lycoris.files.reading import read, resolve
-from lycoris.files.storage import load_tensors, save_tensors
 from lycoris.files.writing import compose, encode, kept, write
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from lycoris.families.family import Architecture
-from lycoris.files.dialect import Dialect, Key
+from lycoris.files.dialects.base import Dialect, Key
+from lycoris.models.families.family import Architecture
 
 
 class Standing(NamedTuple):

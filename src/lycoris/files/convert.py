@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lycoris.adapters.load_report import SHOWN, Report
 from lycoris.errors import FileError, unknown
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.container.kinds import WEIGHTS
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.files.container.storage import load_tensors, save_tensors
+from lycoris.files.container.target import check_target
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.growth import ALLOW, Bytes, GrowthError, change, forms, size_of
 from lycoris.files.opening import opened
 from lycoris.files.peft import write_peft
-from lycoris.files.peft.config import WEIGHTS
+from lycoris.files.programs import CONSUMERS
 from lycoris.files.rewriting import Order
-from lycoris.files.storage import load_tensors, save_tensors
-from lycoris.files.target import check_target
-from lycoris.files.weights import BaseWeights
 from lycoris.files.writing import Encoded
-from lycoris.report import SHOWN, Report
 
 
 @dataclass(frozen=True)

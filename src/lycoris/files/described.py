@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
-from lycoris import fingerprint
-from lycoris.bundle import Base
+from lycoris.adapters.bundle import Base
 from lycoris.files.layout import Layout
-from lycoris.files.recognise import guess
-from lycoris.geometry import Geometry, Kind, Norm
-from lycoris.jsons import json_object
+from lycoris.files.recognition import guess
+from lycoris.json_io import json_object
+from lycoris.layers.geometry import Geometry, Kind, Norm
+from lycoris.models import fingerprint
 
 KEY = "lycoris_layers"
 """Header key under which they are."""

@@ -10,21 +10,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from lycoris.adapters.load_report import some
 from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
 from lycoris.errors import FileError
-from lycoris.families import ARCHITECTURES
-from lycoris.families.family import Family
-from lycoris.families.naming import DIFFUSERS as MIDDLE
-from lycoris.files import bases, foreign, unwrapping
+from lycoris.files import base_model, foreign
 from lycoris.files.choosing import Standing, standing
-from lycoris.files.components import component_of, family_in, family_of
-from lycoris.files.dialect import Dialect, Key
-from lycoris.files.dialects import DIALECTS
+from lycoris.files.container.storage import load_shapes
+from lycoris.files.dialects import DIALECTS, wrappers
+from lycoris.files.dialects.base import Dialect, Key
+from lycoris.files.dialects.components import component_of, family_in, family_of
+from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 from lycoris.files.peft.config import weights_in
-from lycoris.files.recognise import Fit, Size, candidates
-from lycoris.files.spelling import MAGNITUDE_VECTOR
-from lycoris.files.storage import load_shapes
-from lycoris.report import some
+from lycoris.files.recognition import Fit, Size, candidates
+from lycoris.models.families import ARCHITECTURES
+from lycoris.models.families.family import Family
+from lycoris.models.families.naming import DIFFUSERS as MIDDLE
 
 Confidence = Literal["certain", "likely", "unsure"]
 Shape = tuple[int, ...]
@@ -60,7 +60,7 @@ class Detection:
     def variants(self, component: str = "") -> str:
         """The known models that a component may be for equally well, in words; "" for none."""
         own = self.fits.get(component)
-        return " or ".join(bases.variants(own)) if own else ""
+        return " or ".join(base_model.variants(own)) if own else ""
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -112,18 +112,18 @@ def judge(
     if what := foreign.whole(shapes):
         raise FileError(what)
     shapes, aside = foreign.parted(shapes)
-    wrapped = unwrapping.changed(shapes, unwrapping.without_wrappers)
+    wrapped = wrappers.changed(shapes, wrappers.without_wrappers)
     found = _judged(shapes, metadata, family)
     if found is None or not _is_explained(found):
         if what := foreign.kind_of(shapes, readable=found is None):
             raise FileError(what)
-        renamed = unwrapping.changed(shapes, unwrapping.plainer) if settle else {}
+        renamed = wrappers.changed(shapes, wrappers.plainer) if settle else {}
         others = {renamed.get(name, name): shape for name, shape in shapes.items()}
         again = _judged(others, metadata, family) if renamed else None
         if again is not None and (found is None or _explained(again) > _explained(found)):
-            found = replace(again, renamed=renamed, remarks=(*again.remarks, unwrapping.told(renamed)))
+            found = replace(again, renamed=renamed, remarks=(*again.remarks, wrappers.told(renamed)))
     if found is not None and wrapped and not found.renamed:
-        found = replace(found, renamed=wrapped, remarks=(*found.remarks, unwrapping.told(wrapped)))
+        found = replace(found, renamed=wrapped, remarks=(*found.remarks, wrappers.told(wrapped)))
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     plain = [name for name in found.strange if foreign.is_plain(name)]
@@ -212,9 +212,9 @@ def _reading(
     parted = {name: key for name, key in keys.items() if key is not None}
     denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
     found = fits.candidates(denoiser, dialect)
-    told, foreign = known or family_in(metadata), "" if known else bases.unknown_base(metadata)
+    told, foreign = known or family_in(metadata), "" if known else base_model.unknown_base(metadata)
     fitting = _only(found, told, "")
-    family, remarks = told, [] if known else [bases.disagreement(metadata)]
+    family, remarks = told, [] if known else [base_model.disagreement(metadata)]
     if told is None or (known is None and found and not fitting):
         family = family_of({"": found[0].architecture}) if found and not ambiguous(found) else None
     if known is None and told is not None and found and not fitting:
@@ -223,7 +223,7 @@ def _reading(
         like = f"; its layers are like those of {family.name}" if family is not None else ""
         family = None
         remarks.append(f"its header says {foreign}, which is no known family{like}")
-    own = bases.narrow(fitting or found, metadata)
+    own = base_model.narrow(fitting or found, metadata)
     if own:
         remarks.append(_misfit(own[0], len(denoiser)))
     best = own[0] if own else None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lycoris.report import some
+from lycoris.adapters.load_report import some
 
 LONGEST = 500
 """Characters of a name that is looked at."""

@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import ALGORITHMS, DoRA, LoHa, LoRA, below_lengths
-from lycoris.bundle import Bundle, Entry
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
-from lycoris.families.naming import Span
-from lycoris.files.dialect import Dialect
-from lycoris.files.forms import RANKED
+from lycoris.files.container.kinds import CONFIG, WEIGHTS
+from lycoris.files.dialects.base import Dialect
+from lycoris.files.dialects.forms import RANKED
 from lycoris.files.layout import Layout
-from lycoris.files.peft.config import CONFIG, WEIGHTS
+from lycoris.models.families.naming import Span
 
 LET_BY = 1.1
 """A file that becomes more than so many times as large is not written unasked."""

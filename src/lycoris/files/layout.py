@@ -9,14 +9,14 @@ from functools import lru_cache
 from torch import nn
 
 from lycoris.errors import FileError, PlanError
-from lycoris.families import ARCHITECTURES
-from lycoris.families.family import Architecture
-from lycoris.families.naming import DIFFUSERS as MIDDLE
-from lycoris.families.naming import Span
-from lycoris.files.dialect import Style, flatten
-from lycoris.files.recognise import Fit, guess, weight
+from lycoris.files.dialects.base import Style, flatten
+from lycoris.files.recognition import Fit, guess, weight
 from lycoris.files.skeleton import named, skeleton, translate
-from lycoris.geometry import Geometry, class_name, sites
+from lycoris.layers.geometry import Geometry, class_name, sites
+from lycoris.models.families import ARCHITECTURES
+from lycoris.models.families.family import Architecture
+from lycoris.models.families.naming import DIFFUSERS as MIDDLE
+from lycoris.models.families.naming import Span
 
 LEAST = 0.9
 """Share of the layers that a model of a known family has, by their names; one whose sizes fit too counts twice."""

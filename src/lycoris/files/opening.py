@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lycoris import fingerprint, outline
-from lycoris.bundle import Bundle
+from lycoris.adapters.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.families import FAMILIES
-from lycoris.families.family import Family
-from lycoris.files import unwrapping, variants
-from lycoris.files.components import component_of, family_in, family_of
+from lycoris.files import variants
+from lycoris.files.container.storage import load_tensors
 from lycoris.files.described import described
 from lycoris.files.detect import Detection, detect, judge
-from lycoris.files.dialects import DIALECTS
+from lycoris.files.dialects import DIALECTS, wrappers
+from lycoris.files.dialects.components import component_of, family_in, family_of
+from lycoris.files.dialects.scales import BESIDE, beside
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import weights_in
 from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled
-from lycoris.files.recognise import Fit
-from lycoris.files.scales import BESIDE, beside
-from lycoris.files.storage import load_tensors
+from lycoris.files.recognition import Fit
+from lycoris.models import fingerprint, outline
+from lycoris.models.families import FAMILIES
+from lycoris.models.families.family import Family
 
 
 class Opened(NamedTuple):
@@ -75,7 +75,7 @@ def understood(
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
     tensors, shapes = _shaped(tensors, found.renamed)
     if renamed:
-        found = replace(found, renamed=renamed, remarks=(*found.remarks, unwrapping.told(renamed)))
+        found = replace(found, renamed=renamed, remarks=(*found.remarks, wrappers.told(renamed)))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lycoris import rows
-from lycoris.algorithm import Entry, Part
+from lycoris.algorithms import rows
+from lycoris.algorithms.base import Entry, Part
 from lycoris.errors import FileError
-from lycoris.families.naming import Span
 from lycoris.files.layout import Layout
+from lycoris.models.families.naming import Span
 
 Stack = tuple[Entry, ...]
 
@@ -50,7 +50,7 @@ class Places:
 def place(
     stacks: Mapping[str, Stack], layout: Layout, naming: str, *, dense: bool = True, shared: bool = False
 ) -> Places:
-    """Stacks by the names of a naming, put onto the layers of a model; `dense` as in `lycoris.rows`.
+    """Stacks by the names of a naming, put onto the layers of a model; `dense` as in `lycoris.algorithms.rows`.
 
     `shared` keeps an adapter of several layers one, of which each has a slice; else each gets one of its own.
     """

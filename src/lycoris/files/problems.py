@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lycoris.adapters.load_report import SHOWN, Report, some
 from lycoris.errors import FileError, nearest
 from lycoris.files import foreign
 from lycoris.files.detect import judge
 from lycoris.files.layout import Layout
-from lycoris.report import SHOWN, Report, some
 
 if TYPE_CHECKING:
     from lycoris.files.reading import Match

@@ -12,26 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import fingerprint
-from lycoris.algorithm import Entry
+from lycoris.adapters.bundle import Base, Bundle
+from lycoris.adapters.load_report import Report, some
 from lycoris.algorithms import ALPHA, LoRA, read_tensors
-from lycoris.bundle import Base, Bundle
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, unknown
-from lycoris.families import FAMILIES
-from lycoris.families.family import Family
-from lycoris.files import foreign, forms, history, placing, unwrapping, variants
+from lycoris.files import foreign, placing, variants
 from lycoris.files.choosing import Standing, standing
-from lycoris.files.components import component_of, family_in, family_of
-from lycoris.files.dialect import Dialect, Key
-from lycoris.files.dialects import DIALECTS
+from lycoris.files.container.kinds import CONFIG, WEIGHTS
+from lycoris.files.container.storage import load_tensors
+from lycoris.files.dialects import DIALECTS, forms, history, wrappers
+from lycoris.files.dialects.base import Dialect, Key
+from lycoris.files.dialects.components import component_of, family_in, family_of
+from lycoris.files.dialects.scales import BESIDE, Scales, beside, sources
 from lycoris.files.layout import Layout
-from lycoris.files.peft.config import CONFIG, WEIGHTS
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.problems import nothing, problem
-from lycoris.files.scales import BESIDE, Scales, beside, sources
-from lycoris.files.storage import load_tensors
-from lycoris.geometry import Geometry
-from lycoris.report import Report, some
+from lycoris.layers.geometry import Geometry
+from lycoris.models import fingerprint
+from lycoris.models.families import FAMILIES
+from lycoris.models.families.family import Family
 
 DOWN = LoRA.keys["down"]
 
@@ -91,8 +91,9 @@ def resolve(
     pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components are reported. `dialect`
     and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised. `family`
     tells how text encoders are counted; None: by the header, or by the model. An adapter of a fused layer stays one,
-    and the layers that have its rows get slices of it (`lycoris.slices`); with `shared=False` each gets an adapter of
-    its own, which other programs' ways of training need, as a LoRA or a dense difference where it cannot be less.
+    and the layers that have its rows get slices of it (`lycoris.algorithms.slices`); with `shared=False` each gets an
+    adapter of its own, which other programs' ways of training need, as a LoRA or a dense difference where it cannot be
+    less.
 
     Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
@@ -221,16 +222,16 @@ def _settled(
 ) -> _Settled:
     own, aside = foreign.parted(_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
-    match, wrapped = matched(tensors), unwrapping.changed(tensors, unwrapping.without_wrappers)
+    match, wrapped = matched(tensors), wrappers.changed(tensors, wrappers.without_wrappers)
     if settle and not match.complete:
         used = {*match.used()}
-        renamed = unwrapping.changed(tensors, lambda name: name if name in used else unwrapping.plainer(name))
+        renamed = wrappers.changed(tensors, lambda name: name if name in used else wrappers.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
         # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
         if (len(again.used()), again.standing) > (len(match.used()), match.standing):
-            return _Settled(others, again, renamed, [*filter(None, (aside,)), unwrapping.told(renamed)])
-    return _Settled(tensors, match, {}, [*filter(None, (aside, unwrapping.told(wrapped) if wrapped else ""))])
+            return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.told(renamed)])
+    return _Settled(tensors, match, {}, [*filter(None, (aside, wrappers.told(wrapped) if wrapped else ""))])
 
 
 def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
@@ -287,7 +288,7 @@ def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | Non
         return fitting
     if what := foreign.kind_of(_shapes(tensors), readable=True):
         raise FileError(what)
-    if any(unwrapping.plainer(key) != key for key in tensors):
+    if any(wrappers.plainer(key) != key for key in tensors):
         return list(DIALECTS.values())
     known = "; ".join(f"{d.name}: {next(iter(d.prefixes)) or 'no prefix'}..." for d in DIALECTS.values())
     raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")

@@ -13,19 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lycoris import fingerprint, recast
-from lycoris.algorithms import Full
-from lycoris.bundle import Bundle
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.load_report import some
+from lycoris.algorithms import Full, conversion
 from lycoris.errors import FileError, LycorisError
-from lycoris.families.naming import DIFFUSERS as MIDDLE
 from lycoris.files import placing
-from lycoris.files.check import Check, judged
-from lycoris.files.components import FAMILY, family_in
-from lycoris.files.consumers import CONSUMERS
+from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.detect import Detection, ambiguous
-from lycoris.files.dialect import Style, flatten
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.exporting import dialects_of, exported
+from lycoris.files.dialects.base import Style, flatten
+from lycoris.files.dialects.components import FAMILY, family_in
 from lycoris.files.growth import (
     Bytes,
     GrowthError,
@@ -39,12 +36,15 @@ from lycoris.files.growth import (
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, known, opened, understood
 from lycoris.files.peft import write_peft
-from lycoris.files.portable import plain
-from lycoris.files.recognise import Fit
+from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs.check import Check, judged
+from lycoris.files.programs.exporting import dialects_of, exported
+from lycoris.files.programs.portable import plain
+from lycoris.files.recognition import Fit
 from lycoris.files.skeleton import namings
-from lycoris.files.weights import BaseWeights
 from lycoris.files.writing import HASHES, Encoded, compose, kept, stored
-from lycoris.report import some
+from lycoris.models import fingerprint
+from lycoris.models.families.naming import DIFFUSERS as MIDDLE
 
 MANY = 3
 """Times the size of the source from which a form is too large whatever else there may be."""
@@ -289,7 +289,7 @@ def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: d
         return bundle
     entries = dict(bundle.entries)
     for layer, stack in entries.items():
-        if any(recast.needs_base(entry) for entry in stack):
+        if any(conversion.needs_base(entry) for entry in stack):
             entries[layer] = tuple(plain(entry, weights.affine(layer, layout)) for entry in stack)
             done[layer] = f"{stack[0].algorithm.name} written as a LoRA or a difference, for its layer is cut or joined"
     return replace(bundle, entries=entries)

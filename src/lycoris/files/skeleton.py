@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 
-from lycoris import outline
 from lycoris.errors import PlanError
-from lycoris.families.family import Architecture
-from lycoris.families.naming import DIFFUSERS, Naming, Span, Table
-from lycoris.geometry import Geometry
+from lycoris.layers.geometry import Geometry
+from lycoris.models import outline
+from lycoris.models.families.family import Architecture
+from lycoris.models.families.naming import DIFFUSERS, Naming, Span, Table
 
 Skeleton = Mapping[str, Geometry]
 """Path → geometry of the layer, or of the bare parameter, at that path."""

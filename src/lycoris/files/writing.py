@@ -13,26 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import fingerprint
-from lycoris.algorithm import Entry
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.load_report import some
 from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, Replace, TLoRA, write_tensors
-from lycoris.bundle import Bundle
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, unknown
-from lycoris.families import FAMILIES
-from lycoris.families.family import Family
-from lycoris.files import described, history, placing
-from lycoris.files.components import FAMILY, family_of, prefix_of
-from lycoris.files.dialect import Dialect
-from lycoris.files.dialects import DIALECTS
+from lycoris.files import described, placing
+from lycoris.files.container.storage import fitting, plain, save_tensors
+from lycoris.files.container.target import check_target
+from lycoris.files.dialects import DIALECTS, history
+from lycoris.files.dialects.base import Dialect
+from lycoris.files.dialects.components import FAMILY, family_of, prefix_of
+from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 from lycoris.files.layout import Layout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
 from lycoris.files.reading import finite
-from lycoris.files.spelling import MAGNITUDE_VECTOR
-from lycoris.files.storage import fitting, plain, save_tensors
-from lycoris.files.target import check_target
+from lycoris.models import fingerprint
+from lycoris.models.families import FAMILIES
+from lycoris.models.families.family import Family
 from lycoris.ops.rounding import widened
-from lycoris.report import some
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Header keys that are hashes of a file's tensors."""
@@ -270,7 +270,7 @@ def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, 
 
 
 def _place(entry: Entry) -> int:
-    """Where an entry stands in a stack that the tensors of one layer make: see `lycoris.files.forms.modern`."""
+    """Where an entry stands in a stack that the tensors of one layer make: see `dialects.forms.modern`."""
     match entry.algorithm:
         case Replace(weight=True):
             return 0

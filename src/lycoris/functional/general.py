@@ -1,6 +1,6 @@
 """What the algorithms are made of, as functions of tensors."""
 
-from lycoris.dropin.functional.general import (
+from lycoris.compat.functional.general import (
     FUNC_LIST,
     add_scaled,
     apply_dora_scale,
@@ -10,7 +10,7 @@ from lycoris.dropin.functional.general import (
     tucker_weight_from_conv,
     weight_decompose,
 )
-from lycoris.dropin.functional.layer import factorization
+from lycoris.compat.functional.layer import factorization
 
 __all__ = [
     "FUNC_LIST",

@@ -1,7 +1,7 @@
 """LoRA as functions of tensors."""
 
-from lycoris.dropin.functional.general import FUNC_LIST, rebuild_tucker
-from lycoris.dropin.functional.locon import bypass_forward_diff, diff_weight, weight_gen
+from lycoris.compat.functional.general import FUNC_LIST, rebuild_tucker
+from lycoris.compat.functional.locon import bypass_forward_diff, diff_weight, weight_gen
 
 __all__ = [
     "FUNC_LIST",

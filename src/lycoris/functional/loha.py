@@ -1,7 +1,7 @@
 """LoHa as functions of tensors."""
 
-from lycoris.dropin.functional.general import FUNC_LIST
-from lycoris.dropin.functional.loha import bypass_forward_diff, diff_weight, make_weight, make_weight_tucker, weight_gen
+from lycoris.compat.functional.general import FUNC_LIST
+from lycoris.compat.functional.loha import bypass_forward_diff, diff_weight, make_weight, make_weight_tucker, weight_gen
 
 __all__ = [
     "FUNC_LIST",

@@ -1,8 +1,8 @@
 """LoKr as functions of tensors."""
 
-from lycoris.dropin.functional.general import FUNC_LIST, rebuild_tucker
-from lycoris.dropin.functional.layer import factorization
-from lycoris.dropin.functional.lokr import (
+from lycoris.compat.functional.general import FUNC_LIST, rebuild_tucker
+from lycoris.compat.functional.layer import factorization
+from lycoris.compat.functional.lokr import (
     bypass_forward_diff,
     diff_weight,
     kron_bypass,

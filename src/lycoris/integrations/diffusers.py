@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from lycoris import paths
-from lycoris.adapters import AdapterSet
-from lycoris.bundle import Bundle
-from lycoris.dropin.tlora import pipeline_schedule
+from lycoris.adapters.adapter_set import AdapterSet
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.merging import MergeReport
+from lycoris.adapters.strengths import blocks_of
+from lycoris.compat.timestep_masks import pipeline_schedule
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
-from lycoris.merging import MergeReport
-from lycoris.schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
-from lycoris.strengths import blocks_of
+from lycoris.layers import paths
+from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
 
 Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
 DENOISERS = ("unet", "transformer")

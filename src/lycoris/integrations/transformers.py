@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from lycoris.adapters import AdapterSet
-from lycoris.checkpoints import checkpoint_adapters
+from lycoris.adapters.adapter_set import AdapterSet
+from lycoris.adapters.load_report import some
 from lycoris.errors import ConfigError
-from lycoris.report import some
-from lycoris.sharding import is_sharded
+from lycoris.integrations.checkpoints import checkpoint_adapters
+from lycoris.layers.sharding import is_sharded
 
 logger = logging.getLogger("LyCORIS")
 
@@ -21,8 +21,9 @@ logger = logging.getLogger("LyCORIS")
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     """Makes checkpoints hold the adapters and not the base: `Trainer(model, args, callbacks=[AdapterCallback(set)])`.
 
-    In force from its making until `checkpoints.remove()`, see `lycoris.checkpoints.checkpoint_adapters`: resuming and
-    `load_best_model_at_end` put the adapters back exactly, `save_model` and `push_to_hub` write adapter files.
+    In force from its making until `checkpoints.remove()`, see `lycoris.integrations.checkpoints.checkpoint_adapters`:
+    resuming and `load_best_model_at_end` put the adapters back exactly, `save_model` and `push_to_hub` write adapter
+    files.
 
     Raises `ConfigError` for sets of one name or of several models and, when training begins, for adapters that are not
     on the trainer's model and for a model that FSDP or DeepSpeed ZeRO-3 shares out.

@@ -1,6 +1,6 @@
 """Which kernels there are: one way, in plain torch, which a compiler may fuse."""
 
-from lycoris.dropin.kernels import available_backends, fused_backends, resolve_backend, set_tuning, tuning_enabled
+from lycoris.compat.kernels import available_backends, fused_backends, resolve_backend, set_tuning, tuning_enabled
 
 __all__ = [
     "available_backends",

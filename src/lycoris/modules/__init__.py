@@ -1,9 +1,9 @@
 """Adapters of single layers."""
 
-from lycoris.dropin import modules as _modules
-from lycoris.dropin.functional.layer import factorization
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import *  # noqa: F403  # module classes have one list for all that export them
+from lycoris.compat import module_classes as _modules
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.layer import factorization
+from lycoris.compat.module_classes import *  # noqa: F403  # module classes have one list for all that export them
 from lycoris.modules import base, boft, diag_oft, dylora, full, glora, ia3, locon, loha, lokr, norms, tlora
 
 __all__ = [

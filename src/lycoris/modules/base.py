@@ -1,7 +1,7 @@
 """What the module classes have in common."""
 
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.values import (
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.values import (
     dequantize_weight_only_fp8,
     is_linear_like_module,
     is_supported_linear_module,

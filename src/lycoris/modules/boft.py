@@ -1,9 +1,9 @@
 """BOFT."""
 
-from lycoris.dropin.functional.general import butterfly_factor, power2factorization
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import ButterflyOFTModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import butterfly_factor, power2factorization
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.module_classes import ButterflyOFTModule
 
 __all__ = [
     "ButterflyOFTModule",

@@ -1,9 +1,9 @@
 """Diag-OFT."""
 
-from lycoris.dropin.functional.layer import factorization
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import DiagOFTModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.layer import factorization
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.module_classes import DiagOFTModule
 
 __all__ = [
     "DiagOFTModule",

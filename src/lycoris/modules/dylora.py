@@ -1,8 +1,8 @@
 """DyLoRA."""
 
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import DyLoraModule
-from lycoris.dropin.values import product
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.module_classes import DyLoraModule
+from lycoris.compat.values import product
 
 __all__ = [
     "DyLoraModule",

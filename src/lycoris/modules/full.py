@@ -1,9 +1,9 @@
 """The change of the weight itself."""
 
-from lycoris.dropin.functional.general import add_scaled
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import FullModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import add_scaled
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.module_classes import FullModule
 
 __all__ = [
     "FullModule",

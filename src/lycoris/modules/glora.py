@@ -1,8 +1,8 @@
 """GLoRA."""
 
-from lycoris.dropin.functional.general import tucker_weight_from_conv
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import GLoRAModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import tucker_weight_from_conv
+from lycoris.compat.module_classes import GLoRAModule
 
 __all__ = [
     "GLoRAModule",

@@ -1,7 +1,7 @@
 """(IA)³."""
 
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import IA3Module
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.module_classes import IA3Module
 
 __all__ = [
     "IA3Module",

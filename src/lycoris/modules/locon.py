@@ -1,10 +1,10 @@
 """LoRA and LoCon."""
 
-from lycoris.dropin.functional.general import weight_decompose
-from lycoris.dropin.functional.locon import diff_weight
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import LoConModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import weight_decompose
+from lycoris.compat.functional.locon import diff_weight
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.module_classes import LoConModule
 
 __all__ = [
     "LoConModule",

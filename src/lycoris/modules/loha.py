@@ -1,8 +1,8 @@
 """LoHa."""
 
-from lycoris.dropin.functional.general import weight_decompose
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import LohaModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import weight_decompose
+from lycoris.compat.module_classes import LohaModule
 
 __all__ = [
     "LohaModule",

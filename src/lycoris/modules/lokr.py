@@ -1,12 +1,12 @@
 """LoKr."""
 
-from lycoris.dropin.functional.general import weight_decompose
-from lycoris.dropin.functional.layer import factorization
-from lycoris.dropin.functional.lokr import kron_bypass, kron_weight
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import LokrModule
-from lycoris.dropin.values import is_weight_only_fp8_linear
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import weight_decompose
+from lycoris.compat.functional.layer import factorization
+from lycoris.compat.functional.lokr import kron_bypass, kron_weight
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.module_classes import LokrModule
+from lycoris.compat.values import is_weight_only_fp8_linear
 
 __all__ = [
     "LokrModule",

@@ -1,9 +1,9 @@
 """Norms."""
 
-from lycoris.dropin.functional.general import add_scaled
-from lycoris.dropin.messages import warning_once
-from lycoris.dropin.module import LycorisBaseModule
-from lycoris.dropin.modules import NormModule
+from lycoris.compat.base_module import LycorisBaseModule
+from lycoris.compat.functional.general import add_scaled
+from lycoris.compat.messages import warning_once
+from lycoris.compat.module_classes import NormModule
 
 __all__ = [
     "LycorisBaseModule",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lycoris.torch_private import unsafe_view
+from lycoris.ops.torch_private import unsafe_view
 
 
 def unflattened(fresh: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lycoris.algorithm import Entry
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
+from lycoris.files.container.storage import save_tensors
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.opening import Opened, opened
 from lycoris.files.peft import write_peft
-from lycoris.files.storage import save_tensors
 from lycoris.files.writing import compose, kept, stored
 
 Stack = tuple[Entry, ...]

@@ -13,15 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import recast
-from lycoris.additive import Ranked
-from lycoris.algorithm import Entry
-from lycoris.algorithms import Full, LoRA, Norm
-from lycoris.bundle import Bundle
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms import Full, LoRA, Norm, conversion
+from lycoris.algorithms.additive import Ranked
+from lycoris.algorithms.base import Entry
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import placing
+from lycoris.files.container.target import check_target
 from lycoris.files.layout import Layout
-from lycoris.files.target import check_target
 from lycoris.ops.svd import relative
 from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
 from lycoris.tools.resizing import as_lora, decompose_entry
@@ -115,7 +114,7 @@ def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
     algorithm, tensors = entry.algorithm, entry.tensors
     if isinstance(algorithm, Full | Norm):
         return entry._replace(tensors={name: _times(tensor, strength) for name, tensor in tensors.items()})
-    if isinstance(algorithm, Ranked) and not recast.needs_base(entry):
+    if isinstance(algorithm, Ranked) and not conversion.needs_base(entry):
         stronger = replace(algorithm, alpha=algorithm.rank * strength * algorithm.scale(entry.geometry), rs_lora=False)
         if math.isclose(stronger.scale(entry.geometry), strength * algorithm.scale(entry.geometry), rel_tol=1e-12):
             return entry._replace(algorithm=stronger)
@@ -136,7 +135,7 @@ def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
         strength, stack = given[0]
         return tuple(scale_entry(entry, strength, where) for entry in stack)
     terms = [Weighted(strength, entry) for strength, stack in given for entry in stack]
-    bound = sorted({term.entry.algorithm.name for term in terms if recast.needs_base(term.entry)})
+    bound = sorted({term.entry.algorithm.name for term in terms if conversion.needs_base(term.entry)})
     if bound:
         raise FileError(
             f"{where}: {' and '.join(bound)} depends on the base model's weights, and so does its sum with others; "
@@ -168,11 +167,11 @@ def _without_bias(entry: Entry) -> Entry:
 def _concatenated(entries: list[Entry]) -> Entry:
     """The sum as a LoRA with the ranks of all, or as a whole difference where that is smaller."""
     g = entries[0].geometry
-    factors = [recast.low_rank(entry, always=True) for entry in entries]
+    factors = [conversion.low_rank(entry, always=True) for entry in entries]
     pairs = [each for each in factors if each is not None]
     total = sum(each.tensors["down"].shape[0] for each in pairs)
     if g.stack or len(pairs) < len(entries) or total * (g.out_features + g.fan_in) >= g.size:
-        dense = [{"diff": recast.dense(entry).tensors["diff"]} for entry in entries]
+        dense = [{"diff": conversion.dense(entry).tensors["diff"]} for entry in entries]
         return Entry(Full(bias=False), g, _sum(dense))
     ups = [_times(each.tensors["up"], each.algorithm.scale(g)) for each in pairs]
     tensors = {"up": torch.cat(ups, dim=1), "down": torch.cat([each.tensors["down"] for each in pairs])}

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lycoris import recast
-from lycoris.algorithm import Affine, Entry
-from lycoris.algorithms import Norm
-from lycoris.files.weights import BaseWeights
+from lycoris.algorithms import Norm, conversion
+from lycoris.algorithms.base import Entry
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.layers.geometry import Affine
 from lycoris.ops.svd import relative
 from lycoris.tools.adapter_file import AdapterFile, Layer
 from lycoris.tools.resizing import decompose_entry
@@ -180,13 +180,13 @@ def _spectrum(entry: Entry, below: Affine | None) -> tuple[float | None, float |
     if isinstance(entry.algorithm, Norm) or entry.geometry.kind == "norm":
         tensor = next(iter(entry.tensors.values()))
         return float(tensor.double().norm()), None, None
-    if recast.needs_base(entry):
+    if conversion.needs_base(entry):
         if below is None:
             return None, None, None
-        change = recast.dense(entry, below).tensors["diff"]
+        change = conversion.dense(entry, below).tensors["diff"]
         return float(change.double().norm()), None, None
     if entry.geometry.stack or set(entry.tensors) == {"diff_b"}:
-        change = recast.dense(entry).tensors.get("diff", torch.zeros(1))
+        change = conversion.dense(entry).tensors.get("diff", torch.zeros(1))
         return float(change.double().norm()), None, None
     energies = decompose_entry(entry).energies()
     total = float(energies[0])

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lycoris import recast
-from lycoris.algorithm import Affine, Entry
-from lycoris.algorithms import DoRA, Full, LoRA
-from lycoris.files.target import check_target
-from lycoris.files.weights import BaseWeights
+from lycoris.algorithms import DoRA, Full, LoRA, conversion
+from lycoris.algorithms.base import Entry
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.files.container.target import check_target
+from lycoris.layers.geometry import Affine
 from lycoris.ops.svd import Decomposition, decompose, decompose_product, relative
 from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
 from lycoris.tools.limits import Limit, Truncatable
@@ -134,12 +134,12 @@ def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | Non
     if not isinstance(entry.algorithm, DoRA):
         return inner
     assert below is not None
-    wanted = recast.adapted(entry, below).weight
+    wanted = conversion.adapted(entry, below).weight
     assert isinstance(inner.algorithm, LoRA)
     magnitude = entry.tensors[MAGNITUDE_SLOT]
     unit = Entry(replace(entry.algorithm, over=inner.algorithm), entry.geometry, dict(inner.tensors))
     ones = unit._replace(tensors={**unit.tensors, MAGNITUDE_SLOT: torch.ones_like(magnitude, dtype=wanted.dtype)})
-    directions = recast.adapted(ones, below).weight
+    directions = conversion.adapted(ones, below).weight
     axis = 0 if entry.algorithm.axis == "out" else 1
     others = [n for n in range(wanted.dim()) if n != axis]
     fitted = (directions * wanted).sum(others) / directions.square().sum(others).clamp_min(
@@ -150,9 +150,9 @@ def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | Non
 
 def decompose_entry(entry: Entry) -> Decomposition:
     """The singular values of what an adapter adds to a layer, with its scale, ΔW as (O, I·ΠK)."""
-    factors = recast.low_rank(entry, always=True)
+    factors = conversion.low_rank(entry, always=True)
     if factors is None:
-        change = recast.dense(entry)
+        change = conversion.dense(entry)
         return decompose(_wide(change.geometry.turned(change.tensors["diff"])).flatten(1))
     up, down = _wide(factors.tensors["up"]).flatten(1), _wide(factors.tensors["down"]).flatten(1)
     return decompose_product(up * factors.algorithm.scale(factors.geometry), down)
@@ -180,9 +180,9 @@ def _reason_to_leave(layer: Layer, stack: Stack, weights: BaseWeights | None) ->
         return "stacked matrices"
     if entry.algorithm.rank_masked:
         return f"the ranks of {entry.algorithm.name} follow the timestep, in an order that a truncation would lose"
-    if isinstance(entry.algorithm, DoRA) and not recast.needs_base(_below_magnitude(entry)):
+    if isinstance(entry.algorithm, DoRA) and not conversion.needs_base(_below_magnitude(entry)):
         return "" if weights is not None and not layer.component else "dora needs the base model's weights for that"
-    if recast.needs_base(entry):
+    if conversion.needs_base(entry):
         return f"{entry.algorithm.name} depends on the base model's weights"
     return ""
 

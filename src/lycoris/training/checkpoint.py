@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from lycoris import files
-from lycoris.adapters import AdapterSet
+from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.errors import ConfigError, FileError
-from lycoris.recipe import Recipe
+from lycoris.targeting.recipe import Recipe
 from lycoris.training.jsonfile import write_object
 from lycoris.training.settings import LATEST
 

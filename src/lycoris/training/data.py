@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lycoris.errors import ConfigError
-from lycoris.jsons import read_json, read_text
+from lycoris.json_io import read_json, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

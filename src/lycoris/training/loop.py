@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lycoris import finite
+from lycoris.adapters import debug
 from lycoris.errors import NotFiniteError
 from lycoris.training import diagnose
-from lycoris.training.draw import draw
 from lycoris.training.interrupt import interruptible
+from lycoris.training.noise import draw
 from lycoris.training.objective import Batch, denoising_loss
 from lycoris.training.preview import preview
 from lycoris.training.run import Run, save
@@ -112,8 +112,8 @@ def _measure(run: Run) -> None:
 
 def _complaint(run: Run, what: str, batch: Batch) -> str:
     noisy = run.noise_schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
-    where = finite.first_bad_module(run.pipe.unet, lambda: run.predict(noisy, batch.timesteps, batch.text))
-    where = where or finite.first_bad_tensor(run.pipe.unet) or "no single module; it did not happen again"
+    where = debug.first_bad_module(run.pipe.unet, lambda: run.predict(noisy, batch.timesteps, batch.text))
+    where = where or debug.first_bad_tensor(run.pipe.unet) or "no single module; it did not happen again"
     values: dict[str, Any] = {
         "learning_rate": run.settings.learning_rate,
         "mixed_precision": run.settings.mixed_precision,

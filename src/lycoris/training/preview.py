@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lycoris.adapters import AdapterSet
-from lycoris.generation.pictures import Block, Sampling, draw, grid
+from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.training.jsonfile import write_atomically
 from lycoris.training.run import Run, evaluating
+from lycoris.training.sampling import Block, Sampling, draw, grid
 from lycoris.training.settings import Settings
 
 

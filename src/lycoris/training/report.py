@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lycoris.generation.pictures import grid
+from lycoris.training.console import say
+from lycoris.training.evaluate import Measured
 from lycoris.training.jsonfile import write_atomically, write_object
-from lycoris.training.measure import Measured
 from lycoris.training.run import History
-from lycoris.training.speech import say
+from lycoris.training.sampling import grid
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lycoris.adapters import AdapterSet
+from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.errors import ConfigError
-from lycoris.planning import Plan
-from lycoris.recipe import Recipe
+from lycoris.targeting.planning import Plan
+from lycoris.targeting.recipe import Recipe
 from lycoris.training import cache, checkpoint, objective
-from lycoris.training.inputs import Checked
+from lycoris.training.preflight import Checked
 from lycoris.training.settings import FREE_ON_RESUME, Settings
 
 if TYPE_CHECKING:

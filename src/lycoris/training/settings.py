@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lycoris.errors import ConfigError, nearest
-from lycoris.jsons import read_json
-from lycoris.recipe import Recipe
+from lycoris.json_io import read_json
+from lycoris.targeting.recipe import Recipe
 from lycoris.training.foreign import translate
 
 logger = logging.getLogger("LyCORIS")

@@ -1,10 +1,10 @@
 """Folding a file into the models of a pipeline, extracting one, and small functions beside."""
 
-from lycoris.dropin.compvis import convert_diffusers_name_to_compvis
-from lycoris.dropin.extract import extract_diff
-from lycoris.dropin.extract_layer import extract_conv, extract_linear
-from lycoris.dropin.merge import merge
-from lycoris.dropin.values import (
+from lycoris.compat.compvis import convert_diffusers_name_to_compvis
+from lycoris.compat.extract import extract_diff
+from lycoris.compat.extract_layer import extract_conv, extract_linear
+from lycoris.compat.merge import merge
+from lycoris.compat.values import (
     default,
     load_bytes_in_safetensors,
     make_sparse,

@@ -1,6 +1,6 @@
 """Numbers."""
 
-from lycoris.dropin.values import product
+from lycoris.compat.values import product
 
 __all__ = [
     "product",

@@ -1,6 +1,6 @@
 """The logger of this library. Importing this changes nothing about it."""
 
-from lycoris.dropin.messages import ColoredFormatter, logger
+from lycoris.compat.messages import ColoredFormatter, logger
 
 __all__ = [
     "ColoredFormatter",

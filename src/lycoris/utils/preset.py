@@ -1,7 +1,7 @@
 """Presets from files."""
 
-from lycoris.dropin.keywords import read_preset
-from lycoris.dropin.sdk import PresetConfig, PresetValidationError
+from lycoris.compat.config_sdk import PresetConfig, PresetValidationError
+from lycoris.compat.legacy_options import read_preset
 
 __all__ = [
     "PresetConfig",

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lycoris.dropin.keywords import logger
-from lycoris.dropin.quantised import quant_linears
+from lycoris.compat.legacy_options import logger
+from lycoris.compat.quantized import quant_linears
 
 __all__ = ["logger"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lycoris.files.dialect import Dialect
 from lycoris.files.dialects.aitoolkit import AI_TOOLKIT
 from lycoris.files.dialects.bare import BARE, PEFT
+from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
 from lycoris.files.dialects.diffusers import DIFFUSERS
 from lycoris.files.dialects.kohya import KOHYA, KOHYA_DIFFUSERS

@@ -1,6 +1,6 @@
 """ai-toolkit's formats: diffusers' names or the original ones, and a scale of 1 without a word."""
 
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.diffusers import FACTORS
 
 AI_TOOLKIT = Dialect(

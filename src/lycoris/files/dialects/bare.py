@@ -1,6 +1,6 @@
 """Names without any prefix: as a model's own code calls its layers, or as PEFT saves them."""
 
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.diffusers import FACTORS
 
 PEFT = Dialect(

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lycoris.families import FAMILIES
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
+from lycoris.models.families import FAMILIES
 
 # Of several families that mean different components by one name, the first counts, unless the header names another.
 _TEXT_ENCODERS: Mapping[str, str] = {

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lycoris.files.dialect import Dialect, Key, split_dotted
+from lycoris.files.dialects.base import Dialect, Key, split_dotted
 from lycoris.files.dialects.processors import of_projection, suffix_of
-from lycoris.files.spelling import MAGNITUDE_VECTOR
+from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 
 FACTORS: Mapping[str, str] = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
 """PEFT calls the first factor that the input meets A."""

@@ -5,7 +5,7 @@ Layers are called as in the code that a model was published with: sgm's for SDXL
 
 from collections.abc import Mapping
 
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 
 TEXT_ENCODERS: Mapping[str, str] = {
     "lora_te1_": "text_encoder",

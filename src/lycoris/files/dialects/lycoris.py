@@ -1,5 +1,5 @@
 """LyCORIS' own wrapper format, which SimpleTuner writes: one model, `lycoris_<path>.<tensor>`."""
 
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 
 LYCORIS = Dialect(name="lycoris", style="flat", prefixes={"lycoris_": ""})

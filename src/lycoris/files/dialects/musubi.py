@@ -1,6 +1,6 @@
 """Musubi Tuner's two formats: kohya's, and the one that its converter calls "other"."""
 
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.diffusers import FACTORS
 
 MUSUBI = Dialect(

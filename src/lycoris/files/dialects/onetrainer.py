@@ -1,11 +1,11 @@
 """OneTrainer's five formats."""
 
 from lycoris.algorithms import MAGNITUDE
-from lycoris.files.dialect import Dialect
+from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
 from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS, Diffusers
 from lycoris.files.dialects.kohya import ENCODERS, TEXT_ENCODERS, UNETS
-from lycoris.files.spelling import MAGNITUDE_VECTOR
+from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 
 MARKS = ("ot_branch", "ot_revision", "ot_config")
 

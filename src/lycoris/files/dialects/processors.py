@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lycoris.files.dialect import Dialect, Key
+from lycoris.files.dialects.base import Dialect, Key
 
 _PROJECTION = re.compile(
     r"(.+)\.processor\.(to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out)_lora\.(.+)"

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from lycoris.errors import ConfigError, FileError, unknown
-from lycoris.jsons import read_json
+from lycoris.files.container.kinds import CONFIG, PICKLE, WEIGHTS
+from lycoris.json_io import read_json
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 NEUTRAL: Sequence[object] = (None, False, "", [], {}, ())
 """Values of a setting that is not in use."""
 LARGEST = 4 * 2**20

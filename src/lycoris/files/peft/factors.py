@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+from lycoris.adapters.load_report import some
 from lycoris.errors import FileError
-from lycoris.geometry import Geometry
-from lycoris.report import some
+from lycoris.layers.geometry import Geometry
 
 
 class Factors(NamedTuple):

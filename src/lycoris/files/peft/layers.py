@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lycoris import attach, merging
-from lycoris.algorithm import Affine
+from lycoris.adapters import attach, merging
 from lycoris.algorithms import Full, Norm, read_tensors
-from lycoris.bundle import Entry
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation
-from lycoris.geometry import Geometry, Site
+from lycoris.layers.geometry import Affine, Geometry, Site
 from lycoris.ops.rounding import widened
 
 Named = Mapping[str, Tensor]

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import paths
-from lycoris.bundle import Base, Bundle, Entry
+from lycoris.adapters.bundle import Base, Bundle
+from lycoris.adapters.load_report import Report, some
+from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, nearest
+from lycoris.files.container.storage import load_tensors
 from lycoris.files.peft.config import KINDS, Config, load_config, weights_in
 from lycoris.files.peft.layers import entries_of
-from lycoris.files.storage import load_tensors
-from lycoris.geometry import Site, class_name, sites
-from lycoris.report import Report, some
+from lycoris.layers import paths
+from lycoris.layers.geometry import Site, class_name, sites
 
 PREFIX = "base_model.model."
 SHOWN = 5

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris import paths
-from lycoris.algorithm import Algorithm
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.load_report import some
 from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, below_lengths
-from lycoris.bundle import Bundle, Entry
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
 from lycoris.files import placing
-from lycoris.files.peft.config import CONFIG, WEIGHTS
+from lycoris.files.container.kinds import CONFIG, WEIGHTS
+from lycoris.files.container.storage import save_tensors
+from lycoris.files.container.target import check_target
 from lycoris.files.peft.factors import Factors, makes, settings
 from lycoris.files.peft.layers import base_of, unlike
 from lycoris.files.peft.reading import PREFIX
-from lycoris.files.storage import save_tensors
-from lycoris.files.target import check_target
-from lycoris.geometry import Geometry, Site, site
-from lycoris.report import some
+from lycoris.layers import paths
+from lycoris.layers.geometry import Geometry, Site, site
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""How do adapters get onto a model, act there, and come off?"""

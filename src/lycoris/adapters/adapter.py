@@ -1,0 +1,201 @@
+"""Adapter: an algorithm with its tensors for one layer, the only `nn.Module` of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.adapters.recomputation import PassHistory, PassState, values_of_pass
+from lycoris.adapters.usage import Seen, is_exporting
+from lycoris.algorithms.base import Algorithm, Base, Call, Matrix, interpolate, one_mask
+from lycoris.errors import AttachError
+from lycoris.layers import sharding
+from lycoris.layers.batch_layout import BatchLayout
+from lycoris.layers.geometry import Affine, Geometry
+
+
+class Group:
+    """What adapters have in common that share their tensors, such as the slices of one adapter: its identity."""
+
+
+class Adapter(nn.Module):
+    """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
+
+    is_lycoris_adapter = True
+    """See `lycoris.layers.geometry.IS_ADAPTER`."""
+    saved_with_model = False
+    """Whether the model's state holds it; see `lycoris.integrations.checkpoints`."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        geometry: Geometry,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.algorithm, self.geometry = algorithm, geometry
+        self.call = Call()
+        """What is in force from now on."""
+        self._strength = torch.tensor(1.0, dtype=torch.float64)
+        self.merged = False
+        """Whether it is part of the layer's weight."""
+        self._drops = algorithm.drops
+        self._state = PassState(self.call, False, False)
+        self.attribute = ""
+        """Name of the parameter that it adapts; "" for a layer."""
+        self.path = ""
+        """Of the layer, for messages; known once it is attached."""
+        self.seen = Seen()
+        self.group: Group | None = None
+        """Of the adapters whose tensors these are too; None: no others."""
+        self._dropping = torch.tensor(1.0)
+        # A tensor, so that a graph compiled for one block serves the others.
+        self._identity, self._history = torch.tensor(id(self)), PassHistory(id(self))
+        shapes = self._shapes()
+        for name, slot in algorithm.slots(geometry).items():
+            own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
+            tensor = torch.empty(shapes[name], dtype=own, device=device)
+            if slot.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @classmethod
+    def sharing(cls, first: Adapter, algorithm: Algorithm, geometry: Geometry) -> Adapter:
+        """An adapter whose tensors are those of another, the very same objects."""
+        made = cls(algorithm, geometry, device="meta")
+        made.group = first.group = first.group or Group()
+        for name, parameter in first._parameters.items():
+            made._parameters[name] = parameter
+        for name, buffer in first._buffers.items():
+            made._buffers[name] = buffer
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By slot name, live."""
+        found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def kept(self) -> dict[str, Tensor]:
+        """By slot name, what training changes: of a sharded model the shards, never FSDP's passing whole copies."""
+        # A module's own state_dict, which the one below hides, is what makes FSDP put its shards back.
+        return nn.Module.state_dict(self, keep_vars=True)
+
+    def whole(self) -> dict[str, Tensor]:
+        """By slot name, detached and gathered from the processes that share them, all of which have to call this."""
+        shapes = self._shapes()
+        return {name: sharding.whole(name, tensor, shapes[name]) for name, tensor in self.kept().items()}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        g = self.geometry
+        return {name: g.stacked(slot.shape) for name, slot in self.algorithm.slots(g).items()}
+
+    def set_call(self, strength: float, keep: Tensor | None, layout: BatchLayout | None = None) -> None:
+        """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
+        if strength == self.call.strength and keep is self.call.keep and layout is self.call.layout:
+            return
+        self.call = Call(strength, keep, layout)
+        # A compiled graph takes the strength as a tensor, so that it serves every value.
+        self._strength = torch.tensor(strength, dtype=torch.float64)
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Training draws dropout, evaluation is deterministic."""
+        # A tensor, so that a compiled graph serves both.
+        self._dropping = torch.tensor(1.0 if mode else 0.0)
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def initialise(self, below: Base) -> None:
+        """Draw new tensors; the layer's effect does not change."""
+        if not self.geometry.stack:
+            self.algorithm.initialise(self.tensors(), below)
+            return
+        weights = below.affine().weight
+        for at, weight in enumerate(weights):
+            one = Matrix(replace(self.geometry, stack=0), weight)
+            self.algorithm.initialise({name: tensor[at] for name, tensor in self.tensors().items()}, one)
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Copy tensors in by slot name; all of them, with the right shapes."""
+        own = self.kept()
+        if own.keys() != values.keys():
+            raise AttachError(f"{self.algorithm.name} has the tensors {sorted(own)}; given were {sorted(values)}")
+        for name, value in values.items():
+            if own[name].shape != value.shape:
+                raise AttachError(f"{name} has shape {tuple(own[name].shape)}; given was {tuple(value.shape)}")
+            sharding.assign(own[name], value)
+
+    def adapted(self, base: Affine, call: Call | None = None) -> Affine:
+        """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
+        call = self.call if call is None else call
+        keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
+        tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
+        if self.geometry.stack:
+            weight = torch.func.vmap(
+                lambda p, w: self.algorithm.transform(p, Affine(w, None), replace(self.geometry, stack=0), keep).weight
+            )(tensors, base.weight)
+            whole = Affine(weight, None)
+        else:
+            whole = self.algorithm.transform(tensors, base, self.geometry, keep)
+        return interpolate(base, whole, torch.as_tensor(call.strength, dtype=torch.float64).to(base.weight))
+
+    @property
+    def state(self) -> PassState:
+        """What is in force for a pass that begins now and is no recomputation."""
+        last, draws = self._state, self.training and self._drops
+        if last.call is not self.call or last.draws is not draws or last.merged is not self.merged:
+            self._state = last = PassState(self.call, draws, self.merged)
+        return last
+
+    def state_of_pass(self, x: Tensor) -> PassState:
+        """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
+        if torch.compiler.is_compiling():
+            return self._compiled_state()
+        return self._history.state_of_pass(self.state, x)
+
+    def _compiled_state(self) -> PassState:
+        # Nothing here may depend on whether the layer trains: a graph serves both.
+        keep, draws = self.call.keep, self._drops
+        if self.merged and keep is None:
+            return PassState(self.call, False, self.merged)
+        values = [self._strength, self._dropping, *(() if keep is None else (keep,))]
+        strength, dropping, *mask = values_of_pass(values, self._identity)
+        call = Call(strength, mask[0] if mask else None, self.call.layout, dropping if draws else None)
+        return PassState(call, draws, self.merged)
+
+    def drawn(self, state: PassState, x: Tensor) -> Call:
+        """The call of a pass with its random choices made; the same call in evaluation."""
+        if not state.draws:
+            return state.call
+        call = state.call
+        return self.algorithm.draw(call if call.dropping is not None else replace(call, dropping=torch.ones(())), x)
+
+    def forward(self, below: Base, x: Tensor, state: PassState) -> Tensor:
+        if not is_exporting():
+            self.seen.called = True
+        if state.silent:
+            return below(x)
+        # Not after drawing: an adapter that was dropped still gives its parameters a gradient, of zero.
+        if not torch.compiler.is_compiling() and state.call.strength == 0:
+            return below(x)
+        if torch.is_grad_enabled() and not is_exporting():
+            self.seen.trained = True
+        return self.algorithm.forward(self.tensors(), below, x, self.drawn(state, x))
+
+    def extra_repr(self) -> str:
+        return str(self.algorithm)
+
+    # An adapter is not part of the layer's own state: base checkpoints load and save as if it were not there.
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        return

@@ -1,0 +1,306 @@
+"""AdapterSet: the adapters that belong together on one model, and the handle a user keeps."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.adapters import attach, loading, merging, saving, watching
+from lycoris.adapters.adapter import Adapter
+from lycoris.adapters.bundle import Base, Bundle
+from lycoris.adapters.merging import Merge, MergeReport
+from lycoris.adapters.steering import Steering
+from lycoris.adapters.strengths import Strengths, finite
+from lycoris.errors import AttachError
+from lycoris.layers import base_weights, freezing, paths, sharding
+from lycoris.layers.geometry import class_name, site, sites
+from lycoris.models import fingerprint
+from lycoris.targeting import rank_schedule
+from lycoris.targeting.planning import Plan
+from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE
+from lycoris.targeting.recipe import schedule_of
+
+logger = logging.getLogger("LyCORIS")
+
+
+class AdapterSet(Steering):
+    """Adapters by layer path, made but not yet attached.
+
+    States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
+    Sets that are attached at the same time need different names; with None a set takes a free one when attached.
+    Of sets that have the same adapters one at a time is attached or merged; what is set on the others waits.
+    """
+
+    def __init__(
+        self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
+    ) -> None:
+        super().__init__()
+        sharding.check_unwrapped(model)
+        # Later the model may be sharded, or the weights merged.
+        self.model, self.name, self._signs = model, name, fingerprint.of_weights(model)
+        self._attached_as = ""
+        self.stacks = loading.in_model_order(model, stacks)
+        self.metadata: dict[str, str] = {}
+        self._layers = {path: site(model, path).module for path in self.stacks}
+        self._merges: dict[str, Merge] = {}
+        self._attached_by_merge = False
+        self._attached = False
+        self._frozen: list[freezing.Place] = []
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        plan: Plan,
+        name: str | None = "default",
+        dtype: torch.dtype | None = None,
+        *,
+        stochastic_rounding: bool = False,
+    ) -> AdapterSet:
+        """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
+
+        Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away,
+        which is warned about unless `stochastic_rounding` says that the optimizer rounds up and down by chance.
+        """
+        if not stochastic_rounding:
+            loading.warn_of_rounding(dtype, stacklevel=2)
+        return cls(model, loading.built(model, plan, dtype), name)
+
+    @classmethod
+    def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
+        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
+
+        Raises `FileError` for layers that the model does not have, or has in another shape.
+        """
+        made = cls(model, loading.loaded(model, bundle), name)
+        made.metadata, made.schedule = dict(bundle.metadata), schedule_of(bundle.metadata)
+        return made
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def attach(self, *, freeze: bool = True) -> AdapterSet:
+        """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
+
+        The model's own parameters are frozen, so that only adapters train, and `detach` gives back to each the
+        `requires_grad` that it had. `freeze=False` leaves them as they are.
+
+        Raises `AttachError` while another set has some of them attached or merged.
+
+        While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
+        "LyCORIS" says what works on them, which `capabilities` has as a value.
+        """
+        if not self._attached:
+            self._check_layers()
+            self._put_all_on()
+            self.refresh()
+            if (able := self.capabilities()).low_bit:
+                logger.info("the layers under these adapters:\n%s", able)
+        self._attached_by_merge = False
+        if freeze and not self._frozen:
+            self._frozen = freezing.freeze(self.model)
+        return self
+
+    def _put_all_on(self) -> None:
+        name = attach.free_name(self._layers.values()) if self.name is None else self.name
+        # No module's name may have a dot, and names such as v1.5 are common.
+        self._attached_as = f"adapter_{name.replace('.', '_')}"
+        with ExitStack() as undo:
+            for path, at, adapter in self._each():
+                self._put_on(path, at, adapter)
+                undo.callback(attach.detach, self._layers[path], self._child(path, at))
+            self._attached = True
+            undo.pop_all()
+        self._watch = watching.Watch(self.model, self.stacks)
+        saving.watch(self.model)
+
+    def capabilities(self) -> base_weights.Capabilities:
+        """What works on the layers under these adapters, by how they store their weight; prints as a table."""
+        return base_weights.capabilities(self._holders(), watching.without_derivative(self.stacks))
+
+    def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
+        try:
+            attach.attach(self._layers[path], self._child(path, at), adapter)
+        except AttachError as error:
+            raise AttachError(f"{path}: {error}") from error
+        attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
+
+    def detach(self) -> None:
+        """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
+        self.check_detachable()
+        if self._merges:
+            self.unmerge()
+        self.unfollow()
+        if self._attached:
+            self._watch.stop()
+            for path, at, _ in self._each():
+                attach.detach(self._layers[path], self._child(path, at))
+        self._attached = False
+        freezing.release(self._frozen)
+        self._frozen = []
+        saving.unwatch(self.model)
+
+    def check_detachable(self) -> None:
+        """Raise `AttachError` where `detach` would, and change nothing."""
+        self.check_unmergeable()
+        for layer in self._layers.values() if self._attached else ():
+            attach.check_detachable(layer)
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._merges)
+
+    def _check_layers(self) -> None:
+        for path, layer in self._layers.items():
+            if site(self.model, path).module is not layer:
+                raise AttachError(
+                    f"{path} was replaced by another module since these adapters were made; make them anew"
+                )
+            if any(self._is_elsewhere(path, adapter) for adapter in self.stacks[path]):
+                raise AttachError(f"another set has the adapter of {path} attached or merged; take it off there first")
+
+    def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
+        """Whether another set has put an adapter on or merged it."""
+        return not (self._attached or self.merged) and (adapter.merged or attach.is_on(self._layers[path], adapter))
+
+    # -- merging -----------------------------------------------------------------------------------------------------
+
+    def merge(
+        self,
+        strength: float | None = None,
+        *,
+        into_low_bit: bool = False,
+        stochastic_seed: int | None = None,
+        untie: bool = False,
+    ) -> MergeReport:
+        """Fold the adapters into the layers' weights, at the strength in force or the one given.
+
+        Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
+        took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
+        parameters are kept aside and `unmerge` puts the very same objects back.
+
+        Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it, and for
+        layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.
+        """
+        self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
+        at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
+        merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
+        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
+        report.warn(stacklevel=2)
+        if self.rank_masked and self.schedule is None:
+            what = "merging adapters that were trained with a timestep schedule, without one"
+            warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
+        with ExitStack() as undo:
+            undo.callback(self._take_out, merges)
+            if self.rank_masked and not self._attached:
+                self.attach(freeze=False)
+                self._attached_by_merge = True
+            for path, merge in merges.items():
+                base_weights.install(self._layers[path], merge.new, merge.attribute)
+            self._merges, self._merged_at = merges, at
+            self.refresh()
+            undo.pop_all()
+        return report
+
+    def check_mergeable(self, *, into_low_bit: bool = False, stochastic: bool = False, untie: bool = False) -> None:
+        """Raise `AttachError` where `merge` would, and change nothing."""
+        if self.merged:
+            raise AttachError("these adapters are merged already")
+        self._check_layers()
+        merging.check(self.model, self._layers, self._holders(), self.stacks, into_low_bit, stochastic, untie)
+
+    def _holders(self) -> dict[str, nn.Module]:
+        """What has a weight, by path: the layers, and stand-ins for bare parameters."""
+        return {
+            path: base_weights.holder(layer, self.stacks[path][0].attribute) for path, layer in self._layers.items()
+        }
+
+    def unmerge(self) -> None:
+        """Put the layers' own parameters back, exactly; attached adapters act again.
+
+        Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
+        """
+        self.check_unmergeable()
+        self._take_out(self._merges)
+
+    def check_unmergeable(self) -> None:
+        """Raise `AttachError` where `unmerge` would, and change nothing."""
+        for path, merge in self._merges.items():
+            merging.check_untouched(path, self._layers[path], merge)
+
+    def _take_out(self, merges: Mapping[str, Merge]) -> None:
+        """Give layers their own parameters again, whether or not they have got those of the merge yet."""
+        for path, merge in merges.items():
+            merging.restore(self._layers[path], merge)
+        for _, _, adapter in self._each(merges):
+            adapter.merged = False
+        self._merges = {}
+        self.refresh()
+        if self._attached_by_merge:
+            self._attached_by_merge = False
+            self.detach()
+
+    # -- contents ----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable parameters, the same objects in the same order until FSDP2 shards the model: then its DTensors.
+
+        Those that slices of one adapter share are given once.
+        """
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`parameters` with their names in `state_dict`."""
+        for path, at, adapter in loading.each_once(self.stacks):
+            for slot, tensor in adapter.kept().items():
+                if isinstance(tensor, nn.Parameter):
+                    yield f"{path}/{at}/{slot}", tensor
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor under `path/index/slot`, detached and whole: for checkpoints of this library.
+
+        On a sharded model collective: every process calls it, and gets the same.
+        """
+        return loading.state(self.stacks)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy in what `state_dict` gave. Raises `FileError` unless that fits, `AttachError` while merged.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
+        loading.load_state(self.stacks, state)
+
+    def fill(self, bundle: Bundle) -> None:
+        """Copy in tensors for layers that these adapters have. Raises as `load_state_dict` does.
+
+        On a sharded model collective, and the first process's values go to all.
+        """
+        loading.fill(self.model, self.stacks, bundle)
+
+    def bundle(self) -> Bundle:
+        """The adapters as a value, to be written to a file.
+
+        On a sharded model collective: every process calls it and gets the same, and one of them writes.
+        """
+        base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
+        metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
+        if self.schedule is not None and self.rank_masked:
+            metadata[rank_schedule.KEY] = str(self.schedule)
+        return Bundle(loading.entries(self.stacks), metadata, base)
+
+    def _child(self, path: str, at: int) -> str:
+        attribute = self.stacks[path][at].attribute
+        return "_".join([self._attached_as, *([attribute] if attribute else []), *([str(at)] if at else [])])

@@ -1,0 +1,50 @@
+"""Adapters without a model: which layer has which algorithm with which tensors, and what the file said besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from lycoris.adapters.load_report import Report
+from lycoris.algorithms.base import Entry
+from lycoris.layers.geometry import Geometry
+
+__all__ = ["Base", "Bundle", "Entry"]
+
+
+class Base(NamedTuple):
+    """The model that adapters are for."""
+
+    model: str
+    """Name of its class."""
+    layers: Mapping[str, Geometry]
+    """Of all its layers, by dotted path."""
+    signs: str = ""
+    """Of its weights; see `lycoris.models.fingerprint`."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an adapter file holds, in the library's own terms."""
+
+    entries: dict[str, tuple[Entry, ...]]
+    """Dotted module path → stack of algorithms, lowest first."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base: Base | None = field(default=None, compare=False, repr=False)
+    """The model, where it is known: names of fused layers depend on what else it has."""
+    report: Report = field(default_factory=Report, compare=False)
+    """What became of every tensor of the file that it was read from."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What reading the file brought up that is no error, such as keys for a component that was not given."""
+        return tuple(self.report.notes())
+
+    def remarked(self, remark: str) -> Bundle:
+        """With one more of these."""
+        return replace(self, report=replace(self.report, remarks=(*self.report.remarks, remark)))
+
+    def __str__(self) -> str:
+        names = sorted({entry.algorithm.name for stack in self.entries.values() for entry in stack})
+        return f"{len(self.entries)} layers of {', '.join(names)}"

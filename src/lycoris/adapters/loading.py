@@ -1,0 +1,258 @@
+"""What a bundle's tensors become on a model's adapters: completed from the base weight, and checked against them; and
+what adapters hold, as a state that is saved and loaded."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.adapters import attach, merging
+from lycoris.adapters.adapter import Adapter, Group
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms import rows, slices
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.slices import Slice
+from lycoris.errors import AttachError, FileError, nearest
+from lycoris.layers import base_weights, paths
+from lycoris.layers.geometry import Site, site, sites
+from lycoris.ops.equality import same
+from lycoris.targeting.planning import Plan
+
+
+def home(place: Site) -> dict[str, Any]:
+    """Where and how the adapters of a place keep their tensors."""
+    return base_weights.home(base_weights.holder(place.module, place.attribute))
+
+
+def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
+    """Say what parameters of half precision do to small updates."""
+    if dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"adapter parameters in {dtype}: an update far below a parameter's own size rounds away. Leave dtype out "
+            "for float32, or pass stochastic_rounding=True if your optimizer rounds stochastically",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
+    """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
+    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
+    if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
+        raise FileError(
+            f"{place.path}: the file leaves out tensors that follow from the base weight, and adapters are merged into "
+            "it; undo the merge, load, and merge again"
+        )
+    return tensors
+
+
+def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
+    """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
+    if not isinstance(adapter.algorithm, Slice):
+        entry = rows.apart(entry, place.path).entry
+    # Of what makes a start, a file does not tell all.
+    alike = type(entry.algorithm) is type(adapter.algorithm)
+    own = entry._replace(algorithm=adapter.algorithm) if alike else entry
+    return matched(adapter, entry.algorithm, completed(own, place), place.path)
+
+
+def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of an algorithm for an adapter, with the gate that a file folds into a factor.
+
+    Raises `FileError` unless they do on the adapter what the algorithm does with them.
+    """
+    own, tensors = {name: tuple(t.shape) for name, t in adapter.tensors().items()}, dict(given)
+    if "gate" in own:
+        tensors.setdefault("gate", torch.ones(own["gate"]))
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
+    constants = [each.constants(adapter.geometry) for each in (algorithm, adapter.algorithm)]
+    same = len(constants[0]) == len(constants[1]) and all(
+        math.isclose(*pair, rel_tol=4e-3) for pair in zip(*constants, strict=True)
+    )
+    if shapes == own and same:
+        return tensors
+    odd = next((name for name in sorted(shapes.keys() | own.keys()) if shapes.get(name) != own.get(name)), None)
+    told = f"; {odd} {shapes.get(odd, 'none')} in the file and {own.get(odd, 'none')} here" if odd else ""
+    raise FileError(f"{where}: the file has {algorithm}, the adapter is {adapter.algorithm}{told}")
+
+
+Stacks = Mapping[str, tuple[Adapter, ...]]
+"""Adapters by layer path, lowest first."""
+
+
+def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter, ...]]:
+    """The same stacks, sorted by where their layers are in the model: optimizers tell parameters apart by position."""
+    position = paths.order(model)
+    return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
+
+
+def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
+    """New adapters for a plan, initialised; None: parameters as fine as their layer's, and float32 at least."""
+    stacks = {}
+    for placement in plan.placements:
+        place = site(model, placement.path)
+        own = home(place) if dtype is None else home(place) | {"dtype": dtype}
+        stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
+        below = attach.top(place.module, place.attribute)
+        for adapter in stack:
+            adapter.attribute = place.attribute
+            adapter.initialise(below)
+        stacks[placement.path] = tuple(stack)
+    return stacks
+
+
+def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
+    """New adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
+
+    Raises `FileError` for layers that the model does not have like that.
+    """
+    places, first = _places(model, bundle), dict[Any, Adapter]()
+    return {path: tuple(_made(entry, places[path], first) for entry in stack) for path, stack in bundle.entries.items()}
+
+
+def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
+    """Where the layers of a bundle are in a model."""
+    found = {}
+    for path in bundle.entries:
+        with suppress(KeyError):
+            found[path] = site(model, path)
+    if lost := [path for path in bundle.entries if path not in found]:
+        known = {place.path for place in sites(model)}
+        near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1)))
+        told = next(near, "is this the model they were made for?")
+        if any(f"{path}.base_layer" in known for path in lost):
+            told = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
+        raise FileError(
+            f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(model).__name__}: "
+            f"{', '.join(lost[:5])}; {told}"
+        )
+    return found
+
+
+def _made(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapter:
+    """`first` has the first one of all that share their tensors."""
+    g, here = entry.geometry, place.geometry
+    if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
+        raise FileError(f"{place.path}: the file has {entry.algorithm} for a {g}, and this is a {here}")
+    own = home(place)
+    whole = slices.fused_entry(entry)
+    # Layers on other devices, or in another precision, cannot have the same tensors.
+    key = (whole.algorithm, whole.geometry, tuple(map(id, whole.tensors.values())), *own.values())
+    if isinstance(entry.algorithm, Slice) and key in first:
+        adapter = Adapter.sharing(first[key], entry.algorithm, here)
+    else:
+        adapter = first[key] = Adapter(entry.algorithm, here, **own)
+        adapter.fill(fitted(adapter, entry, place))
+    adapter.attribute = place.attribute
+    return adapter
+
+
+def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
+    """Adapters as values, whole; those that share their tensors do so here as well."""
+    check_sharing(stacks)
+    found: dict[Any, dict[str, Tensor]] = {}
+
+    def whole(adapter: Adapter) -> dict[str, Tensor]:
+        key = adapter if adapter.group is None else adapter.group
+        if key not in found:
+            found[key] = adapter.whole()
+        return found[key]
+
+    return {
+        path: tuple(Entry(each.algorithm, each.geometry, whole(each)) for each in stack)
+        for path, stack in stacks.items()
+    }
+
+
+def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
+    """Path, place in the stack and adapter; of adapters that share their tensors the first."""
+    seen: set[Group] = set()
+    for path, at, adapter in _each(stacks):
+        if adapter.group is None or adapter.group not in seen:
+            yield path, at, adapter
+        if adapter.group is not None:
+            seen.add(adapter.group)
+
+
+def check_sharing(stacks: Stacks) -> None:
+    """Raise `AttachError` where adapters of a group have tensors of their own by now: one would stand for all."""
+    first: dict[Group, tuple[str, Adapter]] = {}
+    for path, _, adapter in _each(stacks):
+        if adapter.group is None:
+            continue
+        where, other = first.setdefault(adapter.group, (path, adapter))
+        apart = [name for name, tensor in adapter._parameters.items() if tensor is not other._parameters[name]]
+        if apart:
+            raise AttachError(
+                f"{where} and {path} are slices of one adapter and no longer share its {', '.join(apart)}: something "
+                "gave one of them another parameter (to_empty() does so). Load the adapters again after that"
+            )
+
+
+def state(stacks: Stacks) -> dict[str, Tensor]:
+    """Every tensor under `path/index/slot`, detached and whole."""
+    check_sharing(stacks)
+    return {
+        f"{path}/{at}/{slot}": tensor
+        for path, at, adapter in each_once(stacks)
+        for slot, tensor in adapter.whole().items()
+    }
+
+
+def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
+    """Copy tensors into adapters. Raises `AttachError`, and changes nothing, if one of them is merged."""
+    if any(adapter.merged for adapter, _ in values):
+        raise AttachError(
+            "the adapters are merged, and the weights would keep what was merged: undo the merge (a network's or "
+            "module's restore() or onfly_restore(), a set's unmerge()), load, and merge again"
+        )
+    for adapter, tensors in values:
+        adapter.fill(tensors)
+
+
+def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
+    """Copy in what `state` gave. Raises `FileError` unless names and shapes are the same."""
+    check_sharing(stacks)
+    own = {f"{path}/{at}/{slot}": t for path, at, adapter in each_once(stacks) for slot, t in adapter.kept().items()}
+    wrong = [key for key in own.keys() & values.keys() if own[key].shape != values[key].shape]
+    off = sorted(own.keys() ^ values.keys()) + sorted(wrong)
+    if off:
+        raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
+    put(
+        [
+            (adapter, {slot: values[f"{path}/{at}/{slot}"] for slot in adapter.kept()})
+            for path, at, adapter in each_once(stacks)
+        ]
+    )
+
+
+def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
+    """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
+    values = {path: _values(model, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
+    pairs = [(path, *pair) for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)]
+    first: dict[Group, tuple[str, Mapping[str, Tensor]]] = {}
+    for path, adapter, tensors in pairs:
+        if adapter.group is not None:
+            where, others = first.setdefault(adapter.group, (path, tensors))
+            if not same(tensors, others):
+                raise FileError(f"{where} and {path} share their tensors here, and those for them are not the same")
+    put([(adapter, tensors) for _, adapter, tensors in pairs])
+
+
+def _values(
+    model: nn.Module, stack: tuple[Adapter, ...] | None, path: str, entries: tuple[Entry, ...]
+) -> list[dict[str, Tensor]]:
+    if stack is None or len(stack) != len(entries):
+        raise FileError(f"{path} has no adapters to take these tensors")
+    place = site(model, path)
+    return [fitted(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
+
+
+def _each(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
+    return ((path, at, adapter) for path, stack in stacks.items() for at, adapter in enumerate(stack))

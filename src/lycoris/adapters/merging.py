@@ -1,0 +1,270 @@
+"""Folding adapters into a layer's weight: computed in full precision, rounded once, undone by putting things back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lycoris.adapters import attach, watching
+from lycoris.adapters.adapter import Adapter
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Call
+from lycoris.errors import AttachError
+from lycoris.layers import base_weights, freezing, sharding, tied_parameters
+from lycoris.layers.geometry import Affine, site
+
+MARK = "_lycoris_merged"
+"""Attribute of parameters that hold a merge."""
+
+LOST = 3.0
+"""dB at which the rounding error has half the power of the update."""
+
+
+class Merge(NamedTuple):
+    """A layer's parameters before and after, and how often the new ones had been written to when they were made."""
+
+    attribute: str
+    """Name of the parameter; "" for a layer's weight and bias."""
+    old: Affine
+    new: Affine
+    versions: tuple[int, ...]
+    sqnr: float
+    """See `MergedLayer.sqnr`."""
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What a merge did to one layer."""
+
+    path: str
+    stored_as: str
+    sqnr: float
+    """Signal-to-quantisation-noise ratio in dB: 10·log10(‖V - W‖² / ‖V' - V‖²), Frobenius norms.
+
+    W is the weight before, V the adapted weight as computed, V' what V is after storing. Infinite when V' is V; 0 dB
+    when the update was lost whole, V' = W; less when rounding changed the weight more than the adapters did.
+    """
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding did to a merged update, layer by layer; prints as a table, worst first."""
+
+    strength: float
+    layers: tuple[MergedLayer, ...]
+    untied: tuple[str, ...] = ()
+    """Layers that shared a parameter with another module, and what it is called there."""
+    uncalled: tuple[str, ...] = ()
+    """Layers that no pass had reached, although passes had reached others: see `lycoris.verify`."""
+
+    @property
+    def lost(self) -> tuple[MergedLayer, ...]:
+        """Layers of which the update is of the size of the rounding error or below: less than `LOST` dB."""
+        return tuple(layer for layer in self.layers if layer.sqnr < LOST)
+
+    def __str__(self) -> str:
+        exact = sum(math.isinf(layer.sqnr) and layer.sqnr > 0 for layer in self.layers)
+        worst = sorted((layer for layer in self.layers if layer.sqnr < math.inf), key=lambda layer: layer.sqnr)
+        lines = [
+            f"merged {len(self.layers)} layers at strength {self.strength:g}; in {exact} of them nothing was rounded",
+            *(f"  {layer.sqnr:7.1f} dB  {layer.stored_as}  {layer.path}" for layer in worst),
+            *(f"  untied  {told}" for told in self.untied),
+            *(f"  never called  {path}" for path in self.uncalled),
+        ]
+        return "\n".join(lines)
+
+    def warn(self, stacklevel: int) -> None:
+        """Say which updates did not survive, and which nothing had used before."""
+        if self.uncalled:
+            warnings.warn(
+                f"{len(self.uncalled)} of {len(self.layers)} merged layers have not been called so far: "
+                f"{watching.some(self.uncalled)}. {watching.READ}. lycoris.verify checks each",
+                stacklevel=stacklevel + 1,
+            )
+        if lost := self.lost:
+            some = ", ".join(f"{layer.path} ({layer.stored_as}, {layer.sqnr:.1f} dB)" for layer in lost[:5])
+            warnings.warn(
+                f"in {len(lost)} of {len(self.layers)} merged layers the update is below the quantisation step: {some}"
+                f"{', ...' if len(lost) > 5 else ''}. 0 dB is what merging nothing would give. Unmerge and leave the "
+                "adapters attached, which is exact; stochastic rounding keeps the update in the mean",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def report(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    merges: Mapping[str, Merge],
+    strength: float,
+    stacks: Mapping[str, Sequence[Adapter]],
+) -> MergeReport:
+    """What the merges of a model's layers are about to do."""
+    told = (MergedLayer(path, base_weights.kind(layers[path]), merge.sqnr) for path, merge in merges.items())
+    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _tied(model, merges).items())
+    return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
+
+
+def _tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of layers, or parameters, at these paths those that share a parameter with other modules, and its names there."""
+    shared = tied_parameters.owners(model)
+    found = {path: tied_parameters.tied_to(site(model, path), shared) for path in paths} if shared else {}
+    return {path: names for path, names in found.items() if names}
+
+
+def _check_untied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `AttachError` for layers that share a parameter with other modules."""
+    found = _tied(model, paths)
+    for path, names in found.items():
+        raise AttachError(
+            f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "
+            "them tied would change both. Leave it attached, or merge with untie=True, which gives it a weight of its "
+            f"own{f' ({len(found) - 1} more such layers)' if len(found) > 1 else ''}"
+        )
+
+
+def check_writable(path: str, layer: nn.Module, into_low_bit: bool, stochastic: bool) -> None:
+    """Raise `AttachError` unless a weight can be written as asked."""
+    row = base_weights.storage(layer)
+    stored = f"the weight of {path} is stored as {row.label(layer)}"
+    if row.low_bit and not into_low_bit:
+        raise AttachError(
+            f"{stored}, and a merge would round the update to that. Attached and unmerged the adapters act exactly; "
+            "merge(into_low_bit=True) dequantises, folds, rounds once and reports the loss"
+        )
+    if why := row.why_unreadable(layer) or row.why_unwritable(layer):
+        raise AttachError(f"{stored} and cannot be merged into: {why}. Leave the adapters attached")
+    if stochastic and not row.stochastic(layer):
+        raise AttachError(
+            f"{stored}, which is written by its own library, to nearest; merge without stochastic_seed, or those "
+            "layers in a set of their own"
+        )
+
+
+@torch.no_grad()
+def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float, seed: int | None = None) -> Merge:
+    """The parameters of a layer (a `bases.holder`), and new ones with a stack folded in. Nothing is changed yet.
+
+    float32 throughout (float64 for such weights), and one rounding to the layer's own precision, stochastic with a
+    seed. What is drawn depends on the seed and the path alone.
+    """
+    base, turned = base_weights.read(layer), stack[0].geometry.turned
+    full = torch.promote_types(base.weight.dtype, torch.float32)
+    before = Affine(turned(base.weight.to(full)), None if base.bias is None else base.bias.to(full))
+    affine = before
+    for adapter in stack:
+        affine = adapter.adapted(affine, Call(strength))
+    generator = None
+    if seed is not None:
+        # 32 bits: torch's generator for CPUs takes no more.
+        generator = torch.Generator(affine.weight.device).manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+    whole = turned(affine.weight).contiguous()
+    new = base_weights.rewritten(layer, Affine(whole, affine.bias), generator)
+    sqnr = _decibel(
+        affine.weight - before.weight, turned(base_weights.read_as(layer, new).weight.to(full)) - affine.weight
+    )
+    setattr(new.weight, MARK, True)
+    old = base_weights.own(layer)
+    for one, other in zip(old, new, strict=True):
+        if one is not None and other is not None:
+            freezing.carry(one, other)
+    return Merge(stack[0].attribute, old, new, _versions(new), sqnr)
+
+
+def fold_all(
+    holders: Mapping[str, nn.Module],
+    stacks: Mapping[str, Sequence[Adapter]],
+    strength_at: Callable[[str], float],
+    seed: int | None = None,
+) -> dict[str, Merge]:
+    """`fold` for every layer, by path."""
+    return {path: fold(path, holder, stacks[path], strength_at(path), seed) for path, holder in holders.items()}
+
+
+def _decibel(signal: Tensor, noise: Tensor) -> float:
+    power, error = (float(torch.linalg.vector_norm(part)) for part in (signal, noise))
+    if error == 0:
+        return math.inf
+    return 20 * math.log10(power / error) if power > 0 else -math.inf
+
+
+def is_merged(layer: nn.Module, attribute: str = "") -> bool:
+    """Whether a layer's weight, or a parameter, has adapters folded in."""
+    return bool(getattr(layer._parameters.get(attribute or "weight"), MARK, False))
+
+
+def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
+    """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
+    holder = base_weights.holder(layer, merge.attribute)
+    now = base_weights.own(holder)
+    if now.weight is not merge.new.weight or now.bias is not merge.new.bias:
+        raise AttachError(
+            f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
+        )
+    if _versions(merge.new) != merge.versions:
+        raise AttachError(
+            f"the weight of {path} was written to after this merge, by load_state_dict or by training; "
+            "undoing the merge would lose that"
+        )
+    if not base_weights.movable(holder) and _where(merge.old) != _where(merge.new):
+        raise AttachError(
+            f"{path} was moved or cast after this merge, and what {base_weights.kind(layer)} keeps beside its weight "
+            f"did not follow; move it back to {_where(merge.old)} first"
+        )
+
+
+def restore(layer: nn.Module, merge: Merge) -> None:
+    """Put a layer's own parameters back, where and in the precision to which the layer was moved since."""
+    for old, new in zip(merge.old, merge.new, strict=True):
+        if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
+            old.data = old.data.to(new)
+        if old is not None and new is not None:
+            freezing.carry(new, old)
+    base_weights.install(layer, merge.old, merge.attribute)
+
+
+def _where(affine: Affine) -> str:
+    return f"{affine.weight.device}, {affine.weight.dtype}"
+
+
+def _versions(affine: Affine) -> tuple[int, ...]:
+    # Tensors made in inference mode do not count their writes.
+    return tuple(t._version for t in affine if t is not None and not t.is_inference())
+
+
+def check(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    holders: Mapping[str, nn.Module],
+    stacks: Mapping[str, Sequence[Adapter]],
+    into_low_bit: bool,
+    stochastic: bool,
+    untie: bool,
+) -> None:
+    """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked."""
+    for path, layer in layers.items():
+        check_order(path, layer, stacks[path])
+        check_writable(path, holders[path], into_low_bit, stochastic)
+        sharding.check_own(path, layer)
+    if not untie:
+        _check_untied(model, layers)
+
+
+def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:
+    """Merging puts a stack below the adapters of other sets; that is the same only if all of them add.
+
+    A stack that is not attached would have come on top. Raises `AttachError` otherwise.
+    """
+    order = list(attach.adapters_on(layer, own[0].attribute))
+    first = next((at for at, adapter in enumerate(order) if adapter is own[0]), len(order))
+    lower = [adapter for adapter in order[:first] if not adapter.state.silent]
+    moved = [adapter.algorithm for adapter in (*lower, *own)]
+    if lower and not all(isinstance(algorithm, Additive) for algorithm in moved):
+        names = ", ".join(algorithm.name for algorithm in moved)
+        raise AttachError(f"on {path} {names} do not commute; merge or detach the lower set first")

@@ -1,0 +1,383 @@
+"""Algorithms that add something to the weight whatever the weight is, and the settings of those that have a rank.
+
+Legend: see `lycoris.algorithms.base`; r' is the rank of ΔW as a low-rank matrix, T the number of tokens (positions).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithms.base import (
+    Algorithm,
+    Base,
+    Call,
+    Cost,
+    Params,
+    Part,
+    Slot,
+    common_dtype,
+    dropped,
+    in_dtype_of,
+    joined_rows,
+    one_mask,
+)
+from lycoris.algorithms.rebuilt_weight import Build, rebuilt
+from lycoris.errors import ConfigError
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.ops.equality import identical, same
+from lycoris.ops.low_rank import add_product
+from lycoris.ops.rounding import widened
+
+TOKENS = 1024
+"""Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
+on it."""
+
+
+class Path(NamedTuple):
+    """How a layer's adapter is computed, and why."""
+
+    name: str
+    """factored or dense."""
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additive(Algorithm):
+    """V = W + scale·ΔW, with ΔW from the adapter's own tensors alone."""
+
+    dropout: float = 0.0
+    """Probability that an input of the adapter, not of the layer, is zeroed in training; the others are scaled up."""
+
+    always: ClassVar[str] = ""
+    """Why the factored product is taken wherever there is one, whatever it costs; "" where cost decides."""
+
+    @abstractmethod
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        """ΔW (and Δb), without the scale."""
+
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+        """ΔW as out·into, shapes (O, r') and (r', I, *K); None for an algorithm that has no such form."""
+        return None
+
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+        """⟨W, ΔW⟩ and ‖ΔW‖² over all axes but one, flat, without the scale; None where only building ΔW gives them."""
+        return None
+
+    def stretched(self, p: Params, length: Tensor) -> Params | None:
+        """Tensors whose ΔW has each row multiplied by a number of `length` (O), or all of it by one (a 0-d tensor).
+
+        None where no tensors give that.
+        """
+        return None
+
+    def work(self, g: Geometry) -> int | None:
+        """Multiplications per token of the factored product; None where there is none for this layer."""
+        return None
+
+    def kept(self, g: Geometry) -> int:
+        """Numbers per token that the factored product keeps for backward, beside x."""
+        return 0
+
+    def check(self, g: Geometry) -> None:
+        super().check(g)
+        if g.kind in ("parameter", "embedding") and self.dropout:
+            raise ConfigError(
+                f"dropout is for the input of a layer, and a{'n' * (g.kind == 'embedding')} {g.kind} has none to drop; "
+                "use module_dropout or rank_dropout"
+            )
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        alone = alone or self.dropout > 0
+        name, why = self.path(g, tokens, alone=alone)
+        kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
+        if name == "factored":
+            work = self.work(g) or 0
+            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
+        forward = _product(g) * alone + self.building(g) / tokens
+        return Cost(name, why, forward, self._dense_training(g, tokens, alone) / tokens, kept, flags, not flags)
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.dropout > 0
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        p = self.masked(p, g, keep)
+        change, scale = self.delta(p, g, keep), self.gate_of(p) * self.scale(g)
+        bias = base.bias
+        if change.bias is not None:
+            bias = change.bias * scale if bias is None else bias + change.bias * scale
+        return Affine(base.weight + (change.weight * scale).to(base.weight.dtype), bias)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        drops = self.dropout and call.dropping is not None
+        if not drops and self._factored(g, _tokens(g, x)):
+            return self._added(below(x), p, g, x, call)
+        plain = None if drops else below.plain(x)
+        if plain is None or plain.weight.dtype not in (torch.float32, torch.float64):
+            return self.add(below(x), p, g, x, call)
+        y = rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
+        return self._biased(y, p, g, call)
+
+    def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+        """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
+        if self.dropout and call.dropping is not None:
+            x = dropped(x, call.dropping * self.dropout)
+        if self._factored(g, _tokens(g, x), alone=True):
+            return self._added(y, p, g, x, call)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        change = rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
+        return self._biased(y + change.to(y.dtype), p, g, call)
+
+    def _added(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+        p = in_dtype_of(y, p)
+        if call.keep is not None:
+            p = self.masked(p, g, call.keep)
+        return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
+
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+        """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
+        pair = self.pair(p, g)
+        assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"
+        out, into = pair
+        return add_mixed(y, g, amplified(g.op(x, into), gain), out)
+
+    def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
+        """Whether the factored product or building ΔW costs less, forward and backward, for a number of tokens.
+
+        Dense, in W's own precision, one product with W + ΔW takes the place of the layer's, and its gradient is one
+        more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
+        """
+        tokens = TOKENS if tokens is None else tokens
+        work, name = self.work(g), "factored" if self._factored(g, tokens, alone) else "dense"
+        if work is None:
+            return Path(name, "this layer has no factored form that costs less than building ΔW")
+        if self.always:
+            return Path(name, self.always)
+        if g.kind == "embedding":
+            return Path(name, "looking rows up costs less than building all of ΔW")
+        factored, dense = 3 * work * tokens / 1e6, self._dense_training(g, tokens, alone) / 1e6
+        return Path(name, f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens")
+
+    def _factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
+        work = self.work(g)
+        if work is None or self.always or g.kind == "embedding":
+            return work is not None
+        return 3 * work * tokens <= self._dense_training(g, tokens, alone)
+
+    def _dense_training(self, g: Geometry, tokens: int, alone: bool) -> int:
+        """Multiplications of a training step that builds ΔW."""
+        return (3 if alone else 1) * _product(g) * tokens + 4 * self.building(g)
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        """The tensors with ranks weighted by a mask that all samples share."""
+        return p
+
+    def delta_bias(self, p: Params) -> Tensor | None:
+        """Δb, without the scale."""
+        return None
+
+    def gate_of(self, p: Params) -> Tensor | float:
+        """A trained scalar that multiplies ΔW."""
+        return p.get("gate", 1.0)
+
+    def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
+        return call.strength * (self.gate_of(p) * self.scale(g))
+
+    def _biased(self, y: Tensor, p: Params, g: Geometry, call: Call) -> Tensor:
+        bias = self.delta_bias(p)
+        return y if bias is None else y + g.channels((bias * self._gain(p, g, call)).to(y.dtype))
+
+    def _builder(self, p: Params, g: Geometry, call: Call) -> Build:
+        names = list(p)
+
+        def build(*tensors: Tensor) -> Tensor:
+            own = self.masked(dict(zip(names, tensors, strict=True)), g, call.keep)
+            keep = None if call.keep is None else one_mask(call.keep)
+            gain = self._gain(own, g, call)
+            # In float64: a number alone would become float32, and round the factors of a float64 layer.
+            exact = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float64)
+            small = self.stretched(own, exact)
+            return self.delta(own, g, keep).weight * gain if small is None else self.delta(small, g, keep).weight
+
+        return build
+
+
+def amplified(h: Tensor, gain: Tensor | float) -> Tensor:
+    """gain·h in the precision of h, without a step where that is h."""
+    if isinstance(gain, Tensor):
+        return h * gain.to(h.dtype)
+    return h if gain == 1.0 else h * gain
+
+
+def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
+    """y + out applied to the channels of h."""
+    return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
+
+
+def _product(g: Geometry) -> int:
+    """Multiplications per token of applying a weight; of an embedding, rows are looked up."""
+    return 0 if g.kind == "embedding" else g.size
+
+
+def _tokens(g: Geometry, x: Tensor) -> int:
+    if torch.compiler.is_compiling():
+        return TOKENS
+    if g.kind == "embedding":
+        return x.numel()
+    return x.numel() // max(1, x.shape[-1] if g.channels_last else g.in_features * g.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Algorithm):
+    """Settings of an algorithm with a rank and the scale convention alpha / rank."""
+
+    rank: int = 4
+    """Width of the factorisation, at least 1."""
+    alpha: float | None = None
+    """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
+    rs_lora: bool = False
+    """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
+    gate: bool = False
+    """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
+    rank_dropout: float = 0.0
+    """Probability that a training step leaves a rank out."""
+    rank_dropout_scale: bool = False
+    """Divide what the ranks that are left give by their share, so that its size stays the same on average."""
+
+    GATE_FOLDS_INTO: ClassVar[tuple[str, ...]]
+    """Slots that can take the gate when a file is written; the first one present does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"rank of {self.name} must be a whole number of at least 1, not {self.rank!r}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha of {self.name} must be finite, not {self.alpha!r}")
+        if self.rank_dropout_scale and not self.rank_dropout:
+            raise ConfigError(f"rank_dropout_scale of {self.name} says how rank_dropout scales; give rank_dropout too")
+
+    def scale(self, g: Geometry) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
+
+    def stored_alpha(self, g: Geometry) -> float | None:
+        if self.rs_lora:
+            return self.scale(g) * self.rank
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        tensors = dict(p)
+        gate = tensors.pop("gate", None)
+        if gate is not None:
+            slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
+            tensors[slot] = widened(tensors[slot]) * widened(gate)
+        return tensors
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or self.rank_dropout > 0
+
+    def draw(self, call: Call, x: Tensor) -> Call:
+        call = super().draw(call, x)
+        if call.dropping is None or not self.rank_dropout:
+            return call
+        keep = (torch.rand(1, self.rank, device=x.device) >= call.dropping * self.rank_dropout).float()
+        if self.rank_dropout_scale:
+            keep = keep / keep.mean().clamp_min(1 / self.rank)
+        return replace(call, keep=keep if call.keep is None else call.keep.to(keep) * keep)
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        if keep is None:
+            return p
+        own = one_mask(keep)
+        into = [name for name, slot in self.slots(g).items() if slot.role == "in"]
+        return dict(p) | {name: p[name] * own.to(p[name]).reshape(-1, *(1,) * (p[name].dim() - 1)) for name in into}
+
+    def waste(self, g: Geometry) -> str | None:
+        most = min(g.out_features, g.fan_in)
+        if self.rank <= most:
+            return None
+        return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
+
+    @classmethod
+    def common_scale(cls, parts: Sequence[Part]) -> float | None:
+        """The scale of all parts, None where they differ."""
+        scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
+        return scales.pop() if len(scales) == 1 else None
+
+    def _gate_slot(self) -> dict[str, Slot]:
+        return {"gate": Slot((1,), "gate")} if self.gate else {}
+
+    def _start_at_zero(self, p: Params, slot: str) -> None:
+        """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
+        torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
+
+
+def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
+    """The input factors (r, ...) of all parts one after the other, equal ones once; where those of each begin."""
+    starts: list[int] = []
+    kept: list[tuple[int, list[Tensor]]] = []
+    rank = 0
+    for part in parts:
+        own = [part.entry.tensors[slot] for slot in slots]
+        start = next((at for at, other in kept if all(map(identical, own, other))), None)
+        if start is None:
+            start = rank
+            kept.append((rank, own))
+            rank += len(own[0])
+        starts.append(start)
+    return starts, {slot: torch.cat([own[n] for _, own in kept]) for n, slot in enumerate(slots)}
+
+
+def side_by_side(
+    parts: Sequence[Part],
+    g: Geometry,
+    slot: str,
+    axis: int = 0,
+    gains: Sequence[float] = (),
+    starts: Sequence[int] = (),
+) -> Tensor:
+    """Factors with a row for each row of their layer and a column for each rank, on the diagonal of the whole one.
+
+    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts. `starts` is the first
+    rank of each part, as `shared_inputs` has it; (): one after the other.
+    """
+    tensors = [part.entry.tensors[slot] for part in parts]
+    ranks = [tensor.shape[1 - axis] for tensor in tensors]
+    first = starts or [sum(ranks[:n]) for n in range(len(ranks))]
+    total = max(at + rank for at, rank in zip(first, ranks, strict=True))
+    shape = [g.out_features, total] if axis == 0 else [total, g.out_features]
+    # A gain is multiplied in at full precision, and the result stays so.
+    tensors = [widened(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
+    whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:], dtype=common_dtype(tensors))
+    for part, tensor, at, rank in zip(parts, tensors, first, ranks, strict=True):
+        columns = slice(at, at + rank)
+        whole[(part.rows, columns) if axis == 0 else (columns, part.rows)] = tensor
+    return whole
+
+
+def joined_outputs(parts: Sequence[Part], g: Geometry, slots: Sequence[str], axis: int = 0) -> dict[str, Tensor] | None:
+    """Tensors of parts that differ in these slots alone, which have a row for each of a layer's: the rows together.
+
+    None where they differ in more, as adapters do that were not cut from one.
+    """
+    tensors = [part.entry.tensors for part in parts]
+    rest = [{name: t for name, t in each.items() if name not in slots} for each in tensors]
+    if not all(same(each, rest[0]) for each in rest):
+        return None
+    return rest[0] | {name: joined_rows(parts, g, name, axis) for name in slots}
+
+
+def low_rank_work(g: Geometry, rank: int) -> int | None:
+    """Multiplications per token of a low-rank product; None on grouped convolutions, whose columns are few."""
+    looked_up = g.kind == "embedding"
+    return None if g.groups > 1 else rank * (g.out_features + g.fan_in * (not looked_up))

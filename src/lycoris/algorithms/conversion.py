@@ -1,0 +1,206 @@
+"""The same change of a layer in a simpler form: as a LoRA through an algorithm's own factors, or stored whole.
+
+Both are exact, at every strength. Some changes depend on the weight below and are then tied to it: those of DoRA,
+GLoRA, IA³ and the rotations, and those of T-LoRA where a file leaves out what it started from. A change that follows
+the timestep is recast with all of its ranks in force.
+
+Legend: O out features, I in features per group, K kernel dimensions, r' rank of the LoRA that is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lycoris.algorithms import DyLoRA, Full, GLoRA, LoRA, Norm, Replace
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Entry, Matrix, Params
+from lycoris.algorithms.slices import own_rows
+from lycoris.errors import PlanError
+from lycoris.layers.geometry import Affine, Geometry
+
+
+def needs_base(entry: Entry) -> bool:
+    """Whether what an entry does to a layer depends on the weight below it."""
+    if isinstance(entry.algorithm, Norm):
+        return False
+    return not isinstance(entry.algorithm, Additive) or not has_start(entry)
+
+
+def has_start(entry: Entry) -> bool:
+    """Whether an entry has all of its tensors: a file may leave out frozen ones that the base weight determines."""
+    return entry.tensors.keys() >= entry.algorithm.slots(entry.geometry).keys()
+
+
+def adapted(entry: Entry, base: Affine) -> Affine:
+    """Weight (O, I, *K) and bias that an entry makes of those below, at strength 1, in the precision of the base.
+
+    Of a stacked parameter the weight is (E, O, I).
+    """
+    algorithm, g = entry.algorithm, _one(entry.geometry)
+    p = _moved(_completed(entry, base), base.weight.dtype)
+    if not entry.geometry.stack:
+        return algorithm.transform(p, base, g)
+    each = [algorithm.transform(_at(p, n), Affine(w, None), g).weight for n, w in enumerate(base.weight)]
+    return Affine(torch.stack(each), None)
+
+
+def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) -> Entry | None:
+    """The entry as a LoRA of rank r', or None where it has no such factors or they hold no fewer numbers than ΔW:
+    r'·(O + I·ΠK) ≥ O·I·ΠK. `always` takes them whatever they hold. A plain LoRA is returned as it is.
+
+    Raises `PlanError` when the change depends on the weight below and `base` is None.
+    """
+    entry = own_rows(entry) or entry
+    algorithm, g = entry.algorithm, entry.geometry
+    if type(algorithm) is LoRA and not (algorithm.gate or algorithm.tucker):
+        return entry
+    if isinstance(algorithm, DyLoRA):
+        alpha = algorithm.scale(g) * algorithm.rank
+        return entry._replace(algorithm=LoRA(rank=algorithm.rank, alpha=alpha))
+    factors = _factors(entry, base)
+    if factors is None:
+        return None
+    up, down, scale = factors
+    rank = up.shape[-1]
+    if not always and rank * (g.out_features + g.fan_in) >= g.size:
+        return None
+    ones = (1,) * len(g.kernel)
+    tensors = {
+        "up": up.reshape(*g.stacked((g.out_features, rank)), *ones),
+        "down": down.reshape(g.stacked((rank, *g.shape[1:]))),
+    }
+    return Entry(LoRA(rank=rank, alpha=scale * rank), g, tensors)
+
+
+def dense(entry: Entry, base: Affine | None = None) -> Entry:
+    """The entry as a difference stored whole. Full and Norm are returned as they are.
+
+    Computed in float64 where the change is a small difference of two weights, else in at least float32.
+
+    Raises `PlanError` when the change depends on the weight below and `base` is None.
+    """
+    entry = own_rows(entry) or entry
+    algorithm, g = entry.algorithm, entry.geometry
+    if isinstance(algorithm, Full | Norm):
+        return entry
+    if isinstance(algorithm, Replace):
+        return _difference(entry, _required(entry, base).widened(torch.float64), _wide(entry, base))
+    tied = needs_base(entry)
+    if tied:
+        below = _required(entry, base).widened(torch.float64)
+    else:
+        device = next(iter(entry.tensors.values())).device
+        below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=device), None)
+    diff = adapted(entry, below).weight - below.weight
+    if tied:
+        diff = diff.to(_wide(entry, base))
+    return Entry(Full(bias=False), g, {"diff": g.turned(diff)})
+
+
+def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
+    """What stands in place of a weight and a bias, as differences from those."""
+    g, made = entry.geometry, adapted(entry, base)
+    found = {}
+    if "w" in entry.tensors:
+        found["diff"] = g.turned(made.weight - base.weight).to(dtype)
+    if "b" in entry.tensors and made.bias is not None and base.bias is not None:
+        found["diff_b"] = (made.bias - base.bias).to(dtype)
+    if g.kind != "norm":
+        return Entry(Full(weight="diff" in found, bias="diff_b" in found), g, found)
+    tensors = {"w": found.get("diff", torch.zeros(g.shape, dtype=dtype))}
+    if g.has_bias:
+        tensors["b"] = found.get("diff_b", torch.zeros(g.out_features, dtype=dtype).reshape(g.shape))
+    return Entry(Norm(), g, {name: tensor.reshape(g.shape) for name, tensor in tensors.items()})
+
+
+def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] | None:
+    """(O, r'), (r', I, *K) and the scale, with one more axis in front for stacks; None where there are none."""
+    algorithm, g = entry.algorithm, _one(entry.geometry)
+    split: Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]
+    if isinstance(algorithm, GLoRA):
+        below = _required(entry, base).weight
+        split = _of_glora(algorithm, g)
+        scale = algorithm.scale(g)
+    elif isinstance(algorithm, Additive):
+        below = None
+        split = _of_additive(algorithm, g)
+        scale = algorithm.scale(g)
+    else:
+        return None
+    p = _moved(_completed(entry, base), _wide(entry, base if below is not None else None))
+    if not entry.geometry.stack:
+        pair = split(p, below)
+        return None if pair is None else (*pair, scale)
+    pairs = [split(_at(p, n), None if below is None else below[n]) for n in range(entry.geometry.stack)]
+    found = [pair for pair in pairs if pair is not None]
+    if len(found) < len(pairs):
+        return None
+    up, down = (torch.stack(each) for each in zip(*found, strict=True))
+    return up, down, scale
+
+
+def _of_additive(algorithm: Additive, g: Geometry) -> Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]:
+    def split(p: Params, below: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        pair = algorithm.pair(p, g)
+        return None if pair is None else (pair[0] * algorithm.gate_of(p), pair[1])
+
+    return split
+
+
+def _of_glora(algorithm: GLoRA, g: Geometry) -> Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]:
+    """W·a1·a2 at each place of the kernel is a factor of its own: (W·a1)[o, (p, k)] · a2[p, i]·δ(k)."""
+    places = math.prod(g.kernel)
+
+    def split(p: Params, below: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert below is not None
+        bent = torch.einsum("oik,ip->opk", below.to(p["a1"]).reshape(*g.shape[:2], places), p["a1"].flatten(1))
+        here = torch.eye(places, dtype=bent.dtype, device=bent.device)
+        spread = torch.einsum("pi,kl->pkil", p["a2"].flatten(1), here)
+        up = torch.cat([bent.flatten(1), p["b1"].flatten(1)], dim=1)
+        down = torch.cat([spread.reshape(-1, *g.shape[1:]), p["b2"].reshape(-1, *g.shape[1:])])
+        return up * p.get("gate", 1.0), down
+
+    return split
+
+
+def _completed(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
+    """The tensors with those added that the weight below determines."""
+    if has_start(entry):
+        return entry.tensors
+    weight, g = _required(entry, base).weight, _one(entry.geometry)
+    if not entry.geometry.stack:
+        return entry.algorithm.complete(entry.tensors, Matrix(g, weight))
+    each = [entry.algorithm.complete(_at(entry.tensors, n), Matrix(g, w)) for n, w in enumerate(weight)]
+    return {name: torch.stack([p[name] for p in each]) for name in each[0]}
+
+
+def _required(entry: Entry, base: Affine | None) -> Affine:
+    if base is None:
+        raise PlanError(
+            f"what {entry.algorithm.name} does to a {entry.geometry} depends on the weight below it, and none was "
+            "given; pass the layer's weight and bias as base"
+        )
+    return base
+
+
+def _wide(entry: Entry, base: Affine | None) -> torch.dtype:
+    """At least float32, and the precision of the entry's tensors and of the base."""
+    tensors = (*entry.tensors.values(), *(() if base is None else (base.weight,)))
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _moved(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}
+
+
+def _at(p: Params, n: int) -> dict[str, Tensor]:
+    return {name: tensor[n] for name, tensor in p.items()}
+
+
+def _one(g: Geometry) -> Geometry:
+    return replace(g, stack=0) if g.stack else g

@@ -1,0 +1,369 @@
+"""Slices: an adapter of a fused layer on the layers that have its rows.
+
+A file may have one adapter for a fused projection where a model has a layer each for queries, keys and values. Each
+of them then gets a slice: the tensors of the fused layer's adapter, shared by all slices, and which rows are its own.
+A slice computes these rows alone, factored; gradients of all slices add up in the shared tensors, and what is written
+back is the one adapter.
+
+Legend: see `lycoris.algorithms.base`; F is the geometry of the fused layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Slot
+from lycoris.errors import ConfigError, FileError
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.ops.blocks import Run
+
+BIASES = ("diff_b",)
+"""Slots with a number for each row's bias, which some of the layers may not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice(Algorithm):
+    """V = rows `start` to `start + O` of what `over` makes of a fused layer with O + `others` rows.
+
+    After the last row comes the first again, so that a slice can also be all rows with their halves exchanged. Dropout
+    and masks are those of `over`, drawn by each layer for itself.
+    """
+
+    over: Algorithm
+    """The algorithm on the fused layer."""
+    start: int = 0
+    """The fused layer's row that is the first one here."""
+    others: int = 0
+    """Rows of the fused layer that are none of this layer's."""
+    bias: bool | None = None
+    """Whether the fused layer has a bias; None: as this layer."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.over, Algorithm) or isinstance(self.over, Slice):
+            raise ConfigError(f"a slice is of the rows of an algorithm such as LoKr(), not of {self.over!r}")
+        object.__setattr__(self, "module_dropout", self.over.module_dropout)
+        super().__post_init__()
+        if self.start < 0 or self.others < 0:
+            raise ConfigError(f"start and others of a slice count rows from 0, not {self.start} and {self.others}")
+
+    @classmethod
+    def of(cls, over: Algorithm, run: Run, bias: bool | None = None) -> Slice:
+        """The slice with these rows."""
+        start, others = run.start, run.total - run.rows
+        if isinstance(over, Additive):
+            return AdditiveSlice(over=over, start=start, others=others, bias=bias)
+        return Slice(over=over, start=start, others=others, bias=bias)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the algorithm, which is what a file calls it."""
+        return self.over.name
+
+    @property
+    def keys(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.over.keys
+
+    def fused(self, g: Geometry) -> Geometry:
+        """F, for a layer that has the slice."""
+        bias = g.has_bias if self.bias is None else self.bias
+        return replace(g, shape=(g.out_features + self.others, *g.shape[1:]), has_bias=bias)
+
+    def rows(self, g: Geometry) -> Run:
+        """Which rows of the fused layer a layer has."""
+        return Run(self.start, g.out_features, g.out_features + self.others)
+
+    def is_own(self, g: Geometry) -> bool:
+        """Whether the rows are an adapter of the same algorithm by themselves."""
+        return _form(self, g).is_own
+
+    def check(self, g: Geometry) -> None:
+        super().check(g)
+        self.over.check(self.fused(g))
+        if g.kind == "conv" and g.groups > 1:
+            raise ConfigError(f"a slice of a convolution needs all of its input, and this one has {g.groups} groups")
+        if self.start >= self.rows(g).total:
+            raise ConfigError(f"row {self.start} of a slice is beyond the {self.rows(g).total} of the fused layer")
+        if self.others and not isinstance(self, Additive) and not self.is_own(g):
+            grain = self.over.grain(self.fused(g))
+            raise ConfigError(
+                f"rows {self.start} to {self.start + g.out_features} split a block of {grain} rows, which "
+                f"{self.over.name} mixes with each other"
+            )
+
+    def slots(self, g: Geometry) -> dict[str, Slot]:
+        return self.over.slots(self.fused(g))
+
+    def initialise(self, p: Params, below: Base) -> None:
+        self.over.initialise(p, _Fused(self, below))
+        if self.is_own(below.geometry) and not self.rows(below.geometry).wraps:
+            # Once more through views: what follows from the weight is then, to the last bit, what a pass computes.
+            cut, own = self.own(p, below.geometry)
+            cut.initialise(own, below)
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        if self.is_own(g):
+            cut, own = self.own(p, g)
+            return cut.transform(own, base, g, keep)
+        back = _back(self.rows(g))
+        there = Affine(back.of(base.weight), None if base.bias is None else back.of(base.bias))
+        weight, bias = self.over.transform(p, there, self.fused(g), keep)
+        return Affine(self.rows(g).of(weight), None if bias is None else self.rows(g).of(bias))
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        g = below.geometry
+        form = _form(self, g)
+        if form.is_own:
+            return form.algorithm.forward(self._own(p, g, form), below, x, call)
+        return self.rows(g).of(self.over.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
+
+    def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
+        """The rows by themselves, where that `is_own`."""
+        form = _form(self, g)
+        return form.algorithm, self._own(p, g, form)
+
+    def _own(self, p: Params, g: Geometry, form: _Form) -> dict[str, Tensor]:
+        own = self.over.take(p, form.fused, form.run)
+        return own if g.has_bias else {name: tensor for name, tensor in own.items() if name not in BIASES}
+
+    @classmethod
+    def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
+        raise ConfigError("tensors do not tell of which rows they are a slice")
+
+    def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
+        # Another tensor that is not there is one of another setting, which is refused by those who ask for it.
+        if any(name not in p and slot.role == "frozen" for name, slot in self.slots(below.geometry).items()):
+            raise FileError(
+                f"the file leaves out what its {self.name} started from, which follows from the weight of the fused "
+                "layer, and this one has some of its rows"
+            )
+        return dict(p)
+
+    def scale(self, g: Geometry) -> float:
+        return self.over.scale(self.fused(g))
+
+    def constants(self, g: Geometry) -> tuple[float, ...]:
+        return (*self.over.constants(self.fused(g)), self.start, self.others)
+
+    def stored_alpha(self, g: Geometry) -> float | None:
+        return self.over.stored_alpha(self.fused(g))
+
+    def fit_keep(self, keep: Tensor) -> Tensor:
+        return self.over.fit_keep(keep)
+
+    @property
+    def moves_bias(self) -> bool:
+        return self.over.moves_bias
+
+    @property
+    def rank_masked(self) -> bool:
+        return self.over.rank_masked
+
+    @property
+    def drops(self) -> bool:
+        return self.over.drops
+
+    def draw(self, call: Call, x: Tensor) -> Call:
+        return self.over.draw(call, x)
+
+    def max_rank(self, g: Geometry) -> int | None:
+        most = self.over.max_rank(self.fused(g))
+        return None if most is None else min(most, g.out_features, g.fan_in)
+
+    def building(self, g: Geometry) -> int:
+        return _form(self, g).algorithm.building(g)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        return _form(self, g).algorithm.cost(g, tokens, alone=alone)
+
+    def __str__(self) -> str:
+        return f"{self.over}, rows from {self.start} on of a fused layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveSlice(Slice, Additive):
+    """A slice of an algorithm that adds a change.
+
+    Where its rows split a block that the algorithm cannot, such as one row of the first factor of a LoKr stands for, it
+    computes the least whole blocks around them and leaves the rest.
+    """
+
+    over: Additive
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dropout", self.over.dropout)
+
+    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+        if self.is_own(g):
+            return Slice.transform(self, p, base, g, keep)
+        return Additive.transform(self, p, base, g, keep)
+
+    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+        if self.is_own(below.geometry):
+            return Slice.forward(self, p, below, x, call)
+        return Additive.forward(self, p, below, x, call)
+
+    def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
+        return (Slice if self.is_own(g) else Additive).cost(self, g, tokens, alone=alone)
+
+    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+        over, around, inside = self._around(g)
+        weight, bias = over.delta(self._taken(p, g), around, keep)
+        return Affine(inside.of(weight), None if bias is None or not g.has_bias else inside.of(bias))
+
+    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+        over, around, inside = self._around(g)
+        pair = over.pair(self._taken(p, g), around)
+        return None if pair is None else (inside.of(pair[0]), pair[1])
+
+    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+        over, around, inside = self._around(g)
+        if axis != 0 and inside.rows < inside.total:
+            return None  # the squares of the rows around would be among those of a column
+        gram = over.gram(self._taken(p, g), inside.spread(weight), around, axis)
+        if gram is None or axis != 0:
+            return gram
+        return inside.of(gram[0]), inside.of(gram[1])
+
+    def work(self, g: Geometry) -> int | None:
+        over, around, _ = self._around(g)
+        return over.work(around)
+
+    def building(self, g: Geometry) -> int:
+        over, around, _ = self._around(g)
+        return over.building(around)
+
+    def kept(self, g: Geometry) -> int:
+        over, around, _ = self._around(g)
+        return over.kept(around)
+
+    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+        over, around, inside = self._around(g)
+        shape = list(y.shape)
+        shape[g.channel_axis] = around.out_features
+        added = over.product(y.new_zeros(shape), self._taken(p, g), around, x, gain, call)
+        return y + inside.of(added, g.channel_axis)
+
+    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        return self.over.masked(p, self.fused(g), keep)
+
+    def delta_bias(self, p: Params) -> Tensor | None:
+        return None  # a change of the bias is in rows, which can always be cut
+
+    def gate_of(self, p: Params) -> Tensor | float:
+        return self.over.gate_of(p)
+
+    def _around(self, g: Geometry) -> tuple[Additive, Geometry, Run]:
+        """What computes the rows around, the layer of these, and where the slice is among them."""
+        form = _form(self, g)
+        assert isinstance(form.algorithm, Additive)
+        return form.algorithm, form.geometry, form.inside
+
+    def _taken(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        """The tensors of the rows around."""
+        form = _form(self, g)
+        return self.over.take(p, form.fused, form.outer)
+
+
+class _Form(NamedTuple):
+    """What a slice is on a layer."""
+
+    fused: Geometry
+    run: Run
+    """Its rows."""
+    outer: Run
+    """The least rows around them that split no block; the same where they split none."""
+    is_own: bool
+    """Whether these are its rows and no others."""
+    inside: Run
+    """Where its rows are among those."""
+    algorithm: Algorithm
+    """The settings for those rows."""
+    geometry: Geometry
+    """A layer of those rows."""
+
+
+@lru_cache(maxsize=4096)
+def _known_form(own: Slice, g: Geometry) -> _Form:
+    fused, run = own.fused(g), own.rows(g)
+    outer = run.around(own.over.grain(fused))
+    shape = (outer.rows, *fused.shape[1:])
+    cut = own.over.cut(fused, outer)
+    return _Form(fused, run, outer, outer == run, run.inside(outer), cut, replace(fused, shape=shape))
+
+
+def _form(own: Slice, g: Geometry) -> _Form:
+    # Every pass asks for it; a compiler looks at what is computed, not at what is remembered.
+    return (_known_form.__wrapped__ if torch.compiler.is_compiling() else _known_form)(own, g)
+
+
+class _Fused:
+    """A fused layer of which only the rows of a slice are known, as what lies below its adapter; others are zero."""
+
+    def __init__(self, own: Slice, below: Base) -> None:
+        self.order, self.below, self.geometry = own.rows(below.geometry), below, own.fused(below.geometry)
+
+    def affine(self) -> Affine:
+        weight, bias = self.below.affine()
+        return Affine(self.order.spread(weight), None if bias is None else self.order.spread(bias))
+
+    def bias(self) -> Tensor | None:
+        return self.affine().bias
+
+    def plain(self, x: Tensor) -> Affine | None:
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, self.affine())
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        return self.geometry.op(x, *affine)
+
+
+class _Unrolled:
+    """A layer with its rows in the order of the fused layer."""
+
+    def __init__(self, below: Base, order: Run) -> None:
+        self.below, self.order, self.geometry = below, order, below.geometry
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.order.of(self.below(x), self.geometry.channel_axis)
+
+    def affine(self) -> Affine:
+        weight, bias = self.below.affine()
+        return Affine(self.order.of(weight), None if bias is None else self.order.of(bias))
+
+    def bias(self) -> Tensor | None:
+        bias = self.below.bias()
+        return None if bias is None else self.order.of(bias)
+
+    def plain(self, x: Tensor) -> Affine | None:
+        return None
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        return self.geometry.op(x, *affine)
+
+
+def _back(run: Run) -> Run:
+    """What undoes an order of all rows."""
+    return Run(run.total - run.start if run.start else 0, run.rows, run.total)
+
+
+def cut_additive(over: Additive, g: Geometry, run: Run) -> Additive:
+    """The settings for some rows, whatever block they split."""
+    cut = Slice.of(over, run, g.has_bias) if run.splits(over.grain(g)) else over.cut(g, run)
+    assert isinstance(cut, Additive)
+    return cut
+
+
+def take_additive(over: Additive, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    """The tensors for `cut_additive`."""
+    return dict(p) if run.splits(over.grain(g)) else over.take(p, g, run)

@@ -1,0 +1,1 @@
+"""What do adapters cost? Operations, memory, and why."""

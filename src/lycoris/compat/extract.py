@@ -1,0 +1,197 @@
+"""`extract_diff`: what a fine-tuned model has changed, as the tensors of an adapter file."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lycoris import files
+from lycoris.adapters import attach
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.load_report import some
+from lycoris.algorithms import ALPHA, Full, LoRA, Norm, conversion
+from lycoris.algorithms.base import Entry
+from lycoris.compat.extract_layer import Mode, rank_for
+from lycoris.compat.kohya import components
+from lycoris.compat.merge import one_or_many
+from lycoris.errors import ConfigError, FileError, unknown
+from lycoris.files.dialects.base import flatten
+from lycoris.layers import base_weights, paths
+from lycoris.layers.geometry import IS_ADAPTER, Affine, Geometry, Site, sites
+
+logger = logging.getLogger("LyCORIS")
+
+
+def extract_diff(
+    base_tes: Sequence[nn.Module | None] | None,
+    db_tes: Sequence[nn.Module | None] | None,
+    base_unet: nn.Module | None,
+    db_unet: nn.Module | None,
+    mode: Mode = "fixed",
+    linear_mode_param: float = 0,
+    conv_mode_param: float = 0,
+    extract_device: Any = "cpu",
+    use_bias: bool = False,
+    sparsity: float = 0.98,
+    small_conv: bool = True,
+) -> dict[str, Tensor]:
+    """Tensors named as in kohya's files that make the `db_` models of the base ones, in half precision (alpha, and what
+    that cannot hold, in float32).
+
+    The change of each linear layer and convolution becomes a LoRA of its largest singular values: as many as
+    `linear_mode_param` (for kernels `conv_mode_param`) says. "fixed": that number; "threshold": those above it;
+    "ratio": those above that part of the largest; "quantile" or "percentile": the fewest whose sum is that part of the
+    whole. At least one; from half of the layer's outputs on, and with "full", the whole change is kept. Changes of
+    biases and norms are kept too. `use_bias` adds the largest places of what a LoRA leaves, all but a part of
+    `sparsity`. `small_conv` has no effect: a Tucker core of the same rank would lose more.
+
+    Weights are read as they act: quantised ones decoded, adapters on them included. What has changed and has no place
+    in such a file (bare parameters, buffers, embeddings unless "full") is warned about on the logger "LyCORIS".
+
+    Raises `ConfigError` for an unknown mode, numbers that say nothing in it, or a model without its counterpart, and
+    `FileError` when two models do not have the same layers.
+    """
+    _check(mode, linear_mode_param=linear_mode_param, conv_mode_param=conv_mode_param, sparsity=sparsity)
+    befores, afters = [*(base_tes or ()), base_unet], [*(db_tes or ()), db_unet]
+    if [model is None for model in befores] != [model is None for model in afters]:
+        base, tuned = (", ".join("none" if m is None else type(m).__name__ for m in each) for each in (befores, afters))
+        raise ConfigError(f"each base model needs its fine-tuned one; the base is {base}, and beside it {tuned}")
+    wanted = _Wanted(mode, linear_mode_param, conv_mode_param, sparsity if use_bias else None)
+    found: dict[str, Tensor] = {}
+    models = zip(components(one_or_many(base_tes), base_unet), [m for m in afters if m is not None], strict=True)
+    for component, after in models:
+        entries: dict[str, tuple[Entry, ...]] = {}
+        lost = list(_not_in_layers(component.model, after))
+        for place, other in _pairs(component.model, after):
+            weight, bias = _change(place, other, extract_device)
+            if place.geometry.kind == "embedding" and mode != "full":
+                lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' keeps it)"]
+            elif stack := _stack(place.geometry, weight, bias, wanted):
+                entries[place.path] = stack
+                found |= _left(f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity)
+        if lost:
+            logger.warning("%s: changed and not kept: %s", component.prefix, some(lost))
+        found |= files.encode(Bundle(entries), prefix=component.prefix)
+    whole = {key: tensor if key.endswith(f".{ALPHA}") else _half(tensor) for key, tensor in found.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in whole.items()}
+
+
+def _check(mode: str, **numbers: float) -> None:
+    if mode not in get_args(Mode):
+        raise ConfigError(unknown("mode", mode, get_args(Mode)))
+    for name, number in numbers.items():
+        most = 1.0 if name == "sparsity" or mode in ("ratio", "quantile", "percentile") else math.inf
+        if not (0 <= number <= most and math.isfinite(number)):
+            what = "a finite number from 0" if most > 1 else "a part, from 0 to 1"
+            raise ConfigError(f"{name} must be {what}, not {number!r}; mode is {mode!r}")
+
+
+class _Wanted(NamedTuple):
+    """How much of a change is kept."""
+
+    mode: Mode
+    linear: float
+    conv: float
+    sparsity: float | None
+    """None: nothing of what a LoRA leaves."""
+
+    def rank(self, g: Geometry, s: Tensor) -> int:
+        """How many singular values are kept, of those that a layer's change has."""
+        much = self.linear if g.pointwise else self.conv
+        return rank_for(self.mode, much, s)
+
+
+def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
+    """The layers of two models. Raises `FileError` unless both have the same."""
+    before, after = ({p.path: p for p in sites(model) if not p.attribute} for model in (base, tuned))
+    for path in (*before, *(path for path in after if path not in before)):
+        one, other = before.get(path), after.get(path)
+        if one is None or other is None or _told(one) != _told(other):
+            raise FileError(f"{path} is {_told(one)} in the base and {_told(other)} beside it")
+        yield one, other
+
+
+def _told(place: Site | None) -> str:
+    return "nothing" if place is None else f"{place.geometry} with{'' if place.geometry.has_bias else 'out'} bias"
+
+
+@torch.no_grad()
+def _not_in_layers(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    """Parameters and buffers that are no layer's weight or bias, and that are not the same in both models."""
+    before, after = (dict(_others(model)) for model in (base, tuned))
+    for name in sorted(before.keys() | after.keys()):
+        one, other = before.get(name), after.get(name)
+        if one is None or other is None or one.shape != other.shape or not torch.equal(one, other.to(one)):
+            yield name
+
+
+def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    layers = {place.path: place.module for place in sites(model) if not place.attribute}
+    for path, module in paths.named_modules(model):
+        if getattr(module, IS_ADAPTER, False) or (path in layers and base_weights.storage(module).low_bit):
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not (path in layers and name in ("weight", "bias")):
+                yield f"{path}.{name}" if path else name, tensor
+
+
+@torch.no_grad()
+def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Of the weight, (O, I, ...), and of the bias, in at least float32; None where nothing has changed."""
+    before, after = (_move(attach.top(place.module).affine(), device) for place in (base, tuned))
+    weight = after.weight - before.weight
+    bias = None if after.bias is None or before.bias is None else after.bias - before.bias
+    return weight if weight.any() else None, bias if bias is not None and bias.any() else None
+
+
+def _move(affine: Affine, device: Any) -> Affine:
+    bias = None if affine.bias is None else affine.bias.to(device)
+    return Affine(affine.weight.to(device), bias).widened(torch.float32)
+
+
+@torch.no_grad()
+def _stack(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Wanted) -> tuple[Entry, ...]:
+    """What a layer's change becomes; nothing where there is none."""
+    if g.kind == "norm":
+        changed = {name: tensor for name, tensor in (("w", weight), ("b", bias)) if tensor is not None}
+        still = torch.zeros_like(next(iter(changed.values()))) if changed else None
+        both = {name: changed.get(name, still) for name in Norm().slots(g)}
+        return (Entry(Norm(), g, {name: t for name, t in both.items() if t is not None}),) if changed else ()
+    shift = {} if bias is None else {"diff_b": bias}
+    beside = (Entry(Full(weight=False), g, shift),) if shift else ()
+    if weight is None:
+        return beside
+    if wanted.mode != "full":
+        u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        rank = wanted.rank(g, s)
+        if rank < g.out_features / 2:
+            up, down = _half(u[:, :rank] * s[:rank]), _half(v[:rank])
+            tensors = {"up": up.reshape(-1, rank, *(1,) * len(g.kernel)), "down": down.reshape(rank, *g.shape[1:])}
+            return (Entry(LoRA(rank=rank), g, tensors), *beside)
+    return (Entry(Full(bias=bool(shift)), g, {"diff": g.turned(weight), **shift}),)
+
+
+def _left(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None) -> dict[str, Tensor]:
+    """The largest places of what a LoRA leaves of a change, as early files keep them."""
+    if sparsity is None or weight is None or not isinstance(entry.algorithm, LoRA):
+        return {}
+    rest = weight.flatten(1) - conversion.dense(entry).tensors["diff"].flatten(1)
+    places = rest.flatten().abs().topk(max(1, round(rest.numel() * (1 - sparsity)))).indices
+    own = {
+        "bias_indices": torch.stack([places // rest.shape[1], places % rest.shape[1]]).to(torch.int32),
+        "bias_values": rest.flatten()[places],
+        "bias_size": torch.tensor(rest.shape, dtype=torch.int32),
+    }
+    return {f"{name}.{suffix}": tensor for suffix, tensor in own.items()}
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """In half precision, or in float32 what would overflow there, or vanish."""
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    holds = half.isfinite().all() and (half.any() or not tensor.any())
+    return half if holds else tensor.float()

@@ -1,0 +1,353 @@
+"""`create_network` and `create_network_from_weights`, as trainers of sd-scripts' kind call them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lycoris import files
+from lycoris.adapters.adapter_set import AdapterSet
+from lycoris.algorithms import OFT, below_lengths
+from lycoris.algorithms.additive import Ranked
+from lycoris.compat import block_classes
+from lycoris.compat.inside import log_layers
+from lycoris.compat.kohya_network import LycorisNetworkKohya, Ratios
+from lycoris.compat.legacy_options import read_preset, rename_options, tell
+from lycoris.compat.parts import Part, check_plan, load_given, resolve, with_dropout
+from lycoris.compat.patterns import KEYWORDS, PatternedPreset, Patterns
+from lycoris.compat.presets import list_builtin_presets
+from lycoris.errors import ConfigError, FileError, NothingMeantError
+from lycoris.targeting.options import parse_number, parse_optional, unknown_options
+from lycoris.targeting.planning import USUAL, Plan, servable
+from lycoris.targeting.preset import LAYER_CLASSES, Preset
+from lycoris.targeting.recipe import Recipe, schedule_in
+from lycoris.targeting.remarks import Remark
+
+logger = logging.getLogger("LyCORIS")
+
+Network = TypeVar("Network", bound=LycorisNetworkKohya)
+
+RATIOS = tuple(f.name for f in fields(Ratios))
+OWN = ("preset", "train_t5xxl", "train_llm_adapter", "neuron_dropout", "verbose", *RATIOS, *KEYWORDS)
+"""Keywords of this interface alone."""
+
+BARE = "_text_model"
+"""What transformers 5 leaves out of the names of CLIP's layers."""
+
+OFT_UNET = "oft_unet"
+"""What files of sd-scripts' own OFT call the denoiser."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One of the models of a pipeline."""
+
+    model: nn.Module
+    prefix: str
+    text: bool
+    t5: bool = False
+
+
+def components(
+    text_encoder: Any, unet: nn.Module | None, network: type[LycorisNetworkKohya] = LycorisNetworkKohya
+) -> list[Component]:
+    """The models by their prefixes: `lora_te` for a text encoder by itself, `lora_te1` and so on for a list.
+
+    A T5 in a list is always the third, so that Flux has the names that its files have.
+    """
+    found = []
+    for at, model in enumerate(text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]):
+        if model is None:
+            continue
+        t5 = type(model).__name__.startswith(("T5", "UMT5"))
+        number = "" if not isinstance(text_encoder, list | tuple) else "3" if t5 and at else str(at + 1)
+        prefix = f"{network.LORA_PREFIX_TEXT_ENCODER}{number}"
+        # transformers 5 has no text_model any more, and every reader of files still looks for it.
+        bare = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
+        found.append(Component(model, f"{prefix}{BARE}" if bare else prefix, True, t5))
+    if unet is not None:
+        found.append(Component(unet, network.LORA_PREFIX_UNET, False))
+    return found
+
+
+def create_network(
+    multiplier: float | str,
+    network_dim: int | str | None,
+    network_alpha: float | str | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    warn_on_unmatched: bool = True,
+    **kwargs: Any,
+) -> LycorisNetworkKohya:
+    """Adapters for a denoiser and its text encoders (one, a list, or None), not yet applied.
+
+    All values may be strings. `preset` is a built-in name, "full" by default, or a TOML or JSON file; keywords that
+    nothing knows are warned about. `conv_dim=0` leaves convolutions with a real kernel out.
+
+    Raises `ConfigError` for wrong values and `PlanError` when no layer of any model is meant.
+    """
+    parts, recipe = parts_for(
+        LycorisNetworkKohya, multiplier, network_dim, network_alpha, text_encoder, unet, warn_on_unmatched, kwargs
+    )
+    network = LycorisNetworkKohya.of(parts, recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
+    set_up(network, kwargs)
+    return network
+
+
+def parts_for(
+    network: type[LycorisNetworkKohya],
+    multiplier: float | str,
+    network_dim: int | str | None,
+    network_alpha: float | str | None,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    warn_on_unmatched: bool,
+    kwargs: Mapping[str, Any],
+) -> tuple[list[Part], Recipe]:
+    """New adapters for each model, by the settings of `create_network`, and these as they were read."""
+    options = {key: value for key, value in rename_options(kwargs).items() if value is not None}
+    if options.get("neuron_dropout"):
+        options.setdefault("dropout", options["neuron_dropout"])
+    given = {key: value for key, value in options.items() if key not in OWN}
+    given |= {"multiplier": multiplier, "linear_dim": network_dim, "linear_alpha": network_alpha}
+    preset, builtin = _preset(network, options.get("preset"), given.pop("apply_preset", None))
+    if parse_optional(given.get("conv_dim"), "conv_dim", int) == 0:
+        given.pop("conv_dim")
+        preset = replace(preset, enable_conv=False)
+    _warn_of_single(preset)
+    if (patterns := Patterns.parse(options)) != Patterns():
+        alpha = parse_optional(network_alpha, "network_alpha", float)
+        preset = PatternedPreset.over(preset, patterns, alpha)
+    recipe = Recipe.parse(given, strict=False, preset=preset)
+    plans: list[tuple[Component, Recipe, Plan]] = []
+    nothing: NothingMeantError | None = None
+    models = components(text_encoder, unet, network)
+    for component in models:
+        own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **_read_trained(options)))
+        if not _has_targets(own.preset):
+            continue
+        try:
+            plans.append((component, own, own.plan(component.model)))
+        except NothingMeantError as error:
+            nothing = nothing or error if component.text else error
+    remarks = [remark for _, _, plan in plans for remark in plan.remarks]
+    tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
+    tell(_remarks_on(patterns, [each.model for each in models], plans), unmatched=warn_on_unmatched)
+    if not plans:
+        raise _nothing_left(patterns, nothing, str(options.get("preset", "full")))
+    verbose = parse_number(options.get("verbose") or False, "verbose", bool)
+    return [_build(component, own, plan, verbose) for component, own, plan in plans], recipe
+
+
+def _warn_of_single(preset: Preset) -> None:
+    """Say which keys of a preset are for networks over one model."""
+    if preset.target_module != LAYER_CLASSES or preset.target_name or preset.lora_prefix != Preset().lora_prefix:
+        logger.warning(
+            "target_module, target_name and lora_prefix of the preset are for one model and have no effect here; give "
+            "unet_target_module, unet_target_name, text_encoder_target_module and text_encoder_target_name; prefixes "
+            "are LORA_PREFIX_UNET and LORA_PREFIX_TEXT_ENCODER of the class"
+        )
+
+
+def _build(component: Component, recipe: Recipe, plan: Plan, verbose: bool) -> Part:
+    check_plan(component.model, plan)
+    adapters = AdapterSet.build(component.model, plan, name=None)
+    adapters.schedule = recipe.schedule
+    logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
+    if verbose:
+        log_layers(component.prefix, plan)
+    return Part(component.prefix, adapters, component.text)
+
+
+def _remarks_on(
+    patterns: Patterns, models: Sequence[nn.Module], plans: Sequence[tuple[Component, Recipe, Plan]]
+) -> Iterator[Remark]:
+    """What of the patterns has no effect."""
+    placements = [each for _, _, plan in plans for each in plan.placements]
+    paths = (path for model in models for path in servable(model, (*USUAL, "norm")))
+    yield from patterns.find_unmatched(paths, [each.path for each in placements])
+    unranked = {
+        below_lengths(algorithm).name
+        for each in placements
+        for algorithm in each.algorithms
+        if patterns.rank_for(each.path) and not isinstance(below_lengths(algorithm), Ranked | OFT)
+    }
+    for name in sorted(unranked):
+        yield Remark(f"network_reg_dims has no effect on {name}, which has no rank", "unmatched")
+
+
+def _nothing_left(patterns: Patterns, nothing: NothingMeantError | None, preset: str) -> NothingMeantError:
+    said = str(nothing) if nothing else f"the preset {preset!r} has no targets for these models"
+    if patterns.excludes or any(rank == 0 for _, rank in patterns.ranks):
+        said += ". exclude_patterns and ranks of 0 in network_reg_dims leave out layers that the targets mean"
+    return NothingMeantError(said)
+
+
+def set_up(network: LycorisNetworkKohya, options: Mapping[str, Any]) -> None:
+    """Give a network what trainers read off it, and what its parameter groups go by."""
+    vars(network).update({f"train_{name}": on for name, on in _read_trained(options).items()})
+    network.ratios = Ratios(**{name: parse_optional(options.get(name), name, float) for name in RATIOS})
+    network.patterns = Patterns.parse(options)
+
+
+def _read_trained(options: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: parse_number(options.get(f"train_{name}") or False, f"train_{name}", bool) for name in TRAINED}
+
+
+TRAINED = ("t5xxl", "llm_adapter")
+"""What is trained only when asked for, by `train_t5xxl` and `train_llm_adapter`."""
+
+
+def create_network_from_weights(
+    multiplier: float | str,
+    file: str | os.PathLike[str] | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[LycorisNetworkKohya, dict[str, Tensor]]:
+    """Adapters from a file (or from its tensors), not yet applied, and the tensors.
+
+    Tensors of text encoders that are not given are left out with a warning; any other that has no layer is a
+    `FileError`. Settings come from the tensors; of `kwargs` those count that training goes by, such as LoRA+'s ratios,
+    and a T-LoRA schedule that the header does not have. `for_inference`: a merge is for good, and takes no second copy
+    of the weights.
+    """
+    options = rename_options(kwargs)
+    if options.get("neuron_dropout"):
+        options.setdefault("dropout", options["neuron_dropout"])
+    tell(unknown_options({key: value for key, value in options.items() if key not in OWN}))
+    models = components(text_encoder, unet)
+    return read_network(LycorisNetworkKohya, models, multiplier, file, weights_sd, for_inference, options)
+
+
+def read_network(
+    kind: type[Network],
+    models: Sequence[Component],
+    multiplier: float | str,
+    file: str | os.PathLike[str] | None,
+    weights_sd: Mapping[str, Tensor] | None,
+    for_inference: bool,
+    options: Mapping[str, Any],
+) -> tuple[Network, dict[str, Tensor]]:
+    """A network of some class from a file or its tensors; see `create_network_from_weights`."""
+    tensors, metadata = load_given(file, weights_sd)
+    try:
+        parts = list(_read_parts(tensors, metadata, _called_in_file(models, tensors), options))
+    except FileError as error:
+        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+    bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
+    network = kind.of(parts, parse_number(multiplier, "multiplier", float), bypass)
+    network.for_inference = for_inference
+    set_up(network, options)
+    rates = Patterns(rates=network.patterns.rates)
+    tell(rates.find_unmatched((), [path for part in parts for path in part.adapters.stacks]))
+    if idle := [name for name in KEYWORDS if options.get(name) and name != "network_reg_lrs"]:
+        logger.info("a file's tensors say what these options do, which have no effect: %s", ", ".join(idle))
+    return network, tensors
+
+
+def _read_parts(
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    models: Sequence[Component],
+    options: Mapping[str, Any],
+) -> Iterator[Part]:
+    """The adapters of each model. Where a header says that tensors mean something else, `tensors` becomes that."""
+    named = [key for key in tensors if "." in key]
+    owner = {key: next((m for m in models if key.startswith(f"{m.prefix}_")), None) for key in named}
+    lost = [key for key, model in owner.items() if model is None]
+    text = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER
+    have = ", ".join(f"{model.prefix}_..." for model in models) or "none"
+    if strange := [key for key in lost if not key.startswith(text)]:
+        raise FileError(
+            f"{len(strange)} of its {len(named)} tensors belong to no model given, such as {strange[0]}; the models "
+            f"given are called {have}. Files of one model that begin otherwise are for create_lycoris_from_weights"
+        )
+    if lost:
+        logger.warning("%d tensors such as %s are for text encoders; given are %s", len(lost), lost[0], have)
+    if len(lost) == len(named):
+        raise FileError(f"it has nothing for the models given, which are called {have}")
+    for model in models:
+        own = {key: tensors[key] for key in named if owner[key] is model}
+        if not own:
+            continue
+        bundle = resolve(own, model.model, model.prefix, metadata, text=model.text)
+        if bundle.report.changed:
+            # Trainers load the tensors again, without the header that the change is owed to.
+            meant = files.encode(bundle, prefix=model.prefix)
+            tensors |= {key: t for key, t in meant.items() if key.endswith(".alpha") and key in tensors}
+        adapters = AdapterSet.load(model.model, with_dropout(bundle, options), name=None)
+        adapters.schedule = adapters.schedule or schedule_in(options)
+        yield Part(model.prefix, adapters, model.text)
+
+
+def _called_in_file(models: Sequence[Component], tensors: Mapping[str, Tensor]) -> list[Component]:
+    """The models as a file calls them.
+
+    It may leave `text_model` out, have no number for the only text encoder (or one for it), count a T5 as the second,
+    and call the denoiser `oft_unet`, as sd-scripts' own OFT does.
+    """
+    text, unet = LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER, LycorisNetworkKohya.LORA_PREFIX_UNET
+    have = {name for name in (unet, OFT_UNET, text, *(f"{text}{n}" for n in (1, 2, 3))) if _has(tensors, name)}
+    taken = {model.prefix.removesuffix(BARE) for model in models}
+    found = []
+    for model in models:
+        name = model.prefix.removesuffix(BARE)
+        others = {text: f"{text}1", f"{text}1": text, f"{text}3": f"{text}2" if model.t5 else "", unet: OFT_UNET}
+        other = others.get(name, "")
+        if name not in have and other in have and other not in taken:
+            name = other
+        bare = model.prefix.endswith(BARE) and _has(tensors, f"{name}{BARE}")
+        found.append(replace(model, prefix=f"{name}{BARE}" if bare else name))
+    return found
+
+
+def _has(tensors: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(f"{prefix}_") for key in tensors)
+
+
+def _preset(network: type[LycorisNetworkKohya], name: Any, wanted: Any) -> tuple[Preset, bool]:
+    """The preset of that name or file, and whether it is a built-in one.
+
+    Keys that it does not have are those that the class of networks was given; without a name, `wanted`, or else what
+    the class was given, stands in for keys of "full".
+    """
+    if wanted and name is not None:
+        raise ConfigError(f"preset={name!r} and apply_preset both say which layers are meant; give one of them")
+    known, own = list_builtin_presets(), network.preset_given()
+    if name is None:
+        return Preset.parse(known["full"].to_dict() | (wanted or own)), not (wanted or own)
+    builtin = str(name) in known
+    named = known[str(name)].to_dict() if builtin else {"enable_conv": True} | read_preset(str(name))
+    if beaten := sorted(key for key in own.keys() & named.keys() if own[key] != named[key]):
+        logger.warning(
+            "preset=%r says %s, and not what the class of networks was given; leave preset out for that",
+            *(name, ", ".join(beaten)),
+        )
+    return Preset.parse(own | named), builtin and not own
+
+
+def _targets(preset: Preset, component: Component, t5xxl: bool, llm_adapter: bool) -> Preset:
+    """What of a preset for pipelines is meant for one of the models."""
+    modules = preset.text_encoder_target_module if component.text else preset.unet_target_module
+    names = preset.text_encoder_target_name if component.text else preset.unet_target_name
+    if component.t5 and modules:
+        modules = (*modules, *block_classes.T5) if t5xxl else ()
+    if not llm_adapter:
+        modules = tuple(name for name in modules if name != block_classes.LANGUAGE_ADAPTER)
+    clear: dict[str, Any] = {f.name: () for f in fields(Preset) if f.name.startswith(("unet_", "text_encoder_"))}
+    prefix = "lycoris"
+    return replace(preset, **clear, target_module=modules, target_name=names, lora_prefix=prefix)
+
+
+def _has_targets(preset: Preset) -> bool:
+    return bool(preset.target_module or preset.target_name or preset.module_algo_map or preset.name_algo_map)

@@ -1,0 +1,33 @@
+"""Max-norm regularisation: what an adapter does to its layer, shrunk to a size."""
+
+from __future__ import annotations
+
+import torch
+
+from lycoris.adapters.adapter import Adapter
+from lycoris.algorithms import OFT, TLoRA, below_lengths
+from lycoris.algorithms.additive import Additive, Ranked
+
+
+@torch.no_grad()
+def shrink(adapter: Adapter, most: float) -> tuple[bool | None, float | None]:
+    """Whether the norm was above `most`, and what it is now; (None, None) for an algorithm without such a norm.
+
+    ΔW is shrunk through the gate, or through one factor, so exactly. T-LoRA is the difference of two products, one of
+    them frozen: no tensor of it scales ΔW. IA3, GLoRA and `full` have no such norm in existing trainers either.
+    """
+    algorithm = below_lengths(adapter.algorithm)
+    tensors = adapter.tensors()
+    if isinstance(algorithm, OFT):
+        part, norm = tensors["blocks"], tensors["blocks"].norm()
+    elif isinstance(algorithm, Additive) and isinstance(algorithm, Ranked) and not isinstance(algorithm, TLoRA):
+        own = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
+        scale = algorithm.gate_of(own) * algorithm.scale(adapter.geometry)
+        norm = (algorithm.delta(own, adapter.geometry).weight * scale).norm()
+        part = own["gate"] if "gate" in own else next(own[n] for n in algorithm.GATE_FOLDS_INTO if n in own)
+    else:
+        return None, None
+    if norm <= most:
+        return False, float(norm)
+    part.mul_(most / norm)
+    return True, float(most)

@@ -1,0 +1,184 @@
+"""Tensors to and from disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lycoris.errors import FileError
+from lycoris.files.container.headers import DTYPES, LONE, header
+from lycoris.files.container.kinds import HEADER_LIMIT, PICKLES, examine
+from lycoris.files.container.pickles import load_pickle
+
+logger = logging.getLogger("LyCORIS")
+
+PER_TENSOR = 300
+"""Bytes that an entry of a header takes at most beside its name."""
+SHOWN = 60
+
+
+def load_tensors(
+    path: str | os.PathLike[str], only: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a file, or those tensors whose names `only` says yes to.
+
+    The tensors of a safetensors file lie in the file itself, mapped: they take memory as they are read, and the file
+    has to stay as it is (replaced it may be, as `save_tensors` does). Pickles are read only as far as
+    `torch.load(weights_only=True)` does: tensors, no code.
+
+    Raises `FileError` if the file is missing, cut short, or not such a file in any part.
+    """
+    path = Path(path)
+    kind, size, _ = examine(path)
+    if path.suffix.lower() in PICKLES:
+        if kind == "safetensors":
+            right = path.with_suffix(".safetensors").name
+            raise FileError(f"{path} is a safetensors file under the name of a pickle; rename it to {right}")
+        found = load_pickle(path, size, zipped=kind == "zip")
+        return {key: tensor for key, tensor in found.items() if only is None or only(key)}, {}
+    if kind in ("zip", "pickle"):
+        raise FileError(
+            f"{path} cannot be read as safetensors: it is a pickle under another name; rename it to "
+            f"{path.with_suffix('.pt').name}, or better save its tensors as safetensors"
+        )
+    head = header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [key for key in head.tensors if only is None or only(key)]
+            return {key: _aligned(file.get_tensor(key)) for key in names}, dict(head.metadata)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def load_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The same without the tensors, of which a header tells the shapes; a pickle is read for them."""
+    if Path(path).suffix.lower() in PICKLES:
+        tensors, metadata = load_tensors(path)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata
+    found = header(path)
+    return {name: info.shape for name, info in found.tensors.items()}, dict(found.metadata)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that lies where the processor cannot be trusted to reach it: not at a multiple of its size."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then move it into place.
+
+    Metadata for which a header has no room are left out with a warning; see `fitting`. Raises `FileError`, before
+    anything is written, for a tensor that has no plain data, metadata that are not text, and a path where no such file
+    can be.
+    """
+    path = Path(path)
+    _check_target(path)
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise FileError(
+                f"metadata {key!r} is {value!r}, a {type(value).__name__}: headers hold text by text; give str(value) "
+                f"or json.dumps(value). {path} was not written"
+            )
+        if LONE.search(key + value):
+            raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
+    metadata = fitting(metadata, tensors, path)
+    try:
+        whole = plain(tensors)
+    except FileError as error:
+        raise FileError(f"{error}; {path} was not written") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:100]}.", suffix=".part")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    try:
+        save_file(whole, temporary, metadata={"format": "pt"} | dict(metadata))
+        # mkstemp makes files that only their owner can read; others expect the usual mode.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(path)
+    except SafetensorError as error:
+        raise FileError(f"{path} cannot be written: {error}; is its disk full?") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def fitting(metadata: Mapping[str, str], tensors: Iterable[str], path: str | os.PathLike[str]) -> dict[str, str]:
+    """Metadata that a header has room for beside the names of tensors: without the largest where they are too much.
+
+    The logger "LyCORIS" is warned of each that is left out: a run's tensors are worth more than its metadata.
+    """
+    sizes = {key: _stored_size(key) + _stored_size(value) for key, value in metadata.items()}
+    room = HEADER_LIMIT - sum(_stored_size(name) + PER_TENSOR for name in tensors)
+    left_out: set[str] = set()
+    while sum(size for key, size in sizes.items() if key not in left_out) > room and len(left_out) < len(sizes):
+        largest = max(sizes.keys() - left_out, key=lambda key: sizes[key])
+        left_out.add(largest)
+        logger.warning(
+            "metadata %r of %.1f MB was left out of %s: the header of a safetensors file holds %d MB in all",
+            *(largest[:SHOWN], sizes[largest] / 1e6, path, HEADER_LIMIT // 10**6),
+        )
+    return {key: value for key, value in metadata.items() if key not in left_out}
+
+
+def _stored_size(given: object) -> int:
+    """Bytes of a text in a header; only a long one is worth counting exactly. What is no text is refused later."""
+    text = str(given)
+    return 6 * len(text) + 8 if len(text) < 10**5 else len(json.dumps(text, ensure_ascii=False).encode()) + 8
+
+
+def _check_target(path: Path) -> None:
+    if path.suffix.lower() in PICKLES:
+        right = path.with_suffix(".safetensors").name
+        raise FileError(f"{path} has the name of a pickle, and what is written is safetensors; name it {right}")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise FileError(f"{str(path)!r:.200} cannot be the name of a file: {error}") from error
+    if not stat.S_ISREG(mode):
+        what = "is a folder; name a file in it" if stat.S_ISDIR(mode) else "is a device or a pipe; name a file"
+        raise FileError(f"{path} {what}")
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor as a file holds it: dense, in order, and in memory of its own."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        _check(key, tensor)
+        whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        # Two names for one memory are two tensors in a file; safetensors refuses to choose.
+        found[key] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return found
+
+
+def _check(key: str, tensor: Tensor) -> None:
+    if not isinstance(key, str) or key == "__metadata__" or LONE.search(key):
+        raise FileError(f"{key!r} cannot be the name of a tensor: names are text, and __metadata__ is the header's own")
+    if not isinstance(tensor, Tensor):
+        raise FileError(f"{key} is a {type(tensor).__name__}, no tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise FileError(f"{key} is {tensor.layout}, and files hold dense tensors; give .to_dense()")
+    if tensor.device.type == "meta":
+        raise FileError(f"{key} is on the meta device and has no data; load or fill it first")
+    if tensor.dtype not in DTYPES.values():
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        raise FileError(f"{key} is of {tensor.dtype}, which safetensors files cannot hold; known are {known}")

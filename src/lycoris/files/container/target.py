@@ -1,0 +1,38 @@
+"""What may be written over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lycoris.errors import FileError
+from lycoris.files.container.kinds import CONFIG, PICKLE, WEIGHTS
+
+
+def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *, overwrite: bool) -> None:
+    """Raise `FileError` where writing to `target`, a file or a folder of PEFT's, would replace one of the `sources`,
+    through links too, or, unless `overwrite`, anything.
+    """
+    path = Path(target)
+    written = _parts(path)
+    for source in sources:
+        if any(_same(one, other) for one in _parts(source) for other in written):
+            raise FileError(f"{target} is read here, and the input is never the output; name another")
+    # These answer for names that no file can have; writing says why.
+    candidates = written[1:] if os.path.isdir(path) else written[:1]  # noqa: PTH112 -- Path.is_dir raises for them
+    there = next((each for each in candidates if os.path.exists(each)), None)  # noqa: PTH110 -- likewise
+    if there is not None and not overwrite:
+        raise FileError(f"{there} exists; name another, or write over it (--force, in Python overwrite=True)")
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """A path, and the files that it holds as a folder of PEFT's."""
+    return path, path / WEIGHTS, path / CONFIG, path / PICKLE
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False

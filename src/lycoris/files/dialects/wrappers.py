@@ -1,0 +1,88 @@
+"""Names in a file without what wrappers, other programs and merges of files have put around and into them.
+
+Some of that is never part of a model's own names and goes at once (`without_wrappers`). The rest may be: a language
+model's layers do begin with `model.`, and an attribute may end in an underscore. `plainer` is for names that no model
+has as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_flat_param")
+"""Steps of paths that `torch.compile`, activation checkpointing and FSDP add; see `lycoris.layers.paths`."""
+PLACES = ("module", "model", "base_model", "network", "net", "lora", "pipe", "pipeline", "dit", "denoiser")
+"""Steps that programs put before all names of a model."""
+COMPONENTS = (
+    *("transformer", "unet", "diffusion_model", "transformer_2"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders"),
+)
+"""Steps that tell the part of a pipeline; doubled ones tell it no better."""
+FLAT_PLACES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "module_", "model_")
+FLAT_PREFIX = r"(?:lora|oft|lycoris)_(?:unet_{1,2}|transformer_|te\d?_)?"
+
+_ADDED = re.compile(rf"[._](?:{'|'.join(WRAPPERS)})(?=[._])|^(?:{'|'.join(WRAPPERS)})\.")
+_FLAT_PLACE = re.compile(rf"({FLAT_PREFIX})(?:{'|'.join(FLAT_PLACES)})+(.+)")
+_FLATTENED = re.compile(
+    r"(.+?)_(lora_(?:up|down|mid|A|B)|hada_.+|lokr_.+|alpha|dora_scale|oft_blocks)(?:[._](weight))?"
+)
+_JOINED = re.compile(r"(.+\..+)_(lora_(?:up|down|mid|A|B)\.weight)")
+"""A dotted path with the tensor's name behind an underscore."""
+_PARAMETER = re.compile(r"(.+)\.scale\.((?:diff|set)(?:_weight|_param)?)")
+_MODULATION = re.compile(r"(.+\.)?diff_m")
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the steps of wrappers, dotted or with underscores; lightx2v's `diff_m` as a change of the
+    parameter that it is for."""
+    found = _MODULATION.fullmatch(name)
+    return f"{found[1] or ''}modulation.diff" if found is not None else _ADDED.sub("", name)
+
+
+def plainer(name: str) -> str:
+    """A name as it would be without what was put before and behind its path."""
+    name = without_wrappers(name)
+    if "_" in name.partition(".")[0] and name.count(".") <= 3:
+        name = _flat(name)
+    head, *steps = name.split(".")
+    kept: list[str] = []
+    steps = [head, *steps]
+    while len(steps) > 2 and steps[0] in (*PLACES, *COMPONENTS):
+        step = steps.pop(0)
+        if step in COMPONENTS:
+            kept = [step]
+    name = _JOINED.sub(r"\1.\2", ".".join([*kept, *steps]))
+    found = _PARAMETER.fullmatch(name)
+    return name if found is None else f"{found[1]}.{found[2]}"
+
+
+def _flat(name: str) -> str:
+    """Underscores where others have dots: before the tensor's name, and for what stands before the path."""
+    layer, dot, suffix = name.partition(".")
+    if not dot or suffix == "weight":
+        found = _FLATTENED.fullmatch(name)
+        if found is None:
+            return name
+        layer, suffix = found[1], ".".join(filter(None, (found[2], found[3])))
+    layer = layer.rstrip("_")
+    if (found := _FLAT_PLACE.fullmatch(layer)) is not None:
+        layer = f"{found[1]}{found[2]}"
+    if not re.match(FLAT_PREFIX, layer):
+        if not re.search(r"_\d+_", layer):
+            return name
+        layer = f"{'lora_te_' if layer.startswith('text_model_') else 'lora_unet_'}{layer}"
+    return f"{layer}.{suffix}"
+
+
+def changed(names: Iterable[str], how: Callable[[str], str]) -> dict[str, str]:
+    """Names that are others after it → those; none where two would become one."""
+    names = list(names)
+    made = {name: how(name) for name in names}
+    return {} if len({*made.values()}) < len(names) else {name: new for name, new in made.items() if new != name}
+
+
+def told(renamed: Mapping[str, str]) -> str:
+    """A remark on names that were read as others."""
+    first, new = next(iter(renamed.items()))
+    return f"{len(renamed)} names have parts that are not of the model, left out: {first} is read as {new}"

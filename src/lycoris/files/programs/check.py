@@ -1,0 +1,150 @@
+"""What a program makes of an adapter file, before it is given to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lycoris.adapters.load_report import some
+from lycoris.algorithms import DoRA
+from lycoris.algorithms.base import Entry
+from lycoris.errors import FileError, unknown
+from lycoris.files.detect import Detection
+from lycoris.files.opening import Opened, opened
+from lycoris.files.programs import CONSUMERS, Consumer, Verdict
+from lycoris.files.programs.parts import Part
+from lycoris.files.programs.portable import EXPORTS
+from lycoris.files.programs.written import denoiser_of, names_in_file, routed_by, scales_in, written_in
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a program reads of a file. `str` tells it in lines, layers with the same verdict together."""
+
+    consumer: str
+    detection: Detection
+    keys: str
+    """Why it does not know the file's keys; "" when it does."""
+    unknown: bool
+    """Whether it knows no keys at all for this model."""
+    layers: Mapping[str, Verdict] = field(default_factory=dict)
+    """Layer → verdict on its adapter."""
+    algorithms: Mapping[str, str] = field(default_factory=dict)
+    """Layer → its algorithm."""
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether all of it is read as it was trained."""
+        return not self.keys and all(each.reads == "as trained" for each in self.layers.values())
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why not all of it is."""
+        bad = [row for row in self.rows() if row[2] != "as trained"]
+        found = [f"{count} layers of {algorithm} are read {reads}: {why}" for algorithm, count, reads, _, why in bad]
+        return [*filter(None, [self.keys]), *found]
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """What exports would do."""
+        found = {EXPORTS[each.remedy].does for each in self.layers.values() if each.remedy is not None}
+        return tuple(sorted(found))
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(algorithm, layers, read, error, why), one for each verdict."""
+        groups: dict[tuple[str, Verdict], list[str]] = {}
+        for layer, verdict in self.layers.items():
+            groups.setdefault((self.algorithms[layer], verdict._replace(error=None)), []).append(layer)
+        found: list[tuple[str, str, str, str, str]] = []
+        for (algorithm, verdict), layers in groups.items():
+            errors = [error for layer in layers if (error := self.layers[layer].error) is not None]
+            span = f"{min(errors):.2g} to {max(errors):.2g}" if errors and min(errors) != max(errors) else ""
+            told = span or (f"{errors[0]:.2g}" if errors else "")
+            found.append((algorithm, str(len(layers)), verdict.reads, told, verdict.why))
+        return found
+
+    def __str__(self) -> str:
+        title = CONSUMERS[self.consumer].title
+        lines = [str(self.detection), ""]
+        if self.keys:
+            lines.append(self.keys)
+        for algorithm, count, reads, error, why in self.rows():
+            off = f" (relative error of the change {error})" if error else ""
+            lines.append(f"{count} layers of {algorithm}: {reads}{off}: {why}")
+        if self.as_trained:
+            return "\n".join([*lines, f"{title} reads all of it as trained."])
+        lines += [f"an export makes it right: {remedy}" for remedy in self.remedies]
+        hopeless = [layer for layer, each in self.layers.items() if each.reads != "as trained" and not each.remedy]
+        if hopeless:
+            lines.append(f"no export is known for {some(hopeless)}")
+        if len(hopeless) < len(self.layers) and not self.unknown:
+            lines.append(f"convert it with: lycoris convert IN OUT --portable {self.consumer}")
+        return "\n".join(lines)
+
+
+def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None = None) -> Check:
+    """What a program makes of an adapter file, layer by layer, by its rules as they are known here.
+
+    `base` as for `convert`. Raises `FileError` when the file is damaged or fits no model.
+    """
+    if consumer not in CONSUMERS:
+        raise FileError(unknown("program", consumer, CONSUMERS))
+    return judged(opened(path, base), consumer)
+
+
+def judged(found: Opened, consumer: str) -> Check:
+    """The same of a file that is open."""
+    program = CONSUMERS[consumer]
+    detection, bundles, layouts = found.detection, found.bundles, found.layouts
+    written = written_in(found.shapes, detection)
+    routed = routed_by(program, found, written)
+    taken_for = program.taken_for(found.shapes, denoiser_of(found)) if program.taken_for is not None else ""
+    parts = [
+        Part(
+            *(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for),
+            family=found.family,
+            model=found.assumed.get(name, ""),
+            scales=scales_in(found, written[name]),
+        )
+        for name in detection.components
+    ]
+    rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
+    if program.refuses is not None and (why := program.refuses(names_in_file(found), denoiser_of(found))):
+        rejected.append(f"{program.title} {why}")
+    rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    lost = len(found.shapes) - sum(part.taken for part in parts)
+    if program.unmatched is not None and lost > program.unmatched:
+        rejected.append(
+            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
+        )
+    verdicts, algorithms = {}, {}
+    for part in parts:
+        for layer, verdict in part.verdicts.items():
+            name = f"{part.component}.{layer}" if part.component else layer
+            verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
+            algorithms[name] = _told(part.bundle.entries[layer])
+    problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
+    if detection.renamed and program.takes is None:
+        first, new = next(iter(detection.renamed.items()))
+        problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
+    nowhere = not any(part.elsewhere for part in parts)
+    return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
+
+
+def _with_the_file(verdict: Verdict, program: Consumer) -> Verdict:
+    """What becomes of a layer in a file that is rejected for another reason."""
+    if verdict.reads == "not at all":
+        return verdict
+    why = f"{program.title} rejects the file" + ("" if verdict.reads == "as trained" else f"; else: {verdict.why}")
+    return Verdict("not at all", why, None, verdict.remedy or "format")
+
+
+def _told(stack: tuple[Entry, ...]) -> str:
+    names = []
+    for entry in stack:
+        own = entry.algorithm
+        names.append(f"dora over {own.over.name}, axis {own.axis}" if isinstance(own, DoRA) else own.name)
+    return " + ".join(names)

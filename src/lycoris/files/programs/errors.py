@@ -1,0 +1,35 @@
+"""How far off a program is, as relative errors of the change, where the tensors alone tell."""
+
+from __future__ import annotations
+
+import torch
+
+from lycoris.files.programs.program import Case
+
+
+def unscaled_error(case: Case) -> float | None:
+    """How far off the change is without its scale."""
+    scale = case.entry.algorithm.scale(case.entry.geometry)
+    return abs(1 / scale - 1) if scale else None
+
+
+def misplaced(case: Case) -> float:
+    """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
+    p = {name: tensor.double() for name, tensor in case.entry.tensors.items()}
+    w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+    right = torch.einsum("ab,cdk->acbdk", w1, p["w2"].flatten(2)).flatten()
+    return float((torch.kron(w1, p["w2"]).flatten() - right).norm() / right.norm().clamp_min(1e-30))
+
+
+def misplaced_alone(case: Case) -> float | None:
+    """The same where nothing but ΔW counts."""
+    return None if case.dora else misplaced(case)
+
+
+def bias_share(case: Case) -> float | None:
+    """How far off the change is without that of the bias, where all of it is stored."""
+    t = case.entry.tensors
+    if case.beside or "diff" not in t or "diff_b" not in t:
+        return None
+    bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
+    return (bias / whole) ** 0.5 if whole else None

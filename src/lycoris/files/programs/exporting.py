@@ -1,0 +1,139 @@
+"""A file for a program: in a dialect of its own, with every adapter in a form that it evaluates as trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms import below_lengths
+from lycoris.errors import FileError, PlanError
+from lycoris.files.container.model_weights import BaseWeights
+from lycoris.files.dialects import DIALECTS
+from lycoris.files.dialects.base import flatten
+from lycoris.files.dialects.components import prefix_of
+from lycoris.files.layout import Layout
+from lycoris.files.opening import Opened
+from lycoris.files.programs import CONSUMERS, Place
+from lycoris.files.programs.holding import Holder, holders, holding, place_of
+from lycoris.files.programs.portable import Stack, as_lora, portable_stack
+from lycoris.files.skeleton import namings
+from lycoris.models.families import FAMILIES
+
+
+def dialects_of(program: str, found: Opened) -> list[str]:
+    """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    keys = CONSUMERS[program].keys
+    return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
+
+
+def exported(
+    found: Opened, program: str, to: str, weights: BaseWeights | None
+) -> tuple[dict[str, Bundle], dict[str, str]]:
+    """Every adapter as a program reads it as trained in a dialect, and what was done to which.
+
+    Raises `FileError` where no export is known, or one needs the base model's weights and there are none.
+    """
+    bundles, done, problems = {}, dict[str, str](), dict[str, str]()
+    for component, bundle in found.bundles.items():
+        layout, entries = found.layouts[component], dict[str, Stack]()
+        keys = _keys(bundle, layout, to, _prefix(found, component, to))
+        places = _places(bundle, layout, program, to)
+        for layer, stack in bundle.entries.items():
+            try:
+                entries[layer], what = _exported(
+                    stack,
+                    program,
+                    to,
+                    layer,
+                    keys[layer],
+                    places[layer],
+                    layout,
+                    None if component else weights,
+                    found.assumed.get(component, ""),
+                )
+            except FileError as error:
+                problems[layer] = str(error)
+                continue
+            if what != "nothing":
+                done[layer] = f"{stack[0].algorithm.name} {what}"
+        bundles[component] = replace(bundle, entries=entries)
+        if CONSUMERS[program].taken_for is not None:
+            bundles[component] = _of_one_algorithm(bundles[component], program, done)
+    if problems:
+        first, why = next(iter(problems.items()))
+        raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
+    return bundles, done
+
+
+def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bundle:
+    """All as LoRA, where a program takes a file for one algorithm and this one has several.
+
+    Raises `FileError` for a layer that no LoRA can stand for.
+    """
+    found = {layer: below_lengths(stack[0].algorithm).name for layer, stack in bundle.entries.items()}
+    if len({"lora" if name == "dylora" else name for name in found.values()}) < 2:
+        return bundle
+    entries = dict(bundle.entries)
+    for layer, name in found.items():
+        if name not in ("lora", "dylora"):
+            entries[layer] = (as_lora(entries[layer][0]), *entries[layer][1:])
+            what = f"written as a LoRA, for {CONSUMERS[program].title} takes a file for one algorithm"
+            done[layer] = f"{done[layer]}, then {what}" if layer in done else f"{name} {what}"
+    return replace(bundle, entries=entries)
+
+
+def _exported(
+    stack: Stack,
+    program: str,
+    to: str,
+    layer: str,
+    key: str,
+    place: Place,
+    layout: Layout,
+    weights: BaseWeights | None,
+    model: str,
+) -> tuple[Stack, str]:
+    architecture = None if layout.architecture is None else layout.architecture.name
+    export = partial(
+        portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place, model=model
+    )
+    try:
+        return export()
+    except PlanError as error:
+        if weights is None:
+            raise FileError(
+                f"what {program} would need of {stack[0].algorithm.name} depends on the base model's weights: give the "
+                "folder that they are in (--base)"
+            ) from error
+        return export(base=weights.affine(layer, layout))
+
+
+def _prefix(found: Opened, component: str, to: str) -> str:
+    family = FAMILIES[found.family] if found.family else None
+    return prefix_of(DIALECTS[to], family, component) or ""
+
+
+def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, str]:
+    """Layer → what the first of its parts is called in a dialect."""
+    spelled = flatten if DIALECTS[to].style == "flat" else str
+    if layout.architecture is None:
+        return {layer: prefix + spelled(layer) for layer in bundle.entries}
+    home = namings(layout.architecture)[DIALECTS[to].naming_for(layout.architecture)].home
+    firsts = {layer: layout.spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
+    return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
+
+
+def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[str, Place]:
+    """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
+    held = holders(CONSUMERS[program], layout)
+    if layout.architecture is None or not held:
+        return dict.fromkeys(bundle.entries, "")
+    there = holding(layout, DIALECTS[to].naming_for(layout.architecture))
+    own = layout.spans(layout.naming)
+    return {
+        layer: place_of(there.get(own[layer].parts[0], Holder(layer, own[layer])), held, layout)
+        for layer in bundle.entries
+    }

@@ -1,0 +1,347 @@
+"""InvokeAI (6.14): which of its converters takes a file, by all keys, and what of it that keeps.
+
+The names of its functions, in invokeai/backend/patches/lora_conversions, stand beside the rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
+
+from lycoris.adapters.load_report import some
+from lycoris.files.programs.routes import Routed, Sent
+
+PAIR = ("lora_A.weight", "lora_B.weight")
+PAIRS = (*PAIR, "lora.down.weight", "lora.up.weight")
+KRON = tuple(f"lokr_{name}" for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2"))
+HADA = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+BLOCKS = ("double_blocks.", "single_blocks.")
+UNSUPPORTED = "finds no format of its own for Flux in these keys, and rejects the file"
+
+
+def refused(why: str) -> Routed:
+    return Routed(refused=why)
+
+
+def flat(key: str) -> bool:
+    return "." not in key
+
+
+# _group_state, convert_sdxl_keys_to_diffusers_format
+_SGM = re.compile(r"lora_unet_((in|out)put_blocks_|middle_block_|time_embed_|label_emb_|out_\d).*")
+
+
+def _unet(sent: Sent) -> Routed:
+    if not all(map(flat, sent.layers)):
+        return refused("takes names with underscores only for this model, and rejects the file")
+    own = {key for key in sent.layers if key.startswith("lora_unet_")}
+    stability = {key for key in own if _SGM.fullmatch(key)}
+    known: tuple[str, ...] = ("lora_unet_", "lora_te_")
+    if sent.architecture == "sdxl-unet":
+        known = ("lora_unet_", "lora_te1_", "lora_te2_")
+        strange = [key for key in sent.layers if not key.startswith(known)]
+        if strange:
+            return refused(f"rejects the file for {some(sorted(strange))}, which begin otherwise than it knows")
+        if stability and stability != own:
+            return refused("rejects the file, for only some of its keys have the original code's names of layers")
+        stability = set()
+    return Routed(lost=frozenset(stability | {key for key in sent.layers if not key.startswith(known)}))
+
+
+# FLUX_KOHYA_TRANSFORMER_KEY_REGEX and the others of flux_kohya_lora_conversion_utils
+_KOHYA = re.compile(
+    r"lora_unet_(\w+_blocks)_(\d+)_((img|txt)_(attn|mlp|mod)|linear[12]|modulation).*|lora_unet_final_layer_linear.*"
+    r"|lora_te1_text_model_encoder_layers_\d+_(mlp|self_attn)_\w+"
+    r"|lora_te2_encoder_block_\d+_layer_\d+_(DenseReluDense|SelfAttention)_\w+"
+)
+_KOHYA_BLOCK = re.compile(
+    r"lora_unet_((double_blocks_\d+_((img|txt)_(attn_(qkv|proj)|mlp_[02]|mod_lin)))|single_blocks_\d+_(linear[12]|modulation_lin))"
+)
+# FLUX_ONETRAINER_TRANSFORMER_KEY_REGEX
+_ONETRAINER = re.compile(
+    r"lora_transformer_(?P<block>(single_)?transformer_blocks)_(?P<at>\d+)_(?P<name>\w+)"
+    r"|lora_te1_text_model_encoder_layers_\d+_(mlp|self_attn)_\w+"
+    r"|lora_te2_encoder_block_\d+_layer_\d+_(DenseReluDense|SelfAttention)_\w+"
+)
+# lora_layers_from_flux_diffusers_grouped_state_dict
+_DOUBLE = re.compile(
+    r"transformer_blocks\.(\d+)\.(norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2)|attn\.(to_out\.0|to_add_out))"
+)
+_SINGLE = re.compile(r"single_transformer_blocks\.\d+\.(norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)")
+_TOGETHER = re.compile(r"transformer_blocks\.(\d+)\.attn\.(?:to_([qkv])|add_([qkv])_proj)")
+_OUTSIDE = frozenset(
+    {f"time_text_embed.{which}_embedder.linear_{n}" for which in ("timestep", "text") for n in (1, 2)}
+    | {"context_embedder", "x_embedder", "proj_out"}
+)
+
+
+def _of_diffusers(paths: Iterable[str]) -> str:
+    """Why its table of diffusers' names for Flux.1 does not take these layers; "" where it does."""
+    groups: dict[tuple[str, bool], set[str]] = {}
+    strange = []
+    for path in paths:
+        if match := _TOGETHER.fullmatch(path):
+            at, plain, added = match.groups()
+            groups.setdefault((at, bool(added)), set()).add(plain or added)
+        elif path not in _OUTSIDE and not _DOUBLE.fullmatch(path) and not _SINGLE.fullmatch(path):
+            strange.append(path)
+    if strange:
+        return f"rejects the file for {some(sorted(strange))}"
+    parted = sorted(
+        f"transformer_blocks.{at}.attn.{'add_*_proj' if added else 'to_*'}"
+        for (at, added), found in groups.items()
+        if len(found) < 3
+    )
+    return (
+        f"rejects the file, for it wants q, k and v together, and some are missing of {some(parted)}" if parted else ""
+    )
+
+
+def _diffusers_like(sent: Sent) -> str:
+    """is_state_dict_likely_in_flux_diffusers_format: for which Flux it is; "" for none."""
+    if not sent.all_end(*PAIRS):
+        return ""
+    for prefix in ("transformer.", "base_model.model."):
+        wanted = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")
+        if all(set(PAIR) <= set(sent.layers.get(prefix + name, ())) for name in wanted):
+            return "flux1"
+    second = any(
+        mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in")
+    )
+    single = any(
+        key.startswith(f"{prefix}single_transformer_blocks.") and "to_qkv_mlp_proj" in key
+        for key in sent.layers
+        for prefix in ("transformer.", "base_model.model.", "")
+    )
+    double = sent.any_starts(
+        "transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks."
+    )
+    return "flux2" if second and (single or double) else ""
+
+
+def _strange_to_kohya(sent: Sent) -> str:
+    """Which layers of a file in kohya's format have names that it does not have there; "" where the file is another."""
+    strange = [key for key in sent.layers if not _KOHYA.fullmatch(key)]
+    if not all(map(flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
+        return ""
+    return f"rejects the file for {some(sorted(strange))}"
+
+
+def without(prefixes: tuple[str, ...], key: str) -> str:
+    return next((key.removeprefix(each) for each in prefixes if key.startswith(each)), key)
+
+
+def _whole_names(sent: Sent, keys: Iterable[str]) -> list[str]:
+    """Layers whose tensors have names of other than two parts, which it takes for a part of the path."""
+    return sorted(key for key in keys if any(name.count(".") != 1 for name in sent.layers[key]))
+
+
+def _flux1(sent: Sent) -> Routed:
+    if kind := _diffusers_like(sent):
+        if kind == "flux2":
+            return Routed(lost=frozenset(sent.layers))
+        why = _of_diffusers(without(("base_model.model.", "transformer."), key) for key in sent.layers)
+        broken = _whole_names(sent, sent.layers)
+        return refused(why or (f"rejects the file for {some(broken)}" if broken else ""))
+    if all(map(_KOHYA.fullmatch, sent.layers)):
+        kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
+        return Routed(lost=frozenset(sent.layers.keys() - kept))
+    if all(map(_ONETRAINER.fullmatch, sent.layers)):
+        return refused(_of_diffusers_flat(sent.layers))
+    return _flux_of_blocks(sent)
+
+
+def _of_diffusers_flat(keys: Iterable[str]) -> str:
+    """insert_periods_into_kohya_key, which takes the first word that fits: of ff_context it takes ff."""
+    paths, strange = [], []
+    for key in keys:
+        match = _ONETRAINER.fullmatch(key)
+        if match is None or match["block"] is None:
+            continue
+        name = match["name"]
+        for there in ("norm1_linear", "norm_linear"):
+            name = there.replace("_", ".") if name == there else name
+        name = re.sub(r"^attn_", "attn.", name).replace("to_out_0", "to_out.0")
+        name = re.sub(r"^ff_net_(\d)(_proj)?$", lambda m: f"ff.net.{m[1]}{'.proj' if m[2] else ''}", name)
+        if name.startswith(("ff_context", "norm1_context")):
+            strange.append(key)
+        paths.append(f"{match['block']}.{match['at']}.{name}")
+    return f"rejects the file for {some(sorted(strange))}" if strange else _of_diffusers(paths)
+
+
+def _flux_of_blocks(sent: Sent) -> Routed:
+    """The original code's names, behind `diffusion_model.`."""
+    if strange := _strange_to_kohya(sent):
+        return refused(strange)
+    if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
+        # is_state_dict_likely_in_flux_aitoolkit_format
+        own = [key for key in sent.layers if key.startswith("diffusion_model.")]
+        alone = [key for key in sent.layers if "." not in key]
+        broken = [*_whole_names(sent, own), *alone, *_cut_short(sent)]
+        if broken:
+            return refused(
+                f"takes tensors with two-part names only in such keys, such as lora_A.weight, and rejects the file for "
+                f"{some(broken)}"
+            )
+        return Routed(lost=frozenset(sent.layers.keys() - set(own)))
+    ends = (*PAIR, *KRON, *HADA, "alpha", "dora_scale", "diff")
+    prefixes = ("diffusion_model.", "base_model.model.")
+    blocks = tuple(prefix + each for prefix in prefixes for each in BLOCKS)
+    if sent.all_end(*ends) and sent.any_starts(*blocks) and sent.all_start(*prefixes):
+        return Routed()
+    return refused(UNSUPPORTED)
+
+
+def _cut_short(sent: Sent) -> list[str]:
+    """Layers of one step whose tensors have names of one part, so that nothing is left of the layer."""
+    return [key for key, names in sent.layers.items() if key.count(".") < 1 and any("." not in name for name in names)]
+
+
+# convert_bfl_lora_patch_to_diffusers, _convert_bfl_layer_to_diffusers
+_FLUX2 = re.compile(
+    r"double_blocks\.\d+\.((img|txt)_(attn\.(qkv|proj)|mlp\.[02]))|single_blocks\.\d+\.linear[12]|(img|txt)_in"
+    r"|double_stream_modulation_(img|txt)\.lin|single_stream_modulation\.lin|final_layer\.linear|time_in\.(in|out)_layer"
+)
+
+
+def _flux2(sent: Sent) -> Routed:
+    kind = _diffusers_like(sent)
+    if kind == "flux2":
+        return Routed()
+    if kind == "flux1":
+        return _flux1(sent)
+    if all(map(_KOHYA.fullmatch, sent.layers)):
+        kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
+        kept = {key for key in kept if "_mod_lin" not in key and "_modulation_lin" not in key}
+        return Routed(lost=frozenset(sent.layers.keys() - kept | _parted_badly(sent, kept)))
+    if all(map(_ONETRAINER.fullmatch, sent.layers)):
+        why = _of_diffusers_flat(sent.layers)
+        lost = {key for key in sent.layers if re.search(r"_attn_(to|add)_[qkv](_proj)?$", key)}
+        return Routed(why, frozenset(lost))
+    found = _flux_of_blocks(sent)
+    if found.refused:
+        return found
+    names = {key: without(("diffusion_model.", "base_model.model."), key) for key in sent.layers}
+    lost = {key for key, name in names.items() if not _FLUX2.fullmatch(name)} | found.lost
+    fused = {key for key in sent.layers if key.endswith("_attn.qkv")}
+    if sent.any_ends(*KRON, *HADA):
+        # lora_model_from_flux2_bfl_peft_state_dict
+        taken = {key for key in fused if {"lora_A.weight", "lokr_w1", "lokr_w1_a"} & set(sent.layers[key])}
+        bare = {key for key in taken if "dora_scale" in sent.layers[key]}
+        return Routed(lost=frozenset(lost | fused - taken), without_lengths=frozenset(bare))
+    return Routed(lost=frozenset(lost | _parted_badly(sent, fused)))
+
+
+def _parted_badly(sent: Sent, keys: Iterable[str]) -> set[str]:
+    """Projections to q, k and v together, which it parts for plain LoRA only."""
+    return {
+        key
+        for key in keys
+        if key.endswith("attn_qkv" if flat(key) else "attn.qkv")
+        and ("dora_scale" in sent.layers[key] or not {"lora_up.weight", "lora_A.weight"} & set(sent.layers[key]))
+    }
+
+
+KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"})
+
+
+def cut(sent: Sent, key: str, known: Collection[str] = KNOWN_ENDS) -> bool:
+    """_group_by_layer: whether it takes another place for the end of the layer's name."""
+    return not flat(key) and any(
+        name not in known and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
+        for name in sent.layers[key]
+    )
+
+
+def bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
+    """Of lora_A and lora_B it takes nothing that is beside them: the layers with alpha, and with a magnitude."""
+    pairs = {key: set(names) for key, names in sent.layers.items() if "lora_A.weight" in names}
+    scaled = frozenset(key for key, names in pairs.items() if "alpha" in names)
+    return scaled, frozenset(key for key, names in pairs.items() if "dora_scale" in names)
+
+
+def ends_elsewhere(keys: Iterable[str]) -> str:
+    return (
+        "takes the last two dots of a name for the end of the layer's, which is right for LoRA only, and rejects the "
+        f"file for {some(sorted(keys))}"
+    )
+
+
+_Z_IMAGE = re.compile(
+    r"lora_unet__(layers|context_refiner|noise_refiner)_\d+_(attention|feed_forward)_(to_[kqv]|w[123])"
+)
+
+
+def _z_image(sent: Sent) -> Routed:
+    broken = [key for key in sent.layers if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
+    prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
+    prefixes += ("base_model.model.text_encoder.", "text_encoder.")
+    lost = {key for key in sent.layers if flat(key) and not _Z_IMAGE.fullmatch(key)}
+    lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}
+    lost |= {key for key in sent.layers if without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
+    scaled, bare = bare_pairs(sent)
+    return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
+
+
+# _KOHYA_MODULE_MAP
+_QWEN = re.compile(
+    r"lora_unet_transformer_blocks_\d+_(attn_(add_[qkv]_proj|to_add_out|to_out_0|to_[qkv])"
+    r"|(img|txt)_(mlp_net_(0_proj|2)|mod_1))"
+)
+
+
+def _qwen(sent: Sent) -> Routed:
+    if sent.any_starts("lora_unet_transformer_blocks_"):
+        # _convert_kohya_format
+        dotted = [key for key in sent.layers if not flat(key)]
+        return Routed(lost=frozenset([*(key for key in sent.layers if not _QWEN.fullmatch(key)), *dotted]))
+    broken = [key for key in sent.layers if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
+    lost = {key for key in sent.layers if key.startswith(("diffusion_model.", "lora_", "lycoris_", "base_model."))}
+    scaled, bare = bare_pairs(sent)
+    return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
+
+
+# _KOHYA_WAN_RE, _KOHYA_SUBMODULE_MAP
+_WAN = re.compile(
+    r"lora_unet_blocks_\d+_(attn[12]_(to_[qkv]|to_out_0|norm_[qk])|(self|cross)_attn_([qkvo]|norm_[qk])|ffn_(net_0_proj|net_2|[02]))"
+)
+_WAN_LIKE = re.compile(
+    r".*lora_unet_blocks_\d+_(attn[12]_(to_[qkv]|to_out_0|norm_[qk])|(self|cross)_attn_[qkvo](_.*)?|ffn_(\d+|net_\d+(_proj)?)).*"
+)
+_WAN_DOTTED = re.compile(
+    r"blocks\.\d+\.(attn[12]\..*|ffn\.net\..*|(self|cross)_attn\.([qkvo]|norm_[qk])|ffn\.[02]|norm2|scale_shift_table)"
+)
+
+
+def _wan(sent: Sent) -> Routed:
+    if any(map(_WAN_LIKE.fullmatch, sent.layers)):
+        taken = {key for key in sent.layers if _WAN.fullmatch(key)}
+        norms = [key for key in taken if key.endswith(("norm_q", "norm_k"))]
+        if norms:
+            # torch.nn.RMSNorm is not in AUTOCAST_MODULE_TYPE_MAPPING.
+            return refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
+        return Routed(lost=frozenset(sent.layers.keys() - taken))
+    prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
+    paths = {key: without(prefixes, key) for key in sent.layers}
+    inside = {key for key, path in paths.items() if path.startswith("blocks.")}
+    broken = [key for key in inside if cut(sent, key)]
+    if broken:
+        return refused(ends_elsewhere(broken))
+    return Routed(lost=frozenset(key for key in sent.layers if not _WAN_DOTTED.fullmatch(paths[key])))
+
+
+ROUTES: Mapping[str, Callable[[Sent], Routed]] = MappingProxyType(
+    {
+        **dict.fromkeys(("sd1.5-unet", "sd2-unet", "sdxl-unet"), _unet),
+        "flux1": _flux1,
+        "flux2": _flux2,
+        "z-image": _z_image,
+        "qwen-image": _qwen,
+        "wan": _wan,
+    }
+)

@@ -1,0 +1,64 @@
+"""The LoKr that LyCORIS 4.1.3 makes of a file before it copies the tensors in.
+
+`LokrModule.make_module_from_state_dict` finds rank and factor from the shapes, and makes a module with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lycoris.algorithms import LoKr, below_lengths
+from lycoris.files.programs.program import Case
+from lycoris.layers.geometry import Geometry
+from lycoris.ops.factorization import factorize
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def loads_otherwise(case: Case) -> bool:
+    """A LoKr of which it makes tensors of other names or shapes, so that loading stops."""
+    if not isinstance(below_lengths(case.entry.algorithm), LoKr):
+        return False
+    own = {name: tuple(tensor.shape) for name, tensor in case.entry.tensors.items() if name[:2] in ("w1", "w2", "t2")}
+    return _made(own, case.entry.geometry) != own
+
+
+def _made(own: Shapes, g: Geometry) -> Shapes:
+    """Names and shapes of the tensors that it makes for a file's."""
+    rank = own["w1_a"][1] if "w1_a" in own else own["w2_a"][1] if "w2_a" in own else 0
+    first = own["w1"] if "w1" in own else (own["w1_a"][0], own["w1_b"][1])
+    second = own["w2"] if "w2" in own else (own["w2_a"][0], own["w2_b"][1])
+    factor = _factor(own, first, second)
+    (ol, ok), (im, inner) = factorize(g.out_features, factor), factorize(g.shape[1], factor)
+    kernel = g.kernel if g.kind == "conv" else ()
+    made: dict[str, tuple[int, ...]] = {}
+    if "w1" not in own and "w2" not in own and 2 * rank < max(ol, im):
+        made |= {"w1_a": (ol, rank), "w1_b": (rank, im)}
+    else:
+        made["w1"] = (ol, im)
+    if not rank or 2 * rank >= max(ok, inner):
+        made["w2"] = (ok, inner, *kernel)
+    elif "t2" in own and any(size != 1 for size in kernel):
+        made |= {"t2": (rank, rank, *kernel), "w2_a": (rank, ok), "w2_b": (rank, inner)}
+    else:
+        size = 1
+        for each in kernel:
+            size *= each
+        made |= {"w2_a": (ok, rank), "w2_b": (rank, inner * size)}
+    return made
+
+
+def _factor(own: Shapes, first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """The factor that it finds; of kernels in w2_b and of cores it takes sizes for others."""
+    whole = first[0] * second[0], first[1] * second[1]
+    if (first[0], first[1]) == (factorize(whole[0])[0], factorize(whole[1])[0]):
+        return -1
+    outs, ins = (first[0], second[0]), (first[1], second[1])
+    largest = (
+        max(own["w1"] if "w1" in own else (own["w1_a"][0], own["w1_b"][1])),
+        max(own["w2"] if "w2" in own else (own["w2_a"][0], own["w2_b"][1])),
+    )
+    for factor in largest:
+        if not any(size % factor for size in whole) and factor in outs and factor in ins:
+            return factor
+    return min(largest)

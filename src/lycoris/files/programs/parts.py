@@ -1,0 +1,389 @@
+"""What a program makes of the part of a file that is for one component of a pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from lycoris.adapters.bundle import Bundle
+from lycoris.adapters.load_report import some
+from lycoris.algorithms import ALGORITHMS, ALPHA, DoRA, below_lengths
+from lycoris.algorithms.base import Entry
+from lycoris.files.dialects import DIALECTS
+from lycoris.files.dialects.base import flatten
+from lycoris.files.layout import Layout
+from lycoris.files.programs import Consumer, Remedy, Verdict
+from lycoris.files.programs.holding import Holder, holders, place_of
+from lycoris.files.programs.keys import Known
+from lycoris.files.programs.routes import Routed
+from lycoris.files.programs.taking import ALPHA_AND_LENGTHS, Place, Taken
+from lycoris.files.programs.written import Written
+from lycoris.models.families.naming import Span
+
+SAME = 1e-6
+"""A scale this near to 1 is 1."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file has for one component of a pipeline."""
+
+    program: Consumer
+    component: str
+    own: str
+    """The file's dialect."""
+    layout: Layout
+    bundle: Bundle
+    written: Mapping[str, Written]
+    """By layer as written."""
+    routed: Routed | None = None
+    """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
+    taken_for: str = ""
+    """The one algorithm that the program takes the whole file for; "" each layer has its own."""
+    family: str | None = None
+    model: str = ""
+    """The known model that the component is taken to be; "" not known."""
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Layer as written → the scale that the file has as a number of its own, and the one that it has without that."""
+
+    @property
+    def architecture(self) -> str | None:
+        return None if self.layout.architecture is None else self.layout.architecture.name
+
+    @property
+    def prefix(self) -> str:
+        """What its keys begin with."""
+        return next((each.key.removesuffix(layer) for layer, each in self.written.items()), "")
+
+    @cached_property
+    def dialect(self) -> str:
+        """The dialect that usually has such keys for this component: that of the file, or if its layers have other
+        names, one that the program knows; "" none.
+        """
+        own, architecture = DIALECTS[self.own], self.layout.architecture
+        # Text encoders have other names only by a level that some versions of a class have.
+        if architecture is None or self.component or own.folder or own.naming_for(architecture) == self.layout.naming:
+            return self.own
+        alike = (
+            each.name
+            for each in DIALECTS.values()
+            if self.prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
+        )
+        return next((name for name in alike if self.program.known(name, architecture.name)), "")
+
+    @cached_property
+    def known(self) -> Known | None:
+        by_naming, architecture = self.program.by_naming, self.architecture
+        named = (
+            by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
+        )
+        return named or self.program.known(self.dialect, architecture, *self._finer)
+
+    @property
+    def _finer(self) -> tuple[str, ...]:
+        """Other names of what the architecture is here."""
+        return (f"{self.family}/{self.architecture}", self.model)
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Dialects that the program does know for this architecture."""
+        return [each for each in self.program.keys if self.program.known(each, self.architecture, *self._finer)]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the program rejects a file with this component."""
+        title = self.program.title
+        if self.unknown or (self.routed is not None and self.routed.refused):
+            return []
+        stopped = [self._stopped] if self._stopped else []
+        if self.routed is not None:
+            return stopped
+        assert self.known is not None
+        keys = {each.key for each in self.written.values()}
+        stopping = sorted(
+            each.key
+            for layer, each in self.written.items()
+            if re.fullmatch(self.known.stops, each.key) or (self.known.strict and self._unplaced(layer))
+        )
+        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
+        lacking = [key for key in self._absent if _among(key, self.known.needs, groups)]
+        found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
+        if lacking:
+            found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
+        return found
+
+    @property
+    def unknown(self) -> str:
+        """That the program knows none of its keys; "" where it does."""
+        if self.routed is not None and self.routed.refused:
+            return ""
+        taken = not self.written or not all(map(self._unplaced, self.written))
+        if (self.known is not None or self.routed is not None) and taken:
+            return ""
+        there, model = ", ".join(self._others), self.architecture or "this model"
+        if self.architecture in self.program.lacks:
+            return f"{self.program.title} has no such model as {model}"
+        if self.routed is None and not self.program.seen(self.architecture):
+            return f"which keys {self.program.title} knows for {model} was not looked at"
+        return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
+            f"; it knows {there}" if there else ", nor of any other known here"
+        )
+
+    @property
+    def _others(self) -> list[str]:
+        """The dialects that it does know for this architecture, but that of the file."""
+        return [each for each in self.elsewhere if each != self.own]
+
+    @property
+    def _stopped(self) -> str:
+        """Why the program gives a file up at a layer that it cannot take; "" where it takes what it finds."""
+        stopping = {
+            layer: verdict.why
+            for layer, verdict in self.verdicts.items()
+            if verdict.stops and not self._unplaced(self._as_written(layer))
+        }
+        if not stopping:
+            return ""
+        return f"{self.program.title} rejects the file for {some(stopping)}: {next(iter(stopping.values()))}"
+
+    @property
+    def together(self) -> str:
+        """Why the program does not take layers together that it takes one by one; "" where it does."""
+        stops = any(each.stops for each in self.verdicts.values())
+        if self.program.whole is None or stops:
+            return ""
+        entries = {at: each for at, each in self.bundle.entries.items() if not self._unplaced(self._as_written(at))}
+        return self.program.whole(replace(self.bundle, entries=entries))
+
+    @property
+    def taken(self) -> int:
+        """How many tensors the program has a use for."""
+        return sum(len(self._taken(layer).names) for layer in self.written)
+
+    def _taken(self, written: str) -> Taken:
+        """What the program makes of a layer's tensors by their names in the file."""
+        own = self._of(written)
+        if self._unplaced(written):
+            return Taken(frozenset())
+        spelled = frozenset(own.spelled)
+        return (
+            Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own, self._place(written))
+        )
+
+    def _left(self, written: str) -> frozenset[str]:
+        """Those that it does not look for, by LyCORIS' names."""
+        own, taken = self._of(written), self._taken(written).names
+        return frozenset(name for name, spelled in zip(own.tensors, own.spelled, strict=True) if spelled not in taken)
+
+    @cached_property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """What becomes of each layer."""
+        found = {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
+        pattern = self.known.together if self.known is not None and self.routed is None else ""
+        if not pattern:
+            return found
+        groups = {
+            layer: match.groups()
+            for layer in found
+            if (match := re.fullmatch(pattern, self._of(self._as_written(layer)).key))
+        }
+        failing = {group for layer, group in groups.items() if found[layer].reads == "not at all"}
+        for layer, group in groups.items():
+            if group in failing and found[layer].reads != "not at all":
+                why = f"{self.program.title} takes such layers together, and leaves all out when one fails"
+                found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
+        return found
+
+    def _of(self, written: str) -> Written:
+        """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
+        found = self.written.get(written) or self.written.get(written.removesuffix(".weight"))
+        return found or Written(self.prefix + written, {})
+
+    def _as_written(self, layer: str) -> str:
+        return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
+
+    @cached_property
+    def _among(self) -> frozenset[str]:
+        """The own names of all tensors."""
+        return frozenset(name for each in self.written.values() for name in each.tensors)
+
+    @cached_property
+    def _named(self) -> Collection[str] | None:
+        """The layers' names, as written, that the program knows; None: any."""
+        architecture, named = self.layout.architecture, self.known.named if self.known else ""
+        if architecture is None or not named:
+            return None
+        return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
+
+    @cached_property
+    def _absent(self) -> list[str]:
+        """Keys of layers that the file has nothing for."""
+        keys = {each.key for each in self.written.values()}
+        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
+        return [key for key in every if key not in keys]
+
+    @cached_property
+    def _incomplete(self) -> set[tuple[str | None, ...]]:
+        """Groups of keys that go together, of which the file lacks some."""
+        together = self.known.together if self.known is not None else ""
+        return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
+
+    @cached_property
+    def _holders(self) -> Mapping[str, Holder]:
+        return holders(self.program, self.layout)
+
+    def _span(self, layer: str) -> Span:
+        return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
+
+    @cached_property
+    def _layers(self) -> Mapping[str, str]:
+        """Layer as written → the same in the layout's names."""
+        return {self._as_written(layer): layer for layer in self.bundle.entries}
+
+    def _place(self, written: str) -> Place:
+        """How the program's model holds a layer."""
+        layer = self._layers.get(written, written)
+        return place_of(Holder(layer, self._span(layer)), self._holders, self.layout)
+
+    def _is_incomplete(self, written: str) -> bool:
+        """Whether it is of layers that the program takes together only, and others of them are not there."""
+        together = self.known.together if self.known is not None and self.routed is None else ""
+        return bool(together) and _among(self._of(written).key, together, self._incomplete)
+
+    def _unplaced(self, written: str) -> bool:
+        """Whether the program has no place for a layer's keys."""
+        if self.routed is not None:
+            return self._of(written).key in self.routed.lost
+        if self.known is None:
+            return True
+        own = self._of(written)
+        # What looks for tensors by their names looks for keys as the file has them.
+        key = own.key if self.program.takes is None else own.own
+        unnamed = (
+            self._named is not None and written not in self._named and bool(re.fullmatch(self.known.where, own.key))
+        )
+        unhinged = bool(re.fullmatch(self.known.hinge[0], own.key)) and not self._has(self.known.hinge[1])
+        return not key or unnamed or unhinged or bool(re.fullmatch(self.known.lost, key))
+
+    def _has(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return any(name in each.names for each in self.written.values())
+
+    def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
+        title, written = self.program.title, self._as_written(layer)
+        key, stored = self._of(written).key, self._of(written).tensors
+        known = None if self.routed is not None else self.known
+        if self.known is None and self.routed is None and not self.program.seen(self.architecture):
+            return Verdict("not known", f"which keys {title} knows for this model was not looked at")
+        if self._unplaced(written) or (known is not None and re.fullmatch(known.stops, key)):
+            return Verdict(
+                "not at all", f"{title} has no place for such keys", None, "format" if self._others else None
+            )
+        if known is not None and re.fullmatch(known.unsure, key):
+            return Verdict(
+                "not known", f"whether {title} has a place for such keys depends on the version of the model"
+            )
+        if "bias_indices" in stored and self.program.takes is None:
+            return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
+        verdict = self._by_the_table(layer, written, stack)
+        own = below_lengths(stack[0].algorithm).name
+        if (
+            self.taken_for
+            and verdict.reads != "not at all"
+            and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for])
+        ):
+            why = (
+                f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
+            )
+            return Verdict("not at all", why, None, "lora")
+        return self._otherwise(layer, stack) or verdict if verdict.reads == "as trained" else verdict
+
+    def _otherwise(self, layer: str, stack: tuple[Entry, ...]) -> Verdict | None:
+        """What becomes of a layer, all of which the program reads, for where and how the file has it."""
+        title, known = self.program.title, None if self.routed is not None else self.known
+        own = self._of(self._as_written(layer))
+        key, stored = own.key, own.tensors
+        if left_out := self._left_out(stack, key, stored):
+            return left_out
+        if known is not None and re.fullmatch(known.bent, key):
+            return Verdict("differently", f"{title} puts it on other rows of the weight")
+        corrected = self.bundle.report.changed.get(layer)
+        if corrected:
+            return Verdict(
+                "differently", f"{title} takes the scale that the file says; here {corrected}", None, "scale"
+            )
+        return None
+
+    def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
+        """What the program makes of the layer's tensors that it looks for."""
+        own = self._of(written)
+        verdict = self.program.verdict(
+            stack[0],
+            beside=stack[1:],
+            dialect=self.dialect or self.own,
+            architecture=self.architecture,
+            key=own.key,
+            stored=own.tensors,
+            place=self._place(written),
+            among=self._among,
+            spelled=frozenset() if self.program.takes is None else frozenset(own.spelled),
+            model=self.model,
+        )
+        if self.program.takes is not None:
+            verdict = self._of_taken(written, stack, verdict) or verdict
+        if not self._is_incomplete(written) or verdict.stops:
+            return verdict
+        why = f"{self.program.title} takes such layers together, and not all of them are there"
+        return Verdict("not at all", why, None, "format" if self._others else None)
+
+    def _of_taken(self, written: str, stack: tuple[Entry, ...], verdict: Verdict) -> Verdict | None:
+        """What becomes of a layer of which the program does not look for all tensors; None: what its table says."""
+        title, left, (taken, stops) = self.program.title, self._left(written), self._taken(written)
+        if not taken - ALPHA_AND_LENGTHS:
+            if verdict.reads == "not at all" and verdict.stops == stops:
+                return None
+            strange = some(sorted(set(self._of(written).spelled) - taken))
+            why = f"{title} looks for no tensors called {strange}" + ", and rejects the file" * stops
+            return Verdict("not at all", why, None, verdict.remedy or "anew", stops=stops)
+        if verdict.reads != "as trained":
+            return None
+        entry = stack[0]
+        plain = len(stack) == 1 and not isinstance(entry.algorithm, DoRA)
+        if left - {ALPHA, "scale"}:
+            remedy: Remedy = "joined" if "bias_indices" in left else "anew"
+            return Verdict("differently", f"{title} leaves out {some(sorted(left - {ALPHA, 'scale'}))}", None, remedy)
+        if "scale" in left:
+            ours, its = self.scales[written]
+        else:
+            ours, its = entry.algorithm.scale(entry.geometry), 1.0
+        if not left or abs(its - ours) <= SAME * abs(ours):
+            return None
+        error = abs(its / ours - 1) if plain and ours else None
+        return Verdict("differently", f"{title} does not look for {some(sorted(left))} there", error, "anew")
+
+    def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
+        """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""
+        title, dialect, (entry, *others) = self.program.title, DIALECTS[self.own], stack
+        if self.routed is not None and key in self.routed.without_lengths:
+            return Verdict(
+                "differently",
+                f"{title} leaves DoRA's magnitude out; how far off that is depends on the base weight",
+                None,
+                "plain",
+            )
+        scale = entry.algorithm.scale(entry.geometry)
+        kept_outside = (dialect.scale == "header" and ALPHA not in stored) or dialect.folder
+        outside = kept_outside and not self.program.reads_header
+        inside = self.routed is not None and key in self.routed.without_scale
+        if (outside or inside) and abs(scale - 1) > SAME:
+            where = "a file's header or config" if outside else "alpha beside such tensors"
+            error = None if others or isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
+            return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
+        return None
+
+
+def _among(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
+    match = re.fullmatch(pattern, key)
+    return match is not None and match.groups() in groups

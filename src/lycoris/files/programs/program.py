@@ -1,0 +1,226 @@
+"""What a consumer is: a program that reads adapter files, as a table of what it does with which adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from lycoris.adapters.bundle import Bundle
+from lycoris.algorithms import DoRA, Replace, below_lengths
+from lycoris.algorithms.base import Entry
+from lycoris.files.programs.keys import ALL, LOOKED_AT, Keys, Known
+from lycoris.files.programs.routes import Route
+from lycoris.files.programs.taking import Place, Takes
+from lycoris.layers.geometry import Affine, Kind
+
+Reads = Literal["as trained", "differently", "not at all", "not known"]
+Remedy = Literal[
+    "plain",
+    "dense",
+    "lora",
+    "no core",
+    "flat w2",
+    "whole w1",
+    "unlimited",
+    "both norms",
+    "both diffs",
+    "joined",
+    "anew",
+    "scale",
+    "format",
+]
+"""Names of exports, which `lycoris.files.programs.portable` makes."""
+ASKED = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
+"""Algorithms of which it was looked at what programs make of them; nothing is claimed of any other."""
+NAMES = frozenset(
+    {
+        *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values"),
+        *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "bias_size", "lora_magnitude_vector"),
+        *(f"hada_{each}" for each in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")),
+        *("weight", "on_input", "oft_blocks", "oft_diag", "rescale"),
+        *("q_layer.weight", "p_layer.weight", "lambda_layer"),
+        *("base_q.weight", "base_p.weight", "base_lambda"),
+    }
+)
+"""Tensors of which it was looked at what programs make of them."""
+
+
+class Verdict(NamedTuple):
+    """What a program makes of one layer's adapter, at strength 1."""
+
+    reads: Reads
+    why: str
+    """In one sentence."""
+    error: float | None = None
+    """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
+    remedy: Remedy | None = None
+    """The export that makes it right; None where none is needed, or none is known."""
+    stops: bool = False
+    """Whether it costs the whole file."""
+
+
+class Case(NamedTuple):
+    """A layer's adapter in a file, and what lies below it where that is known."""
+
+    entry: Entry
+    base: Affine | None = None
+    beside: tuple[Entry, ...] = ()
+    """What the file has for the layer besides."""
+    dialect: str = ""
+    architecture: str | None = None
+    """None: not known."""
+    key: str = ""
+    """The layer as its keys call it, with what they begin with; "" not known."""
+    stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
+    place: Place = ""
+    among: frozenset[str] = frozenset()
+    """The own names of all tensors of the file, likewise."""
+    spelled: frozenset[str] = frozenset()
+    """The names of its tensors as the file spells them; none: as the dialect does."""
+    model: str = ""
+    """The known model that its component is taken to be; "" not known."""
+
+    @property
+    def name(self) -> str:
+        """Of the algorithm, under DoRA's lengths if it has them; a file of DyLoRA is one of LoRA."""
+        algorithm = self.entry.algorithm
+        name = below_lengths(algorithm).name
+        return "lora" if name == "dylora" else name
+
+    @property
+    def dora(self) -> str:
+        """The axis of DoRA's lengths; "" without them."""
+        algorithm = self.entry.algorithm
+        return algorithm.axis if isinstance(algorithm, DoRA) else ""
+
+    @property
+    def dimensions(self) -> int:
+        """Of the kernel; 0 for everything but convolutions."""
+        return len(self.entry.geometry.kernel) if self.entry.geometry.kind == "conv" else 0
+
+
+Test = Callable[[Case], bool]
+
+
+class Row(NamedTuple):
+    """One line of a consumer's table: for which adapters it holds, and what comes of them."""
+
+    when: Test
+    reads: Reads
+    why: str | Callable[[Case], str]
+    remedy: Remedy | None = None
+    error: Callable[[Case], float | None] | None = None
+    stops: bool = False
+    """Whether it costs the whole file."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program that reads adapter files."""
+
+    name: str
+    title: str
+    """As it calls itself, with the version that was looked at where that matters."""
+    keys: Keys
+    """Dialects whose keys it knows, the one to write for it first → architecture → what of them."""
+    rows: tuple[Row, ...]
+    """The first that holds counts; where none does, it reads as trained."""
+    kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
+    """Kinds of layers that it has adapters for."""
+    transposes: bool = False
+    """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
+
+    asked: frozenset[str] = ASKED
+    """Algorithms of which it was looked at what it makes of them."""
+    by_naming: Callable[[str, str], Known | None] | None = None
+    """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
+    or of an architecture: as `keys` says."""
+    lacks: frozenset[str] = frozenset()
+    """Architectures of which it has no model."""
+    names: frozenset[str] = NAMES
+    """Tensors of which it was looked at what it makes of them."""
+    replaces: bool = False
+    """Whether it knows weights that stand in place of a layer's own."""
+    unmatched: int | None = None
+    """More keys than these that it passes over, and it rejects the file; None: any number."""
+    own: str = ""
+    """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
+    route: Route | None = None
+    """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
+    refuses: Callable[[Collection[str], str | None], str] | None = None
+    """Why it rejects a file by the names of its tensors and the denoiser's architecture; "" where it does not."""
+    takes: Takes | None = None
+    """The tensors of a layer that it looks for; None: not looked at, and taken to be all, however they are spelled."""
+    stops: bool = False
+    """Whether every layer that it cannot take costs the whole file."""
+    taken_for: Callable[[Iterable[str], str | None], str] | None = None
+    """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
+    None or "": each layer has its own."""
+    reads_header: bool = False
+    """Whether it honors the scale that a file's header, or a config beside it, has."""
+    whole: Callable[[Bundle], str] | None = None
+    """Why it does not take adapters together that it takes one by one; "" where it does."""
+
+    def known(self, dialect: str, architecture: str | None, *finer: str) -> Known | None:
+        """What it knows of the keys that a dialect has for an architecture; None: nothing.
+
+        `finer` are other names under which there may be something more exact.
+        """
+        there = self.keys.get(dialect, {})
+        return next((there[each] for each in (*finer, architecture or ALL, ALL) if each in there), None)
+
+    def verdict(
+        self,
+        entry: Entry,
+        base: Affine | None = None,
+        *,
+        beside: tuple[Entry, ...] = (),
+        dialect: str | None = None,
+        architecture: str | None = None,
+        key: str = "",
+        stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        place: Place = "",
+        among: frozenset[str] = frozenset(),
+        spelled: frozenset[str] = frozenset(),
+        model: str = "",
+    ) -> Verdict:
+        """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
+
+        `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
+        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the
+        program's model holds the layer, `among` the names of all tensors of the file, `spelled` those of the layer's as
+        written, `model` the known model that the component is taken to be.
+        """
+        g = entry.geometry
+        if g.kind not in self.kinds:
+            return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
+        if g.transposed and g.kind != "embedding" and not self.transposes:
+            return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
+        if not self.replaces and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
+            return Verdict("not at all", f"{self.title} is not known to put whole weights in place of a layer's own")
+        case = Case(
+            *(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among),
+            spelled=spelled,
+            model=model,
+        )
+        for row in self.rows:
+            if row.when(case):
+                error = None if row.error is None else row.error(case)
+                why = row.why if isinstance(row.why, str) else row.why(case)
+                stops = row.reads == "not at all" and (row.stops or self.stops)
+                return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
+        if case.name not in self.asked:
+            return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
+        if strange := sorted(stored.keys() - self.names):
+            return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
+        return Verdict("as trained", f"{self.title} computes what was trained")
+
+    def seen(self, architecture: str | None) -> bool:
+        """Whether it was looked at which keys it knows for an architecture."""
+        named = any(ALL in there or architecture in there for there in self.keys.values())
+        return architecture in LOOKED_AT or architecture in self.lacks or named

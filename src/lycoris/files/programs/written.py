@@ -1,0 +1,118 @@
+"""The layers of a file under the names that it has for them and for their tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lycoris.algorithms import ALPHA
+from lycoris.files.detect import Detection
+from lycoris.files.dialects import DIALECTS
+from lycoris.files.dialects.base import Key
+from lycoris.files.dialects.components import component_of
+from lycoris.files.opening import Opened
+from lycoris.files.programs import Consumer
+from lycoris.files.programs.routes import Routed, Sent
+from lycoris.models.families import ARCHITECTURES, FAMILIES
+
+_PROCESSOR = re.compile(r"(.+)(_lora\.(?:up|down)\.weight)")
+
+
+class Written(NamedTuple):
+    """A layer in a file."""
+
+    key: str
+    """What the names of its tensors have in common."""
+    tensors: Mapping[str, tuple[int, ...]]
+    """Their shapes, by name in LyCORIS' spelling."""
+    names: tuple[str, ...] = ()
+    """Of the tensors, as the file has them."""
+    spelled: tuple[str, ...] = ()
+    """The part of those that is the tensor's own; a whole name where it does not begin with a key as programs have
+    them."""
+    own: str = ""
+    """The key as the file has it: of attention processors another one; "" none."""
+
+
+def written_in(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
+    """Component → layer as written → what the file has."""
+    whose = component_of(FAMILIES[detection.family] if detection.family else None)
+    in_file = {name: other for other, name in detection.renamed.items()}
+    found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
+    for name, shape in shapes.items():
+        key = DIALECTS[detection.dialect].split(name)
+        if key is not None:
+            layers = found.setdefault(whose(key), {})
+            before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
+            own, spelled = _parted(in_file.get(name, name), key)
+            layers[key.layer] = before._replace(
+                tensors={**before.tensors, key.suffix: shape},
+                names=(*before.names, name),
+                spelled=(*before.spelled, spelled),
+                own=before.own or own,
+            )
+    return found
+
+
+def names_in_file(found: Opened) -> list[str]:
+    """Of all tensors, as the file has them."""
+    in_file = {name: other for other, name in found.detection.renamed.items()}
+    return [in_file.get(name, name) for name in found.shapes]
+
+
+def _parted(name: str, key: Key) -> tuple[str, str]:
+    """The layer's key, and the tensor's own name."""
+    whole = key.prefix + key.layer
+    if name == f"{whole}.{key.spelled}":
+        return whole, key.spelled
+    found = _PROCESSOR.fullmatch(name)
+    return (found[1], found[2]) if found is not None else ("", name)
+
+
+RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")
+"""Factors whose first size is the rank."""
+
+
+def scales_in(found: Opened, written: Mapping[str, Written]) -> dict[str, tuple[float, float]]:
+    """Layer as written → the scale that it has as a number of its own, and the one that alpha says."""
+    scales = {}
+    for layer, own in written.items():
+        scale = tensor_of(found, own, "scale")
+        if scale is None or scale.numel() != 1:
+            continue
+        alpha, ranked = tensor_of(found, own, ALPHA), next((name for name in RANKED if name in own.tensors), None)
+        its = 1.0 if alpha is None or ranked is None else float(alpha) / own.tensors[ranked][0]
+        scales[layer] = (float(scale), its)
+    return scales
+
+
+def tensor_of(found: Opened, written: Written, suffix: str) -> Tensor | None:
+    """A tensor of a layer, by its name in LyCORIS' spelling."""
+    if suffix not in written.tensors:
+        return None
+    name = dict(zip(written.tensors, written.names, strict=True))[suffix]
+    in_file = {other: own for own, other in found.detection.renamed.items()}
+    return found.tensors.get(in_file.get(name, name))
+
+
+def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
+    """What becomes of all keys together in a program that looks at all of them."""
+    if program.route is None:
+        return None
+    layers = {
+        each.key: tuple(name.removeprefix(f"{each.key}.") for name in each.names)
+        for component in written.values()
+        for each in component.values()
+    }
+    return program.route(Sent(layers, denoiser_of(found), tuple(found.shapes)))
+
+
+def denoiser_of(found: Opened) -> str | None:
+    """The architecture of the denoiser that a file is for; None: not known."""
+    architecture = found.layouts[""].architecture if "" in found.layouts else None
+    if architecture is None and found.family is not None:
+        architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]
+    return None if architecture is None else architecture.name

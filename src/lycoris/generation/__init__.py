@@ -1,1 +1,0 @@
-"""Inference: pictures from stock pipelines with adapters."""

@@ -1,0 +1,37 @@
+"""Parameters that several modules of a model own, such as output layers tied to the embeddings."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from lycoris.layers import paths
+from lycoris.layers.geometry import Site
+
+Owners = dict[int, list[str]]
+"""By the identity of a parameter: the names that it has, in model order."""
+
+
+def spells_out(pattern: str, path: str) -> bool:
+    """Whether a pattern for paths has the last part of a path in it as a word, and not only a wildcard for it."""
+    return path.rpartition(".")[2] in re.split(r"\W+", pattern)
+
+
+def owners(model: nn.Module) -> Owners:
+    """The parameters of a model that more than one module owns; a module that appears twice is one."""
+    found: Owners = {}
+    for path, module in paths.named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return {key: names for key, names in found.items() if len(names) > 1}
+
+
+def tied_to(place: Site, shared: Owners) -> tuple[str, ...]:
+    """Names of the parameters of other modules that what an adapter at a place changes is as well."""
+    own = (place.attribute,) if place.attribute else ("weight", "bias")
+    prefix = place.path.removesuffix(place.attribute).removesuffix(".") if place.attribute else place.path
+    mine = {f"{prefix}.{name}" if prefix else name for name in own}
+    names = [name for each in own for name in shared.get(id(place.module._parameters.get(each)), ())]
+    return tuple(name for name in names if name not in mine)

@@ -1,0 +1,1 @@
+"""Which models are known? Their names and outlines; no weights, and nothing of files."""

@@ -1,0 +1,68 @@
+"""What a family of models is: all that is known of it, in one file of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from lycoris.models.families.naming import Naming
+
+TimestepUnit = Literal["steps", "fraction", "reversed", "reversed steps"]
+"""fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. steps: t itself, 0 (clean) to T (noise)."""
+Config = Mapping[str, Any]
+"""What a known model's class is made with, where it differs from the defaults of the class."""
+
+
+class Trained(NamedTuple):
+    """What Musubi Tuner trains of a model."""
+
+    targets: Sequence[str]
+    """Classes of the code that it runs whose linear layers are meant."""
+    excludes: Sequence[str] = ()
+    """Regular expressions that match the whole paths of layers that are left out."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of network: a denoiser, a text encoder, a language model."""
+
+    name: str
+    classes: tuple[str, ...]
+    """Names of the classes that such a network has: first of diffusers or transformers, then of the original code."""
+    models: Mapping[str, Config] = field(default_factory=dict)
+    """Known models of it: name (of its outline too, which `make models` writes) → what the class is made with."""
+    namings: Mapping[str, Naming] = field(default_factory=dict)
+    """Beside diffusers' own: "original" for the published code, "comfyui" where ComfyUI has others than that, "sgm" for
+    the original of UNets, ... A missing one is the same as diffusers'."""
+    blocks: tuple[str, ...] = ()
+    """Classes of its transformer blocks in diffusers and in the original code; presets mean all layers in them."""
+    attention: tuple[str, ...] = ()
+    """Classes of attention layers in them, of both codes."""
+    feed_forward: tuple[str, ...] = ()
+    """Classes of feed-forwards in them, of both codes."""
+    musubi: Trained | None = None
+    """What Musubi Tuner trains; None for a model that it does not recognize by its classes."""
+    timestep: TimestepUnit = "steps"
+    """What diffusers' pipelines hand to its first class as the timestep."""
+
+    @property
+    def outlines(self) -> tuple[str, ...]:
+        """Names of the known models, by which `lycoris.models.outline` has them."""
+        return tuple(self.models)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that are used by the same pipelines; their adapters go by the same names."""
+
+    name: str
+    components: Mapping[str, str]
+    """Component as diffusers' pipelines call it ("" for the denoiser) → name of its architecture."""
+    kohya: Mapping[str, str] = field(default_factory=lambda: {"lora_unet": ""})
+    """Prefix of kohya's files, such as lora_te3 → component; where several mean one, the first is written."""
+    comfyui: Mapping[str, str] = field(default_factory=dict)
+    """ComfyUI's name of a text encoder, such as clip_l → component."""
+    versions: tuple[str, ...] = ()
+    """Beginnings, in small letters, of what headers call it (`ss_base_model_version`, `modelspec.architecture`). Of
+    those that fit, over all families, the longest counts."""

@@ -1,0 +1,159 @@
+"""One model, several ways to call its layers.
+
+A layer has a name in diffusers (for text encoders: in transformers), and others in the code that the model was
+published with and in the programs that load it. A module there may hold the rows of several here, such as one
+projection to queries, keys and values; the two halves of a final modulation are exchanged. Diffusers' names are the
+middle: every other naming says what its names stand for in them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Protocol, TypeVar
+
+from lycoris.layers.geometry import Geometry
+
+Each = TypeVar("Each")
+
+DIFFUSERS = "diffusers"
+"""What the naming in the middle goes by."""
+Sizes = Callable[[int, int, int], tuple[int, ...]]
+"""(rows of the whole, columns, number of parts) → rows of each part."""
+
+
+class Span(NamedTuple):
+    """What a name stands for: the rows of these layers of diffusers, one after the other."""
+
+    parts: tuple[str, ...]
+    swapped: bool = False
+    """Whether shift and scale, the two halves of the rows of a modulation, are the other way round; see `swaps`."""
+    gated: bool = False
+    """Whether gate and value, the two halves of the rows of a feed-forward's first layer, are."""
+
+    def swaps(self, g: Geometry) -> bool:
+        """Whether that is so for a layer of this shape: of modulations, only those of just two chunks are exchanged."""
+        return self.gated or (self.swapped and g.out_features == 2 * g.fan_in)
+
+
+class Naming(Protocol):
+    """Names of layers, from and to diffusers'. Knows patterns only; which layers there are is for a model to say."""
+
+    def span(self, name: str) -> Span | None:
+        """What a name of this naming stands for; None when it has none of its own: it may be the same in both."""
+
+    def home(self, path: str) -> str | None:
+        """The name of the module that holds a layer of diffusers; None as above."""
+
+    def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
+        """How many rows each part of a module has."""
+
+
+def even(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+    """Equal parts."""
+    return (rows // parts,) * parts
+
+
+def square_first(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+    """A square part, then equal ones: queries of the full width, keys and values of fewer heads."""
+    return (columns, *((rows - columns) // (parts - 1),) * (parts - 1))
+
+
+def square_but_last(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+    """Square parts, then what is left: queries, keys and values beside the first half of a feed-forward."""
+    return (*(columns,) * (parts - 1), rows - columns * (parts - 1))
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One line of a naming: patterns of dotted names in which `*` is any whole step, the same on both sides."""
+
+    there: str
+    here: str | Sequence[str]
+    """In diffusers; several for a module that holds the rows of all of them, in this order."""
+    swapped: bool = False
+    gated: bool = False
+    """This and the one before: see `Span`."""
+    sizes: Sizes = even
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.here,) if isinstance(self.here, str) else tuple(self.here)
+
+
+def inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]:
+    """Renames of what is in a module."""
+    return tuple(
+        replace(each, there=f"{there}.{each.there}", here=tuple(f"{here}.{part}" for part in each.parts))
+        for each in renames
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A naming as a list of renames; the first that matches counts. What is in a renamed module moves along."""
+
+    renames: tuple[Rename, ...]
+
+    def span(self, name: str) -> Span | None:
+        for rename in self._there(_first(name)):
+            found = _match(rename.there, name)
+            if found is not None:
+                return Span(tuple(_filled(part, found) for part in rename.parts), rename.swapped, rename.gated)
+        return None
+
+    def home(self, path: str) -> str | None:
+        for rename, part in self._here(_first(path)):
+            found = _match(part, path)
+            if found is not None:
+                return _filled(rename.there, found)
+        return None
+
+    def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
+        rename = next((each for each in self._there(_first(name)) if _match(each.there, name) is not None), None)
+        return (rows,) if rename is None else rename.sizes(rows, columns, len(rename.parts))
+
+    def _there(self, first: str) -> Sequence[Rename]:
+        """The renames that a name of this naming with such a first step may match."""
+        return self._by_first[0].get(first, self._by_first[0]["*"])
+
+    def _here(self, first: str) -> Sequence[tuple[Rename, str]]:
+        """The same for diffusers' names, with the pattern that may match."""
+        return self._by_first[1].get(first, self._by_first[1]["*"])
+
+    @cached_property
+    def _by_first(self) -> tuple[Mapping[str, Sequence[Rename]], Mapping[str, Sequence[tuple[Rename, str]]]]:
+        """The renames by the first step of their patterns; those that start with a star are in all of them."""
+        there = [(_first(each.there), each) for each in self.renames]
+        here = [(_first(part), (each, part)) for each in self.renames for part in each.parts]
+        return _group_by_first_step(there), _group_by_first_step(here)
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _group_by_first_step(all_: Sequence[tuple[str, Each]]) -> dict[str, list[Each]]:
+    firsts = {"*", *(first for first, _ in all_)}
+    return {first: [each for own, each in all_ if own in (first, "*")] for first in firsts}
+
+
+@lru_cache(maxsize=4096)
+def _pattern(pattern: str) -> re.Pattern[str]:
+    steps = (r"([^.]+)" if step == "*" else re.escape(step) for step in pattern.split("."))
+    return re.compile(r"\.".join(steps) + r"((?:\..+)?)")
+
+
+def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What the stars of a pattern stand for, and what comes behind it."""
+    found = _pattern(pattern).fullmatch(name)
+    return None if found is None else found.groups()
+
+
+def _filled(pattern: str, found: tuple[str, ...]) -> str:
+    *stars, rest = found
+    for star in stars:
+        pattern = pattern.replace("*", star, 1)
+    return pattern + rest

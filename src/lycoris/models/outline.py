@@ -1,0 +1,169 @@
+"""A model without its code: which modules it is made of, as data from which an empty copy is built.
+
+An outline is enough to plan on: classes by name, layers by their sizes, parameters by their shapes. Those of well-known
+models come with this package, so that planning for them needs no model library and takes no time.
+
+    {"class": name, "layer": [class of torch, arguments], "parameters": {name: shape}, "children": {name: outline}}
+
+Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18. The outermost may
+have "tied": {name: name} besides, for a parameter that is the same as an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import nn
+
+from lycoris.errors import ConfigError, unknown
+from lycoris.layers.geometry import Geometry, sites
+
+Outline = Mapping[str, Any]
+
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    "Linear": ("in_features", "out_features"),
+    "Conv1d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "Conv3d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "Embedding": ("num_embeddings", "embedding_dim"),
+    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine"),
+    "GroupNorm": ("num_groups", "num_channels", "eps", "affine"),
+    "RMSNorm": ("normalized_shape", "eps", "elementwise_affine"),
+}
+"""Classes of torch that are built as themselves, and the attributes that they are built from."""
+
+
+def outline(model: nn.Module) -> dict[str, Any]:
+    """The outline of a model. A module that appears twice is told once, under its first path."""
+    tied = _tied(model)
+    return _told(model, set()) | ({"tied": tied} if tied else {})
+
+
+def build(told: Outline) -> nn.Module:
+    """An empty model on torch's meta device: classes of the same names, layers and parameters of the same shapes."""
+    with torch.device("meta"):
+        made = _built(told)
+    for name, first in told.get("tied", {}).items():
+        path, _, own = name.rpartition(".")
+        made.get_submodule(path).register_parameter(own, made.get_parameter(first))
+    return made
+
+
+def names() -> list[str]:
+    """The models whose outlines come with this package."""
+    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
+
+
+def known(name: str) -> nn.Module:
+    """An empty copy of a well-known model. Raises `ConfigError` for another name, with the nearest that exists."""
+    return build(told(name))
+
+
+def told(name: str) -> Outline:
+    """The outline of a well-known model. Raises as `known` does."""
+    if name not in names():
+        raise ConfigError(unknown("model", name, names()))
+    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
+
+
+def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
+    """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
+    own = {key: value for key, value in told.items() if key not in ("children", "tied")}
+    yield from _own(json.dumps(own))
+    for name, child in told.get("children", {}).items():
+        inner = [*places(child)]
+        for each, _ in _each({name: child}):
+            yield from ((f"{each}.{path}" if path else each, geometry) for path, geometry in inner)
+
+
+@lru_cache(maxsize=4096)
+def _own(told: str) -> tuple[tuple[str, Geometry], ...]:
+    """Those of a module without children. Most of a model's are alike, and so are many of several models."""
+    return tuple((site.path, site.geometry) for site in sites(build(json.loads(told))))
+
+
+def _folder() -> Any:
+    return files("lycoris.models") / "outlines"
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    tied = {}
+    for path, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            name = f"{path}.{own}" if path else own
+            if parameter is not None and first.setdefault(id(parameter), name) != name:
+                tied[name] = first[id(parameter)]
+    return tied
+
+
+def _told(module: nn.Module, seen: set[int]) -> dict[str, Any]:
+    seen.add(id(module))
+    told: dict[str, Any] = {"class": type(module).__name__}
+    layer = next(
+        (cls for cls in type(module).__mro__ if cls.__name__ in LAYERS and cls.__module__.startswith("torch.")), None
+    )
+    if layer is not None:
+        told["layer"] = [layer.__name__, {name: getattr(module, name) for name in LAYERS[layer.__name__]}]
+        bias = module._parameters.get("bias")
+        if "bias" in module._parameters and bias is None:
+            told["layer"][1]["bias"] = False
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            told["layer"][1]["padding_mode"] = module.padding_mode
+        return told
+    parameters = {name: [*p.shape] for name, p in module._parameters.items() if p is not None}
+    children = {
+        name: _told(child, seen)
+        for name, child in module._modules.items()
+        if child is not None and id(child) not in seen
+    }
+    return (
+        told
+        | ({"parameters": parameters} if parameters else {})
+        | ({"children": _joined(children)} if children else {})
+    )
+
+
+def _joined(children: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Consecutive numbers with the same outline, as one range."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for name, child in children.items():
+        first, last, before = found[-1] if found else ("", "", {})
+        if before == child and last.isdigit() and name == str(int(last) + 1):
+            found[-1] = (first, name, child)
+        else:
+            found.append((name, name, child))
+    return {first if first == last else f"{first}..{last}": child for first, last, child in found}
+
+
+def _each(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
+    for name, child in children.items():
+        first, _, last = name.partition("..")
+        if first.isdigit() and last.isdigit():
+            for at in range(int(first), int(last) + 1):
+                yield str(at), child
+        else:
+            yield name, child
+
+
+def _built(told: Outline) -> nn.Module:
+    if "layer" in told:
+        base, arguments = told["layer"]
+        if base == "Embedding":  # left to fill its weight, it makes torch import its compiler
+            weight = torch.empty(arguments["num_embeddings"], arguments["embedding_dim"])
+            arguments = {**arguments, "_weight": weight}
+        made = getattr(nn, base)(**arguments)
+        if told["class"] != base:
+            made.__class__ = type(told["class"], (type(made),), {})
+        return made
+    made = type(told["class"], (nn.Module,), {})()
+    for name, shape in told.get("parameters", {}).items():
+        made.register_parameter(name, nn.Parameter(torch.empty(shape)))
+    for name, child in _each(told.get("children", {})):
+        made.add_module(name, _built(child))
+    return made

@@ -1,0 +1,180 @@
+"""The options of `lycoris_config.json`: which algorithm knows which, and how a value is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lycoris.errors import ConfigError, unknown
+from lycoris.targeting.remarks import Remark
+
+if TYPE_CHECKING:
+    from lycoris.algorithms.base import Algorithm
+
+
+class Option(NamedTuple):
+    """How a config's option reaches an algorithm."""
+
+    field: str | None
+    """The algorithm's own name for it; None: not a field of an algorithm."""
+    algorithms: tuple[str, ...]
+    kind: type
+    built: bool = True
+    """False: known to some mode that is not built yet; only a value that leaves it off is accepted."""
+
+
+ALGORITHMS: tuple[tuple[str, str], ...] = (
+    ("lora", "LoRA"),
+    ("locon", "LoRA"),
+    ("loha", "LoHa"),
+    ("lokr", "LoKr"),
+    ("full", "Full"),
+    ("tlora", "TLoRA"),
+    ("dylora", "DyLoRA"),
+    ("glora", "GLoRA"),
+    ("diag-oft", "OFT"),
+    ("boft", "BOFT"),
+    ("ia3", "IA3"),
+)
+"""Names in configs, and the classes, which are not imported before one is used: a config is checked without torch."""
+
+RANKED = ("lora", "locon", "loha", "lokr", "tlora", "dylora", "glora")
+FACTORED = ("lora", "locon", "loha", "lokr")
+WITH_DORA = (*FACTORED, "dylora")
+DROPPING = (*FACTORED, "tlora", "glora")
+ADDING = (*WITH_DORA, "tlora", "full")
+ALL = tuple(name for name, _ in ALGORITHMS)
+
+OPTIONS: Mapping[str, Option] = {
+    "use_tucker": Option("tucker", FACTORED, bool),
+    "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
+    "rs_lora": Option("rs_lora", RANKED, bool),
+    "factor": Option("factor", ("lokr",), int),
+    "full_matrix": Option("full_matrix", ("lokr",), bool),
+    "decompose_both": Option("decompose_both", ("lokr",), bool),
+    "unbalanced_factorization": Option("unbalanced", ("lokr",), bool),
+    "stable_init": Option("stable_init", ("loha", "lokr"), bool),
+    "sig_type": Option("vectors", ("tlora",), str),
+    "use_data_init": Option("data_init", ("tlora",), bool),
+    "dora_wd": Option(None, WITH_DORA, bool),
+    "weight_decompose": Option(None, WITH_DORA, bool),
+    "wd_on_output": Option(None, WITH_DORA, bool),
+    "wd_on_out": Option(None, WITH_DORA, bool),
+    "tlora_min_rank": Option(None, ("tlora",), int),
+    "tlora_alpha": Option(None, ("tlora",), float),
+    "bypass_mode": Option(None, ALL, bool),
+    "dropout": Option("dropout", ADDING, float),
+    "rank_dropout": Option("rank_dropout", DROPPING, float),
+    "rank_dropout_scale": Option("rank_dropout_scale", DROPPING, bool),
+    "module_dropout": Option("module_dropout", ALL, float),
+    "train_norm": Option(None, ALL, bool),
+    "train_llm_adapter": Option(None, ALL, bool, built=False),
+    "block_size": Option("block_size", ("dylora",), int),
+    "constraint": Option("constraint", ("diag-oft", "boft"), float),
+    "rescaled": Option("rescale", ("diag-oft", "boft"), bool),
+    "train_on_input": Option("on_input", ("ia3",), bool),
+    "mask_group_id": Option(None, ("tlora",), int, built=False),
+}
+"""Options that any algorithm of the format knows."""
+
+SCHEDULE = ("tlora_min_rank", "tlora_alpha")
+"""Options of the one schedule that all T-LoRA layers of a recipe share."""
+
+SIZES = ("linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
+UNUSED_SIZES: Mapping[str, tuple[str, ...]] = {
+    "full": SIZES,
+    "ia3": SIZES,
+    "diag-oft": ("linear_alpha", "conv_alpha"),
+    "boft": ("linear_alpha", "conv_alpha"),
+}
+"""Sizes that say nothing to an algorithm."""
+
+TOP = ("algo", "multiplier", *SIZES, "apply_preset", "preset", "unserved")
+OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha")
+
+
+def unknown_options(given: Mapping[str, Any]) -> list[Remark]:
+    """A remark for each top-level option that no algorithm of the format knows."""
+    strange = [name for name in given if name not in OPTIONS and name not in TOP]
+    return [unknown_option(name, "") for name in strange]
+
+
+def unknown_option(name: str, where: str) -> Remark:
+    text = unknown("option", name, [*OPTIONS, *(OVERRIDE if where else TOP)])
+    return Remark(f"{text}{where}; it was ignored", "unknown")
+
+
+def check_algorithm(name: str) -> None:
+    """Raise `ConfigError` for a name that no algorithm has."""
+    known = dict(ALGORITHMS)
+    if name not in known:
+        raise ConfigError(unknown("algorithm", name, known))
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The algorithm of a name in configs. Raises `ConfigError` for an unknown one."""
+    from lycoris import algorithms
+
+    check_algorithm(name)
+    found: type[Algorithm] = getattr(algorithms, dict(ALGORITHMS)[name])
+    return found
+
+
+def parse_options(
+    algo: str, given: Mapping[str, Any], where: str, strict: bool, remarks: list[Remark]
+) -> dict[str, Any]:
+    """Options that reach the algorithm or the recipe. The others are refused or remarked upon."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in OPTIONS:
+            remark = unknown_option(name, where)
+            if strict:
+                raise ConfigError(remark.removesuffix("; it was ignored"))
+            remarks.append(remark)
+            continue
+        entry = OPTIONS[name]
+        parsed = parse_optional(value, name, entry.kind)
+        if not entry.built:
+            if parsed:
+                raise ConfigError(
+                    f"{name} = {value!r}{where} is not built yet; leave it out or set it to {entry.kind()!r}"
+                )
+        elif algo not in entry.algorithms:
+            if parsed:
+                remarks.append(Remark(f"{algo} has no {name}{where}; it is for {', '.join(entry.algorithms)}"))
+        elif parsed is not None:
+            options[name] = parsed
+    return options
+
+
+def parse_rank(value: Any, name: str) -> int | None:
+    """A rank; None when none was given, which is not the same as 0."""
+    rank: int | None = parse_optional(value, name, int)
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {name} = {value!r}")
+    return rank
+
+
+def parse_optional(value: Any, name: str, kind: type) -> Any:
+    return None if value is None else parse_number(value, name, kind)
+
+
+def parse_number(value: Any, name: str, kind: type) -> Any:
+    """A value of the wanted type; kohya-style callers hand strings over, and false for "none"."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        text = str(value).lower()
+        if text in ("true", "1", "yes", "false", "0", "no", "none", ""):
+            return text in ("true", "1", "yes")
+        raise ConfigError(f"{name} must be true or false, not {value!r}")
+    if value is False:
+        return kind()
+    try:
+        parsed = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        parsed = None
+    if parsed is None or value is True or (kind is int and float(value) != parsed):
+        words = {int: "a whole number", float: "a number", str: "a word"}
+        raise ConfigError(f"{name} must be {words[kind]}, not {value!r}")
+    return parsed

@@ -1,0 +1,189 @@
+"""Presets: which modules of a model are meant, by class and by name, with settings of their own."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from lycoris.errors import ConfigError, unknown
+from lycoris.targeting.remarks import Remark
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lycoris.layers.geometry import Site
+
+Options = Mapping[str, Any]
+
+LAYER_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm")
+
+
+PRESETS_WITH_CONV: Mapping[str, bool] = {
+    "full": True,
+    "full-lin": False,
+    "attn-mlp": False,
+    "attn-only": False,
+    "unet-only": True,
+    "unet-transformer-only": False,
+    "unet-convblock-only": True,
+    "ia3": False,
+}
+"""Built-in presets by name. For one model they only say whether convolutions with a real kernel are meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The `apply_preset` part of a config. A layer is meant by its name first, else by the classes around it."""
+
+    enable_conv: bool = True
+    """Whether convolutions with a real kernel get adapters; 1x1 ones count as linear."""
+    target_module: tuple[str, ...] = LAYER_CLASSES
+    """Class names: of a layer itself, or of a module all of whose layers are meant. `*` and `?` are wildcards."""
+    target_name: tuple[str, ...] = ()
+    """Patterns for dotted layer paths."""
+    module_algo_map: Mapping[str, Options] = field(default_factory=dict)
+    """Class name → settings for the layers in it. Its keys count as targets; the innermost class wins."""
+    name_algo_map: Mapping[str, Options] = field(default_factory=dict)
+    """Pattern → settings for the layers whose path it matches. Its keys count as targets."""
+    exclude_name: tuple[str, ...] = ()
+    """Patterns for paths that get nothing, whatever else matches."""
+    use_fnmatch: bool = False
+    """Patterns are globs that match whole paths. False: regular expressions that match from the start of the path."""
+    lora_prefix: str = "lycoris"
+    """What names in the file start with."""
+    unet_target_module: tuple[str, ...] = ()
+    """For the kohya interface; here and below accepted so that one preset serves both."""
+    unet_target_name: tuple[str, ...] = ()
+    text_encoder_target_module: tuple[str, ...] = ()
+    text_encoder_target_name: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Preset:
+        """From a JSON object. Raises `ConfigError` for unknown keys and values of the wrong type."""
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"a preset must be an object with keys such as target_module, not {given!r}")
+        known = {f.name: f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in given.items():
+            if key not in known:
+                raise ConfigError(unknown("preset key", key, known))
+            values[key] = _checked(key, value)
+        for pattern in (
+            *values.get("target_name", ()),
+            *values.get("exclude_name", ()),
+            *values.get("name_algo_map", ()),
+        ):
+            if not values.get("use_fnmatch", False):
+                _compiled(pattern)
+        return cls(**values)
+
+    def options_for(self, path: str, layer: nn.Module, around: Sequence[nn.Module]) -> Options | None:
+        """Settings of its own for a layer that is meant, {} when it has none; None for a layer that is not meant."""
+        if self.excludes(path):
+            return None
+        by_class = self._by_class([type(module).__name__ for module in (layer, *around)])
+        named = self._first((*self.name_algo_map, *self.target_name), path)
+        if named is None:
+            return by_class
+        return self.name_algo_map.get(named, by_class or {})
+
+    def names(self, place: Site) -> bool:
+        """Whether a pattern asks for a layer by the last part of its path, or a target by a class of its own."""
+        from lycoris.layers.tied_parameters import spells_out
+
+        own = type(place.module).__name__
+        patterns = (*self.name_algo_map, *self.target_name)
+        by_class = own not in LAYER_CLASSES and own in (*self.module_algo_map, *self.target_module)
+        return by_class or any(spells_out(each, place.path) and self.means(each, place.path) for each in patterns)
+
+    def excludes(self, path: str) -> bool:
+        """Whether a path is one that gets nothing."""
+        return self._first(self.exclude_name, path) is not None
+
+    def _by_class(self, classes: Sequence[str]) -> Options | None:
+        found = (_class_in(self.module_algo_map, name) for name in classes)
+        mapped = next((target for target in found if target is not None), None)
+        if mapped is not None:
+            return self.module_algo_map[mapped]
+        return {} if any(_class_in(self.target_module, name) is not None for name in classes) else None
+
+    def _first(self, patterns: Sequence[str], path: str) -> str | None:
+        if path in patterns:
+            return path
+        return next((pattern for pattern in patterns if self.matches(pattern, path)), None)
+
+    def overrides(self) -> tuple[Options, ...]:
+        """The settings of both maps."""
+        return (*self.module_algo_map.values(), *self.name_algo_map.values())
+
+    def for_pipelines(self) -> list[str]:
+        """Keys that were given and that only the kohya interface reads."""
+        return [f.name for f in fields(self) if f.name.startswith(("unet_", "text_encoder_")) and getattr(self, f.name)]
+
+    def means(self, pattern: str, path: str) -> bool:
+        """Whether a pattern, or the very path, means a path."""
+        return pattern == path or self.matches(pattern, path)
+
+    def matches(self, pattern: str, path: str) -> bool:
+        """Whether a pattern means a path."""
+        if self.use_fnmatch:
+            return fnmatch.fnmatchcase(path, pattern)
+        return _compiled(pattern).match(path) is not None
+
+
+def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: list[Remark]) -> Preset:
+    """A preset with what a built-in one of that name says, remarked upon. Raises `ConfigError` for an unknown name."""
+    if name is None:
+        return preset
+    if str(name) not in PRESETS_WITH_CONV:
+        raise ConfigError(unknown("preset", str(name), PRESETS_WITH_CONV))
+    on = PRESETS_WITH_CONV[str(name)]
+    remarks.append(
+        Remark(
+            f"for one model the preset {str(name)!r} only says that convolutions with a real kernel "
+            f"{'get' if on else 'do not get'} adapters; name targets in apply_preset"
+        )
+    )
+    if "enable_conv" in given:
+        return preset
+    return replace(preset, enable_conv=on)
+
+
+def names_class(target: str, name: str) -> bool:
+    """Whether a target, which may have wildcards, means the class of a name."""
+    return target == name or fnmatch.fnmatchcase(name, target)
+
+
+def _class_in(targets: Collection[str], name: str) -> str | None:
+    """The target that means a class: its very name before a wildcard."""
+    return name if name in targets else next((target for target in targets if names_class(target, name)), None)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{pattern!r} is not a regular expression ({error}); for wildcards set use_fnmatch to true"
+        ) from None
+
+
+def _checked(key: str, value: Any) -> Any:
+    if key in ("enable_conv", "use_fnmatch"):
+        if not isinstance(value, bool):
+            raise ConfigError(f"preset key {key!r} must be true or false, not {value!r}")
+        return value
+    if key == "lora_prefix":
+        if not isinstance(value, str) or "." in value or not value:
+            raise ConfigError(f"preset key 'lora_prefix' must be a word without dots, not {value!r}")
+        return value
+    if key.endswith("_map"):
+        if not isinstance(value, Mapping) or not all(isinstance(options, Mapping) for options in value.values()):
+            raise ConfigError(f"preset key {key!r} must map names to objects of settings, not {value!r}")
+        return {name: dict(options) for name, options in value.items()}
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"preset key {key!r} must be a list of names, not {value!r}")
+    return tuple(value)

@@ -1,0 +1,111 @@
+"""From checked inputs to a run that can take steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lycoris.adapters.adapter_set import AdapterSet
+from lycoris.errors import ConfigError, PlanError
+from lycoris.targeting.planning import Plan
+from lycoris.training import base_model, cache, objective
+from lycoris.training.console import say
+from lycoris.training.preflight import Checked
+from lycoris.training.run import History, Run, restore, schedule
+from lycoris.training.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def prepare(checked: Checked, console: Console) -> Run:
+    """Load the base, put the adapters on it, encode the images, and restore the checkpoint if there is one."""
+    settings = checked.settings
+    accelerator = _accelerator(settings)
+    pipe = base_model.load(settings, accelerator.device)
+    noise_schedule = objective.training_scheduler(pipe.scheduler)
+    torch.manual_seed(settings.seed)
+    plan = _plan(checked, pipe)
+    adapters = AdapterSet.build(pipe.unet, plan)
+    adapters.schedule = schedule(checked.recipe, noise_schedule)
+    adapters.set_strength(checked.recipe.multiplier)
+    adapters.attach()
+    if settings.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    _warn_of_cut_captions(pipe, checked, console)
+    training, held_out = _encode(pipe, checked, console)
+    optimizer, rates = accelerator.prepare(*_optimizer(settings, adapters))
+    run = Run(
+        checked, accelerator, pipe, plan, adapters, noise_schedule, optimizer, rates, training, held_out,
+        cache.encode_text(pipe, [""])[0], History(),
+    )  # fmt: skip
+    if checked.resume is not None:
+        restore(run, checked.resume)
+    return run
+
+
+def _plan(checked: Checked, pipe: Any) -> Plan:
+    try:
+        return checked.recipe.plan(pipe.unet)
+    except (ConfigError, PlanError) as error:
+        raise type(error)(f"{checked.settings.lycoris_config}: {error}") from None
+
+
+def _accelerator(settings: Settings) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        log_with="tensorboard" if settings.report_to == "tensorboard" else None,
+        project_config=ProjectConfiguration(str(settings.output_dir), str(settings.output_dir)),
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"training runs in one process so far, not in {accelerator.num_processes}; start it without a launcher"
+        )
+    return accelerator
+
+
+def _optimizer(settings: Settings, adapters: AdapterSet) -> tuple[Any, Any]:
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.AdamW(
+        list(adapters.parameters()),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.adam_weight_decay,
+    )
+    rates = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
+    return optimizer, rates
+
+
+def _warn_of_cut_captions(pipe: Any, checked: Checked, console: Console) -> None:
+    captions = [example.caption for example in (*checked.training, *checked.held_out)]
+    cut = cache.cut_captions(pipe, captions)
+    if cut:
+        say(
+            console,
+            f"{len(cut)} of {len(captions)} captions are longer than the text encoder's "
+            f"{pipe.tokenizer.model_max_length} tokens; the rest is not seen, as in: {cut[0]!r}",
+        )
+
+
+def _encode(pipe: Any, checked: Checked, console: Console) -> tuple[cache.Cached, cache.Cached | None]:
+    from rich.progress import Progress
+
+    count = len(checked.training) + len(checked.held_out)
+    resolution = checked.settings.resolution
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("encoding images and captions", total=count)
+        training = cache.encode(pipe, checked.training, resolution, lambda n: progress.advance(task, n))
+        if not checked.held_out:
+            return training, None
+        return training, cache.encode(pipe, checked.held_out, resolution, lambda n: progress.advance(task, n))
