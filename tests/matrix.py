@@ -19,7 +19,7 @@ from cases import ALGORITHMS, PAIRS
 from consumers import Refused
 from contracts.test_consumers import Made, change, diffusers_output, error, made, read_by, written_for_peft
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.programs import CONSUMERS
 from lycoris.files.programs.portable import portable
@@ -40,7 +40,7 @@ def measured(consumer: str, entry: Entry, case: Made) -> float | None:
     except (Refused, FileError):
         return None
     found = read_by(consumer, entry, case.base)
-    expected = change(adapted(case.entry, case.base), case.base)
+    expected = change(adapt_affine(case.entry, case.base), case.base)
     return None if found is None else error(change(found, case.base)[: len(expected)], expected)
 
 

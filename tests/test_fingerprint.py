@@ -76,5 +76,5 @@ def test_headers_of_strangers(signs: object, tmp_path: Path) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_come_back(signs: list[bool]) -> None:
-    bits = fingerprint._bits(fingerprint._told(torch.tensor(signs)))
+    bits = fingerprint._bits(fingerprint._encode_signs(torch.tensor(signs)))
     assert bits.flatten().tolist()[: len(signs)] == [int(each) for each in signs]

@@ -55,7 +55,9 @@ def test_a_tied_parameter_is_one() -> None:
 
 @pytest.mark.parametrize("name", outline.names())
 def test_places_are_the_sites(name: str) -> None:
-    assert [*outline.places(outline.told(name))] == [(s.path, s.geometry) for s in sites(outline.known(name))]
+    assert [*outline.places(outline.load_outline(name))] == [
+        (s.path, s.geometry) for s in sites(outline.load_model(name))
+    ]
 
 
 MODELS = known_models()
@@ -74,8 +76,8 @@ def test_known_models_are_those_of_the_library(name: str) -> None:
     architecture, config = MODELS[name]
     if architecture.classes[0].startswith("CLIP") and int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers before 5 has another level in the class")
-    model, known = made(architecture, config), outline.known(name)
-    assert outline.told(name) == json.loads(json.dumps(outline.outline(model)))
+    model, known = made(architecture, config), outline.load_model(name)
+    assert outline.load_outline(name) == json.loads(json.dumps(outline.outline(model)))
     assert {n: p.shape for n, p in known.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert {p: (type(m).__name__, describe(m)) for p, m in known.named_modules()} == {
         p: (type(m).__name__, describe(m)) for p, m in model.named_modules()
@@ -88,4 +90,4 @@ def test_the_page_of_models_is_what_make_models_writes() -> None:
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'flux\.1-dev'"):
-        outline.known("flux.1-dve")
+        outline.load_model("flux.1-dve")

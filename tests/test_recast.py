@@ -10,7 +10,7 @@ from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt, relative
 from lycoris import DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
 from lycoris.algorithms import Norm, read_tensors, write_tensors
 from lycoris.algorithms.base import Algorithm, Entry, Matrix
-from lycoris.algorithms.conversion import adapted, dense, low_rank, needs_base
+from lycoris.algorithms.conversion import adapt_affine, dense, low_rank, needs_base
 from lycoris.errors import PlanError
 from lycoris.layers.geometry import Affine, sites
 
@@ -50,7 +50,7 @@ def entry_of(case: LayerCase, algorithm: Algorithm) -> tuple[Entry, Affine]:
 
 def change(entry: Entry, base: Affine) -> Tensor:
     """What an entry adds to the weight, and to the bias if it does."""
-    made = adapted(entry, base)
+    made = adapt_affine(entry, base)
     parts = [(made.weight - base.weight).flatten()]
     if made.bias is not None and base.bias is not None:
         parts.append(made.bias - base.bias)

@@ -25,7 +25,7 @@ def reached(model: nn.Module, config: dict = CONFIG) -> tuple[set[str], Plan]:
 
 @pytest.mark.parametrize("name", [model for each in DENOISERS for model in each.outlines[:1]])
 def test_every_layer_of_a_block_but_its_modulations(name: str) -> None:
-    model = outline.known(name)
+    model = outline.load_model(name)
     (known,) = (each for each in DENOISERS if name in each.outlines)
     roots = [path for path, module in model.named_modules() if class_name(module) in known.blocks]
     inside = {

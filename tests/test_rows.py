@@ -53,7 +53,7 @@ def make(name: str, kind: str, rows_: int = 24) -> tuple[Entry | None, Tensor]:
 def change(entry: Entry, weight: Tensor) -> Tensor:
     """(O, n): what each row of the weight, and its bias, become more."""
     bias = torch.zeros(len(weight), dtype=weight.dtype)
-    whole = conversion.adapted(entry, Affine(weight, bias))
+    whole = conversion.adapt_affine(entry, Affine(weight, bias))
     assert whole.bias is not None
     return torch.cat([(whole.weight - weight).reshape(len(weight), -1), whole.bias[:, None]], dim=1)
 
@@ -90,13 +90,13 @@ def test_halves_exchanged_twice_are_as_before(name: str, kind: str) -> None:
         return
     turned = torch.cat([weight[12:], weight[:12]])
     try:
-        once = rows.swapped(whole, "layer").entry
+        once = rows.swap_halves(whole, "layer").entry
     except FileError as error:
         refused(error, whole)
         return
     expected = change(whole, weight)
     assert relative(change(once, turned), torch.cat([expected[12:], expected[:12]])) < EXACT
-    assert relative(change(rows.swapped(once, "layer").entry, weight), expected) < EXACT
+    assert relative(change(rows.swap_halves(once, "layer").entry, weight), expected) < EXACT
 
 
 @pytest.mark.parametrize("missing", [None, 1])
@@ -219,7 +219,7 @@ def test_low_precision_loses_nothing(name: str, kind: str, dtypes: tuple[torch.d
     first, own = parts[1].entry, expected[parts[1].rows]
     try:
         cut = rows.take(first, slice(2, 8), "layer").entry
-        turned = rows.swapped(first, "layer").entry
+        turned = rows.swap_halves(first, "layer").entry
         joined = rows.join(parts, layer(kind), "layer").entry
     except FileError as error:
         refused(error, *(part.entry for part in parts))

@@ -161,7 +161,7 @@ def model_of(family: str) -> tuple[nn.Module, Layout]:
     """A small model of a family, or an empty one made of a known model's outline, by the name of that, behind `KNOWN`
     where a family is called the same."""
     if family not in MODELS:
-        empty = outline.build(shrunk(outline.told(family.removeprefix(KNOWN))))
+        empty = outline.build(shrunk(outline.load_outline(family.removeprefix(KNOWN))))
         return empty, Layout.of(empty)
     torch.manual_seed(7)
     kind, options = MODELS[family]

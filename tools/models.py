@@ -72,11 +72,11 @@ def rows() -> Iterator[str]:
     for family in FAMILIES.values():
         architecture = ARCHITECTURES[family.components[""]]
         for name in architecture.models:
-            model = outline.known(name)
+            model = outline.load_model(name)
             sizes = [each.numel() for each in model.parameters()]
-            kinds = Counter(geometry.kind for _, geometry in outline.places(outline.told(name)))
+            kinds = Counter(geometry.kind for _, geometry in outline.places(outline.load_outline(name)))
             yield (
-                f"| {family.name} | {name} | `{outline.told(name)['class']}`, {source(architecture)} | "
+                f"| {family.name} | {name} | `{outline.load_outline(name)['class']}`, {source(architecture)} | "
                 f"{sum(sizes) / 1e9:.2f} B | {len(sizes)} | {kinds['linear'] + kinds['conv']} | "
                 f"{', '.join(architecture.namings) or 'the same'} |"
             )

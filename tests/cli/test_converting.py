@@ -162,13 +162,13 @@ def test_every_setting_of_a_layer_comes_back_from_a_header() -> None:
     )
     base = Base("Sequential", {place.path: place.geometry for place in sites(model)})
     told = {fingerprint.KEY: str(fingerprint.of_layers(*base)), described.KEY: str(described.describe(base))}
-    found = described.described(told)
+    found = described.describe_base(told)
     assert found is not None
     assert found.layers == base.layers
 
 
 def test_a_known_model_needs_no_description() -> None:
-    model = outline.known("sd-1.5")
+    model = outline.load_model("sd-1.5")
     assert described.describe(Base("UNet2DConditionModel", Layout.of(model).layers)) is None
 
 

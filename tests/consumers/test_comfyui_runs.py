@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lycoris.files.opening import understood
+from lycoris.files.opening import parse_opened
 from lycoris.files.programs import CONSUMERS
-from lycoris.files.programs.check import judged
+from lycoris.files.programs.check import judge_opened
 from lycoris.files.writing import compose
 from lycoris.models.families import ARCHITECTURES
 from whole import bundle_of, model_of, picks_everywhere
@@ -48,7 +48,7 @@ def test_what_is_said_is_what_came_of_it(name: str, dialect: str) -> None:
     assert outcomes
     for label, outcome in outcomes.items():
         made = compose(bundle_of(name, files[label]), dialect, model=layout)
-        check = judged(understood(dict(sorted(made.tensors.items())), made.header, model), "comfyui")
+        check = judge_opened(parse_opened(dict(sorted(made.tensors.items())), made.header, model), "comfyui")
         said = {layer: "not at all" if check.unknown else each.reads for layer, each in check.layers.items()}
         assert said == recorded(outcome, [*check.layers]), label
         if outcome == "x":
@@ -73,7 +73,7 @@ def test_of_a_model_that_it_does_not_have_it_reads_nothing(name: str) -> None:
     model, layout = model_of(name)
     files = dict(picks_everywhere(name))
     made = compose(bundle_of(name, files["lora"]), "kohya-diffusers", model=layout)
-    check = judged(understood(made.tensors, made.header, model), "comfyui")
+    check = judge_opened(parse_opened(made.tensors, made.header, model), "comfyui")
     assert {each.reads for each in check.layers.values()} == {"not at all"}
     assert "has no such model" in check.keys
     assert not check.remedies

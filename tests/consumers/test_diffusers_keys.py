@@ -15,7 +15,7 @@ from consumers.pipelines import PIPELINES
 from lycoris import AdapterSet, DoRA, LoKr, LoRA, Rule, plan
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
@@ -241,7 +241,7 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
         found = {}
     for path, (entry,) in bundle.entries.items():
         weight = model.get_submodule(path).weight.detach()
-        expected = adapted(entry, Affine(weight, None)).weight - weight
+        expected = adapt_affine(entry, Affine(weight, None)).weight - weight
         same = path in found and torch.allclose(found[path], expected, atol=1e-5)
         assert verdicts == {"as trained" if same else "differently" if path in found else "not at all"}, path
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from known_files import cases, file_of, layouts_of
-from lycoris.files.opening import understood
-from lycoris.files.programs.check import Check, judged
+from lycoris.files.opening import parse_opened
+from lycoris.files.programs.check import Check, judge_opened
 
 HERE = Path(__file__).parent
 CODES: Mapping[str, str] = {"as trained": "=", "differently": "~", "not at all": "-"}
@@ -63,7 +63,7 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
         if label not in recorded:
             continue
         made = file_of(family, dialect, chosen, layouts)
-        found = judged(understood(change(dict(made.tensors)), made.header), program)
+        found = judge_opened(parse_opened(change(dict(made.tensors)), made.header), program)
         assert said(found) == recorded[label], label
         looked_at += 1
     assert looked_at == len(recorded)

@@ -9,9 +9,9 @@ from lycoris import OFT, Full, GLoRA, LoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.files.layout import Layout
-from lycoris.files.opening import understood
+from lycoris.files.opening import parse_opened
 from lycoris.files.programs import CONSUMERS
-from lycoris.files.programs.check import Check, judged
+from lycoris.files.programs.check import Check, judge_opened
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Geometry
 from lycoris.models.families import ARCHITECTURES
@@ -47,7 +47,7 @@ def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, la
         own = algorithm if path in layers else LoRA(rank=1)
         entries[path] = (Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()}),)
     made = compose(Bundle(entries), dialect, model=layout)
-    return judged(understood(made.tensors, made.header), program)
+    return judge_opened(parse_opened(made.tensors, made.header), program)
 
 
 @pytest.mark.parametrize(("program", "architecture", "dialect", "algorithm", "layers", "reads", "error"), CASES)

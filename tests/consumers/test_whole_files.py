@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consumers.pipelines import PIPELINES
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
-from lycoris.files.opening import Opened, understood
-from lycoris.files.programs.check import Check, judged
+from lycoris.files.opening import Opened, parse_opened
+from lycoris.files.programs.check import Check, judge_opened
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
 from whole import MODELS, bundle_of, model_of, picks
@@ -53,7 +53,7 @@ def written(family: str, dialect: str, chosen: Any) -> tuple[Opened, dict[str, T
     model, layout = model_of(family)
     made = compose(bundle_of(family, chosen), dialect, model=layout)
     tensors = dict(sorted(made.tensors.items()))
-    return understood(tensors, made.header, model), tensors, made.header
+    return parse_opened(tensors, made.header, model), tensors, made.header
 
 
 def said(found: Check) -> dict[str, str]:
@@ -75,7 +75,7 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
         if outcome is None:
             continue
         found, _, _ = written(family, dialect, chosen)
-        check = judged(found, program)
+        check = judge_opened(found, program)
         told = record["layers"][outcome] if isinstance(outcome, int) else outcome
         assert said(check) == recorded(told, list(check.layers)), label
         assert outcome != "x" or check.keys, label
@@ -123,7 +123,7 @@ def test_what_is_said_of_diffusers(family: str, dialect: str, tmp_path: Path) ->
             after = run_by_diffusers(family, path)
         except REFUSES:
             after = {}
-        check = judged(found, "diffusers")
+        check = judge_opened(found, "diffusers")
         assert said(check) == {layer: outcome(model, found, layer, after) for layer in check.layers}, label
 
 
@@ -134,7 +134,7 @@ def outcome(model: Any, found: Opened, layer: str, after: Mapping[str, Affine]) 
         return "not at all"
     wanted = [torch.zeros_like(base.weight), None if base.bias is None else torch.zeros_like(base.bias)]
     for entry in found.bundles[""].entries[layer]:
-        made = adapted(entry, base)
+        made = adapt_affine(entry, base)
         wanted[0] = wanted[0] + made.weight - base.weight
         if base.bias is not None:
             wanted[1] = wanted[1] + made.bias - base.bias

@@ -19,7 +19,7 @@ from lycoris import OFT, GLoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.conversion import adapted, needs_base
+from lycoris.algorithms.conversion import adapt_affine, needs_base
 from lycoris.errors import FileError, PlanError
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import CONSUMERS, Verdict
@@ -149,7 +149,7 @@ def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
             assert case.entry.geometry.kind == "parameter"
             continue
         found = read_by(consumer, case.entry, case.base, dialect=dialect)
-        check_told(verdict, found, adapted(case.entry, case.base), case.base, consumer)
+        check_told(verdict, found, adapt_affine(case.entry, case.base), case.base, consumer)
 
 
 def ways(case: Made) -> list[tuple[str, str | None]]:
@@ -224,7 +224,7 @@ def batched(case: Made, run: Callable[[Tensor], Tensor]) -> Tensor:
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_an_export_is_read_as_trained_or_refused_with_the_reason(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    expected = change(adapted(case.entry, case.base), case.base)
+    expected = change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
         verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
@@ -281,7 +281,7 @@ def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, s
 
 
 def change_by(entry: Entry, base: Affine) -> list[float]:
-    return (adapted(entry, base).weight - base.weight).flatten().tolist()
+    return (adapt_affine(entry, base).weight - base.weight).flatten().tolist()
 
 
 BESIDE = [name for name in ALGORITHMS if (name, "linear") in PAIRS and not name.startswith(("full", "replace"))]
@@ -293,7 +293,7 @@ def test_a_change_of_the_bias_beside_another_algorithm(name: str) -> None:
     bias = made("full-bias", "linear").entry
     own, other = (write_tensors(e.algorithm, e.tensors, e.geometry) for e in (case.entry, bias))
     assert case.base.bias is not None
-    wanted = adapted(case.entry, case.base)
+    wanted = adapt_affine(case.entry, case.base)
     wanted = Affine(wanted.weight, case.base.bias + bias.tensors["diff_b"])
     for consumer in READERS:
         verdict = CONSUMERS[consumer].verdict(case.entry, case.base, beside=(bias,))
@@ -327,7 +327,7 @@ def test_what_no_export_makes_right() -> None:
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    half = 0.5 * change(adapted(case.entry, case.base), case.base)
+    half = 0.5 * change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
         verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import forms
 from lycoris.files.programs import CONSUMERS
@@ -72,7 +72,7 @@ def test_the_tables_say_what_becomes_of_other_forms(name: str) -> None:
     (group,) = forms.modern(tensors, entry.geometry, "layer")
     read, p = read_tensors(group, entry.geometry, "layer")
     entry = Entry(read, entry.geometry, p)
-    wanted = adapted(entry, case.base)
+    wanted = adapt_affine(entry, case.base)
     for consumer in READERS.keys() - UNKNOWN.get(name, set()):
         stored = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         verdict = CONSUMERS[consumer].verdict(entry, case.base, stored=stored)
@@ -85,7 +85,7 @@ def test_exports_of_an_algorithm_with_a_change_of_the_bias_beside_it(name: str) 
     case = made(name, "linear")
     stack = (case.entry, made("full-bias", "linear").entry)
     assert case.base.bias is not None
-    wanted = adapted(case.entry, case.base)._replace(bias=case.base.bias + stack[1].tensors["diff_b"])
+    wanted = adapt_affine(case.entry, case.base)._replace(bias=case.base.bias + stack[1].tensors["diff_b"])
     for consumer, reader in READERS.items():
         if consumer == "musubi":
             with pytest.raises(FileError, match=r"no adapters that change a bias|leaves out the change of the bias"):

@@ -122,7 +122,7 @@ def made(where: Layout) -> Iterator[Case]:
 def change(stack: tuple[Entry, ...], weight: Tensor) -> Tensor:
     base = Affine(weight, None)
     for each in stack:
-        base = conversion.adapted(each, base)
+        base = conversion.adapt_affine(each, base)
     return base.weight - weight
 
 

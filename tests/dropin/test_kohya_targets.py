@@ -95,7 +95,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_presets_reach_the_blocks_of_diffusers(name: str) -> None:
-    model = outline.known(name)
+    model = outline.load_model(name)
     layers = sum(isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) for module in model.modules())
     assert len(create_network(1.0, 4, 1, None, None, model).loras) == layers - FAMILIES[name]
     assert len(create_network(1.0, 4, 1, None, None, model, preset="attn-only").loras) > layers / 3

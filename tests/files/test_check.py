@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lycoris import OFT, DoRA, Full, LoHa, LoKr, LoRA, TLoRA, write
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files import check
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
@@ -273,5 +273,5 @@ def test_a_small_change_is_told_from_rounding() -> None:
     p = start | {name.removesuffix("0"): tensor * (1 + 1e-5) for name, tensor in start.items()}
     assert p.keys() == tlora.slots(g).keys()
     entry = Entry(tlora, g, p)
-    assert adapted(entry, Affine(weight.double(), None)).weight.isfinite().all()
+    assert adapt_affine(entry, Affine(weight.double(), None)).weight.isfinite().all()
     assert CONSUMERS["simpletuner"].verdict(entry, Affine(weight, None)).reads == "as trained"

@@ -16,7 +16,7 @@ from cases import relative
 from lycoris import DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, read, write
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect
 from lycoris.files.layout import Layout
@@ -202,10 +202,10 @@ def test_a_change_of_the_bias_goes_along(algorithm: Algorithm, program: str, tmp
         below = Affine(torch.zeros(g.shape), torch.zeros(g.out_features))
         made = below
         for entry in stack:
-            made = adapted(entry, made)
+            made = adapt_affine(entry, made)
         found = below
         for entry in after[layer]:
-            found = adapted(entry, found)
+            found = adapt_affine(entry, found)
         assert made.bias is not None
         assert found.bias is not None
         assert relative(found.weight, made.weight) < 1e-6

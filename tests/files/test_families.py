@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lycoris.files.skeleton import Skeleton, named, namings, skeleton, translate
+from lycoris.files.skeleton import Skeleton, name_layers, namings, skeleton, translate
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 from lycoris.models.families.naming import Naming
@@ -88,7 +88,7 @@ COUNTS = {
 def fused(layers: Skeleton, naming: Naming) -> dict:
     """The same layers as a model in that naming has them."""
     found = {}
-    for name, span in named(layers, naming).items():
+    for name, span in name_layers(layers, naming).items():
         parts = [layers[part] for part in span.parts]
         rows = sum(part.out_features for part in parts)
         found[name] = replace(parts[0], shape=(rows, *parts[0].shape[1:]))
@@ -103,7 +103,7 @@ class TestNamings:
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_every_layer_has_one_name_and_every_name_its_layers(self, architecture, naming, model) -> None:
         layers, names = skeleton(model), namings(ARCHITECTURES[architecture])[naming]
-        held = named(layers, names)
+        held = name_layers(layers, names)
         assert Counter(part for span in held.values() for part in span.parts) == Counter(list(layers))
         for path in layers:
             name = names.home(path) or path
@@ -156,7 +156,7 @@ class TestNamings:
     def test_final_modulations_are_exchanged(self, model, naming, swapped) -> None:
         architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
         layers = skeleton(model)
-        held = named(layers, architecture.namings[naming])
+        held = name_layers(layers, architecture.namings[naming])
         found = {name for name, span in held.items() if span.swaps(layers[span.parts[0]])}
         assert found == swapped | {"final_layer.adaLN_modulation.1"}
 
@@ -164,7 +164,7 @@ class TestNamings:
     def test_others_are_not(self, model) -> None:
         architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
         for naming in namings(architecture).values():
-            assert not any(span.swapped for span in named(skeleton(model), naming).values())
+            assert not any(span.swapped for span in name_layers(skeleton(model), naming).values())
 
 
 UNCHANGED = {
@@ -219,7 +219,7 @@ def test_all_other_names_change(architecture: str) -> None:
     for naming, names in complete.items():
         for model in ARCHITECTURES[architecture].outlines:
             layers = skeleton(model)
-            same = {name for name, span in named(layers, names).items() if name in span.parts}
+            same = {name for name, span in name_layers(layers, names).items() if name in span.parts}
             same = {re.sub(r"^(layers|\w+_refiner)\.\d+\.", "*.*.", name) for name in same}
             same = {re.sub(r"(distilled_guidance_layer\.norms)\.\d+", r"\1.*", name) for name in same}
             assert same == UNCHANGED.get((architecture, naming), set())
@@ -230,7 +230,7 @@ def test_comfyui_writes_hunyuan_video_like_flux(architecture: str) -> None:
     namings_of = ARCHITECTURES[architecture].namings
     layers = skeleton(ARCHITECTURES[architecture].outlines[0])
     found = set()
-    for name in named(layers, namings_of["original"]):
+    for name in name_layers(layers, namings_of["original"]):
         comfyui = re.sub(r"attn_[qkv]$", "attn_qkv", name)
         comfyui = re.sub(r"attn_(qkv|proj)$", r"attn.\1", comfyui)
         comfyui = re.sub(r"mlp\.fc([12])$", lambda fc: f"mlp.{2 * int(fc[1]) - 2}", comfyui)
@@ -244,7 +244,7 @@ def test_comfyui_writes_hunyuan_video_like_flux(architecture: str) -> None:
         found.add(comfyui)
         if comfyui == name:
             assert namings_of["comfyui"].span(name) == namings_of["original"].span(name)
-    assert found == set(named(layers, namings_of["comfyui"]))
+    assert found == set(name_layers(layers, namings_of["comfyui"]))
 
 
 SPELLINGS = [
@@ -313,7 +313,7 @@ class TestOutlines:
     @pytest.mark.parametrize("model", COUNTS)
     def test_counts_are_the_published_ones(self, model: str) -> None:
         kinds = Counter(geometry.kind for geometry in skeleton(model).values())
-        parameters = sum(each.numel() for each in outline.known(model).parameters())
+        parameters = sum(each.numel() for each in outline.load_model(model).parameters())
         assert (parameters, kinds["linear"], kinds["conv"]) == COUNTS[model]
 
     def test_every_one_is_of_one_architecture(self) -> None:
@@ -326,9 +326,9 @@ class TestClasses:
     def test_are_those_of_the_outlines(self, name: str) -> None:
         architecture = ARCHITECTURES[name]
         for model in architecture.outlines:
-            told = outline.told(model)
+            told = outline.load_outline(model)
             assert told["class"] in architecture.classes
-            found = {type(module).__name__ for module in outline.known(model).modules()}
+            found = {type(module).__name__ for module in outline.load_model(model).modules()}
             assert found & set(architecture.blocks)
             for role in (architecture.attention, architecture.feed_forward):
                 assert found & {name.partition(".")[0] for name in role}

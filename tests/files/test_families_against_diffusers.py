@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
-from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.files.skeleton import name_layers, namings, skeleton
 from lycoris.models.families import ARCHITECTURES
 
 SCALES = ("query_norm", "key_norm", ".qnorm", ".knorm", ".prenorm", ".postnorm", "txtmlp.0", "last.norm")
@@ -35,7 +35,7 @@ def checkpoints(model: str, naming: str) -> tuple[dict[str, Tensor], dict[str, T
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
     layers = skeleton(model)
     original, expected, start = {}, {}, 0
-    for name, span in named(layers, namings(architecture)[naming]).items():
+    for name, span in name_layers(layers, namings(architecture)[naming]).items():
         if name in UNCHECKED:
             continue
         for kind in ("weight", "bias"):

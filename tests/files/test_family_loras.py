@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lycoris.files import convert
-from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.files.skeleton import name_layers, namings, skeleton
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -29,7 +29,7 @@ def lora(model: str, naming: str, prefix: str, inside: str) -> Iterator[tuple[st
     """Distinct numbers for every linear layer of the first blocks whose name a pattern matches."""
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
     layers = skeleton(model)
-    for at, (name, span) in enumerate(named(layers, namings(architecture)[naming]).items()):
+    for at, (name, span) in enumerate(name_layers(layers, namings(architecture)[naming]).items()):
         own = [layers[part] for part in span.parts]
         if own[0].kind == "linear" and few(name) and re.match(inside, name):
             rows = sum(each.out_features for each in own)
@@ -55,7 +55,7 @@ def lora(model: str, naming: str, prefix: str, inside: str) -> Iterator[tuple[st
 def test_as_diffusers_converts_it(model: str, naming: str, converter: str, inside: str, tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(dict(lora(model, naming, "diffusion_model.", inside)), source)
-    convert(source, target, "diffusers", base=outline.known(model))
+    convert(source, target, "diffusers", base=outline.load_model(model))
     found, expected = load_file(target), getattr(theirs, converter)(load_file(source))
     assert set(found) == set(expected)
     for name in (key.removesuffix("A.weight") for key in found if key.endswith("A.weight")):

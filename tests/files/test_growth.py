@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lycoris import read
 from lycoris.files import convert, detect, header, judge
-from lycoris.files.growth import GrowthError, told
+from lycoris.files.growth import GrowthError, format_bytes
 from lycoris.models import outline
 
 RANK = 4
@@ -81,7 +81,7 @@ def test_what_is_predicted_is_what_is_written(tmp_path: Path) -> None:
         convert(source, target, "kohya")
     done = convert(source, target, "kohya", allow_growth=True)
     alphas = sum(tensor.nbytes for name, tensor in done.written.tensors.items() if name.endswith("alpha"))
-    assert f"to about {told(done.after.tensors - alphas)} (" in str(caught.value)
+    assert f"to about {format_bytes(done.after.tensors - alphas)} (" in str(caught.value)
     assert "layers: 6 lora of rank 4; now 3 lora of rank 8" in str(done)
 
 
@@ -133,7 +133,7 @@ def test_guesses_are_not_written(tmp_path: Path) -> None:
     assert "flux.1-dev" in str(done)
     assert "schnell" not in str(done) + json.dumps(dict(told))
     for name in ("flux.1-dev", "flux.1-schnell"):
-        assert read(target, outline.known(name)).report.remarks == ()
+        assert read(target, outline.load_model(name)).report.remarks == ()
 
 
 def test_variants_stay_open() -> None:

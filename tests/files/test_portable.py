@@ -10,7 +10,7 @@ from cases import ALGORITHMS, LAYERS, LayerCase, relative
 from lycoris import BOFT, OFT, DoRA, Full, LoHa, LoKr, LoRA
 from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError, PlanError
 from lycoris.files.programs import CONSUMERS
 from lycoris.files.programs.portable import (
@@ -137,7 +137,7 @@ def test_two_exports_after_each_other() -> None:
     entry, base = entry_of(ROOMY["conv1d"], DoRA(over=CORE))
     exported, told = portable(entry, "comfyui", base)
     assert told.startswith("its w2 written as a product of two matrices, then written as a LoRA where")
-    assert relative(adapted(exported, base).weight, adapted(entry, base).weight) < TOLERANCE
+    assert relative(adapt_affine(exported, base).weight, adapt_affine(entry, base).weight) < TOLERANCE
     with pytest.raises(PlanError, match="pass the layer's weight and bias as base"):
         portable(entry, "comfyui")
     assert entry.tensors["magnitude"].dtype == torch.float64

@@ -13,7 +13,7 @@ from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, header, judge, resolve
 from lycoris.files.dialects.base import flatten
 from lycoris.files.layout import Layout
-from lycoris.files.skeleton import named, namings, skeleton
+from lycoris.files.skeleton import name_layers, namings, skeleton
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -59,7 +59,7 @@ def test_a_header_or_a_model_decides(told: str, outline_: str, family: str, key:
     silent = written(tmp_path / "b.safetensors", BLOCKS)
     done = convert(told_by_header, tmp_path / "c.safetensors", "comfyui")
     assert f"taken to be for {family}" in str(done)
-    given = convert(silent, tmp_path / "d.safetensors", "comfyui", base=outline.known(outline_))
+    given = convert(silent, tmp_path / "d.safetensors", "comfyui", base=outline.load_model(outline_))
     assert "taken to be" not in str(given)
     for path in (tmp_path / "c.safetensors", tmp_path / "d.safetensors"):
         assert header(path).metadata["lycoris_family"] == family
@@ -69,7 +69,7 @@ def test_a_header_or_a_model_decides(told: str, outline_: str, family: str, key:
 def test_a_model_that_is_given_counts_for_the_header_too(tmp_path: Path) -> None:
     """Not the family that the file says, nor the one that its names suggest."""
     source = written(tmp_path / "a.safetensors", BLOCKS, "flux1")
-    convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.known("hunyuanvideo"))
+    convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.load_model("hunyuanvideo"))
     assert header(tmp_path / "b.safetensors").metadata["lycoris_family"] == "hunyuanvideo"
 
 
@@ -77,7 +77,7 @@ def test_a_header_of_another_base_is_not_handed_on(tmp_path: Path) -> None:
     source = written(tmp_path / "a.safetensors", BLOCKS)
     said = {"lycoris_family": "sdxl", "lycoris_base": '{"model": "X", "layers": "0"}', "ss_output_name": "x"}
     save_file(load_file(source), source, said)
-    done = convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.known("hunyuanvideo"))
+    done = convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.load_model("hunyuanvideo"))
     after = header(tmp_path / "b.safetensors").metadata
     assert after["lycoris_family"] == "hunyuanvideo"
     assert after["ss_output_name"] == "x"
@@ -89,9 +89,9 @@ def test_text_encoders_are_counted_as_the_given_model_s_family_does(tmp_path: Pa
     layers = {"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072)}
     layers |= {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}
     source = written(tmp_path / "a.safetensors", layers)
-    convert(source, tmp_path / "b.safetensors", "diffusers", base=outline.known("flux.1-dev"), allow_growth=True)
+    convert(source, tmp_path / "b.safetensors", "diffusers", base=outline.load_model("flux.1-dev"), allow_growth=True)
     assert any(key.startswith("text_encoder_2.encoder.") for key in load_file(tmp_path / "b.safetensors"))
-    assert check(source, "comfyui", base=outline.known("flux.1-dev")).as_trained
+    assert check(source, "comfyui", base=outline.load_model("flux.1-dev")).as_trained
 
 
 def test_one_layer_of_a_unet_is_of_the_model_that_the_header_names(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_header_of_another_family_is_remarked() -> None:
 
 
 def test_a_header_that_contradicts_the_model_is_remarked() -> None:
-    sd3 = Layout.of(outline.known("sd3-medium"))
+    sd3 = Layout.of(outline.load_model("sd3-medium"))
     tensors = lora("lora_unet_joint_blocks_3_x_block_attn_proj", 1536, 1536)
     report = resolve(tensors, sd3, metadata={"ss_base_model_version": "sdxl_base_v1-0"}).report
     assert "its header says sdxl, and the model is a sd3" in str(report)
@@ -138,7 +138,7 @@ def flux_like(model: str, naming: str, flat: bool, modulations: bool) -> dict[st
     """Shapes of a LoRA on all linear layers in the blocks of a model."""
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
     layers, shapes = skeleton(model), {}
-    for name, span in named(layers, namings(architecture)[naming]).items():
+    for name, span in name_layers(layers, namings(architecture)[naming]).items():
         own = [layers[part] for part in span.parts]
         if own[0].kind != "linear" or "blocks" not in name or ("mod" in name and not modulations):
             continue

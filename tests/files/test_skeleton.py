@@ -10,7 +10,7 @@ from test_families import KNOWN, spelt
 
 from lycoris import ConfigError, PlanError
 from lycoris.files.recognition import guess, weight
-from lycoris.files.skeleton import MIDDLE, Skeleton, named, skeleton, translate
+from lycoris.files.skeleton import MIDDLE, Skeleton, name_layers, skeleton, translate
 from lycoris.layers.geometry import Geometry
 from lycoris.models.families import ARCHITECTURES
 
@@ -37,7 +37,9 @@ class TestSkeletons:
 
     def test_in_the_middle_naming_every_name_is_its_own(self) -> None:
         layers = skeleton("clip-l")
-        assert {name: span.parts for name, span in named(layers, MIDDLE).items()} == {path: (path,) for path in layers}
+        assert {name: span.parts for name, span in name_layers(layers, MIDDLE).items()} == {
+            path: (path,) for path in layers
+        }
         assert translate(layers, MIDDLE) == layers
 
     def test_a_module_that_cannot_be_parted_is_refused(self) -> None:

@@ -16,7 +16,7 @@ from lycoris.algorithms import OFT
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, encode
 from lycoris.files.layout import Layout
-from lycoris.files.opening import Opened, understood
+from lycoris.files.opening import Opened, parse_opened
 from lycoris.files.reading import resolve
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
@@ -66,7 +66,7 @@ def test_processors_and_a_text_encoder_in_one_file(prefix: str, spelling: str) -
         tensors |= lora(f"{prefix}{BLOCK}.processor.{name}_lora", *size, "up.weight", "down.weight")
     rows = 3072 if "fc1" in ENCODERS[spelling] else 768
     tensors |= lora(f"text_encoder.{ENCODER}.{ENCODERS[spelling]}", rows, 768, "up.weight", "down.weight")
-    found = understood(tensors, {})
+    found = parse_opened(tensors, {})
     assert found.detection.family == "sd1.5"
     assert not found.detection.strange
     assert found.detection.algorithms == {"lora": 5}
@@ -82,7 +82,7 @@ def test_such_a_file_goes_into_two_formats_and_back(tmp_path: Path) -> None:
     for to in ("kohya", "comfyui"):
         convert(tmp_path / "a.safetensors", tmp_path / f"{to}.safetensors", to)
         convert(tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors", "diffusers")
-        assert same(understood(tensors, {}), understood(load_file(tmp_path / f"{to}-back.safetensors"), {}))
+        assert same(parse_opened(tensors, {}), parse_opened(load_file(tmp_path / f"{to}-back.safetensors"), {}))
 
 
 # -- what was put before, into and behind names ----------------------------------------------------------------------
@@ -114,8 +114,8 @@ def flux(name: str = "{}", prefix: str = f"transformer.{FLUX}") -> Tensors:
 
 @pytest.mark.parametrize("prefix", DOTTED)
 def test_what_wrappers_put_before_a_name_is_left_out(prefix: str) -> None:
-    found = understood(flux(prefix=prefix + FLUX), {})
-    assert same(found, understood(flux(), {}))
+    found = parse_opened(flux(prefix=prefix + FLUX), {})
+    assert same(found, parse_opened(flux(), {}))
     told = "\n".join(found.detection.remarks) + "\n".join(found.bundles[""].report.remarks)
     assert "left out" in told or "taken to be 1" in told
 
@@ -124,8 +124,8 @@ def test_what_wrappers_put_before_a_name_is_left_out(prefix: str) -> None:
 def test_flat_names_with_more_than_the_path(how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {FLAT[how].format(key.removeprefix(".")): tensor for key, tensor in lora("", 3072, 3072).items()}
-    found = understood(tensors, {})
-    assert same(found, understood(flux(), {}))
+    found = parse_opened(tensors, {})
+    assert same(found, parse_opened(flux(), {}))
     assert found.tensors.keys() == tensors.keys()
     save_file(tensors, tmp_path / "a.safetensors")
     assert "not known to read names such as" in check(tmp_path / "a.safetensors", "simpletuner").keys
@@ -145,7 +145,7 @@ def test_flat_names_with_more_than_the_path(how: str, tmp_path: Path) -> None:
 def test_names_that_need_another_format_than_they_look_like(name: str) -> None:
     """Read for a model that is at hand: without what stands before them, they are of a format that had none of them."""
     tensors = {f"{name}lora_down.weight": torch.randn(RANK, 3072), f"{name}lora_up.weight": torch.randn(3072, RANK)}
-    found = resolve(tensors, outline.known("flux.1-dev"))
+    found = resolve(tensors, outline.load_model("flux.1-dev"))
     assert set(found.entries) == {"transformer_blocks.0.attn.to_q"}
     assert "left out" in "".join(found.remarks)
 
@@ -197,7 +197,7 @@ def test_a_folder_with_pickled_weights_is_like_any_other(tmp_path: Path) -> None
     assert check(source, "peft").as_trained
     target = tmp_path / "b.safetensors"
     convert(source, target, "kohya-diffusers")
-    assert same(understood(flux(), {}), understood(load_file(target), {}))
+    assert same(parse_opened(flux(), {}), parse_opened(load_file(target), {}))
 
 
 @pytest.mark.parametrize(("value", "passes"), [(None, True), (False, True), ([], True), (True, False), (3, False)])
@@ -415,7 +415,7 @@ def test_pickles_that_are_no_adapters_are_named(held: object, told: str, tmp_pat
 
 def test_a_wider_first_layer_is_that_of_a_variant(tmp_path: Path) -> None:
     tensors = flux() | lora("transformer.x_embedder", 3072, 384)
-    found = understood(tensors, {})
+    found = parse_opened(tensors, {})
     assert found.bundles[""].entries["x_embedder"][0].geometry.in_features == 384
     assert any("384 inputs" in remark and "Fill" in remark for remark in found.detection.remarks)
     save_file(tensors, tmp_path / "a.safetensors")
@@ -427,14 +427,14 @@ def test_a_wider_first_layer_is_that_of_a_variant(tmp_path: Path) -> None:
 
 def test_a_shape_that_the_layer_has_is_no_reason_to_refuse() -> None:
     tensors = flux() | lora("transformer.x_embedder", 3072, 128)
-    found = understood(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 128])}, {})
+    found = parse_opened(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 128])}, {})
     assert found.bundles[""].entries["x_embedder"][0].geometry.shape == (3072, 128)
     with pytest.raises(FileError, match="changes the shape of a layer"):
-        understood(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 64])}, {})
+        parse_opened(tensors | {"transformer.x_embedder.reshape_weight": torch.tensor([3072, 64])}, {})
 
 
 def test_a_text_encoder_alone() -> None:
-    found = understood(lora(f"text_encoder.{ENCODER}.self_attn.to_q_lora", 768, 768, "up.weight", "down.weight"), {})
+    found = parse_opened(lora(f"text_encoder.{ENCODER}.self_attn.to_q_lora", 768, 768, "up.weight", "down.weight"), {})
     assert found.detection.dialect == "diffusers"
     assert list(found.bundles["text_encoder"].entries) == [f"{ENCODER}.self_attn.q_proj"]
 

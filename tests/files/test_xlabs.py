@@ -36,7 +36,7 @@ def file_of(prefix: str, single: bool, double: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("single", "double"), [(True, False), (False, True), (True, True)])
 def test_they_are_read_as_diffusers_does(prefix: str, single: bool, double: bool) -> None:
     tensors = file_of(prefix, single, double)
-    entries = resolve(tensors, outline.known("flux.1-dev")).entries
+    entries = resolve(tensors, outline.load_model("flux.1-dev")).entries
     theirs = _convert_xlabs_flux_lora_to_diffusers(dict(tensors))
     layers = {name.removesuffix(".lora_A.weight") for name in theirs if name.endswith(".lora_A.weight")}
     assert {f"transformer.{path}" for path in entries} == layers

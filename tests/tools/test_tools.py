@@ -57,7 +57,7 @@ def changes(path: Path, model: nn.Module) -> dict[str, Affine]:
         below = Affine(module.weight.detach().double(), None if module.bias is None else module.bias.detach().double())
         above = below
         for entry in stack:
-            above = conversion.adapted(_wide(entry), above)
+            above = conversion.adapt_affine(_wide(entry), above)
         bias = torch.zeros(1) if below.bias is None else above.bias - below.bias
         found[layer] = Affine(above.weight - below.weight, bias)
     return found

@@ -71,7 +71,7 @@ class AdapterSet(Steering):
         """
         if not stochastic_rounding:
             loading.warn_of_rounding(dtype, stacklevel=2)
-        return cls(model, loading.built(model, plan, dtype), name)
+        return cls(model, loading.build_adapters(model, plan, dtype), name)
 
     @classmethod
     def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
@@ -79,7 +79,7 @@ class AdapterSet(Steering):
 
         Raises `FileError` for layers that the model does not have, or has in another shape.
         """
-        made = cls(model, loading.loaded(model, bundle), name)
+        made = cls(model, loading.load_adapters(model, bundle), name)
         made.metadata, made.schedule = dict(bundle.metadata), schedule_of(bundle.metadata)
         return made
 

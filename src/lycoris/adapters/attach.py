@@ -263,11 +263,11 @@ def _set_class(layer: Any) -> None:
     adapters = [child for child in layer._modules.values() if isinstance(child, Adapter)]
     attributes = tuple(sorted({adapter.attribute for adapter in adapters} - {""}))
     cls: Any = base_class(layer)
-    layer.__class__ = _adapted(cls, attributes) if adapters else cls
+    layer.__class__ = _derive_class(cls, attributes) if adapters else cls
 
 
 @cache
-def _adapted(cls: Any, attributes: tuple[str, ...]) -> Any:
+def _derive_class(cls: Any, attributes: tuple[str, ...]) -> Any:
     # The layer's class comes first, for Python lets an object change its class only to one laid out by the same base;
     # what is to override it goes into the derived class itself. Same name: other libraries recognise layers by it.
     own: dict[str, Any] = {name: property(_reader(name)) for name in attributes}
@@ -325,5 +325,5 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
 
 
 def _new(cls: Any, attributes: tuple[str, ...]) -> Any:
-    adapted = _adapted(cls, attributes)
+    adapted = _derive_class(cls, attributes)
     return adapted.__new__(adapted)

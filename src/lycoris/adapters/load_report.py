@@ -49,7 +49,7 @@ class Report:
 
     def __str__(self) -> str:
         kinds = Counter(self.applied.values())
-        lines = [f"{len(self.applied)} layers applied" + (f": {told}" if (told := _counted(kinds)) else "")]
+        lines = [f"{len(self.applied)} layers applied" + (f": {told}" if (told := _count_kinds(kinds)) else "")]
         if self.dialect:
             lines[0] += f" (format {self.dialect})"
         lines += [f"unused: {key}: {why}" for key, why in self.unused.items()]
@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines + self.notes())
 
 
-def _counted(kinds: Mapping[str, int]) -> str:
+def _count_kinds(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 

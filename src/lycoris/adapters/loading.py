@@ -40,7 +40,7 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
         )
 
 
-def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
+def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
     tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
     if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
@@ -51,17 +51,17 @@ def completed(entry: Entry, place: Site) -> dict[str, Tensor]:
     return tensors
 
 
-def fitted(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
+def fit_tensors(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
     if not isinstance(adapter.algorithm, Slice):
         entry = rows.apart(entry, place.path).entry
     # Of what makes a start, a file does not tell all.
     alike = type(entry.algorithm) is type(adapter.algorithm)
     own = entry._replace(algorithm=adapter.algorithm) if alike else entry
-    return matched(adapter, entry.algorithm, completed(own, place), place.path)
+    return match_tensors(adapter, entry.algorithm, complete_tensors(own, place), place.path)
 
 
-def matched(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def match_tensors(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an algorithm for an adapter, with the gate that a file folds into a factor.
 
     Raises `FileError` unless they do on the adapter what the algorithm does with them.
@@ -92,7 +92,7 @@ def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter,
     return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
 
 
-def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
+def build_adapters(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
     """New adapters for a plan, initialised; None: parameters as fine as their layer's, and float32 at least."""
     stacks = {}
     for placement in plan.placements:
@@ -107,13 +107,16 @@ def built(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, 
     return stacks
 
 
-def loaded(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
+def load_adapters(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
     """New adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
 
     Raises `FileError` for layers that the model does not have like that.
     """
     places, first = _places(model, bundle), dict[Any, Adapter]()
-    return {path: tuple(_made(entry, places[path], first) for entry in stack) for path, stack in bundle.entries.items()}
+    return {
+        path: tuple(_make_adapter(entry, places[path], first) for entry in stack)
+        for path, stack in bundle.entries.items()
+    }
 
 
 def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
@@ -135,7 +138,7 @@ def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
     return found
 
 
-def _made(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapter:
+def _make_adapter(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapter:
     """`first` has the first one of all that share their tensors."""
     g, here = entry.geometry, place.geometry
     if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
@@ -148,7 +151,7 @@ def _made(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapter:
         adapter = Adapter.sharing(first[key], entry.algorithm, here)
     else:
         adapter = first[key] = Adapter(entry.algorithm, here, **own)
-        adapter.fill(fitted(adapter, entry, place))
+        adapter.fill(fit_tensors(adapter, entry, place))
     adapter.attribute = place.attribute
     return adapter
 
@@ -251,7 +254,7 @@ def _values(
     if stack is None or len(stack) != len(entries):
         raise FileError(f"{path} has no adapters to take these tensors")
     place = site(model, path)
-    return [fitted(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
+    return [fit_tensors(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
 
 
 def _each(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:

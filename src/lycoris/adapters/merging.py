@@ -107,11 +107,11 @@ def report(
 ) -> MergeReport:
     """What the merges of a model's layers are about to do."""
     told = (MergedLayer(path, base_weights.kind(layers[path]), merge.sqnr) for path, merge in merges.items())
-    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _tied(model, merges).items())
+    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied(model, merges).items())
     return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
 
 
-def _tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _find_tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Of layers, or parameters, at these paths those that share a parameter with other modules, and its names there."""
     shared = tied_parameters.owners(model)
     found = {path: tied_parameters.tied_to(site(model, path), shared) for path in paths} if shared else {}
@@ -120,7 +120,7 @@ def _tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def _check_untied(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise `AttachError` for layers that share a parameter with other modules."""
-    found = _tied(model, paths)
+    found = _find_tied(model, paths)
     for path, names in found.items():
         raise AttachError(
             f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "

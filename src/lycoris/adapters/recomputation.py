@@ -115,7 +115,7 @@ class PassHistory:
             self._note(now)
             return now
         regions = _regions() + _functions()
-        state = _replayed(regions, self.adapter)
+        state = _find_replayed_state(regions, self.adapter)
         if state is None:
             self._check_known(in_backward)
             self._note(now)
@@ -206,7 +206,7 @@ def _contexts_on_stack() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def _replayed(regions: Sequence[_Region], adapter: int) -> Any:
+def _find_replayed_state(regions: Sequence[_Region], adapter: int) -> Any:
     """What was in force at the pass that is recomputed now; None in a first run."""
     again = next((region for region in regions if region.run is not None), None)
     return None if again is None else _passes(again.owner).replay(adapter, again.run)
@@ -275,7 +275,7 @@ def values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
 @torch.library.impl(OPERATOR, "CompositeExplicitAutograd")
 def _values_of_pass(values: list[Tensor], adapter: Tensor) -> list[Tensor]:
     regions, key = _regions() + _functions(), int(adapter)
-    replayed = _replayed(regions, key)
+    replayed = _find_replayed_state(regions, key)
     if replayed is not None and [value.shape for value in replayed] != [value.shape for value in values]:
         raise AttachError(
             "a rank mask was set or cleared, or one for another batch size set, between a checkpointed pass of a "

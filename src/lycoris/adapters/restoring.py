@@ -93,7 +93,7 @@ def stand_ins(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def moved(parameters: list[nn.Parameter], steps: list[Tensor], by: float) -> Iterator[None]:
+def perturb_parameters(parameters: list[nn.Parameter], steps: list[Tensor], by: float) -> Iterator[None]:
     """Parameters with something added, and then the very values of before."""
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():

@@ -14,7 +14,7 @@ from lycoris.adapters import merging
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.check_result import APART, Checked, Verification, relative, tensors_in
-from lycoris.adapters.restoring import evaluating, moved, same_draws, stand_ins, state_restored
+from lycoris.adapters.restoring import evaluating, perturb_parameters, same_draws, stand_ins, state_restored
 from lycoris.adapters.usage import Seen
 from lycoris.errors import AttachError, ConfigError
 from lycoris.layers import base_weights, sharding
@@ -69,7 +69,7 @@ def verify(adapters: Any, batch: Any) -> Verification:
     """
     sets = _sets(adapters)
     model = sets[0].model
-    run = batch if callable(batch) and not isinstance(batch, Tensor) else lambda: _called(model, batch)
+    run = batch if callable(batch) and not isinstance(batch, Tensor) else lambda: _call_model(model, batch)
     layers = [_Layer(each, path) for each in sets for path in each.stacks]
     models, every = [each.model for each in sets], [adapter for layer in layers for adapter in layer.stack]
     for each in sets:
@@ -88,10 +88,10 @@ def verify(adapters: Any, batch: Any) -> Verification:
             each.set_keep(None)
         again = undo.enter_context(same_draws(models))
         undo.enter_context(evaluating(every))
-        trained = _trained(sets, layers, run, again)
+        trained = _train_once(sets, layers, run, again)
         undo.enter_context(evaluating(models))
         undo.enter_context(torch.no_grad())
-        return _compared(layers, lambda: tensors_in(again(run)), trained)
+        return _compare_layers(layers, lambda: tensors_in(again(run)), trained)
 
 
 def _sets(adapters: Any) -> list[AdapterSet]:
@@ -110,7 +110,7 @@ def _check(adapters: AdapterSet) -> None:
         raise AttachError("this model is sharded; check its adapters before that")
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
+def _call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
@@ -119,7 +119,7 @@ def _called(model: nn.Module, batch: Any) -> Any:
 # -- forward and backward ----------------------------------------------------------------------------------------------
 
 
-def _trained(
+def _train_once(
     sets: list[AdapterSet], layers: list[_Layer], run: Callable[[], Any], again: Callable[[Callable[[], Any]], Any]
 ) -> _Pass:
     """One pass as in training."""
@@ -152,7 +152,7 @@ def _trained(
                 "nothing that the model returned has a gradient: no adapter was reached, or gradients are off inside"
             )
         try:
-            _weighed(found, which).backward()  # type: ignore[no-untyped-call]
+            _reduce_output(found, which).backward()  # type: ignore[no-untyped-call]
         except AttachError as told:
             stopped = str(told)
         gradients = [_gradient(layer) for layer in layers]
@@ -182,7 +182,7 @@ def _cut_finder(name: str, cuts: list[str]) -> Callable[..., None]:
     return look
 
 
-def _weighed(found: list[Tensor], which: list[int]) -> Tensor:
+def _reduce_output(found: list[Tensor], which: list[int]) -> Tensor:
     """A number that depends on all of an output: with random weights, for sums of normalised values are constant."""
     if len(which) == 1 and found[which[0]].numel() == 1:
         return found[which[0]].sum()
@@ -216,7 +216,9 @@ def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], w
 
     def value() -> float:
         found = outputs()
-        return float(_weighed(found, which).detach()) if all(found[at].dtype in WIDE for at in which) else math.nan
+        return (
+            float(_reduce_output(found, which).detach()) if all(found[at].dtype in WIDE for at in which) else math.nan
+        )
 
     errors = []
     for size in (1e-2, 1e-3):
@@ -224,7 +226,7 @@ def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], w
         for steps in directions:
             ends = []
             for sign in (1, -1):
-                with moved(parameters, steps, sign * size), torch.no_grad():
+                with perturb_parameters(parameters, steps, sign * size), torch.no_grad():
                     ends.append(value())
             found.append((ends[0] - ends[1]) / (2 * size))
         if any(map(math.isnan, found)):
@@ -246,7 +248,7 @@ def _direction(parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-def _compared(layers: list[_Layer], outputs: Callable[[], list[Tensor]], trained: _Pass) -> Verification:
+def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], trained: _Pass) -> Verification:
     """Every layer by itself: without it, and with it merged."""
     attached = outputs()
     noise = relative(attached, outputs())
@@ -259,10 +261,10 @@ def _compared(layers: list[_Layer], outputs: Callable[[], list[Tensor]], trained
         with ExitStack() as undo:
             fresh = effect <= noise
             if fresh:
-                undo.enter_context(_nudged(layer))
+                undo.enter_context(_nudge(layer))
                 now = outputs()
                 effect = relative(now, without)
-            difference, why = _merged(layer, now, outputs)
+            difference, why = _merge_error(layer, now, outputs)
         rows.append(
             Checked(
                 path=layer.path,
@@ -287,16 +289,16 @@ def _is_half(layer: _Layer) -> bool:
 
 
 @contextmanager
-def _nudged(layer: _Layer) -> Iterator[None]:
+def _nudge(layer: _Layer) -> Iterator[None]:
     """Adapters that do something, in place of ones that do not yet."""
     parameters = [p for adapter in layer.stack for p in adapter.parameters()]
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(p.shape, generator=generator) for p in parameters]
-    with moved(parameters, steps, 0.1):
+    with perturb_parameters(parameters, steps, 0.1):
         yield
 
 
-def _merged(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Tensor]]) -> tuple[float | None, str]:
+def _merge_error(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Tensor]]) -> tuple[float | None, str]:
     """How far the output is from `now` with a layer merged; None, and why, where it cannot be."""
     adapters, path = layer.adapters, layer.path
     module, attribute = layer.site.module, layer.site.attribute

@@ -109,7 +109,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
             raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
         p["magnitude"] = magnitude
         algorithm = DoRA.read(algorithm, p, g)
-    return algorithm, _fitted(algorithm, {name: t for name, t in p.items() if name not in kind.marks}, g, where)
+    return algorithm, _fit_shapes(algorithm, {name: t for name, t in p.items() if name not in kind.marks}, g, where)
 
 
 def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
@@ -141,7 +141,7 @@ def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
     raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
 
 
-def _fitted(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
+def _fit_shapes(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
     inner = below_lengths(algorithm)
     names = dict(inner.keys) | DoRA.keys
     try:

@@ -22,8 +22,8 @@ from lycoris.algorithms.base import (
     Params,
     Part,
     Slot,
+    apply_dropout,
     common_dtype,
-    dropped,
     in_dtype_of,
     joined_rows,
     one_mask,
@@ -33,7 +33,7 @@ from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.equality import identical, same
 from lycoris.ops.low_rank import add_product
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 TOKENS = 1024
 """Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
@@ -129,7 +129,7 @@ class Additive(Algorithm):
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
         if self.dropout and call.dropping is not None:
-            x = dropped(x, call.dropping * self.dropout)
+            x = apply_dropout(x, call.dropping * self.dropout)
         if self._factored(g, _tokens(g, x), alone=True):
             return self._added(y, p, g, x, call)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
@@ -148,7 +148,7 @@ class Additive(Algorithm):
         pair = self.pair(p, g)
         assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"
         out, into = pair
-        return add_mixed(y, g, amplified(g.op(x, into), gain), out)
+        return add_mixed(y, g, amplify(g.op(x, into), gain), out)
 
     def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
         """Whether the factored product or building ΔW costs less, forward and backward, for a number of tokens.
@@ -211,7 +211,7 @@ class Additive(Algorithm):
         return build
 
 
-def amplified(h: Tensor, gain: Tensor | float) -> Tensor:
+def amplify(h: Tensor, gain: Tensor | float) -> Tensor:
     """gain·h in the precision of h, without a step where that is h."""
     if isinstance(gain, Tensor):
         return h * gain.to(h.dtype)
@@ -279,7 +279,7 @@ class Ranked(Algorithm):
         gate = tensors.pop("gate", None)
         if gate is not None:
             slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
-            tensors[slot] = widened(tensors[slot]) * widened(gate)
+            tensors[slot] = widen(tensors[slot]) * widen(gate)
         return tensors
 
     @property
@@ -357,7 +357,7 @@ def side_by_side(
     total = max(at + rank for at, rank in zip(first, ranks, strict=True))
     shape = [g.out_features, total] if axis == 0 else [total, g.out_features]
     # A gain is multiplied in at full precision, and the result stays so.
-    tensors = [widened(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
+    tensors = [widen(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
     whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:], dtype=common_dtype(tensors))
     for part, tensor, at, rank in zip(parts, tensors, first, ranks, strict=True):
         columns = slice(at, at + rank)

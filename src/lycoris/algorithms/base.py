@@ -349,7 +349,7 @@ def in_dtype_of(x: Tensor, p: Params) -> Params:
     return {name: tensor.to(x.dtype) for name, tensor in p.items()}
 
 
-def dropped(x: Tensor, probability: Tensor) -> Tensor:
+def apply_dropout(x: Tensor, probability: Tensor) -> Tensor:
     """x with numbers zeroed at random and the others divided by 1 - p. `probability` is a 0-d tensor: in a compiled
     graph training and evaluation differ only by its value.
     """

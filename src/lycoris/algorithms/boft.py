@@ -15,8 +15,8 @@ from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import butterfly_sizes
-from lycoris.ops.rotation import butterfly_work, cayley, joined, joined_butterfly, stage, turn_all
-from lycoris.ops.shape import unflattened
+from lycoris.ops.rotation import butterfly_work, cayley, joined_butterfly, stage, stages_to_join, turn_all
+from lycoris.ops.shape import unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class BOFT(OFT):
             shift = bias - turn_all(bias[None], butterfly)[0]
         channels = y.movedim(g.channel_axis, -1).contiguous()
         whole = turn_all(channels.view(-1, g.out_features), butterfly, shift)
-        whole = unflattened(whole.contiguous(), channels.shape).movedim(-1, g.channel_axis)
+        whole = unflatten(whole.contiguous(), channels.shape).movedim(-1, g.channel_axis)
         if not torch.compiler.is_compiling() and bool(call.strength == 1):
             # In the layer's own memory layout: what comes next picks its kernels, and with them the last bit, by it.
             return whole if whole.stride() == y.stride() else whole.contiguous()
@@ -83,7 +83,7 @@ class BOFT(OFT):
         if g.groups > 1:
             return super().cost(g, tokens, alone=alone)
         s, o, m = self.block_size, g.out_features, self.slots(g)["blocks"].shape[0]
-        work, once, many = butterfly_work(o, m, s), m * o * s**2 / tokens, joined(m, s)
+        work, once, many = butterfly_work(o, m, s), m * o * s**2 / tokens, stages_to_join(m, s)
         # In float32 a CPU keeps the first of them only.
         kept = o * -(-m // many)
         why = f"the output is turned by {m} stages, {many} at a time"

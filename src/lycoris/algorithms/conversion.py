@@ -36,13 +36,13 @@ def has_start(entry: Entry) -> bool:
     return entry.tensors.keys() >= entry.algorithm.slots(entry.geometry).keys()
 
 
-def adapted(entry: Entry, base: Affine) -> Affine:
+def adapt_affine(entry: Entry, base: Affine) -> Affine:
     """Weight (O, I, *K) and bias that an entry makes of those below, at strength 1, in the precision of the base.
 
     Of a stacked parameter the weight is (E, O, I).
     """
     algorithm, g = entry.algorithm, _one(entry.geometry)
-    p = _moved(_completed(entry, base), base.weight.dtype)
+    p = _cast_tensors(_complete_tensors(entry, base), base.weight.dtype)
     if not entry.geometry.stack:
         return algorithm.transform(p, base, g)
     each = [algorithm.transform(_at(p, n), Affine(w, None), g).weight for n, w in enumerate(base.weight)]
@@ -89,14 +89,14 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     if isinstance(algorithm, Full | Norm):
         return entry
     if isinstance(algorithm, Replace):
-        return _difference(entry, _required(entry, base).widened(torch.float64), _wide(entry, base))
+        return _difference(entry, _require_base(entry, base).widened(torch.float64), _wide(entry, base))
     tied = needs_base(entry)
     if tied:
-        below = _required(entry, base).widened(torch.float64)
+        below = _require_base(entry, base).widened(torch.float64)
     else:
         device = next(iter(entry.tensors.values())).device
         below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=device), None)
-    diff = adapted(entry, below).weight - below.weight
+    diff = adapt_affine(entry, below).weight - below.weight
     if tied:
         diff = diff.to(_wide(entry, base))
     return Entry(Full(bias=False), g, {"diff": g.turned(diff)})
@@ -104,7 +104,7 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
 
 def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
     """What stands in place of a weight and a bias, as differences from those."""
-    g, made = entry.geometry, adapted(entry, base)
+    g, made = entry.geometry, adapt_affine(entry, base)
     found = {}
     if "w" in entry.tensors:
         found["diff"] = g.turned(made.weight - base.weight).to(dtype)
@@ -123,7 +123,7 @@ def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] 
     algorithm, g = entry.algorithm, _one(entry.geometry)
     split: Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]
     if isinstance(algorithm, GLoRA):
-        below = _required(entry, base).weight
+        below = _require_base(entry, base).weight
         split = _of_glora(algorithm, g)
         scale = algorithm.scale(g)
     elif isinstance(algorithm, Additive):
@@ -132,7 +132,7 @@ def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] 
         scale = algorithm.scale(g)
     else:
         return None
-    p = _moved(_completed(entry, base), _wide(entry, base if below is not None else None))
+    p = _cast_tensors(_complete_tensors(entry, base), _wide(entry, base if below is not None else None))
     if not entry.geometry.stack:
         pair = split(p, below)
         return None if pair is None else (*pair, scale)
@@ -168,18 +168,18 @@ def _of_glora(algorithm: GLoRA, g: Geometry) -> Callable[[Params, Tensor | None]
     return split
 
 
-def _completed(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
+def _complete_tensors(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
     """The tensors with those added that the weight below determines."""
     if has_start(entry):
         return entry.tensors
-    weight, g = _required(entry, base).weight, _one(entry.geometry)
+    weight, g = _require_base(entry, base).weight, _one(entry.geometry)
     if not entry.geometry.stack:
         return entry.algorithm.complete(entry.tensors, Matrix(g, weight))
     each = [entry.algorithm.complete(_at(entry.tensors, n), Matrix(g, w)) for n, w in enumerate(weight)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
 
-def _required(entry: Entry, base: Affine | None) -> Affine:
+def _require_base(entry: Entry, base: Affine | None) -> Affine:
     if base is None:
         raise PlanError(
             f"what {entry.algorithm.name} does to a {entry.geometry} depends on the weight below it, and none was "
@@ -194,7 +194,7 @@ def _wide(entry: Entry, base: Affine | None) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _moved(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
+def _cast_tensors(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import Ranked, add_mixed, amplified, low_rank_work
+from lycoris.algorithms.additive import Ranked, add_mixed, amplify, low_rank_work
 from lycoris.algorithms.base import Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class GLoRA(Ranked):
 
     def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         tensors = super().stored(p, g)
-        return tensors | {"b2": widened(tensors["b2"]) * widened(p["gate"])} if "gate" in p else tensors
+        return tensors | {"b2": widen(tensors["b2"]) * widen(p["gate"])} if "gate" in p else tensors
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         p = self.masked(p, g, keep)
@@ -61,12 +61,12 @@ class GLoRA(Ranked):
             y = below(x)
             p = self.masked(in_dtype_of(y, p), g, call.keep)
             out = torch.cat([plain.weight @ p["a1"], p["b1"]], dim=1)
-            return add_mixed(y, g, amplified(g.op(x, torch.cat([p["a2"], p["b2"]])), gain), out)
+            return add_mixed(y, g, amplify(g.op(x, torch.cat([p["a2"], p["b2"]])), gain), out)
         own = self.masked(in_dtype_of(x, p), g, call.keep)
-        h = amplified(g.mix(x, own["a2"].flatten(1)), gain)
+        h = amplify(g.mix(x, own["a2"].flatten(1)), gain)
         y = below(x + g.mix(h, own["a1"].flatten(1)).to(x.dtype))
         own = self.masked(in_dtype_of(y, p), g, call.keep)
-        return add_mixed(y, g, amplified(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
+        return add_mixed(y, g, amplify(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
 
     def grain(self, g: Geometry) -> int:
         return 1

@@ -227,7 +227,7 @@ class LoKr(Ranked, Additive):
         w1 = w1 * gain
         if g.kind == "embedding":
             return y + look_up(x, w1, w2)
-        return add_linear(y, x, w1, w2) if g.kind == "linear" else y + _convolved(x, w1, w2, g)
+        return add_linear(y, x, w1, w2) if g.kind == "linear" else y + _convolve_kronecker(x, w1, w2, g)
 
     def waste(self, g: Geometry) -> str | None:
         if self.layout is not None:
@@ -271,7 +271,7 @@ def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, T
     return (eye, w) if rows <= columns else (w, eye)
 
 
-def _convolved(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
+def _convolve_kronecker(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
     """(w1 ⊗ w2) convolved with x (B, im·in, *S): w2 as a convolution on each group, w1 across the groups."""
     batched = x.dim() == len(g.kernel) + 2
     x = x if batched else x.unsqueeze(0)

@@ -13,7 +13,7 @@ from lycoris.algorithms.additive import (
     Additive,
     Ranked,
     add_mixed,
-    amplified,
+    amplify,
     joined_outputs,
     low_rank_work,
     shared_inputs,
@@ -102,7 +102,7 @@ class LoRA(Ranked, Additive):
 
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
-        return add_mixed(y, g, amplified(h, gain), p["up"].flatten(1))
+        return add_mixed(y, g, amplify(h, gain), p["up"].flatten(1))
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

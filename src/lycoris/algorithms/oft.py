@@ -26,7 +26,7 @@ from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.factorization import nearest_divisor
-from lycoris.ops.rotation import cayley, limited, scaled_turn, turn_blocks
+from lycoris.ops.rotation import cayley, limit_norm, scaled_turn, turn_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class OFT(Algorithm):
 
     def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         # The limit is one for all blocks together: it has to be applied before they part.
-        free = limited(p["blocks"], self.constraint * g.out_features)
+        free = limit_norm(p["blocks"], self.constraint * g.out_features)
         own = {"blocks": run.blocks(self.block_size).of(free)}
         return own | ({"rescale": run.of(p["rescale"])} if "rescale" in p else {})
 
@@ -115,7 +115,7 @@ class OFT(Algorithm):
         for part in parts:
             own = part.entry.algorithm
             assert isinstance(own, cls)
-            free.append(limited(part.entry.tensors["blocks"], own.constraint * part.entry.geometry.out_features))
+            free.append(limit_norm(part.entry.tensors["blocks"], own.constraint * part.entry.geometry.out_features))
         blocks = free[0].new_zeros(g.out_features // size, size, size, dtype=common_dtype(free))
         for part, own_blocks in zip(parts, free, strict=True):
             blocks[part.start // size :][: len(own_blocks)] = own_blocks

@@ -20,7 +20,7 @@ from lycoris.algorithms.slices import Slice
 from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 
 class Step(NamedTuple):
@@ -44,17 +44,17 @@ def share(entry: Entry, rows: slice, g: Geometry, where: str, *, dense: bool = T
 
     Where no slice can say it: as `take` does. Raises `FileError` as `take` and `on` do.
     """
-    return _shared(entry, _run(entry, rows), g, where) or _then_on(take(entry, rows, where, dense=dense), g, where)
+    return _share_rows(entry, _run(entry, rows), g, where) or _then_on(take(entry, rows, where, dense=dense), g, where)
 
 
-def swapped(entry: Entry, where: str, *, dense: bool = True) -> Step:
+def swap_halves(entry: Entry, where: str, *, dense: bool = True) -> Step:
     """An adapter with the two halves of its layer's rows exchanged."""
     return _at(entry, _halves(entry), where, dense)
 
 
 def share_swapped(entry: Entry, where: str, *, dense: bool = True) -> Step:
     """The same by the adapter's own tensors, as `share` does it."""
-    return _shared(entry, _halves(entry), entry.geometry, where) or swapped(entry, where, dense=dense)
+    return _share_rows(entry, _halves(entry), entry.geometry, where) or swap_halves(entry, where, dense=dense)
 
 
 def apart(entry: Entry, where: str, *, dense: bool = True) -> Step:
@@ -74,7 +74,7 @@ def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) 
     if whole := slices.rejoin(ordered, g):
         return Step(on(whole, g, where))
     separate = [part._replace(entry=apart(part.entry, where, dense=dense).entry) for part in ordered]
-    parts = [part._replace(entry=_folded(_computable(part.entry))) for part in separate]
+    parts = [part._replace(entry=_fold_gate(_computable(part.entry))) for part in separate]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
         own = kinds.pop().join(parts, g)
@@ -86,7 +86,7 @@ def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) 
     algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
     assert algorithm is not None, "LoRA and Full join whatever there is"
     joined = on(Entry(algorithm, g, tensors), g, where)
-    return Step(joined, _told([part.entry for part in parts], joined))
+    return Step(joined, _describe_change([part.entry for part in parts], joined))
 
 
 def on(entry: Entry, g: Geometry, where: str) -> Entry:
@@ -104,7 +104,7 @@ def on(entry: Entry, g: Geometry, where: str) -> Entry:
 def _computable(entry: Entry) -> Entry:
     """With tensors of eight bits widened: torch compares and promotes none of them."""
     small = {name for name, t in entry.tensors.items() if t.is_floating_point() and t.itemsize == 1}
-    return entry._replace(tensors={name: widened(t) if name in small else t for name, t in entry.tensors.items()})
+    return entry._replace(tensors={name: widen(t) if name in small else t for name, t in entry.tensors.items()})
 
 
 def _run(entry: Entry, rows: slice) -> Run:
@@ -116,7 +116,7 @@ def _halves(entry: Entry) -> Run:
     return Run(rows // 2, rows, rows)
 
 
-def _shared(entry: Entry, run: Run, g: Geometry, where: str) -> Step | None:
+def _share_rows(entry: Entry, run: Run, g: Geometry, where: str) -> Step | None:
     found = slices.share(entry, run, g)
     if found is None or not isinstance(found.algorithm, Slice):
         return None if found is None else Step(found)
@@ -140,7 +140,7 @@ def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
         few = run.rows < run.total
         what = f"cut to {run.rows} of its {g.out_features} rows" if few else "given its rows in another order"
         plain = _plain(entry, what, where, dense)
-        return Step(found := slices.cut_entry(plain, run), told or _told([entry], found))
+        return Step(found := slices.cut_entry(plain, run), told or _describe_change([entry], found))
     if not conversion.has_start(entry):
         raise FileError(
             f"{where}: what its {algorithm.name} started from is left out and follows from the weight of the fused "
@@ -166,11 +166,11 @@ def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {own: tensor for own, tensor in tensors.items() if own != name}
 
 
-def _folded(entry: Entry) -> Entry:
+def _fold_gate(entry: Entry) -> Entry:
     """Without a gate of its own, which parts of a layer could not share."""
     algorithm, g, tensors = entry
     if isinstance(algorithm, DoRA):
-        inner = _folded(Entry(algorithm.over, g, tensors))
+        inner = _fold_gate(Entry(algorithm.over, g, tensors))
         assert isinstance(inner.algorithm, Additive)
         return Entry(replace(algorithm, over=inner.algorithm), g, inner.tensors)
     if not isinstance(algorithm, Ranked) or not algorithm.gate:
@@ -185,7 +185,7 @@ def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
     return conversion.low_rank(entry, always=not dense) or conversion.dense(entry)
 
 
-def _told(before: Sequence[Entry], after: Entry) -> str:
+def _describe_change(before: Sequence[Entry], after: Entry) -> str:
     names = " and ".join(sorted({entry.algorithm.name for entry in before}))
     rank = after.tensors["down"].shape[0] if after.algorithm.name == "lora" else None
     masks = "; timestep masks are lost" if any(entry.algorithm.rank_masked for entry in before) else ""

@@ -14,7 +14,7 @@ from lycoris.algorithms.base import Base, Call, Params, Slot, one_mask
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 Vectors = Literal["principal", "middle", "last"]
 
@@ -172,4 +172,4 @@ class TLoRA(Ranked, Additive):
 
 def _matrix(below: Base) -> Tensor:
     """The weight below as (O, I·ΠK), in at least float32: singular values of half precision would be noise."""
-    return widened(below.affine().weight.detach()).flatten(1)
+    return widen(below.affine().weight.detach()).flatten(1)

@@ -22,7 +22,7 @@ def _eight_bit(shape: Shape) -> int:
     return 8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256))
 
 
-def _factored(shape: Shape) -> int:
+def _adafactor_bytes(shape: Shape) -> int:
     """Adafactor without momentum: the last two axes as a row and a column."""
     if len(shape) < 2:
         return 4 * math.prod(shape)
@@ -32,7 +32,7 @@ def _factored(shape: Shape) -> int:
 OPTIMIZERS: Mapping[str, Callable[[Shape], int]] = {
     "adamw": lambda shape: 8 * math.prod(shape),
     "adamw8bit": _eight_bit,
-    "adafactor": _factored,
+    "adafactor": _adafactor_bytes,
     "lion": lambda shape: 4 * math.prod(shape),
     "prodigy": lambda shape: 16 * math.prod(shape),
     "sgd": lambda shape: 0,

@@ -25,7 +25,7 @@ def empty(model: str) -> nn.Module:
     elif not path.is_file():
         if path.suffix == ".json" or len(path.parts) > 1:
             raise ConfigError(f"{model} is no file and no folder; known models: {', '.join(outline.names())}")
-        return outline.known(model)
+        return outline.load_model(model)
     config = _read(path)
     if "_class_name" in config:
         return _diffusers(path, config)
@@ -51,7 +51,7 @@ def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         models = [each for each in dir(diffusers) if "Model" in each]
         raise ConfigError(f"{path}: {unknown('model class', str(name), nearest(str(name), models))}")
-    return _made(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]
+    return _make_model(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]
 
 
 def _transformers(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -66,10 +66,10 @@ def _transformers(path: Path, config: dict[str, Any]) -> nn.Module:
         cls = transformers.AutoModel if name is None else getattr(transformers, name)
         return cls.from_config(settings) if name is None else cls(settings)
 
-    return _made(path, make)
+    return _make_model(path, make)
 
 
-def _made(path: Path, make: Any) -> nn.Module:
+def _make_model(path: Path, make: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             made: nn.Module = make()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lycoris.adapters import attach
 from lycoris.adapters.adapter import Adapter
-from lycoris.adapters.loading import fitted, matched, put
+from lycoris.adapters.loading import fit_tensors, match_tensors, put
 from lycoris.algorithms import DoRA, below_lengths, conversion, read_tensors, write_tensors
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Base, Call, Entry, Matrix
@@ -297,5 +297,5 @@ class AdapterView(nn.Module):
     def fit(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of a file for this adapter. Raises `FileError` when they mean something else."""
         if self._parameter is None:
-            return fitted(self.adapter, entry, self._place)
-        return matched(self.adapter, entry.algorithm, entry.tensors, self._parameter.name)
+            return fit_tensors(self.adapter, entry, self._place)
+        return match_tensors(self.adapter, entry.algorithm, entry.tensors, self._parameter.name)

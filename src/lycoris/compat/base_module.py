@@ -17,7 +17,7 @@ from typing_extensions import Self
 from lycoris.adapters import attach
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.adapters.loading import completed
+from lycoris.adapters.loading import complete_tensors
 from lycoris.adapters.recomputation import replayed_random
 from lycoris.adapters.strengths import finite
 from lycoris.algorithms import read_tensors
@@ -305,7 +305,7 @@ class LycorisBaseModule(AdapterView):
         tensors = {n: t for n, t in zip(cls.weight_list, weights, strict=True) if t is not None}
         algorithm, values = read_tensors(tensors, place.geometry, lora_name)
         adapter = Adapter(algorithm, place.geometry, **base_weights.home(orig_module))
-        adapter.fill(completed(Entry(algorithm, place.geometry, values), place))
+        adapter.fill(complete_tensors(Entry(algorithm, place.geometry, values), place))
         made = cls.__new__(cls)
         made._become(lora_name, adapter, place, None, single=True)
         return made

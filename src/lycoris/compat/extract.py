@@ -73,7 +73,9 @@ def extract_diff(
                 lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' keeps it)"]
             elif stack := _stack(place.geometry, weight, bias, wanted):
                 entries[place.path] = stack
-                found |= _left(f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity)
+                found |= _largest_residuals(
+                    f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity
+                )
         if lost:
             logger.warning("%s: changed and not kept: %s", component.prefix, some(lost))
         found |= files.encode(Bundle(entries), prefix=component.prefix)
@@ -111,12 +113,12 @@ def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
     before, after = ({p.path: p for p in sites(model) if not p.attribute} for model in (base, tuned))
     for path in (*before, *(path for path in after if path not in before)):
         one, other = before.get(path), after.get(path)
-        if one is None or other is None or _told(one) != _told(other):
-            raise FileError(f"{path} is {_told(one)} in the base and {_told(other)} beside it")
+        if one is None or other is None or _describe_place(one) != _describe_place(other):
+            raise FileError(f"{path} is {_describe_place(one)} in the base and {_describe_place(other)} beside it")
         yield one, other
 
 
-def _told(place: Site | None) -> str:
+def _describe_place(place: Site | None) -> str:
     return "nothing" if place is None else f"{place.geometry} with{'' if place.geometry.has_bias else 'out'} bias"
 
 
@@ -176,7 +178,7 @@ def _stack(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Wan
     return (Entry(Full(bias=bool(shift)), g, {"diff": g.turned(weight), **shift}),)
 
 
-def _left(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None) -> dict[str, Tensor]:
+def _largest_residuals(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None) -> dict[str, Tensor]:
     """The largest places of what a LoRA leaves of a change, as early files keep them."""
     if sparsity is None or weight is None or not isinstance(entry.algorithm, LoRA):
         return {}

@@ -37,7 +37,7 @@ def merge_weight(
     algorithm, values = read_tensors(tensors, g, lora_name)
     full = torch.promote_types(model_weight.dtype, torch.float32) if model_weight.itemsize > 1 else torch.float32
     base = Affine(model_weight.to(calc_device, full), None)
-    changed = conversion.adapted(Entry(algorithm, g, values), base)
+    changed = conversion.adapt_affine(Entry(algorithm, g, values), base)
     for key in keys:
         lora_weight_keys.discard(key)
     return interpolate(base, changed, multiplier).weight.to(model_weight.dtype)

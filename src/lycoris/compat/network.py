@@ -341,7 +341,7 @@ class LycorisNetwork(Assignable, ClassPreset):
             bundles,
             file,
             dtype=dtype,
-            metadata={**files.kept(self.adapters.metadata), **(metadata or {})},
+            metadata={**files.keep_header(self.adapters.metadata), **(metadata or {})},
             prefix={self._name(part): part.prefix for part in self.parts},
             family=None if family is None else family.name,
             describe=self._describe,

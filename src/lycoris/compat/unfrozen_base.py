@@ -38,7 +38,7 @@ class _Watch:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self.handle.remove()
-        if names := freezing.trained(model):
+        if names := freezing.trainable_names(model):
             logger.warning(
                 "%d of the %s's own parameters train along with the adapters, and adapter files do not hold them: %s. "
                 "Freeze them with requires_grad_(False) on the model before the network is applied, or ignore this if "

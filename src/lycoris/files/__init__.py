@@ -11,7 +11,7 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.peft import read_peft, write_peft
 from lycoris.files.programs.check import check
 from lycoris.files.reading import read, resolve
-from lycoris.files.writing import compose, encode, kept, write
+from lycoris.files.writing import compose, encode, keep_header, write
 
 __all__ = [
     "DIALECTS",
@@ -26,7 +26,7 @@ __all__ = [
     "encode",
     "header",
     "judge",
-    "kept",
+    "keep_header",
     "load_tensors",
     "read",
     "read_peft",

@@ -19,7 +19,7 @@ from lycoris.files.container.target import check_target
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.growth import ALLOW, Bytes, GrowthError, change, forms, size_of
-from lycoris.files.opening import opened
+from lycoris.files.opening import open_file
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import CONSUMERS
 from lycoris.files.rewriting import Order
@@ -110,7 +110,7 @@ def convert(
     _check_asked(to, portable)
     read = {Path(source), *(() if weights is None else weights.files.values())}
     check_target(target, read, overwrite=overwrite)
-    found = opened(source, base, strict=strict)
+    found = open_file(source, base, strict=strict)
     before = Bytes.of(found.tensors, size_of(source), dtype)
     order = Order(found, base, weights, dtype, before, allow_growth)
     try:
@@ -131,7 +131,7 @@ def convert(
         assumed=found.assumed,
         written=made.written,
         rounded=made.rounded,
-        forms=(_counted(found.shapes, found.detection.dialect), _counted(_shapes(written), made.dialect)),
+        forms=(_count_forms(found.shapes, found.detection.dialect), _count_forms(_shapes(written), made.dialect)),
         before=Bytes.of(found.tensors, size_of(source)),
         after=Bytes.of(written, size_of(target)),
         unchanged=made.unchanged,
@@ -151,7 +151,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _counted(shapes: Mapping[str, tuple[int, ...]], dialect: str) -> str:
+def _count_forms(shapes: Mapping[str, tuple[int, ...]], dialect: str) -> str:
     counts = forms(shapes, DIALECTS[dialect]).most_common()
     told = [f"{count} {form}" for form, count in counts[:SHOWN]]
     return ", ".join(told) + (f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else "")

@@ -44,7 +44,7 @@ def describe(base: Base) -> str | None:
     return text if len(text) <= LONGEST else None
 
 
-def described(header: Mapping[str, str]) -> Layout | None:
+def describe_base(header: Mapping[str, str]) -> Layout | None:
     """The base that a header describes; None where it does not, or where that is not what its fingerprint is of."""
     made_for, text = fingerprint.told_by(header), header.get(KEY, "")
     if made_for is None or not 0 < len(text) <= LONGEST:

@@ -111,19 +111,19 @@ def judge(
     """
     if what := foreign.whole(shapes):
         raise FileError(what)
-    shapes, aside = foreign.parted(shapes)
-    wrapped = wrappers.changed(shapes, wrappers.without_wrappers)
-    found = _judged(shapes, metadata, family)
+    shapes, aside = foreign.split_foreign(shapes)
+    wrapped = wrappers.find_renames(shapes, wrappers.without_wrappers)
+    found = _judge_dialects(shapes, metadata, family)
     if found is None or not _is_explained(found):
         if what := foreign.kind_of(shapes, readable=found is None):
             raise FileError(what)
-        renamed = wrappers.changed(shapes, wrappers.plainer) if settle else {}
+        renamed = wrappers.find_renames(shapes, wrappers.plainer) if settle else {}
         others = {renamed.get(name, name): shape for name, shape in shapes.items()}
-        again = _judged(others, metadata, family) if renamed else None
-        if again is not None and (found is None or _explained(again) > _explained(found)):
-            found = replace(again, renamed=renamed, remarks=(*again.remarks, wrappers.told(renamed)))
+        again = _judge_dialects(others, metadata, family) if renamed else None
+        if again is not None and (found is None or _count_explained(again) > _count_explained(found)):
+            found = replace(again, renamed=renamed, remarks=(*again.remarks, wrappers.describe_renames(renamed)))
     if found is not None and wrapped and not found.renamed:
-        found = replace(found, renamed=wrapped, remarks=(*found.remarks, wrappers.told(wrapped)))
+        found = replace(found, renamed=wrapped, remarks=(*found.remarks, wrappers.describe_renames(wrapped)))
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     plain = [name for name in found.strange if foreign.is_plain(name)]
@@ -132,7 +132,7 @@ def judge(
     return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
 
 
-def _explained(found: Detection) -> tuple[int, int, int]:
+def _count_explained(found: Detection) -> tuple[int, int, int]:
     """How much of a file is known: layers that known models have and have not, and tensors of the dialect."""
     named = sum(fits[0].named for fits in found.fits.values() if fits)
     return named, named - sum(found.components.values()), -len(found.strange)
@@ -143,7 +143,9 @@ def _is_explained(found: Detection) -> bool:
     return not found.strange and named == [*found.components.values()]
 
 
-def _judged(shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None) -> Detection | None:
+def _judge_dialects(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None
+) -> Detection | None:
     """The same of tensors under their own names; None where no dialect has any."""
     fitting = _Fitting()
     readings = [_reading(dialect, shapes, metadata, family, fitting) for dialect in DIALECTS.values()]
@@ -210,7 +212,7 @@ def _reading(
 ) -> _Reading:
     keys = {name: dialect.split(name) for name in shapes}
     parted = {name: key for name, key in keys.items() if key is not None}
-    denoiser = _grouped(parted, shapes, lambda key: key.component).get("", {})
+    denoiser = _group_by_component(parted, shapes, lambda key: key.component).get("", {})
     found = fits.candidates(denoiser, dialect)
     told, foreign = known or family_in(metadata), "" if known else base_model.unknown_base(metadata)
     fitting = _only(found, told, "")
@@ -227,7 +229,7 @@ def _reading(
     if own:
         remarks.append(_misfit(own[0], len(denoiser)))
     best = own[0] if own else None
-    layers = _grouped(parted, shapes, component_of(family))
+    layers = _group_by_component(parted, shapes, component_of(family))
     others = {each: fits.candidates(those, dialect) for each, those in layers.items() if each}
     return _Reading(
         dialect=dialect,
@@ -282,7 +284,7 @@ def _fits(reading: _Reading, component: str) -> list[Fit]:
     return _only(found, reading.family, component) or found
 
 
-def _grouped(
+def _group_by_component(
     keys: Mapping[str, Key], shapes: Mapping[str, Shape], whose: Callable[[Key], str]
 ) -> dict[str, dict[str, Size]]:
     tensors: dict[str, dict[str, dict[str, Shape]]] = {}

@@ -85,7 +85,7 @@ KINDS: Sequence[Kind] = (
 CHECKPOINT = re.compile(r"(.+\.)?(weight|bias|scale|gamma|beta|in_proj_weight|in_proj_bias)")
 
 
-def parted(names: Shapes) -> tuple[dict[str, tuple[int, ...]], str]:
+def split_foreign(names: Shapes) -> tuple[dict[str, tuple[int, ...]], str]:
     """The tensors that may be an adapter's, and a remark on those that are none; "" without any."""
     aside: dict[str, list[str]] = {}
     for name in names:

@@ -79,7 +79,7 @@ def size_written(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> in
     return sum(tensor.nbytes for tensor in tensors.values()) + names + FIXED
 
 
-def told(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes in words."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
@@ -106,7 +106,7 @@ def check_growth(before: Bytes, after: Bytes, why: Iterable[str], about: str = "
         one, other, what = before.file, after.file, "file"
     became = "; ".join(dict.fromkeys(why))
     raise GrowthError(
-        f"its {what} would grow from {told(one)} to {about}{told(other)} ({change(one, other)})"
+        f"its {what} would grow from {format_bytes(one)} to {about}{format_bytes(other)} ({change(one, other)})"
         + (f": {became:.300}" if became else "")
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from lycoris.errors import FileError, PlanError
 from lycoris.files.dialects.base import Style, flatten
 from lycoris.files.recognition import Fit, guess, weight
-from lycoris.files.skeleton import named, skeleton, translate
+from lycoris.files.skeleton import name_layers, skeleton, translate
 from lycoris.layers.geometry import Geometry, class_name, sites
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Architecture
@@ -72,7 +72,7 @@ class Layout:
     @classmethod
     def known(cls, architecture: Architecture, outline: str) -> Layout:
         """Of a model whose outline comes with this package, in diffusers' names."""
-        return _known(architecture.name, outline)
+        return _load_layout(architecture.name, outline)
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Layout:
             if naming == MIDDLE or self.architecture is None:
                 self._spans[naming] = {path: Span((path,)) for path in self.middle}
             else:
-                self._spans[naming] = named(self.middle, self.architecture.namings[naming])
+                self._spans[naming] = name_layers(self.middle, self.architecture.namings[naming])
         return self._spans[naming]
 
     def written(self, naming: str, style: Style) -> dict[str, str]:
@@ -156,6 +156,6 @@ def _fitting(owner: str, layers: Mapping[str, Geometry], found: Sequence[Fit]) -
 
 
 @lru_cache(maxsize=64)
-def _known(architecture: str, outline: str) -> Layout:
+def _load_layout(architecture: str, outline: str) -> Layout:
     layers = skeleton(outline)
     return Layout(outline, layers, ARCHITECTURES[architecture], MIDDLE, layers)

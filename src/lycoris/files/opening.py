@@ -14,7 +14,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files import variants
 from lycoris.files.container.storage import load_tensors
-from lycoris.files.described import described
+from lycoris.files.described import describe_base
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.components import component_of, family_in, family_of
@@ -22,7 +22,7 @@ from lycoris.files.dialects.scales import BESIDE, beside
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import weights_in
-from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled
+from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled_names
 from lycoris.files.recognition import Fit
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import FAMILIES
@@ -45,7 +45,7 @@ class Opened(NamedTuple):
     """As the file has them, under its own names."""
 
 
-def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
+def open_file(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
     """Read a file, or a folder of PEFT's, whole.
 
     `base` is the denoiser that it is for (one on the meta device serves); None: a known model. Raises `FileError` when
@@ -56,32 +56,32 @@ def opened(source: str | os.PathLike[str], base: nn.Module | None = None, *, str
         return _folder(folder, base)
     tensors, metadata = load_tensors(source)
     try:
-        return understood(tensors, {**beside(source), **metadata}, base, strict=strict)
+        return parse_opened(tensors, {**beside(source), **metadata}, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
 
-def understood(
+def parse_opened(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
 ) -> Opened:
     """The same from what a file holds."""
-    denoiser = described(metadata) if base is None else Layout.of(base)
-    renamed: Mapping[str, str] = {} if denoiser is None else settled(tensors, denoiser, metadata)
+    denoiser = describe_base(metadata) if base is None else Layout.of(base)
+    renamed: Mapping[str, str] = {} if denoiser is None else settled_names(tensors, denoiser, metadata)
     in_file = tensors
-    tensors, shapes = _shaped(tensors, renamed)
+    tensors, shapes = _rename_tensors(tensors, renamed)
     found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser), settle=denoiser is None)
     if base is None and denoiser is not None:
         told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
-    tensors, shapes = _shaped(tensors, found.renamed)
+    tensors, shapes = _rename_tensors(tensors, found.renamed)
     if renamed:
-        found = replace(found, renamed=renamed, remarks=(*found.remarks, wrappers.told(renamed)))
+        found = replace(found, renamed=renamed, remarks=(*found.remarks, wrappers.describe_renames(renamed)))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser
         if layout is None or component:
             assumed[component] = _outlines(found, component)
-            layout, told = _variant(known(found.fits[component][0]), found, component, shapes)
+            layout, told = _variant(find_layout(found.fits[component][0]), found, component, shapes)
             found = replace(found, remarks=(*found.remarks, *filter(None, (told,))))
         try:
             bundle, layouts[component] = resolve_as_written(
@@ -97,7 +97,7 @@ def understood(
     return Opened(found, shapes, own, bundles, layouts, found.family, assumed, in_file)
 
 
-def _shaped(
+def _rename_tensors(
     tensors: Mapping[str, Tensor], renamed: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Tensors under other names, and their shapes."""
@@ -115,8 +115,8 @@ def _variant(
         key = dialect.split(name)
         if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
             continue
-        if told := variants.told(layout, naming, written[key.layer], shape[1]):
-            return variants.widened(layout, naming, written[key.layer], shape[1]), f"{told}; taken to be for that"
+        if told := variants.describe_variant(layout, naming, written[key.layer], shape[1]):
+            return variants.widen_model(layout, naming, written[key.layer], shape[1]), f"{told}; taken to be for that"
     return layout, ""
 
 
@@ -126,7 +126,7 @@ def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
         raise FileError(f"{other}; give that base with --base: its folder, or its config.json")
 
 
-def known(fit: Fit) -> Layout:
+def find_layout(fit: Fit) -> Layout:
     """The layers of a model that a file may be for."""
     assert fit.outline is not None
     return Layout.known(fit.architecture, fit.outline)
@@ -135,7 +135,7 @@ def known(fit: Fit) -> Layout:
 def _folder(folder: Path, base: nn.Module | None) -> Opened:
     found = detect(folder)
     assumed = {"": _outlines(found, "")} if base is None else {}
-    model = outline.known(found.models[""]) if base is None else base
+    model = outline.load_model(found.models[""]) if base is None else base
     layout = Layout.of(model)
     family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
     bundle = _without_guess(read_peft(folder, model), assumed, "")

@@ -44,7 +44,7 @@ class Places:
 
     def own(self, stack: Stack, name: str) -> Stack:
         """A stack without slices."""
-        return tuple(_noted(rows.apart(entry, name, dense=self.dense), self, name) for entry in stack)
+        return tuple(_take_note(rows.apart(entry, name, dense=self.dense), self, name) for entry in stack)
 
 
 def place(
@@ -68,9 +68,9 @@ def place(
             if span.parts in whole:
                 to = whole[span.parts]
                 g = stack[0].geometry
-                found.entries[to] = _turned(stack, span.swaps(g) != own[to].swaps(g), found, to)
+                found.entries[to] = _swap_stack(stack, span.swaps(g) != own[to].swaps(g), found, to)
                 continue
-            for part, single in _parted(stack, span, layout, found).items():
+            for part, single in _split_stack(stack, span, layout, found).items():
                 if (part,) in whole:
                     found.put({whole[part,]: single})
                 else:
@@ -89,14 +89,14 @@ def separate(stacks: Mapping[str, Stack], *, dense: bool = True) -> Places:
     return found
 
 
-def _turned(stack: Stack, turn: bool, found: Places, name: str) -> Stack:
+def _swap_stack(stack: Stack, turn: bool, found: Places, name: str) -> Stack:
     if not turn:
         return stack if found.shared else found.own(stack, name)
-    turned = tuple(_noted(rows.share_swapped(entry, name, dense=found.dense), found, name) for entry in stack)
+    turned = tuple(_take_note(rows.share_swapped(entry, name, dense=found.dense), found, name) for entry in stack)
     return turned if found.shared else found.own(turned, name)
 
 
-def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str, Stack]:
+def _split_stack(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str, Stack]:
     """A stack for each layer that a module holds."""
     if len(span.parts) == 1:
         return {span.parts[0]: stack}
@@ -106,7 +106,7 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
         at = slice(start, start + geometry.out_features)
         # Parts that are joined again, in another way, may turn out to be all of it.
         steps = (rows.share(entry, at, geometry, part, dense=found.dense) for entry in stack)
-        parts[part] = tuple(_noted(step, found, part) for step in steps)
+        parts[part] = tuple(_take_note(step, found, part) for step in steps)
         start = at.stop
     return parts
 
@@ -114,12 +114,12 @@ def _parted(stack: Stack, span: Span, layout: Layout, found: Places) -> dict[str
 def _join(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> None:
     """One stack from those of the layers that a module holds; what is missing gets nothing."""
     try:
-        found.entries[name] = _joined(parts, span, layout, found, name)
+        found.entries[name] = _join_stacks(parts, span, layout, found, name)
     except FileError as error:
         found.refused[name] = str(error)
 
 
-def _joined(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> Stack:
+def _join_stacks(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Places, name: str) -> Stack:
     geometry = layout.layers[name]
     starts, start = {}, 0
     for part in span.parts:
@@ -129,11 +129,11 @@ def _joined(parts: Mapping[str, Stack], span: Span, layout: Layout, found: Place
     stack = []
     for level in range(levels):
         some = [Part(starts[part], own[level]) for part, own in parts.items() if level < len(own)]
-        stack.append(_noted(rows.join(some, geometry, name, dense=found.dense), found, name))
+        stack.append(_take_note(rows.join(some, geometry, name, dense=found.dense), found, name))
     return tuple(stack)
 
 
-def _noted(step: rows.Step, found: Places, name: str) -> Entry:
+def _take_note(step: rows.Step, found: Places, name: str) -> Entry:
     if step.note:
         found.notes[name] = step.note
     return step.entry

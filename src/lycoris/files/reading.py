@@ -150,10 +150,12 @@ def _resolve(
 
     def matched(some: Mapping[str, Tensor]) -> Match:
         # Other names may be of other formats.
-        every = (_matched(some, each, layout, component, whose, header) for each in _dialects(some, dialect, prefix))
+        every = (
+            _match_dialect(some, each, layout, component, whose, header) for each in _dialects(some, dialect, prefix)
+        )
         return max(every, key=lambda each: each.standing)
 
-    tensors, match, _, remarks = _settled(tensors, matched, settle=not as_written)
+    tensors, match, _, remarks = _settle_names(tensors, matched, settle=not as_written)
     if not match.groups:
         raise FileError(nothing(match, tensors))
     if as_written:
@@ -165,7 +167,7 @@ def _resolve(
     places = placing.place(found.stacks, layout, match.naming, shared=shared)
     mismatched |= places.refused
     remark = "" if component else fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle)
-    unused, plain = _unused(match, layout)
+    unused, plain = _find_unused(match, layout)
     report = Report(
         dialect=match.dialect.name,
         applied={path: " + ".join(e.algorithm.name for e in stack) for path, stack in places.entries.items()},
@@ -196,7 +198,7 @@ def _family(name: str | None, header: Mapping[str, str], component: str, layout:
     return family_of({component: architecture}), f"its header says {told.name}, and the model is a {architecture.name}"
 
 
-def _unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
+def _find_unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
     """Tensor → why it has no place, and a remark on those that are hardly an adapter's."""
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
@@ -217,34 +219,34 @@ class _Settled(NamedTuple):
     remarks: list[str]
 
 
-def _settled(
+def _settle_names(
     tensors: Mapping[str, Tensor], matched: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
 ) -> _Settled:
-    own, aside = foreign.parted(_shapes(tensors))
+    own, aside = foreign.split_foreign(_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
-    match, wrapped = matched(tensors), wrappers.changed(tensors, wrappers.without_wrappers)
+    match, wrapped = matched(tensors), wrappers.find_renames(tensors, wrappers.without_wrappers)
     if settle and not match.complete:
         used = {*match.used()}
-        renamed = wrappers.changed(tensors, lambda name: name if name in used else wrappers.plainer(name))
+        renamed = wrappers.find_renames(tensors, lambda name: name if name in used else wrappers.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
         # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
         if (len(again.used()), again.standing) > (len(match.used()), match.standing):
-            return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.told(renamed)])
-    return _Settled(tensors, match, {}, [*filter(None, (aside, wrappers.told(wrapped) if wrapped else ""))])
+            return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
+    return _Settled(tensors, match, {}, [*filter(None, (aside, wrappers.describe_renames(wrapped) if wrapped else ""))])
 
 
-def settled(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
+def settled_names(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
     """The names by which tensors fit a denoiser where their own do not: name in the file → that one."""
     if not any(each.split(key) for each in DIALECTS.values() for key in tensors):
         return {}
     whose, _ = _family(None, header, "", layout)
 
     def matched(some: Mapping[str, Tensor]) -> Match:
-        every = (_matched(some, each, layout, "", whose, header) for each in _dialects(some, None, None))
+        every = (_match_dialect(some, each, layout, "", whose, header) for each in _dialects(some, None, None))
         return max(every, key=lambda each: each.standing)
 
-    return _settled(tensors, matched, settle=True).renamed
+    return _settle_names(tensors, matched, settle=True).renamed
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -294,7 +296,7 @@ def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | Non
     raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")
 
 
-def _matched(
+def _match_dialect(
     tensors: Mapping[str, Tensor],
     dialect: Dialect,
     layout: Layout,
@@ -357,7 +359,7 @@ def _entries(
         except FileError as error:
             down = own.get(DOWN)
             inputs = int(down.shape[1]) if down is not None and down.dim() > 1 else 0
-            mismatched[name] = variants.told(layout, match.naming, name, inputs) or str(error)
+            mismatched[name] = variants.describe_variant(layout, match.naming, name, inputs) or str(error)
             continue
         found.stacks[name] = stack
         if note:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from lycoris.files.dialects.base import flatten
-from lycoris.files.skeleton import Skeleton, named, namings, skeleton
+from lycoris.files.skeleton import Skeleton, name_layers, namings, skeleton
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Architecture
@@ -56,7 +56,7 @@ def fits(layers: Mapping[str, Size], *, flat: bool = False) -> list[Fit]:
         if count and count >= least:
             if not flat:
                 found.append(Fit(architecture, naming, None, count, 0))
-            found += _known(layers, architecture, naming, flat)
+            found += _known_fits(layers, architecture, naming, flat)
     return found
 
 
@@ -97,7 +97,7 @@ def _more(fit: Fit) -> tuple[int, int]:
     return weight(fit), fit.named
 
 
-def _known(layers: Mapping[str, Size], architecture: Architecture, naming: str, flat: bool) -> Iterator[Fit]:
+def _known_fits(layers: Mapping[str, Size], architecture: Architecture, naming: str, flat: bool) -> Iterator[Fit]:
     """The known models of an architecture that have some of these names."""
     for model in architecture.outlines:
         there = _layers(architecture.name, naming, model, flat)
@@ -124,7 +124,7 @@ def _layers(architecture: str, naming: str, model: str, flat: bool) -> _Layers:
     """The layers of a known model in a naming."""
     middle = skeleton(model)
     sizes = {}
-    for name, span in named(middle, namings(ARCHITECTURES[architecture])[naming]).items():
+    for name, span in name_layers(middle, namings(ARCHITECTURES[architecture])[naming]).items():
         parts = [middle[part] for part in span.parts if part in middle]
         if len(parts) == len(span.parts):
             size = sum(part.out_features for part in parts), parts[0].fan_in
@@ -157,7 +157,7 @@ def _paths(model: str) -> frozenset[str]:
 
     Not one of each kind: what differs in a number alone may have names of different kinds elsewhere.
     """
-    return frozenset(_walk(outline.told(model), ""))
+    return frozenset(_walk(outline.load_outline(model), ""))
 
 
 def _walk(told: outline.Outline, path: str) -> Iterator[str]:

@@ -34,15 +34,15 @@ from lycoris.files.growth import (
     widened_by,
 )
 from lycoris.files.layout import Layout
-from lycoris.files.opening import Opened, known, opened, understood
+from lycoris.files.opening import Opened, find_layout, open_file, parse_opened
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import CONSUMERS
-from lycoris.files.programs.check import Check, judged
-from lycoris.files.programs.exporting import dialects_of, exported
+from lycoris.files.programs.check import Check, judge_opened
+from lycoris.files.programs.exporting import dialects_of, export_bundle
 from lycoris.files.programs.portable import plain
 from lycoris.files.recognition import Fit
 from lycoris.files.skeleton import namings
-from lycoris.files.writing import HASHES, Encoded, compose, kept, stored
+from lycoris.files.writing import HASHES, Encoded, compose, keep_header, store_tensors
 from lycoris.models import fingerprint
 from lycoris.models.families.naming import DIFFUSERS as MIDDLE
 
@@ -83,7 +83,7 @@ class Order:
     def for_program(self, program: str, to: str | None) -> Made:
         """The smallest form, or the one in a dialect, in which a program reads all of it as trained."""
         own, title = self.found.detection.dialect, CONSUMERS[program].title
-        if to in (None, own) and self._as_it_is and judged(self.found, program).as_trained:
+        if to in (None, own) and self._as_it_is and judge_opened(self.found, program).as_trained:
             return self._unchanged()
         dialects = dialects_of(program, self.found)
         if to is not None and to not in dialects:
@@ -133,8 +133,8 @@ class Order:
         found = self.found
         header = found.header if self.dtype is None else {**found.header, **dict.fromkeys(HASHES, "")}
         own = Encoded(dict(found.tensors), {}, {})
-        written = stored(own, self.dtype, {key: value for key, value in header.items() if value})
-        return Made(written, found.detection.dialect, unchanged=True, rounded=_rounded(own, written))
+        written = store_tensors(own, self.dtype, {key: value for key, value in header.items() if value})
+        return Made(written, found.detection.dialect, unchanged=True, rounded=_count_rounded(own, written))
 
     def made(self, to: str, program: str | None = None, *, hurried: bool = False) -> Made:
         """In a dialect, and for a program where one is given. Raises `FileError`.
@@ -151,8 +151,8 @@ class Order:
             made = self._folder(ready)
         else:
             encoded = compose(ready.bundles, to, model=ready.layouts, family=found.family)
-            written = stored(encoded, self.dtype, _header(found, encoded.header))
-            rounded = _rounded(encoded, written)
+            written = store_tensors(encoded, self.dtype, _header(found, encoded.header))
+            rounded = _count_rounded(encoded, written)
             made = Made(written._replace(notes={**ready.notes, **written.notes}), to, rounded=rounded)
         if not self.allow_growth:
             size = self._size(made)
@@ -166,12 +166,12 @@ class Order:
         """As a program reads them as trained, where one is given, and on the layers that a dialect knows."""
         own, done = dict(bundles), dict[str, str]()
         if program is not None:
-            own, done = exported(self.found._replace(bundles=own), program, to, self.weights)
+            own, done = export_bundle(self.found._replace(bundles=own), program, to, self.weights)
         if self.weights is not None and "" in own and not DIALECTS[to].folder:
             own[""] = _free(own[""], to, self.found.layouts[""], self.weights, done)
         layouts = {}
         for name, bundle in own.items():
-            own[name], layouts[name] = _placed(bundle, self.found.layouts[name], to, self.base, done)
+            own[name], layouts[name] = _place_bundle(bundle, self.found.layouts[name], to, self.base, done)
         return _Ready(own, layouts, done)
 
     def _check_prediction(self, to: str, program: str | None, *, hurried: bool) -> None:
@@ -206,10 +206,10 @@ class Order:
     def _check(self, made: Made, program: str) -> Check:
         """What a program makes of it once it is written."""
         if made.folder is None:
-            return judged(understood(made.written.tensors, made.written.header, self.base), program)
+            return judge_opened(parse_opened(made.written.tensors, made.written.header, self.base), program)
         with tempfile.TemporaryDirectory() as folder:
             write_peft(made.folder, folder, dtype=self.dtype)
-            return judged(opened(folder, self.base), program)
+            return judge_opened(open_file(folder, self.base), program)
 
     def _others(self, program: str, dialects: list[str]) -> str:
         """Of some dialects those that a program does read as trained, as the end of a message."""
@@ -228,7 +228,7 @@ def _naming(layout: Layout, to: str) -> str:
     return MIDDLE if DIALECTS[to].folder else DIALECTS[to].naming_for(layout.architecture)
 
 
-def _placed(
+def _place_bundle(
     bundle: Bundle, layout: Layout, to: str, base: nn.Module | None, notes: dict[str, str]
 ) -> tuple[Bundle, Layout]:
     """A bundle on the layers that a dialect knows, without ranks that only other parts of a layer needed."""
@@ -253,7 +253,7 @@ def _placed(
     return replace(bundle, entries=entries), own
 
 
-def _rounded(before: Encoded, after: Encoded) -> dict[str, int]:
+def _count_rounded(before: Encoded, after: Encoded) -> dict[str, int]:
     """Precision → tensors that have other values in it than they had."""
     count: Counter[str] = Counter()
     for name, tensor in after.tensors.items():
@@ -268,7 +268,7 @@ def _header(found: Opened, own: Mapping[str, str]) -> dict[str, str]:
 
     The base and its family are told where the source's header has them or the base was given, never by a guess.
     """
-    told = {key: value for key, value in kept(found.header).items() if key != FAMILY}
+    told = {key: value for key, value in keep_header(found.header).items() if key != FAMILY}
     layout, guessed = found.layouts.get(""), "" in found.assumed
     if layout is not None and not guessed:
         other = fingerprint.other_layers(told, layout.owner, layout.layers, layout.middle)
@@ -312,7 +312,7 @@ def _check_sure(detection: Detection, component: str, bundle: Bundle, to: str) -
 
 def _names(fit: Fit, bundle: Bundle, style: Style, to: str) -> dict[str, list[str]]:
     """Layer → what a dialect calls its parts, if the file is for this model."""
-    layout, target = known(fit), DIALECTS[to].naming_for(fit.architecture)
+    layout, target = find_layout(fit), DIALECTS[to].naming_for(fit.architecture)
     home = namings(fit.architecture)[target].home
     names, spans = layout.written(fit.naming, style), layout.spans(fit.naming)
     spelled = flatten if style == "flat" else str

@@ -23,7 +23,7 @@ MIDDLE = Table(())
 @lru_cache(maxsize=64)
 def skeleton(name: str) -> Skeleton:
     """The layers of a well-known model, by their paths in diffusers. Raises `ConfigError` for an unknown name."""
-    return MappingProxyType(dict(outline.places(outline.told(name))))
+    return MappingProxyType(dict(outline.places(outline.load_outline(name))))
 
 
 def namings(architecture: Architecture) -> dict[str, Naming]:
@@ -31,7 +31,7 @@ def namings(architecture: Architecture) -> dict[str, Naming]:
     return {DIFFUSERS: MIDDLE, **architecture.namings}
 
 
-def named(layers: Skeleton, naming: Naming) -> Mapping[str, Span]:
+def name_layers(layers: Skeleton, naming: Naming) -> Mapping[str, Span]:
     """Every name that these layers of diffusers have in a naming, and what it holds."""
     found = {}
     for path in layers:

@@ -38,7 +38,7 @@ INPUTS: Mapping[str, Input] = MappingProxyType(
 """By architecture."""
 
 
-def told(layout: Layout, naming: str, name: str, inputs: int) -> str:
+def describe_variant(layout: Layout, naming: str, name: str, inputs: int) -> str:
     """What to say of an adapter for a layer's input of another width; "" where that is no sign of a variant."""
     own = _input(layout, naming, name)
     if own is None or not inputs or inputs == layout.middle[own.layer].in_features:
@@ -61,7 +61,7 @@ def _input(layout: Layout, naming: str, name: str) -> Input | None:
     )
 
 
-def widened(layout: Layout, naming: str, name: str, inputs: int) -> Layout:
+def widen_model(layout: Layout, naming: str, name: str, inputs: int) -> Layout:
     """A model as the variant of it whose first layer takes so many inputs; itself where that is no variant."""
     own = _input(layout, naming, name)
     if own is None or not inputs or inputs == layout.middle[own.layer].in_features:

@@ -32,7 +32,7 @@ from lycoris.files.reading import finite
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Header keys that are hashes of a file's tensors."""
@@ -83,7 +83,7 @@ def compose(
     whose = FAMILIES[family] if family else family_of({name: each.architecture for name, each in layouts.items()})
     by_prefix: dict[str, Bundle] = {}
     for name, each in bundles.items():
-        stacks = _named(each, kind, None if own else layouts[name], found.notes)
+        stacks = _name_stacks(each, kind, None if own else layouts[name], found.notes)
         begin = f"{own[name]}_" if own else _prefix(kind, name, whose, layouts[name])
         _put(stacks, kind, begin, found.tensors, owner)
         by_prefix[begin] = Bundle(dict(stacks))
@@ -117,8 +117,8 @@ def write(
     """
     check_target(path, overwrite=overwrite)
     encoded = compose(bundle, dialect, component=component, prefix=prefix, model=model, family=family)
-    own = {} if isinstance(bundle, Mapping) else kept(bundle.metadata)
-    made = stored(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
+    own = {} if isinstance(bundle, Mapping) else keep_header(bundle.metadata)
+    made = store_tensors(encoded, dtype, {**own, **encoded.header, **(metadata or {})})
     made = made._replace(header=_with_room(made, path))
     if describe is not None:
         made.header.update(describe(plain(made.tensors), made.header))
@@ -132,7 +132,7 @@ def _with_room(made: Encoded, path: str | os.PathLike[str]) -> dict[str, str]:
     return fitting(made.header, made.tensors, path) if plain_text else made.header
 
 
-def stored(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[str, str]) -> Encoded:
+def store_tensors(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[str, str]) -> Encoded:
     """The same with its tensors as `write` stores them. Raises `FileError` where a dtype does not hold them."""
     tensors = encoded.tensors
     if dtype is not None:
@@ -157,7 +157,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return found
 
 
-def kept(header: Mapping[str, str]) -> dict[str, str]:
+def keep_header(header: Mapping[str, str]) -> dict[str, str]:
     """What of a file's header is true of another file with the same adapters."""
     return {key: value for key, value in header.items() if key not in STALE}
 
@@ -200,7 +200,7 @@ def _header(
         for prefix, bundle in by_prefix.items()
         for layer, stack in bundle.entries.items()
     }
-    told = {history.SCALES: _told(scales)}
+    told = {history.SCALES: _scale_as_json(scales)}
     if family is not None:
         told[FAMILY] = family.name
     if main is not None and main.base is not None:
@@ -221,7 +221,7 @@ def _layout(bundle: Bundle, dialect: Dialect, model: nn.Module | Layout | None) 
     return Layout("the model", layers, middle=layers) if dialect.alike else Layout.around(layers)
 
 
-def _named(
+def _name_stacks(
     bundle: Bundle, dialect: Dialect, layout: Layout | None, notes: dict[str, str]
 ) -> Mapping[str, placing.Stack]:
     """The stacks under the names that a dialect uses for them; None: under their own."""
@@ -266,7 +266,7 @@ def _layer(stack: tuple[Entry, ...], layer: str, dialect: Dialect) -> dict[str, 
         if both:
             raise FileError(f"{layer}: two of its algorithms would be written as {', '.join(sorted(both))}")
         tensors |= own
-    return _scaled(_magnitude(tensors, first, dialect), first, dialect)
+    return _apply_scale(_magnitude(tensors, first, dialect), first, dialect)
 
 
 def _place(entry: Entry) -> int:
@@ -321,7 +321,7 @@ def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> di
     return rest | {MAGNITUDE_VECTOR: lengths.transpose(0, 1) if conv else lengths.flatten()}
 
 
-def _scaled(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
+def _apply_scale(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
     """Tensors with the scale where a dialect has it."""
     up, down = LoRA.keys["up"], LoRA.keys["down"]
     values = [TLoRA.keys["lam"], TLoRA.keys["lam0"]]
@@ -344,12 +344,12 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     """In the tensor's precision where that holds it, else in float32."""
     if factor == 1:
         return tensor
-    wide = widened(tensor) * factor
+    wide = widen(tensor) * factor
     narrow = wide.to(tensor.dtype)
     return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
 
 
-def _told(scales: Mapping[str, float]) -> str:
+def _scale_as_json(scales: Mapping[str, float]) -> str:
     """The scale of every layer as JSON: one for all that have it most often, the others by name."""
     counts: dict[float, int] = {}
     for scale in scales.values():

@@ -213,7 +213,7 @@ def models(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that adapters go on, by its names for them: denoisers, then text encoders."""
     named = [name for name in pipe.components if name.startswith((*DENOISERS, TEXT_ENCODER))]
     found = {name: getattr(pipe, name, None) for name in sorted(named, key=lambda name: TEXT_ENCODER in name)}
-    return {name: paths.unwrapped(model) for name, model in found.items() if isinstance(model, nn.Module)}
+    return {name: paths.unwrap(model) for name, model in found.items() if isinstance(model, nn.Module)}
 
 
 def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def carry(old: Tensor, new: Tensor) -> None:
         delattr(new, HOLDERS)
 
 
-def trained(model: nn.Module) -> list[str]:
+def trainable_names(model: nn.Module) -> list[str]:
     """Names of the model's own parameters that would train."""
     layers = {id(module): path for path, module in paths.named_modules(model)}
     return [

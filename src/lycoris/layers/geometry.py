@@ -213,7 +213,7 @@ class Site(NamedTuple):
 
 def class_name(model: nn.Module) -> str:
     """What a model's class is called, without wrappers around it and without the class that FSDP2 derives from it."""
-    own = type(paths.unwrapped(model))
+    own = type(paths.unwrap(model))
     return next(cls.__name__ for cls in own.__mro__ if not cls.__module__.startswith("torch.distributed"))
 
 

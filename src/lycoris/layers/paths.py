@@ -27,7 +27,7 @@ WRAPPERS: Mapping[tuple[str, str], str] = MappingProxyType(
 """Where its class is defined and what it is called → the attribute that holds the module inside."""
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """The module inside all wrappers around it."""
     while (inside := _inside(module)) is not None:
         module = inside
@@ -36,7 +36,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module, like `model.named_modules()` without the wrappers; a module that appears twice is given once."""
-    return _visit(unwrapped(model), "", set())
+    return _visit(unwrap(model), "", set())
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -49,19 +49,19 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
     """The module at a path. Raises `AttributeError` when there is none."""
-    found = unwrapped(model)
+    found = unwrap(model)
     for name in path.split(".") if path else ():
         child = found._modules.get(name)
         if child is None:
             raise AttributeError(f"{type(found).__name__} has no module {name!r}")
-        found = unwrapped(child)
+        found = unwrap(child)
     return found
 
 
 def order(model: nn.Module) -> dict[str, int]:
     """The place of every module and parameter in the order of the model, by path."""
     found: dict[str, int] = {}
-    for path, module in _visit(unwrapped(model), "", None):
+    for path, module in _visit(unwrap(model), "", None):
         found.setdefault(path, len(found))
         for name in module._parameters:
             found.setdefault(f"{path}.{name}" if path else name, len(found))
@@ -77,7 +77,7 @@ def _visit(module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tupl
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _visit(unwrapped(child), f"{path}.{name}" if path else name, seen)
+            yield from _visit(unwrap(child), f"{path}.{name}" if path else name, seen)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -62,7 +62,7 @@ def of_weights(model: nn.Module) -> str:
             return ""
         flat = weight.detach().flatten()
         found.append((flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES] > 0).cpu())
-    return _told(torch.cat(found)) if found else ""
+    return _encode_signs(torch.cat(found)) if found else ""
 
 
 def agreement(one: str, other: str) -> float | None:
@@ -105,7 +105,7 @@ def told_by(header: Mapping[str, str]) -> Fingerprint | None:
         return None
 
 
-def _told(signs: Tensor) -> str:
+def _encode_signs(signs: Tensor) -> str:
     padded = torch.nn.functional.pad(signs.byte(), (0, -len(signs) % 8)).reshape(-1, 8)
     values = (padded * (2 ** torch.arange(8, dtype=torch.uint8))).sum(1, dtype=torch.int64)
     return base64.b64encode(bytes(values.tolist())).decode()

@@ -40,14 +40,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 
 def outline(model: nn.Module) -> dict[str, Any]:
     """The outline of a model. A module that appears twice is told once, under its first path."""
-    tied = _tied(model)
-    return _told(model, set()) | ({"tied": tied} if tied else {})
+    tied = _find_tied(model)
+    return _outline_module(model, set()) | ({"tied": tied} if tied else {})
 
 
 def build(told: Outline) -> nn.Module:
     """An empty model on torch's meta device: classes of the same names, layers and parameters of the same shapes."""
     with torch.device("meta"):
-        made = _built(told)
+        made = _build_module(told)
     for name, first in told.get("tied", {}).items():
         path, _, own = name.rpartition(".")
         made.get_submodule(path).register_parameter(own, made.get_parameter(first))
@@ -59,12 +59,12 @@ def names() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
 
 
-def known(name: str) -> nn.Module:
+def load_model(name: str) -> nn.Module:
     """An empty copy of a well-known model. Raises `ConfigError` for another name, with the nearest that exists."""
-    return build(told(name))
+    return build(load_outline(name))
 
 
-def told(name: str) -> Outline:
+def load_outline(name: str) -> Outline:
     """The outline of a well-known model. Raises as `known` does."""
     if name not in names():
         raise ConfigError(unknown("model", name, names()))
@@ -91,7 +91,7 @@ def _folder() -> Any:
     return files("lycoris.models") / "outlines"
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _find_tied(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     tied = {}
     for path, module in model.named_modules():
@@ -102,7 +102,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _told(module: nn.Module, seen: set[int]) -> dict[str, Any]:
+def _outline_module(module: nn.Module, seen: set[int]) -> dict[str, Any]:
     seen.add(id(module))
     told: dict[str, Any] = {"class": type(module).__name__}
     layer = next(
@@ -118,18 +118,18 @@ def _told(module: nn.Module, seen: set[int]) -> dict[str, Any]:
         return told
     parameters = {name: [*p.shape] for name, p in module._parameters.items() if p is not None}
     children = {
-        name: _told(child, seen)
+        name: _outline_module(child, seen)
         for name, child in module._modules.items()
         if child is not None and id(child) not in seen
     }
     return (
         told
         | ({"parameters": parameters} if parameters else {})
-        | ({"children": _joined(children)} if children else {})
+        | ({"children": _join_ranges(children)} if children else {})
     )
 
 
-def _joined(children: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _join_ranges(children: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Consecutive numbers with the same outline, as one range."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     for name, child in children.items():
@@ -151,7 +151,7 @@ def _each(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
             yield name, child
 
 
-def _built(told: Outline) -> nn.Module:
+def _build_module(told: Outline) -> nn.Module:
     if "layer" in told:
         base, arguments = told["layer"]
         if base == "Embedding":  # left to fill its weight, it makes torch import its compiler
@@ -165,5 +165,5 @@ def _built(told: Outline) -> nn.Module:
     for name, shape in told.get("parameters", {}).items():
         made.register_parameter(name, nn.Parameter(torch.empty(shape)))
     for name, child in _each(told.get("children", {})):
-        made.add_module(name, _built(child))
+        made.add_module(name, _build_module(child))
     return made

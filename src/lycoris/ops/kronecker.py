@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lycoris.ops.shape import unflattened
+from lycoris.ops.shape import unflatten
 
 CHUNK = 64
 
@@ -37,10 +37,10 @@ def add_linear(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         return y + (w1 @ x @ w2.T).reshape(y.shape).to(y.dtype)
     if first_small(w1.shape, w2.shape):
         h = mix_rows(w1, x).reshape(-1, inner)
-        return unflattened(torch.addmm(y.reshape(-1, ok), h, w2.T), y.shape).to(y.dtype)
+        return unflatten(torch.addmm(y.reshape(-1, ok), h, w2.T), y.shape).to(y.dtype)
     h = (x.reshape(-1, inner) @ w2.T).view(-1, im, ok)
     added = torch.baddbmm(y.reshape(-1, ol, ok), w1.expand(len(h), ol, im), h)
-    return unflattened(added, y.shape).to(y.dtype)
+    return unflatten(added, y.shape).to(y.dtype)
 
 
 def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tenso
         return add_linear(y, x, w1, w2_a @ w2_b)
     h = (x.reshape(-1, inner) @ w2_b.T).view(-1, im, len(w2_b))
     h = mix_rows(w1, h).reshape(-1, len(w2_b))
-    return unflattened(torch.addmm(y.reshape(-1, len(w2_a)), h, w2_a.T), y.shape).to(y.dtype)
+    return unflatten(torch.addmm(y.reshape(-1, len(w2_a)), h, w2_a.T), y.shape).to(y.dtype)
 
 
 def look_up(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

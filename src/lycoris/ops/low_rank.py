@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lycoris.ops.shape import unflattened
+from lycoris.ops.shape import unflatten
 
 SMALL = 1 << 16
 """Numbers below which one more pass costs less than telling torch to save it."""
@@ -17,7 +17,7 @@ def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
     if y.numel() < SMALL:
         return y + F.linear(h, out).to(y.dtype)
     rows = y.reshape(-1, y.shape[-1])
-    return unflattened(torch.addmm(rows, h.reshape(-1, h.shape[-1]), out.T), y.shape).to(y.dtype)
+    return unflatten(torch.addmm(rows, h.reshape(-1, h.shape[-1]), out.T), y.shape).to(y.dtype)
 
 
 def low_rank_gram(weight: Tensor, out: Tensor, into: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lycoris.ops.rounding import widened
-from lycoris.ops.shape import unflattened
+from lycoris.ops.rounding import widen
+from lycoris.ops.shape import unflatten
 
 CHUNK = 256
 """Tokens taken together on a CPU."""
@@ -30,16 +30,16 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     R - I = 2Q(I - Q)⁻¹: exactly zero for Q = 0, and a small rotation keeps its digits. Shapes: (..., s, s) → the same.
     Half precision is computed in float32.
     """
-    q = limited(widened(blocks), bound)
+    q = limit_norm(widen(blocks), bound)
     q = q - q.mT
     return _turn(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
 
 
-def limited(blocks: Tensor, bound: float) -> Tensor:
+def limit_norm(blocks: Tensor, bound: float) -> Tensor:
     """B scaled down so that Q = B - Bᵀ of all blocks together is within a Frobenius norm; 0: as it is."""
     if bound <= 0:
         return blocks
-    blocks = widened(blocks)
+    blocks = widen(blocks)
     norm = torch.linalg.vector_norm(blocks - blocks.mT)
     return blocks * (bound / (norm + 1e-8)).clamp_max(1.0)
 
@@ -86,7 +86,7 @@ def turn_blocks(y: Tensor, turn: Tensor, axis: int = -1, shift: Tensor | None = 
     if wide and not torch.compiler.is_compiling():
         return _TurnBlocks.apply(y, turn, torch.zeros((), dtype=y.dtype) if shift is None else shift)  # type: ignore[no-untyped-call]
     rows = y.reshape(-1, n, s).transpose(0, 1)
-    turned = unflattened(torch.baddbmm(rows, rows, turn).transpose(0, 1).contiguous(), y.shape).to(y.dtype)
+    turned = unflatten(torch.baddbmm(rows, rows, turn).transpose(0, 1).contiguous(), y.shape).to(y.dtype)
     return turned if shift is None else turned + shift
 
 
@@ -143,7 +143,7 @@ def stage(rows: Tensor, turn: Tensor, i: int) -> Tensor:
     return rows + turned.permute(0, 3, 1, 2, 4).reshape(rows.shape)
 
 
-def joined(m: int, s: int) -> int:
+def stages_to_join(m: int, s: int) -> int:
     """How many neighbouring stages of m are best applied as one: larger blocks, fewer passes over the activations."""
 
     def cost(many: int) -> int:
@@ -154,7 +154,7 @@ def joined(m: int, s: int) -> int:
 
 def butterfly_work(o: int, m: int, s: int) -> int:
     """Multiplications per token."""
-    many = joined(m, s)
+    many = stages_to_join(m, s)
     return sum(o * (s // 2 << min(many, m - at)) for at in range(0, m, many))
 
 
@@ -170,7 +170,7 @@ class Butterfly(NamedTuple):
 def joined_butterfly(stages: Tensor, length: Tensor | None = None) -> Butterfly:
     """The stages R_m-1 ... R_0, from R_i - I (m, n, s, s), then times `length`, n·s numbers."""
     m, s = stages.shape[0], stages.shape[-1]
-    many = joined(m, s)
+    many = stages_to_join(m, s)
     turns, orders = [], []
     for first in range(0, m, many):
         count = min(many, m - first)
@@ -199,21 +199,21 @@ def _pass(y: Tensor, whole: Sequence[Tensor], orders: Sequence[Sequence[int]]) -
     view = y.reshape(-1, *(2,) * (len(orders[0]) - 2), y.shape[-1] >> (len(orders[0]) - 2))
     # (T, e_p, ..., e_0, v): what lies between two matrices is a permutation, and one copy.
     for turn, order in zip(whole, orders, strict=True):
-        view = _ungrouped(_turned(_grouped(view, turn, order), turn), view, order)
+        view = _ungroup_blocks(_rotate_rows(_group_blocks(view, turn, order), turn), view, order)
     return view.reshape(y.shape)
 
 
-def _grouped(view: Tensor, turn: Tensor, order: Sequence[int]) -> Tensor:
+def _group_blocks(view: Tensor, turn: Tensor, order: Sequence[int]) -> Tensor:
     """(T, e_p, ..., e_0, v) → (blocks, T, size)."""
     return view.permute(*order).reshape(len(turn), -1, turn.shape[-1])
 
 
-def _ungrouped(rows: Tensor, view: Tensor, order: Sequence[int]) -> Tensor:
+def _ungroup_blocks(rows: Tensor, view: Tensor, order: Sequence[int]) -> Tensor:
     """And back."""
     return rows.reshape([view.shape[at] for at in order]).permute([order.index(at) for at in range(len(order))])
 
 
-def _turned(rows: Tensor, turn: Tensor) -> Tensor:
+def _rotate_rows(rows: Tensor, turn: Tensor) -> Tensor:
     """rows + rows·turn. Low precision must not round I + turn."""
     if rows.dtype in (torch.float32, torch.float64):
         return torch.bmm(rows, _with_eye(turn)).to(rows.dtype)
@@ -244,13 +244,13 @@ class _Butterfly(torch.autograd.Function):
         for g, rows, to in zip(*(torch.split(t, CHUNK) for t in (grads[0], y, gy)), strict=True):
             view, grad, seen = rows.reshape(shape), g.reshape(shape), []
             for turn, order in zip(whole, orders, strict=True):
-                seen.append(_grouped(view, turn, order))
+                seen.append(_group_blocks(view, turn, order))
                 if len(seen) < len(whole):
-                    view = _ungrouped(_turned(seen[-1], turn), view, order)
+                    view = _ungroup_blocks(_rotate_rows(seen[-1], turn), view, order)
             for at in range(len(whole) - 1, -1, -1):
-                right = _grouped(grad, whole[at], orders[at])
+                right = _group_blocks(grad, whole[at], orders[at])
                 gw[at].baddbmm_(seen[at].mT, right)
-                grad = _ungrouped(torch.bmm(right, back[at]), grad, orders[at])
+                grad = _ungroup_blocks(torch.bmm(right, back[at]), grad, orders[at])
             to.copy_(grad.reshape(to.shape))
         return gy, grads[0].sum(0) if ctx.needs_input_grad[1] else None, None, *gw
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def widened(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """x in at least float32: products and sums in half precision are rounded at every step."""
     # Of one byte torch promotes nothing.
     return x.to(torch.float32 if x.itemsize == 1 else torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,7 @@ from torch import Tensor
 from lycoris.ops.torch_private import unsafe_view
 
 
-def unflattened(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+def unflatten(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor that was just made, and that nothing keeps, in another shape; not as a view of it.
 
     FSDP2 hangs the gathering of parameters for backward on a module's output, which work in place on a view would lose.

@@ -21,7 +21,7 @@ from lycoris.targeting.planning import USUAL, Plan, around, block_classes, check
 from lycoris.targeting.preset import LAYER_CLASSES, names_class
 from lycoris.targeting.recipe import Recipe
 from lycoris.targeting.remarks import Remark
-from lycoris.targeting.roles import expanded
+from lycoris.targeting.roles import expand_roles
 
 SMALL = 0.25
 """Share of a model's layers below which classes that were named reach few of them."""
@@ -30,7 +30,7 @@ SHOWN = 5
 
 def plan(recipe: Recipe, model: nn.Module) -> Plan:
     """See `Recipe.plan`."""
-    preset, roles = expanded(recipe.preset, model)
+    preset, roles = expand_roles(recipe.preset, model)
 
     def choose(
         path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, model: nn.Module) -> Plan:
         # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
         return (algorithm(recipe, geometry, override),) if geometry.kind in ("linear", "conv") else None
 
-    remarks = [*recipe.remarks, *roles.values(), *_unmatched(recipe, model, roles)]
+    remarks = [*recipe.remarks, *roles.values(), *_find_unmatched(recipe, model, roles)]
     made = place(model, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
     check_something_left(made)
     if not made.placements:
@@ -122,7 +122,7 @@ def _named_classes(recipe: Recipe) -> list[str]:
     return [*dict.fromkeys([*named, *preset.module_algo_map])]
 
 
-def _unmatched(recipe: Recipe, model: nn.Module, roles: Collection[str]) -> Iterator[Remark]:
+def _find_unmatched(recipe: Recipe, model: nn.Module, roles: Collection[str]) -> Iterator[Remark]:
     """Targets that the user named and that mean no layer which could get an adapter; `roles` stand for others."""
     preset, conv = recipe.preset, recipe.preset.enable_conv
     layers = servable(model, (*USUAL, "norm") if _trains_norms(recipe) else USUAL)

@@ -55,12 +55,12 @@ class Rule:
             if not isinstance(algorithm, Algorithm):
                 raise ConfigError(
                     f"a rule's `use` is an algorithm such as LoRA(rank=8), a tuple of them from the lowest up, or () "
-                    f"to leave layers alone, not {_told(self.use)}"
+                    f"to leave layers alone, not {_describe_value(self.use)}"
                 )
         if not isinstance(self.path, str | re.Pattern):
-            raise ConfigError(f"a rule's `path` is a glob or a compiled expression, not {_told(self.path)}")
+            raise ConfigError(f"a rule's `path` is a glob or a compiled expression, not {_describe_value(self.path)}")
         if not isinstance(self.inside, str):
-            raise ConfigError(f"a rule's `inside` is the name of a class, not {_told(self.inside)}")
+            raise ConfigError(f"a rule's `inside` is the name of a class, not {_describe_value(self.inside)}")
         kinds = get_args(Kind)
         for wanted in self.kinds():
             if not isinstance(wanted, str) or not any(fnmatch.fnmatchcase(kind, wanted) for kind in kinds):
@@ -160,7 +160,7 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True,
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Sequence) else rules
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
-        given = "an empty list" if rules == [] else _told(rules)
+        given = "an empty list" if rules == [] else _describe_value(rules)
         raise PlanError(f"a plan needs at least one rule, such as Rule(LoRA(rank=8)), not {given}")
     used: Counter[int] = Counter()
     chosen: dict[str, Rule] = {}
@@ -238,7 +238,7 @@ def place(
         placements.append(Placement(path, geometry, algorithms))
     if left_out and not placements:
         raise PlanError("\n".join([f"none of {len(left_out)} layers can be served:", *_some_left_out(left_out)]))
-    told = (*remarks, *_shortened(tied), *_shortened(wasted))
+    told = (*remarks, *_shorten(tied), *_shorten(wasted))
     return Plan(tuple(placements), tuple(skipped), told, tuple(left_out))
 
 
@@ -257,7 +257,7 @@ def _some_left_out(layers: Sequence[LeftOut]) -> list[str]:
     return [*shown, f"and {len(layers) - SHOWN} more"] if len(layers) > SHOWN else shown
 
 
-def _shortened(remarks: list[Remark]) -> list[Remark]:
+def _shorten(remarks: list[Remark]) -> list[Remark]:
     """The first few of many remarks of the same sort."""
     if len(remarks) <= SHOWN:
         return remarks
@@ -288,7 +288,7 @@ def block_classes(model: nn.Module, kinds: Sequence[str] = USUAL) -> list[str]:
     return sorted(names)
 
 
-def _told(given: Any) -> str:
+def _describe_value(given: Any) -> str:
     """A wrong value in words; a class where an instance belongs is the likeliest slip."""
     if isinstance(given, type):
         return f"the class {given.__name__}; did you mean {given.__name__}()?"

@@ -70,14 +70,14 @@ class Preset:
         for key, value in given.items():
             if key not in known:
                 raise ConfigError(unknown("preset key", key, known))
-            values[key] = _checked(key, value)
+            values[key] = _check_value(key, value)
         for pattern in (
             *values.get("target_name", ()),
             *values.get("exclude_name", ()),
             *values.get("name_algo_map", ()),
         ):
             if not values.get("use_fnmatch", False):
-                _compiled(pattern)
+                _compile_pattern(pattern)
         return cls(**values)
 
     def options_for(self, path: str, layer: nn.Module, around: Sequence[nn.Module]) -> Options | None:
@@ -131,7 +131,7 @@ class Preset:
         """Whether a pattern means a path."""
         if self.use_fnmatch:
             return fnmatch.fnmatchcase(path, pattern)
-        return _compiled(pattern).match(path) is not None
+        return _compile_pattern(pattern).match(path) is not None
 
 
 def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: list[Remark]) -> Preset:
@@ -162,7 +162,7 @@ def _class_in(targets: Collection[str], name: str) -> str | None:
     return name if name in targets else next((target for target in targets if names_class(target, name)), None)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -171,7 +171,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def _checked(key: str, value: Any) -> Any:
+def _check_value(key: str, value: Any) -> Any:
     if key in ("enable_conv", "use_fnmatch"):
         if not isinstance(value, bool):
             raise ConfigError(f"preset key {key!r} must be true or false, not {value!r}")

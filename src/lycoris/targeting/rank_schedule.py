@@ -96,12 +96,12 @@ def one_if_equal(keep: Tensor) -> Tensor:
 
 def takes_timestep(model: nn.Module) -> bool:
     """Whether a model is called with a timestep that `read_timestep` finds."""
-    return "timestep" in _parameters(_unwrapped(model))
+    return "timestep" in _parameters(_unwrap_model(model))
 
 
 def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int) -> Tensor:
     """The timestep with which a denoiser is being called, on the scale 0..steps, whatever unit its class takes."""
-    model = _unwrapped(model)
+    model = _unwrap_model(model)
     name = type(model).__name__
     if "timestep" in kwargs:
         given = kwargs["timestep"]
@@ -138,7 +138,7 @@ def _parameters(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrap_model(model: nn.Module) -> nn.Module:
     """The denoiser itself inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`)."""
     while True:
         inner = getattr(model, "_orig_mod", None)

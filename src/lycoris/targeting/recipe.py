@@ -99,7 +99,7 @@ class Recipe:
             options=options,
             preset=preset,
             given=dict(given),
-            unserved=_unserved(given.get("unserved", "error")),
+            unserved=_parse_unserved(given.get("unserved", "error")),
             remarks=tuple(dict.fromkeys(remarks)),
         )
 
@@ -149,7 +149,7 @@ class Recipe:
         return int(own or conv or self.conv_dim or self.linear_dim)
 
 
-def _unserved(value: Any) -> Literal["error", "skip"]:
+def _parse_unserved(value: Any) -> Literal["error", "skip"]:
     if value not in ("error", "skip"):
         raise ConfigError(unknown("value of unserved", str(value), ("error", "skip")))
     return "skip" if value == "skip" else "error"
@@ -193,24 +193,24 @@ def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:
     """The rank schedule that a whole config describes, whatever else it says; None when no T-LoRA is in it."""
     preset = config.get("apply_preset")
     maps = {
-        name: {target: _kept(override) for target, override in given.items() if isinstance(override, Mapping)}
+        name: {target: _schedule_keys(override) for target, override in given.items() if isinstance(override, Mapping)}
         for name in ("module_algo_map", "name_algo_map")
         if isinstance(preset, Mapping) and isinstance(given := preset.get(name), Mapping)
     }
     algos = [config.get("algo"), *(override.get("algo") for given in maps.values() for override in given.values())]
     if "tlora" not in [str(algo).lower() for algo in algos]:
         return None
-    only = {name: {k: v for k, v in given.items() if _masked(v, config)} for name, given in maps.items()}
+    only = {name: {k: v for k, v in given.items() if _uses_masks(v, config)} for name, given in maps.items()}
     algo = "tlora" if str(config.get("algo")).lower() == "tlora" else "lora"
-    return Recipe.parse(_kept(config) | {"algo": algo, "apply_preset": {"use_fnmatch": True} | only}).schedule
+    return Recipe.parse(_schedule_keys(config) | {"algo": algo, "apply_preset": {"use_fnmatch": True} | only}).schedule
 
 
-def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config or an override a schedule depends on."""
     return {key: config[key] for key in ("algo", "dim", "linear_dim", "conv_dim", *SCHEDULE) if key in config}
 
 
-def _masked(override: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def _uses_masks(override: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     return str(override.get("algo", config.get("algo"))).lower() == "tlora"
 
 

@@ -19,7 +19,7 @@ ROLES: Mapping[str, str] = {"Attention": "attention", "FeedForward": "feed_forwa
 """Documented class name → field of `lycoris.models.families.family.Architecture`."""
 
 
-def expanded(preset: Preset, model: nn.Module) -> tuple[Preset, dict[str, Remark]]:
+def expand_roles(preset: Preset, model: nn.Module) -> tuple[Preset, dict[str, Remark]]:
     """A preset whose documented names stand for what the model's family has, and by name a remark that says so.
 
     Classes that the preset spells out itself count as they are, and so do their layers.

@@ -15,9 +15,9 @@ from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
 from lycoris.files.container.storage import save_tensors
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.opening import Opened, opened
+from lycoris.files.opening import Opened, open_file
 from lycoris.files.peft import write_peft
-from lycoris.files.writing import compose, kept, stored
+from lycoris.files.writing import compose, keep_header, store_tensors
 
 Stack = tuple[Entry, ...]
 
@@ -47,7 +47,7 @@ class AdapterFile:
 
         Raises `FileError`, unless `strict` is False also for layers that cannot be read.
         """
-        return cls(Path(path), opened(path, base, strict=strict))
+        return cls(Path(path), open_file(path, base, strict=strict))
 
     def stacks(self) -> Iterator[tuple[Layer, Stack]]:
         """Every layer with its adapters, lowest first."""
@@ -82,7 +82,7 @@ class AdapterFile:
             write_peft(bundles[""], target, dtype=dtype)
             return
         encoded = compose(bundles, dialect, model=self.opened.layouts, family=self.opened.family)
-        made = stored(encoded, dtype, {**kept(self.opened.header), **encoded.header})
+        made = store_tensors(encoded, dtype, {**keep_header(self.opened.header), **encoded.header})
         save_tensors(made.tensors, target, made.header)
 
 

@@ -149,7 +149,7 @@ def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
         return (scaled[0]._replace(tensors=_sum([entry.tensors for entry in scaled])),)
     biases = [entry.tensors["diff_b"] for entry in scaled if "diff_b" in entry.tensors]
     weights = [_without_bias(entry) for entry in scaled if set(entry.tensors) != {"diff_b"}]
-    stack = (_concatenated(weights),) if weights else ()
+    stack = (_concatenate(weights),) if weights else ()
     if not biases:
         return stack
     bias = _sum([{"diff_b": each} for each in biases])["diff_b"]
@@ -164,7 +164,7 @@ def _without_bias(entry: Entry) -> Entry:
     return entry._replace(algorithm=Full(bias=False), tensors={"diff": entry.tensors["diff"]})
 
 
-def _concatenated(entries: list[Entry]) -> Entry:
+def _concatenate(entries: list[Entry]) -> Entry:
     """The sum as a LoRA with the ranks of all, or as a whole difference where that is smaller."""
     g = entries[0].geometry
     factors = [conversion.low_rank(entry, always=True) for entry in entries]

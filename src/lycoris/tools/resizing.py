@@ -134,12 +134,12 @@ def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | Non
     if not isinstance(entry.algorithm, DoRA):
         return inner
     assert below is not None
-    wanted = conversion.adapted(entry, below).weight
+    wanted = conversion.adapt_affine(entry, below).weight
     assert isinstance(inner.algorithm, LoRA)
     magnitude = entry.tensors[MAGNITUDE_SLOT]
     unit = Entry(replace(entry.algorithm, over=inner.algorithm), entry.geometry, dict(inner.tensors))
     ones = unit._replace(tensors={**unit.tensors, MAGNITUDE_SLOT: torch.ones_like(magnitude, dtype=wanted.dtype)})
-    directions = conversion.adapted(ones, below).weight
+    directions = conversion.adapt_affine(ones, below).weight
     axis = 0 if entry.algorithm.axis == "out" else 1
     others = [n for n in range(wanted.dim()) if n != axis]
     fitted = (directions * wanted).sum(others) / directions.square().sum(others).clamp_min(

@@ -107,14 +107,14 @@ def _folder(folder: Path) -> Examples:
                 examples.append(Example(path.name, text, partial(_open, path)))
             else:
                 problems.append(f"{path.name}: its caption {caption.name} is empty")
-    return Examples(examples, problems, _unused(folder, images))
+    return Examples(examples, problems, _describe_unused(folder, images))
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
 
 
-def _unused(folder: Path, images: Sequence[Path]) -> str | None:
+def _describe_unused(folder: Path, images: Sequence[Path]) -> str | None:
     used = {*images, *(path.with_suffix(".txt") for path in images)}
     beside = [path for path in folder.iterdir() if path.is_file() and path not in used]
     below = [path for path in folder.glob("*/**/*") if _is_image(path)]

@@ -123,7 +123,7 @@ def translate(values: Mapping[str, Any], known: Mapping[str, bool]) -> Translati
         name = key if key in known else RENAMED.get(key, key)
         if name in known:
             if given != key and not known[name]:
-                value = _typed(value)
+                value = _parse_text(value)
             _keep(found, key, name, value, values)
         elif (why := _reason(key, UNSUPPORTED)) is not None:
             if _is_off(key, value):
@@ -170,7 +170,7 @@ def _hashable(value: Any) -> bool:
     return not isinstance(value, list | dict)
 
 
-def _typed(value: Any) -> Any:
+def _parse_text(value: Any) -> Any:
     """Text as a command line would read it: a number or a truth value where it is one."""
     if not isinstance(value, str):
         return value

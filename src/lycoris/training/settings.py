@@ -260,7 +260,7 @@ def _is_name_in_output_dir(resume: str, folder: Path) -> bool:
 def _explain(problems: Sequence[Any], model: type[BaseModel]) -> list[str]:
     """One line for each problem; many unknown keys share some."""
     strange = {str(each["loc"][0]): each["input"] for each in problems if each["type"] == "extra_forbidden"}
-    lines = [_explained(each, model) for each in problems if each["type"] != "extra_forbidden"]
+    lines = [_explain_problem(each, model) for each in problems if each["type"] != "extra_forbidden"]
     if len(lines) > LINES:
         lines = [*lines[:LINES], f"and {len(lines) - LINES} more"]
     known = list(model.model_fields)
@@ -281,7 +281,7 @@ def _explain(problems: Sequence[Any], model: type[BaseModel]) -> list[str]:
     return [*lines, *hinted]
 
 
-def _explained(problem: Any, model: type[BaseModel]) -> str:
+def _explain_problem(problem: Any, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":

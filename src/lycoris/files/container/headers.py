@@ -104,7 +104,7 @@ def header(path: str | os.PathLike[str]) -> Header:
         raise FileError(f"{path} is a pickle, not safetensors: it has no header; save it as safetensors")
     try:
         text, start = _text(path, size)
-        tensors, metadata, data = _parsed(text)
+        tensors, metadata, data = _parse_header(text)
         _same_size(size, start + data)
     except FileError as error:
         raise FileError(f"{path} cannot be read as safetensors: {error}") from error
@@ -148,7 +148,7 @@ def _same_size(size: int, spoken: int) -> None:
         raise FileError(f"it has {size} bytes, its header speaks of {spoken}: the rest is no tensor's; fetch it again")
 
 
-def _parsed(text: str) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+def _parse_header(text: str) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     """Tensors, metadata, and how many bytes of data there must be."""
     metadata: dict[str, str] = {}
 
@@ -235,10 +235,10 @@ def _entry(text: str, key: str, at: int) -> tuple[_Placed, int]:
             f"{_show(key)} has {_show(', '.join(fields)) if fields else 'no fields'} in its header where dtype, shape "
             "and data_offsets are expected, each once"
         )
-    return _placed(key, **dict(entry)), found.end()
+    return _place_tensor(key, **dict(entry)), found.end()
 
 
-def _placed(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Placed:
+def _place_tensor(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Placed:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileError(f"{_show(key)} is of dtype {_show(dtype)}; known are {', '.join(DTYPES)}")
     if not _sizes(shape) or len(shape) > DIMENSIONS:

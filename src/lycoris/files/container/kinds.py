@@ -46,7 +46,7 @@ def examine(path: Path) -> Examined:
     if not head:
         raise FileError(f"{path} cannot be read: it is empty; it was cut short or never written; fetch it again")
     kind = _kind(head)
-    if kind == "unknown" and (what := _known(head, pickles=path.suffix.lower() in PICKLES)):
+    if kind == "unknown" and (what := _explain_kind(head, pickles=path.suffix.lower() in PICKLES)):
         raise FileError(f"{path} cannot be read: {what}")
     return Examined(kind, status.st_size, head)
 
@@ -62,7 +62,7 @@ def _kind(head: bytes) -> Literal["safetensors", "zip", "pickle", "unknown"]:
     return "unknown"
 
 
-def _known(head: bytes, *, pickles: bool) -> str:
+def _explain_kind(head: bytes, *, pickles: bool) -> str:
     """What a file that holds no tensors is, and what to do; "" where that is not known."""
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file"

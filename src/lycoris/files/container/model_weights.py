@@ -14,7 +14,7 @@ from lycoris.errors import FileError
 from lycoris.files.container.headers import header
 from lycoris.files.layout import Layout
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,4 @@ class BaseWeights:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FileError(f"{self.files[name]}: {name} cannot be read: {error}") from error
-        return widened(tensor)
+        return widen(tensor)

@@ -29,7 +29,7 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
         raise FileError(f"{path} cannot be read safely: {_reason(error)}. {ADVICE}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    if what := _named(found):
+    if what := _name_pickle(found):
         raise FileError(f"{path}: {what}")
     if not isinstance(found, dict):
         raise FileError(f"{path} holds something other than tensors by name: a {type(found).__name__}. {ADVICE}")
@@ -49,7 +49,7 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
-def _named(found: Any) -> str:
+def _name_pickle(found: Any) -> str:
     """What a pickle is whose tensors have no names of layers, and what to do with it; "" for all others."""
     if isinstance(found, list) and found and all(isinstance(each, Tensor) for each in found):
         return (

@@ -55,7 +55,7 @@ def load_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             names = [key for key in head.tensors if only is None or only(key)]
-            return {key: _aligned(file.get_tensor(key)) for key in names}, dict(head.metadata)
+            return {key: _align(file.get_tensor(key)) for key in names}, dict(head.metadata)
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -69,7 +69,7 @@ def load_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]
     return {name: info.shape for name, info in found.tensors.items()}, dict(found.metadata)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _align(tensor: Tensor) -> Tensor:
     """A copy of a tensor that lies where the processor cannot be trusted to reach it: not at a multiple of its size."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from lycoris.algorithms import MAGNITUDE
-from lycoris.files.dialects.suffixes import SUFFIXES, canonical, unnamed
+from lycoris.files.dialects.suffixes import SUFFIXES, canonical, remove_adapter_name
 from lycoris.files.dialects.wrappers import without_wrappers
 from lycoris.models.families.family import Architecture
 from lycoris.models.families.naming import DIFFUSERS
@@ -74,7 +74,7 @@ class Dialect:
         """The parts of a tensor name, or None if it is not of this dialect."""
         if len(name) > LONGEST:
             return None
-        name = unnamed(without_wrappers(name))
+        name = remove_adapter_name(without_wrappers(name))
         for prefix, component in self.prefixes.items():
             if name.startswith(prefix):
                 parts = _split_flat(name[len(prefix) :]) if self.style == "flat" else split_dotted(name[len(prefix) :])

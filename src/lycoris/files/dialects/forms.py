@@ -15,8 +15,8 @@ from lycoris.algorithms import ALPHA, OFT, Full, LoRA, Norm, Replace, number
 from lycoris.errors import FileError
 from lycoris.files.dialects.suffixes import PARTS
 from lycoris.layers.geometry import Geometry
-from lycoris.ops.rotation import limited
-from lycoris.ops.rounding import widened
+from lycoris.ops.rotation import limit_norm
+from lycoris.ops.rounding import widen
 
 Group = dict[str, Tensor]
 """Tensors of a layer by suffix, in LyCORIS' spelling."""
@@ -51,7 +51,7 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
         if suffix in group:
             raise FileError(f"{where}.{suffix} {why}")
     own, beside = dict(group), []
-    for reads in (_magnitude, _whole, _norm, _rotation, _rotations, _old_glora, _scale, _unfolded):
+    for reads in (_magnitude, _whole, _norm, _rotation, _rotations, _old_glora, _scale, _flatten_factors):
         reads(own, g, where)
     below = {key: own.pop(key) for key in (WEIGHT, BIAS) if key in own and own.keys() - {WEIGHT, BIAS, ALPHA}}
     for takes in (_bias_of_up, _bias, _sparse):
@@ -105,7 +105,7 @@ def _scale(own: Group, g: Geometry, where: str) -> None:
     if ranked is not None:
         own[ALPHA] = torch.tensor(scale * ranked.shape[0], dtype=torch.float64)
     elif whole is not None:
-        own[whole] = widened(own[whole]) * scale
+        own[whole] = widen(own[whole]) * scale
     else:
         raise FileError(f"{where}.scale is beside {', '.join(sorted(own)) or 'nothing'}, which has no scale")
 
@@ -114,7 +114,7 @@ def _rotation(own: Group, g: Geometry, where: str) -> None:
     """Rotations themselves, where later files have what generates them: Q = (R - I)(R + I)⁻¹, B = Q/2."""
     if "oft_diag" in own:
         turn = own.pop("oft_diag")
-        wide = widened(turn)
+        wide = widen(turn)
         if wide.dim() != 3 or wide.shape[1] != wide.shape[2]:
             raise FileError(f"{where}.oft_diag has shape {tuple(turn.shape)}; square blocks (n, s, s) are expected")
         eye = torch.eye(wide.shape[-1], dtype=wide.dtype)
@@ -147,7 +147,7 @@ def _rotations(own: Group, g: Geometry, where: str) -> None:
         own[BLOCKS] = parts[0]
         return
     limit = number(own.pop(ALPHA), f"{where}.{ALPHA}") if ALPHA in own else 0.0
-    wide = [limited(widened(part), limit * count) for part, count in zip(parts, rows, strict=True)]
+    wide = [limit_norm(widen(part), limit * count) for part, count in zip(parts, rows, strict=True)]
     size = max(shape[1] for shape in shapes)
     starts = [sum(rows[:n]) for n in range(len(rows))]
     if any(
@@ -184,7 +184,7 @@ def _old_glora(own: Group, g: Geometry, where: str) -> None:
         own.update(zip(names, (a2, a1, b2, b1), strict=True))
 
 
-def _unfolded(own: Group, g: Geometry, where: str) -> None:
+def _flatten_factors(own: Group, g: Geometry, where: str) -> None:
     """Factors that keep the kernel's dimensions where others flatten them."""
     for key in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"):
         if g.kernel and key in own and own[key].dim() > 2:
@@ -198,7 +198,7 @@ def _bias_of_up(own: Group, g: Geometry, where: str) -> Group | None:
     bias, down = own.pop("lora_up.bias"), own.get(DOWN)
     rank = len(down) if down is not None and down.dim() else 1
     scale = number(own[ALPHA], f"{where}.alpha") / rank if ALPHA in own else 1.0
-    return {DIFF_B: bias if scale == 1 else widened(bias) * scale}
+    return {DIFF_B: bias if scale == 1 else widen(bias) * scale}
 
 
 def _bias(own: Group, g: Geometry, where: str) -> Group | None:

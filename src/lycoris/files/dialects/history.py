@@ -38,15 +38,15 @@ def as_trained(
     if _text(settings.get("algo")) == "dylora":
         block = _block(settings.get("block_size"), rank, layer)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
-        return _scaled(stack, alpha * block), told
+        return _with_alpha(stack, alpha * block), told
     apart = parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts)
     if apart and _text(settings.get("split_qkv")) == "true":
         told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
-        return _scaled(stack, alpha * parts), told
+        return _with_alpha(stack, alpha * parts), told
     return stack, ""
 
 
-def _scaled(stack: tuple[Entry, ...], alpha: float) -> tuple[Entry, ...]:
+def _with_alpha(stack: tuple[Entry, ...], alpha: float) -> tuple[Entry, ...]:
     first = stack[0]
     assert isinstance(first.algorithm, LoRA)
     return (first._replace(algorithm=replace(first.algorithm, alpha=alpha, rs_lora=False)), *stack[1:])

@@ -64,9 +64,11 @@ def sources(header: Mapping[str, str], dialect: Dialect, prefix: str) -> list[So
         found += [Source(f"the {name} beside it", _same_rank(own))] if own.get("peft_type") in (None, "LORA") else []
     if name == LYCORIS_CONFIG and dialect.style == "flat":
         own = _read(text, name)
-        found += _named(f"the {name} beside it", own.get("linear_dim"), own.get("linear_alpha"))
+        found += _name_alpha(f"the {name} beside it", own.get("linear_dim"), own.get("linear_alpha"))
     if dialect.scale == "alpha":
-        found += _named("the header's ss_network_alpha", header.get("ss_network_dim"), header.get("ss_network_alpha"))
+        found += _name_alpha(
+            "the header's ss_network_alpha", header.get("ss_network_dim"), header.get("ss_network_alpha")
+        )
     return found
 
 
@@ -101,7 +103,7 @@ def _same_rank(own: Mapping[str, Any]) -> Alpha:
     return lambda path, rank: config.scale(path) * rank if config.rank(path) == rank else None
 
 
-def _named(name: str, dim: Any, alpha: Any) -> list[Source]:
+def _name_alpha(name: str, dim: Any, alpha: Any) -> list[Source]:
     """One alpha for all layers of one rank."""
     rank, number = _number(dim), _number(alpha)
     if rank is None or number is None or rank < 1:

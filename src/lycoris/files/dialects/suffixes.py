@@ -80,7 +80,7 @@ _NAMED = re.compile(
 
 
 @lru_cache(maxsize=2**14)
-def unnamed(key: str) -> str:
+def remove_adapter_name(key: str) -> str:
     """A tensor's name without that of the adapter, which PEFT has in the middle of it while a model is in memory."""
     found = _NAMED.fullmatch(key)
     return key if found is None else f"{found[1] or found[3]}{found[2] or ''}"

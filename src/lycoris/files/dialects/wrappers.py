@@ -75,14 +75,14 @@ def _flat(name: str) -> str:
     return f"{layer}.{suffix}"
 
 
-def changed(names: Iterable[str], how: Callable[[str], str]) -> dict[str, str]:
+def find_renames(names: Iterable[str], how: Callable[[str], str]) -> dict[str, str]:
     """Names that are others after it → those; none where two would become one."""
     names = list(names)
     made = {name: how(name) for name in names}
     return {} if len({*made.values()}) < len(names) else {name: new for name, new in made.items() if new != name}
 
 
-def told(renamed: Mapping[str, str]) -> str:
+def describe_renames(renamed: Mapping[str, str]) -> str:
     """A remark on names that were read as others."""
     first, new = next(iter(renamed.items()))
     return f"{len(renamed)} names have parts that are not of the model, left out: {first} is read as {new}"

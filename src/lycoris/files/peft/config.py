@@ -128,7 +128,7 @@ class Config:
             raise FileError(f"{name} must map names to numbers, not be {pattern!r:.80}")
         for key, value in pattern.items():
             _number(f"{name}[{key!r:.80}]", value)
-            _compiled(str(key))
+            _compile_pattern(str(key))
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.values.get(name, default)
@@ -163,7 +163,7 @@ class Config:
     def _by_path(self, patterns: str, path: str, name: str, default: float) -> float:
         """PEFT's rule: the first pattern listed that matches the whole path, or its end behind a dot."""
         for key, value in (self.values.get(patterns) or {}).items():
-            if _compiled(key).match(path):
+            if _compile_pattern(key).match(path):
                 return float(value)
         return self.number(name, default)
 
@@ -212,7 +212,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     if len(pattern) > LONGEST:
         raise FileError(f"a pattern has {len(pattern)} characters; {LONGEST} are read: {pattern[:60]!r}...")
     return _regex("a pattern", rf"(.*\.)?({pattern})$")

@@ -16,7 +16,7 @@ from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation
 from lycoris.layers.geometry import Affine, Geometry, Site
-from lycoris.ops.rounding import widened
+from lycoris.ops.rounding import widen
 
 Named = Mapping[str, Tensor]
 
@@ -73,7 +73,7 @@ def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
     a, b = ("lora_embedding_A", "lora_embedding_B") if g.kind == "embedding" else ("lora_A", "lora_B")
     names = {a: "lora_down.weight", b: "lora_up.weight", "lora_magnitude_vector": "dora_scale", f"{b}.bias": ""}
-    named = _named(names, tensors, path)
+    named = _rename_tensors(names, tensors, path)
     shift = named.pop("", None)
     _check_rank(config, path, named.get("lora_down.weight"))
     if config.flag("use_dora") != ("dora_scale" in named):
@@ -81,7 +81,7 @@ def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     if "dora_scale" in named:
         named["dora_scale"] = _same(named["dora_scale"], (g.out_features,), path).reshape(-1, *[1] * (len(g.shape) - 1))
     if g.groups > 1:
-        named |= _grouped(named["lora_down.weight"], named["lora_up.weight"], g, path)
+        named |= _split_groups(named["lora_down.weight"], named["lora_up.weight"], g, path)
     alpha = config.scale(path) * named["lora_down.weight"].shape[0]
     named["alpha"] = torch.tensor(alpha, dtype=torch.float64)
     entry = _read(named, g, path)
@@ -94,7 +94,7 @@ def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     return entry, _bias(g, shift * config.scale(path))
 
 
-def _grouped(down: Tensor, up: Tensor, g: Geometry, path: str) -> dict[str, Tensor]:
+def _split_groups(down: Tensor, up: Tensor, g: Geometry, path: str) -> dict[str, Tensor]:
     """PEFT's `lora_A` of a grouped convolution sees all channels, and each group has ranks of its own.
 
     That is a change of the layer's weight only where each group's ranks see no more than its channels.
@@ -163,7 +163,7 @@ def _ia3(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
 def _oft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g = place.geometry
     embedded = g.kind == "embedding"
-    named = _named({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
+    named = _rename_tensors({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
     weight = base_of(place).weight
     turn = _turn(oft_rotation, place, named["R"].double(), g.out_features if embedded else g.fan_in, config)
     wide = weight.double()
@@ -173,7 +173,7 @@ def _oft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
 
 def _boft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    named = _named({"boft_R": "R", "boft_s": "s"}, tensors, path)
+    named = _rename_tensors({"boft_R": "R", "boft_s": "s"}, tensors, path)
     weight = base_of(place).weight
     turn = _turn(boft_rotation, place, named["R"].double())
     if len(turn) != g.fan_in:
@@ -194,7 +194,7 @@ _READERS: Mapping[str, Callable[[Config, Site, Named], tuple[Entry, ...]]] = {
 }
 
 
-def _named(names: Mapping[str, str], tensors: Named, path: str) -> dict[str, Tensor]:
+def _rename_tensors(names: Mapping[str, str], tensors: Named, path: str) -> dict[str, Tensor]:
     """Tensors under other names. Raises `FileError` for one that this kind of layer has no place for."""
     strange = sorted(tensors.keys() - names.keys())
     missing = [name for name in list(names)[:2] if name not in tensors and not name.endswith("bias")]
@@ -247,4 +247,4 @@ def _turn(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """In float32 or better, on the CPU."""
-    return widened(tensor.detach().cpu())
+    return widen(tensor.detach().cpu())

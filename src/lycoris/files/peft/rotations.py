@@ -27,12 +27,12 @@ def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
     skew[:, rows, columns] = packed
     skew = skew - skew.mT
     if config.flag("coft"):
-        skew = _limited(skew, config.number("eps", 6e-5))
+        skew = _limit_norm(skew, config.number("eps", 6e-5))
     if config.flag("use_cayley_neumann", True):
         turns = _neumann(skew, int(config.number("num_cayley_neumann_terms", 5)))
     else:
-        turns = _turned(skew)
-    return _joined(turns.expand(blocks, -1, -1))
+        turns = _cayley(skew)
+    return _join_blocks(turns.expand(blocks, -1, -1))
 
 
 def boft_rotation(stages: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def boft_rotation(stages: Tensor) -> Tensor:
     if stages.dim() != 4 or stages.shape[2] != stages.shape[3]:
         raise FileError(f"boft_R of shape {tuple(stages.shape)} makes no stages of square blocks")
     count, blocks, size, _ = stages.shape
-    turns = _turned(0.5 * (stages - stages.mT))
+    turns = _cayley(0.5 * (stages - stages.mT))
     whole = torch.eye(blocks * size, dtype=stages.dtype)
     for at, stage in enumerate(turns):
-        turned = _joined(stage)
+        turned = _join_blocks(stage)
         if count > 1:
             order = _butterfly(blocks * size, size, at)
             turned = turned[order][:, order]
@@ -62,13 +62,13 @@ def _butterfly(n: int, size: int, stage: int) -> Tensor:
     return (torch.arange(0, n, stretch).unsqueeze(1) + order).flatten()
 
 
-def _joined(blocks: Tensor) -> Tensor:
+def _join_blocks(blocks: Tensor) -> Tensor:
     """Along the diagonal of one matrix."""
     whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch has no types for it
     return whole
 
 
-def _turned(skew: Tensor) -> Tensor:
+def _cayley(skew: Tensor) -> Tensor:
     """(I - Q)·(I + Q)⁻¹."""
     return torch.eye(skew.shape[-1], dtype=skew.dtype) + cayley(-skew / 2)
 
@@ -89,7 +89,7 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _limited(skew: Tensor, eps: float) -> Tensor:
+def _limit_norm(skew: Tensor, eps: float) -> Tensor:
     """Each block within a Frobenius norm of eps / √blocks."""
     bound = eps / math.sqrt(len(skew))
     norm = torch.linalg.matrix_norm(skew, keepdim=True)

@@ -13,7 +13,7 @@ from lycoris.algorithms import DoRA
 from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.detect import Detection
-from lycoris.files.opening import Opened, opened
+from lycoris.files.opening import Opened, open_file
 from lycoris.files.programs import CONSUMERS, Consumer, Verdict
 from lycoris.files.programs.parts import Part
 from lycoris.files.programs.portable import EXPORTS
@@ -92,10 +92,10 @@ def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None
     """
     if consumer not in CONSUMERS:
         raise FileError(unknown("program", consumer, CONSUMERS))
-    return judged(opened(path, base), consumer)
+    return judge_opened(open_file(path, base), consumer)
 
 
-def judged(found: Opened, consumer: str) -> Check:
+def judge_opened(found: Opened, consumer: str) -> Check:
     """The same of a file that is open."""
     program = CONSUMERS[consumer]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
@@ -125,7 +125,7 @@ def judged(found: Opened, consumer: str) -> Check:
         for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
             verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
-            algorithms[name] = _told(part.bundle.entries[layer])
+            algorithms[name] = _name_stack(part.bundle.entries[layer])
     problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
     if detection.renamed and program.takes is None:
         first, new = next(iter(detection.renamed.items()))
@@ -142,7 +142,7 @@ def _with_the_file(verdict: Verdict, program: Consumer) -> Verdict:
     return Verdict("not at all", why, None, verdict.remedy or "format")
 
 
-def _told(stack: tuple[Entry, ...]) -> str:
+def _name_stack(stack: tuple[Entry, ...]) -> str:
     names = []
     for entry in stack:
         own = entry.algorithm

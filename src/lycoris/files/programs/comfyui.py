@@ -10,16 +10,17 @@ from lycoris.files.programs.conditions import (
     any_of,
     beside,
     bias_only,
-    called,
     core_without_contiguous,
     dora,
     dora_of_one_row,
     dora_out,
     embedding,
-    exchanged,
     first_layout,
     in_rows,
     is_a,
+    is_exchanged,
+    is_named,
+    is_stacked,
     kernel,
     lengths,
     limited_without_outputs,
@@ -34,7 +35,6 @@ from lycoris.files.programs.conditions import (
     parameter,
     renamed,
     split_factors,
-    stacked,
     up_bias,
     whole_factors,
     without_mid,
@@ -86,7 +86,7 @@ PLACES = (
         bias_share,
     ),
     Row(
-        all_of(exchanged, is_a("glora", "diag-oft", "boft")),
+        all_of(is_exchanged, is_a("glora", "diag-oft", "boft")),
         "differently",
         "takes the weight with its two halves exchanged for the one that was trained; how far off that is depends on "
         "the base weight",
@@ -131,7 +131,7 @@ REPLACEMENTS = (
         "joined",
     ),
     Row(
-        all_of(replaces_weight, exchanged),
+        all_of(replaces_weight, is_exchanged),
         "differently",
         "puts a whole weight as it is where its model holds the two halves exchanged",
         "format",
@@ -158,12 +158,12 @@ REPLACEMENTS = (
 )
 """Whole weights and biases. One beside another algorithm is judged by the rows of that."""
 STACKS = Row(
-    all_of(stacked, is_a("lora", "loha", "lokr", "glora")),
+    all_of(is_stacked, is_a("lora", "loha", "lokr", "glora")),
     "not at all",
     "multiplies two matrices and no stacks of them, and fails on the layer",
     "dense",
 )
-LINE = all_of(on("krea2"), called(r"diffusion_model\.blocks\.\d+\.mod\.lin"))
+LINE = all_of(on("krea2"), is_named(r"diffusion_model\.blocks\.\d+\.mod\.lin"))
 """A bare parameter that its model keeps as one line of numbers, and adapters as rows."""
 LINES = (
     Row(
@@ -180,11 +180,11 @@ LINES = (
         "lora",
     ),
 )
-ONE_WHOLE = all_of(stacked, one_of_a_stack, is_a("lokr"), whole_factors)
+ONE_WHOLE = all_of(is_stacked, one_of_a_stack, is_a("lokr"), whole_factors)
 """Kronecker products of whole factors, each a stack of one matrix."""
 STACKED = (
     Row(
-        all_of(stacked, any_of(is_a("loha", "glora"), all_of(is_a("lokr"), split_factors))),
+        all_of(is_stacked, any_of(is_a("loha", "glora"), all_of(is_a("lokr"), split_factors))),
         "not at all",
         "multiplies two matrices and no stacks of them, and stops",
         "dense",
@@ -198,7 +198,7 @@ STACKED = (
     ),
     Row(ONE_WHOLE, "as trained", "computes what was trained"),
     Row(
-        all_of(stacked, is_a("diag-oft", "boft")),
+        all_of(is_stacked, is_a("diag-oft", "boft")),
         "not at all",
         "turns matrices and no stacks of them, and leaves the layer out",
         "dense",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lycoris.files.programs.conditions import (
     all_of,
     beside,
-    cored,
     dora_out,
+    has_core,
     ia3_in_on_groups,
     ia3_out_on_conv,
     ia3_out_on_square_line,
@@ -50,7 +50,7 @@ WITHOUT_BIAS = Row(beside, "differently", "leaves out the change of the bias tha
 def cores(why: str) -> tuple[Row, ...]:
     """What cannot be read off pictures, each with the export that keeps most of it."""
     return (
-        Row(all_of(cored, off_pictures, is_a("lokr")), "not at all", why, "flat w2"),
-        Row(all_of(cored, off_pictures, is_a("lora")), "not at all", why, "no core"),
-        Row(all_of(cored, off_pictures), "not at all", why, "plain"),
+        Row(all_of(has_core, off_pictures, is_a("lokr")), "not at all", why, "flat w2"),
+        Row(all_of(has_core, off_pictures, is_a("lora")), "not at all", why, "no core"),
+        Row(all_of(has_core, off_pictures), "not at all", why, "plain"),
     )

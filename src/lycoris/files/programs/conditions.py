@@ -8,7 +8,7 @@ import torch
 
 from lycoris.algorithms import ALPHA, IA3, MAGNITUDE
 from lycoris.algorithms.base import Matrix
-from lycoris.algorithms.conversion import adapted
+from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.programs.errors import misplaced
 from lycoris.files.programs.program import Case, Test
@@ -85,7 +85,7 @@ def old_rotation(case: Case) -> bool:
     return "oft_diag" in case.stored
 
 
-def unscaled(case: Case) -> bool:
+def has_no_scale(case: Case) -> bool:
     return case.entry.algorithm.scale(case.entry.geometry) == 1
 
 
@@ -162,7 +162,7 @@ def not_behind(*prefixes: str) -> Test:
     return lambda case: bool(case.key) and not case.key.startswith(prefixes)
 
 
-def stacked(case: Case) -> bool:
+def is_stacked(case: Case) -> bool:
     """A stack of matrices."""
     return case.entry.geometry.stack > 0
 
@@ -172,31 +172,31 @@ def one_of_a_stack(case: Case) -> bool:
     return case.entry.geometry.stack == 1
 
 
-def called(pattern: str) -> Test:
+def is_named(pattern: str) -> Test:
     """A layer whose keys are called so."""
     return lambda case: re.fullmatch(pattern, case.key) is not None
 
 
-def dotted(case: Case) -> bool:
+def is_dotted(case: Case) -> bool:
     """In a dialect whose paths have dots."""
     return DIALECTS[case.dialect].style == "dotted"
 
 
-def scaled(case: Case) -> bool:
+def is_scaled(case: Case) -> bool:
     """DoRA's lengths under the name that PEFT does not know."""
     if case.stored:
         return bool(case.dora) and MAGNITUDE in case.stored
     return DIALECTS[case.dialect].lengths.get(case.dora) == MAGNITUDE
 
 
-def cored(case: Case) -> bool:
+def has_core(case: Case) -> bool:
     """With a Tucker core."""
     return any(name in case.entry.tensors for name in ("mid", "t1", "t2"))
 
 
 def without_mid(case: Case) -> bool:
     """LoRA with a core beside factors that are called as PEFT does, which has none."""
-    if case.name != "lora" or not cored(case):
+    if case.name != "lora" or not has_core(case):
         return False
     if case.spelled:
         return "lora_up.weight" not in case.spelled
@@ -208,18 +208,18 @@ def off_pictures(case: Case) -> bool:
     return case.dimensions in (1, 3)
 
 
-def grouped(case: Case) -> bool:
+def is_grouped(case: Case) -> bool:
     return case.entry.geometry.kind == "conv" and case.entry.geometry.groups > 1
 
 
-def dilated(case: Case) -> bool:
+def is_dilated(case: Case) -> bool:
     g = case.entry.geometry
     return g.kind == "conv" and any(d > 1 and k > 1 for d, k in zip(g.dilation, g.kernel, strict=True))
 
 
-def resized(case: Case) -> bool:
+def changes_size(case: Case) -> bool:
     """Whether leaving the dilation out changes the size of the output."""
-    return dilated(case) and case.entry.geometry.padding != "same"
+    return is_dilated(case) and case.entry.geometry.padding != "same"
 
 
 def padded_otherwise(case: Case) -> bool:
@@ -230,7 +230,7 @@ def padded_otherwise(case: Case) -> bool:
 
 def lora_goes_wrong(case: Case) -> bool:
     """A convolution on which PEFT's LoRA is another one."""
-    return grouped(case) or dilated(case) or padded_otherwise(case)
+    return is_grouped(case) or is_dilated(case) or padded_otherwise(case)
 
 
 def core_without_contiguous(case: Case) -> bool:
@@ -314,7 +314,7 @@ def ia3_out_on_square_line(case: Case) -> bool:
 
 
 def ia3_in_on_groups(case: Case) -> bool:
-    return case.name == "ia3" and not ia3_out(case) and grouped(case)
+    return case.name == "ia3" and not ia3_out(case) and is_grouped(case)
 
 
 def kernel(case: Case) -> bool:
@@ -336,7 +336,7 @@ def starts_elsewhere(case: Case) -> bool:
     principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
     again = principal.complete(short, Matrix(case.entry.geometry, base.weight))
     own, other = (
-        adapted(case.entry._replace(tensors=tensors), base).weight - base.weight
+        adapt_affine(case.entry._replace(tensors=tensors), base).weight - base.weight
         for tensors in (case.entry.tensors, again)
     )
     return float((other - own).norm() / own.norm().clamp_min(1e-30)) > SAME
@@ -362,7 +362,7 @@ def renamed(case: Case) -> bool:
     return bool(case.place)
 
 
-def exchanged(case: Case) -> bool:
+def is_exchanged(case: Case) -> bool:
     """A layer whose halves the program exchanges."""
     return case.place == "swapped"
 

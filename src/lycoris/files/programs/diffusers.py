@@ -7,23 +7,23 @@ from lycoris.files.programs.conditions import (
     all_of,
     any_of,
     beside,
-    cored,
-    dilated,
+    changes_size,
     dora,
     dora_in,
-    dotted,
-    grouped,
+    has_core,
+    has_no_scale,
     is_a,
+    is_dilated,
+    is_dotted,
+    is_grouped,
+    is_scaled,
     lora_goes_wrong,
     moves_bias,
     no_other_than,
     not_,
     on,
     padded_otherwise,
-    resized,
-    scaled,
     square,
-    unscaled,
     written_as,
 )
 from lycoris.files.programs.diffusers_lokr import together
@@ -46,12 +46,12 @@ def _bias_of_wan(case: Case) -> bool:
     # _convert_non_diffusers_wan_lora_to_diffusers
     alone = all(set(each.tensors) == {"diff_b"} for each in case.beside)
     blocks = case.key.startswith("diffusion_model.blocks.") or not case.key
-    return case.architecture == "wan" and dotted(case) and blocks and case.name == "lora" and alone and not case.dora
+    return case.architecture == "wan" and is_dotted(case) and blocks and case.name == "lora" and alone and not case.dora
 
 
 def _is_converted(case: Case) -> bool:
     """In dotted names other than diffusers' own, behind its own prefix."""
-    return dotted(case) and not case.key.startswith("transformer.")
+    return is_dotted(case) and not case.key.startswith("transformer.")
 
 
 _of_flux1 = all_of(on("flux1"), written_as("diffusers", "onetrainer-diffusers"))
@@ -116,7 +116,7 @@ DIFFUSERS = Consumer(
             "lora",
         ),
         Row(
-            all_of(_taken_for_lokr, not_(unscaled)),
+            all_of(_taken_for_lokr, not_(has_no_scale)),
             "differently",
             "reads no scale beside LoKr for this model, and takes 1",
             "lora",
@@ -141,7 +141,7 @@ DIFFUSERS = Consumer(
             stops=True,
         ),
         Row(
-            all_of(grouped, is_a("lora")),
+            all_of(is_grouped, is_a("lora")),
             "not at all",
             "makes a LoRA of other shapes on convolutions with groups",
             stops=True,
@@ -153,12 +153,14 @@ DIFFUSERS = Consumer(
             "base weight",
         ),
         *instead(
-            all_of(scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(_is_converted, written_as("kohya", "musubi"))),
+            all_of(
+                is_scaled, any_of(is_a("lora"), lokr), on("wan"), any_of(_is_converted, written_as("kohya", "musubi"))
+            ),
             "not at all",
             "rejects files with DoRA's lengths for Wan",
         ),
         *instead(
-            all_of(scaled, any_of(is_a("lora"), lokr)),
+            all_of(is_scaled, any_of(is_a("lora"), lokr)),
             "differently",
             "leaves DoRA's lengths out, which in this format are called dora_scale; how far off that is depends on the "
             "base weight",
@@ -177,11 +179,16 @@ DIFFUSERS = Consumer(
             "takes DoRA's lengths of inputs for those of outputs, and how far off that is depends on the base weight",
         ),
         *instead(dora_in, "not at all", "knows DoRA's lengths of outputs only"),
-        Row(all_of(cored, lora_goes_wrong), "not at all", "knows no cores of LoRA, nor does LoRA fit here", stops=True),
-        Row(cored, "not at all", "knows no cores of LoRA", "no core", stops=True),
-        Row(resized, "not at all", "leaves the dilation out, and the outputs differ in size"),
         Row(
-            dilated,
+            all_of(has_core, lora_goes_wrong),
+            "not at all",
+            "knows no cores of LoRA, nor does LoRA fit here",
+            stops=True,
+        ),
+        Row(has_core, "not at all", "knows no cores of LoRA", "no core", stops=True),
+        Row(changes_size, "not at all", "leaves the dilation out, and the outputs differ in size"),
+        Row(
+            is_dilated,
             "differently",
             "leaves the dilation of the convolution out; how far off that is depends on the input",
         ),

@@ -29,7 +29,7 @@ def dialects_of(program: str, found: Opened) -> list[str]:
     return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
 
 
-def exported(
+def export_bundle(
     found: Opened, program: str, to: str, weights: BaseWeights | None
 ) -> tuple[dict[str, Bundle], dict[str, str]]:
     """Every adapter as a program reads it as trained in a dialect, and what was done to which.
@@ -43,7 +43,7 @@ def exported(
         places = _places(bundle, layout, program, to)
         for layer, stack in bundle.entries.items():
             try:
-                entries[layer], what = _exported(
+                entries[layer], what = _export_stack(
                     stack,
                     program,
                     to,
@@ -85,7 +85,7 @@ def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bun
     return replace(bundle, entries=entries)
 
 
-def _exported(
+def _export_stack(
     stack: Stack,
     program: str,
     to: str,

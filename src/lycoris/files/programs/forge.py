@@ -7,12 +7,12 @@ from lycoris.files.programs.comfyui import FAILING, KRON, SHARED, STOPPED
 from lycoris.files.programs.conditions import (
     all_of,
     any_of,
-    called,
     core_without_contiguous,
     dora_in,
-    exchanged,
     flat_lengths,
     is_a,
+    is_exchanged,
+    is_named,
     linear,
     no_other_than,
     not_,
@@ -59,7 +59,7 @@ REPLACED = (
         "joined",
     ),
     Row(
-        all_of(replaces_weight, exchanged),
+        all_of(replaces_weight, is_exchanged),
         "differently",
         "puts the stored weight in place without exchanging its halves",
         "format",
@@ -83,7 +83,7 @@ VECTORS = (
     ),
 )
 EXCHANGED = Row(
-    all_of(exchanged, is_a("full"), changes_weight),
+    all_of(is_exchanged, is_a("full"), changes_weight),
     "differently",
     "adds a difference stored whole without exchanging its halves",
     "format",
@@ -91,14 +91,14 @@ EXCHANGED = Row(
 PROJECTION = r"text_encoder\.text_projection"
 OF_ANOTHER_ENCODER = (
     Row(
-        all_of(called(PROJECTION), is_a("lora", "loha", "lokr", "glora", "replace")),
+        all_of(is_named(PROJECTION), is_a("lora", "loha", "lokr", "glora", "replace")),
         "not at all",
         "takes the projection of the first text encoder for that of the second, and stops",
         "format",
         stops=True,
     ),
     Row(
-        called(PROJECTION),
+        is_named(PROJECTION),
         "not at all",
         "takes the projection of the first text encoder for that of the second, and leaves it out",
         "format",

@@ -12,7 +12,7 @@ from lycoris.files.programs.common import (
     WITHOUT_BIAS,
     cores,
 )
-from lycoris.files.programs.conditions import all_of, cored, dora, dora_out, is_a, kernel, lone_bias, no_other_than
+from lycoris.files.programs.conditions import all_of, dora, dora_out, has_core, is_a, kernel, lone_bias, no_other_than
 from lycoris.files.programs.invokeai_newer import NEWER
 from lycoris.files.programs.invokeai_routes import ROUTES, refused
 from lycoris.files.programs.program import Case, Consumer, Row
@@ -49,7 +49,7 @@ INVOKEAI = Consumer(
             "plain",
         ),
         Row(all_of(dora, no_other_than("lora")), "not at all", "knows DoRA over LoRA only, and stops", "plain"),
-        Row(all_of(dora, cored, kernel), "not at all", "leaves the core out under DoRA, and stops", "no core"),
+        Row(all_of(dora, has_core, kernel), "not at all", "leaves the core out under DoRA, and stops", "no core"),
         *IA3_ON_CONVOLUTIONS,
         *cores(CORES),
         W2_ON_WRONG_AXES,

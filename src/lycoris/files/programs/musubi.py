@@ -10,8 +10,8 @@ from lycoris.files.programs.conditions import (
     all_of,
     any_of,
     beside,
-    cored,
     dora,
+    has_core,
     is_a,
     moves_bias,
     no_other_than,
@@ -33,7 +33,7 @@ by_hooks = on("ideogram4")
 """Of those, it wants every tensor of the file to be of such a module."""
 
 
-def detected(names: Iterable[str], architecture: str | None) -> str:
+def detect_algorithm(names: Iterable[str], architecture: str | None) -> str:
     """detect_network_type: the algorithm of the first tensor that tells one; "" where each layer has its own."""
     if architecture in keys.MUSUBI_NETWORKS:
         return ""
@@ -77,7 +77,7 @@ MUSUBI = Consumer(
     keys.MUSUBI,
     (
         Row(
-            all_of(by_hooks, any_of(no_other_than("lora"), beside, dora, cored)),
+            all_of(by_hooks, any_of(no_other_than("lora"), beside, dora, has_core)),
             "not at all",
             "takes LoRA and nothing else for this model, and stops",
             "lora",
@@ -126,7 +126,7 @@ MUSUBI = Consumer(
             "lora",
             stops=True,
         ),
-        Row(cored, "differently", "leaves the core out", "no core"),
+        Row(has_core, "differently", "leaves the core out", "no core"),
         Row(
             all_of(dora, off_pictures),
             "differently",
@@ -148,6 +148,6 @@ MUSUBI = Consumer(
         ),
     ),
     kinds=("linear", "conv", "norm"),
-    taken_for=detected,
+    taken_for=detect_algorithm,
     route=route,
 )

@@ -17,7 +17,7 @@ from lycoris.layers.geometry import Kind
 STRENGTH = "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
 
 
-def refused(case: Case) -> bool:
+def is_refused(case: Case) -> bool:
     return bool(_why(case))
 
 
@@ -52,8 +52,8 @@ PEFT = Consumer(
     "PEFT",
     keys.PEFT,
     (
-        Row(all_of(refused, fits_lora), "not at all", counterpart, "lora"),
-        Row(refused, "not at all", counterpart),
+        Row(all_of(is_refused, fits_lora), "not at all", counterpart, "lora"),
+        Row(is_refused, "not at all", counterpart),
         Row(dora, "as trained", STRENGTH),
         Row(
             is_a("lokr"),

@@ -24,8 +24,8 @@ from lycoris.algorithms.lokr import Layout
 from lycoris.errors import FileError, unknown
 from lycoris.files.programs import CONSUMERS, Place, Remedy
 from lycoris.layers.geometry import Affine
-from lycoris.ops.rotation import limited
-from lycoris.ops.rounding import widened
+from lycoris.ops.rotation import limit_norm
+from lycoris.ops.rounding import widen
 from lycoris.ops.tucker import tucker
 
 Form = TypeVar("Form", LoRA, LoKr)
@@ -71,7 +71,7 @@ def portable_stack(
     done: dict[Remedy, str] = {}
     # Nothing but this library reads places of the weight that are beside another algorithm.
     if any(isinstance(each.algorithm, Full) and each.algorithm.weight for each in stack[1:]):
-        stack, done["joined"] = joined(stack, base), EXPORTS["joined"].does
+        stack, done["joined"] = join_changes(stack, base), EXPORTS["joined"].does
     while True:
         first, *beside = stack
         verdict = CONSUMERS[consumer].verdict(
@@ -90,10 +90,10 @@ def portable_stack(
             raise FileError(f"{verdict.why}; no export of {name} on a {g} is known that it reads as trained")
         export = EXPORTS[verdict.remedy]
         done[verdict.remedy] = export.does
-        stack = joined(stack, base) if verdict.remedy == "joined" else (export.make(first, base), *beside)
+        stack = join_changes(stack, base) if verdict.remedy == "joined" else (export.make(first, base), *beside)
 
 
-def joined(stack: Stack, base: Affine | None = None) -> Stack:
+def join_changes(stack: Stack, base: Affine | None = None) -> Stack:
     """An algorithm and the changes beside it as one difference of the weight and the bias."""
     g, tensors = stack[0].geometry, dict[str, Tensor]()
     parts = [dense(entry, base) for entry in stack]
@@ -102,7 +102,7 @@ def joined(stack: Stack, base: Affine | None = None) -> Stack:
         for own, tensor in part.tensors.items():
             name = norms.get(own, own)
             tensors[name] = (
-                widened(tensors[name]) + widened(tensor.reshape(tensors[name].shape)) if name in tensors else tensor
+                widen(tensors[name]) + widen(tensor.reshape(tensors[name].shape)) if name in tensors else tensor
             )
     if norms:
         return (Entry(Norm(), g, tensors),)
@@ -141,11 +141,11 @@ def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
 
 def without_core(entry: Entry, base: Affine | None = None) -> Entry:
     """LoRA with its Tucker core multiplied into `down`; under DoRA too."""
-    lora, p = _opened(entry, LoRA)
+    lora, p = _unwrap_dora(entry, LoRA)
     if "mid" not in p:
         return entry
-    p["down"] = tucker(widened(p.pop("mid")), None, widened(p["down"]).flatten(1))
-    return _closed(entry, replace(lora, tucker=False), p)
+    p["down"] = tucker(widen(p.pop("mid")), None, widen(p["down"]).flatten(1))
+    return _rewrap_dora(entry, replace(lora, tucker=False), p)
 
 
 def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
@@ -153,37 +153,37 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
 
     A core is multiplied into its second factor, at the same rank; a whole w2 is an identity and itself.
     """
-    lokr, p = _opened(entry, LoKr)
+    lokr, p = _unwrap_dora(entry, LoKr)
     g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "t2" in p:
-        p["w2_b"] = tucker(widened(p.pop("t2")), None, widened(p["w2_b"])).flatten(1)
+        p["w2_b"] = tucker(widen(p.pop("t2")), None, widen(p["w2_b"])).flatten(1)
         p["w2_a"] = p["w2_a"].mT.contiguous()
-        return _closed(entry, replace(lokr, tucker=False), p)
+        return _rewrap_dora(entry, replace(lokr, tucker=False), p)
     if "w2" not in p:
         return entry
     if "w1_a" in p:
-        p["w1"] = widened(p.pop("w1_a")) @ widened(p.pop("w1_b"))
+        p["w1"] = widen(p.pop("w1_a")) @ widen(p.pop("w1_b"))
     w2 = p.pop("w2").flatten(2 if g.stack else 1)
     rows, columns = w2.shape[-2:]
     rank = min(rows, columns)
     eye = torch.eye(rank, dtype=w2.dtype, device=w2.device).expand(g.stacked((rank, rank))).contiguous()
     p["w2_a"], p["w2_b"] = (eye, w2) if rows <= columns else (w2, eye)
     flat = replace(lokr, rank=rank, alpha=scale * rank, rs_lora=False, layout=Layout(layout.ol, layout.im, False, True))
-    return _closed(entry, flat, p)
+    return _rewrap_dora(entry, flat, p)
 
 
 def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
     """LoKr with w1 multiplied out, and with it the scale where w2 is whole too; under DoRA too."""
-    lokr, p = _opened(entry, LoKr)
+    lokr, p = _unwrap_dora(entry, LoKr)
     g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
     if "w1_a" not in p:
         return entry
-    p["w1"] = widened(p.pop("w1_a")) @ widened(p.pop("w1_b"))
+    p["w1"] = widen(p.pop("w1_a")) @ widen(p.pop("w1_b"))
     if not layout.w2_split:
         p["w1"] = p["w1"] * scale
-    return _closed(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
+    return _rewrap_dora(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
 
 
 def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
@@ -192,9 +192,9 @@ def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
     if not isinstance(oft, OFT):
         raise FileError(f"{oft.name} has no limit; only rotations have one")
     bound = oft.constraint * entry.geometry.out_features
-    blocks = widened(p["blocks"])
+    blocks = widen(p["blocks"])
     stacked = entry.geometry.stack > 0
-    p["blocks"] = torch.stack([limited(each, bound) for each in blocks]) if stacked else limited(blocks, bound)
+    p["blocks"] = torch.stack([limit_norm(each, bound) for each in blocks]) if stacked else limit_norm(blocks, bound)
     return entry._replace(algorithm=replace(oft, constraint=0.0), tensors=p)
 
 
@@ -239,18 +239,18 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 )
 
 
-def _opened(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
+def _unwrap_dora(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     """The algorithm itself, or what DoRA is over, with its gate folded in."""
     algorithm = below_lengths(entry.algorithm)
     if not isinstance(algorithm, kind):
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
     p = dict(entry.tensors)
     if "gate" in p:
-        p = algorithm.stored({name: widened(tensor) for name, tensor in p.items()}, entry.geometry)
+        p = algorithm.stored({name: widen(tensor) for name, tensor in p.items()}, entry.geometry)
     return replace(algorithm, gate=False), p
 
 
-def _closed(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
+def _rewrap_dora(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
     """The same entry with other tensors, under its lengths again if it had them."""
     whole: Algorithm = replace(entry.algorithm, over=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
     return Entry(whole, entry.geometry, p)

@@ -11,13 +11,14 @@ from lycoris.files.programs.conditions import (
     all_of,
     any_bias,
     any_of,
-    called,
     dora_in,
     embedding,
     first_layout,
     flat_lengths,
     half_norm,
+    has_no_scale,
     is_a,
+    is_named,
     linear,
     lone_bias,
     modelled,
@@ -27,7 +28,6 @@ from lycoris.files.programs.conditions import (
     pointwise,
     scaled_by_itself,
     square,
-    unscaled,
     w2_on_wrong_axes,
 )
 from lycoris.files.programs.errors import bias_share
@@ -99,7 +99,9 @@ WEBUI = Consumer(
             "plain",
         ),
         Row(
-            all_of(first_layout, linear, any_of(unscaled, scaled_by_itself)), "as trained", "computes what was trained"
+            all_of(first_layout, linear, any_of(has_no_scale, scaled_by_itself)),
+            "as trained",
+            "computes what was trained",
         ),
         Row(
             all_of(first_layout, linear),
@@ -139,14 +141,16 @@ WEBUI = Consumer(
         ),
         LENGTHS_OF_COLUMNS,
         Row(
-            all_of(any_of(called(rf"lora_te2_{_QKV}"), all_of(called(_QKV_OF_TE), modelled("openclip-h"))), any_bias),
+            all_of(
+                any_of(is_named(rf"lora_te2_{_QKV}"), all_of(is_named(_QKV_OF_TE), modelled("openclip-h"))), any_bias
+            ),
             "differently",
             "leaves out changes of the bias of queries, keys and values in this text encoder",
             None,
             bias_share,
         ),
         Row(
-            all_of(called(_QKV_OF_TE), not_(modelled("clip-l")), any_bias),
+            all_of(is_named(_QKV_OF_TE), not_(modelled("clip-l")), any_bias),
             "not known",
             "leaves out changes of the bias of queries, keys and values in SD 2's text encoder, and not in SD 1's",
         ),

@@ -62,7 +62,7 @@ class Storage(ABC):
         layer.weight = weight
 
 
-def loaded(module: str, name: str) -> Any:
+def loaded_class(module: str, name: str) -> Any:
     """A class of another library if that library is in use, else one that nothing is an instance of."""
     return getattr(sys.modules.get(module), name, _Nothing)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris.layers.base_weights.base import Storage, loaded
-from lycoris.layers.base_weights.block_scales import widened
+from lycoris.layers.base_weights.base import Storage, loaded_class
+from lycoris.layers.base_weights.block_scales import widen_scale
 from lycoris.ops import rounding
 
 
@@ -17,24 +17,26 @@ class Int8(Storage):
     """`Linear8bitLt`: W[o, i] = SCB[o] / 127 · CB[o, i]."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer, loaded("bitsandbytes.nn", "Linear8bitLt"))
+        return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear8bitLt"))
 
     def label(self, layer: Any) -> str:
-        return "bitsandbytes int8" if _packed(layer.weight) else "bitsandbytes int8, not quantised yet"
+        return "bitsandbytes int8" if _is_packed(layer.weight) else "bitsandbytes int8, not quantised yet"
 
     def why_unwritable(self, layer: Any) -> str:
         if layer.state.has_fp16_weights:
             return "with has_fp16_weights it is rounded anew in every forward pass"
-        return "" if _packed(layer.weight) else "it is quantised when the layer is moved to its device; do that first"
+        return (
+            "" if _is_packed(layer.weight) else "it is quantised when the layer is moved to its device; do that first"
+        )
 
     def stochastic(self, layer: Any) -> bool:
         return True
 
     def decode(self, layer: Any, weight: Any) -> Tensor:
-        return weight * (_peaks(layer, weight) / 127)[:, None] if _packed(weight) else weight
+        return weight * (_peaks(layer, weight) / 127)[:, None] if _is_packed(weight) else weight
 
     def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
-        peaks = widened(_peaks(layer, layer.weight)[:, None], dense, 1.0)
+        peaks = widen_scale(_peaks(layer, layer.weight)[:, None], dense, 1.0)
         codes = dense * (127 / peaks.clamp_min(torch.finfo(torch.float32).tiny))
         data = rounding.to_integers(codes, -127, 127, generator).to(torch.int8)
         made: nn.Parameter = type(layer.weight)(data, requires_grad=False, CB=data, SCB=peaks[:, 0])
@@ -47,7 +49,7 @@ class Int8(Storage):
         super().install(layer, weight)
 
 
-def _packed(weight: Any) -> bool:
+def _is_packed(weight: Any) -> bool:
     return not weight.is_floating_point()
 
 
@@ -60,7 +62,7 @@ class Bits4(Storage):
     """`Linear4bit`: nf4 or fp4 codes, two to a byte, whose scales may be quantised in turn."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer, loaded("bitsandbytes.nn", "Linear4bit"))
+        return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear4bit"))
 
     def label(self, layer: Any) -> str:
         quantised = self._state(layer, layer.weight) is not None

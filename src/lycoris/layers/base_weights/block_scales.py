@@ -17,7 +17,7 @@ def spread(scale: Tensor, shape: torch.Size) -> Tensor:
     return scale
 
 
-def widened(scale: Tensor, dense: Tensor, limit: float) -> Tensor:
+def widen_scale(scale: Tensor, dense: Tensor, limit: float) -> Tensor:
     """The scale, larger where the new weight would not fit into ±limit codes, in its own dtype.
 
     Kept where it does fit: what an adapter left alone is then stored exactly as before.

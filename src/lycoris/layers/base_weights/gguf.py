@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris.layers.base_weights.base import Storage, loaded
+from lycoris.layers.base_weights.base import Storage, loaded_class
 
 
 class GGUF(Storage):
     """`GGUFLinear`. Writing goes through the gguf package, which quantises to some of its types only."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer.weight, loaded("diffusers.quantizers.gguf.utils", "GGUFParameter"))
+        return isinstance(layer.weight, loaded_class("diffusers.quantizers.gguf.utils", "GGUFParameter"))
 
     def label(self, layer: Any) -> str:
         return f"GGUF {layer.weight.quant_type.name}"

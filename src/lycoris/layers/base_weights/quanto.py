@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris.layers.base_weights.base import Storage, loaded
-from lycoris.layers.base_weights.block_scales import spread, widened
+from lycoris.layers.base_weights.base import Storage, loaded_class
+from lycoris.layers.base_weights.block_scales import spread, widen_scale
 from lycoris.ops import rounding
 
 UNFROZEN = "it is quantised anew in every forward pass; call optimum.quanto.freeze(model) first"
@@ -18,7 +18,7 @@ class Quanto(Storage):
     """8-bit: codes and a scale per row, stochastic rounding offered. 4 and 2 bits: quanto's own quantiser, nearest."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer, loaded("optimum.quanto", "QModuleMixin")) and layer.weight_qtype is not None
+        return isinstance(layer, loaded_class("optimum.quanto", "QModuleMixin")) and layer.weight_qtype is not None
 
     def label(self, layer: Any) -> str:
         return f"optimum-quanto {layer.weight_qtype.name}{'' if layer.frozen else ', not frozen yet'}"
@@ -30,20 +30,20 @@ class Quanto(Storage):
         return self.why_unreadable(layer)
 
     def stochastic(self, layer: Any) -> bool:
-        return type(layer.weight) is loaded("optimum.quanto", "WeightQBytesTensor")
+        return type(layer.weight) is loaded_class("optimum.quanto", "WeightQBytesTensor")
 
     def decode(self, layer: Any, weight: Any) -> Tensor:
         dense: Tensor = weight.dequantize()
         return dense
 
     def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
-        return nn.Parameter(_bytes(layer, dense, generator) if self.stochastic(layer) else _packed(layer, dense))
+        return nn.Parameter(_bytes(layer, dense, generator) if self.stochastic(layer) else _is_packed(layer, dense))
 
 
 def _bytes(layer: Any, dense: Tensor, generator: torch.Generator | None) -> Any:
     old, codes = layer.weight, layer.weight.qtype
     limit = torch.finfo(codes.dtype).max if codes.is_floating_point else 127
-    scale = widened(old._scale, dense, limit)
+    scale = widen_scale(old._scale, dense, limit)
     exact = dense / spread(scale, dense.shape)
     if codes.is_floating_point:
         data = rounding.to_dtype(exact, codes.dtype, generator)
@@ -52,7 +52,7 @@ def _bytes(layer: Any, dense: Tensor, generator: torch.Generator | None) -> Any:
     return type(old)(codes, old.axis, old.size(), old.stride(), data, scale, old.activation_qtype)
 
 
-def _packed(layer: Any, dense: Tensor) -> Any:
+def _is_packed(layer: Any, dense: Tensor) -> Any:
     from optimum.quanto import SymmetricOptimizer, quantize_weight
 
     kind, size = layer.weight.qtype, layer.weight_group_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.errors import AttachError
-from lycoris.layers.base_weights.base import Storage, loaded
+from lycoris.layers.base_weights.base import Storage, loaded_class
 
 MARK = "sdnq_dequantizer"
 """Attribute of its layers: what turns their tensors into the dense weight."""
@@ -18,7 +18,7 @@ class SDNQ(Storage):
     """Read by its own dequantizer; its forward runs without gradients, whatever the settings."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer, loaded("sdnq.layers", "SDNQLayer")) and hasattr(layer, MARK)
+        return isinstance(layer, loaded_class("sdnq.layers", "SDNQLayer")) and hasattr(layer, MARK)
 
     def label(self, layer: Any) -> str:
         how = layer.sdnq_dequantizer

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lycoris.layers.base_weights.base import Storage, loaded
-from lycoris.layers.base_weights.block_scales import spread, widened
+from lycoris.layers.base_weights.base import Storage, loaded_class
+from lycoris.layers.base_weights.block_scales import spread, widen_scale
 from lycoris.ops import rounding
 
 
@@ -16,7 +16,7 @@ class TorchAO(Storage):
     """Any torchao weight can be trained beside; written are those that keep codes, scales and whole zero points."""
 
     def holds(self, layer: Any) -> bool:
-        return isinstance(layer.weight, loaded("torchao.utils", "TorchAOBaseTensor"))
+        return isinstance(layer.weight, loaded_class("torchao.utils", "TorchAOBaseTensor"))
 
     def label(self, layer: Any) -> str:
         codes = str(getattr(layer.weight, "target_dtype", "")).removeprefix("torch.")
@@ -29,7 +29,7 @@ class TorchAO(Storage):
     def why_unwritable(self, layer: Any) -> str:
         weight = layer.weight
         names = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
-        if not isinstance(weight, tuple(loaded("torchao.quantization", name) for name in names)):
+        if not isinstance(weight, tuple(loaded_class("torchao.quantization", name) for name in names)):
             return f"only {', '.join(names)} can be written again"
         if str(getattr(weight, "target_dtype", "")) == "torch.int1":
             return "one bit has no grid to round to"
@@ -61,7 +61,7 @@ class TorchAO(Storage):
         symmetric = zero is None or not bool(zero.any())
         limit = torch.finfo(codes.dtype).max if floating else high
         reach = dense if floating else torch.where(dense < 0, dense * (high / -low), dense)
-        scale = widened(old.scale, reach, limit) if symmetric else old.scale
+        scale = widen_scale(old.scale, reach, limit) if symmetric else old.scale
         exact = dense / spread(scale, dense.shape)
         if floating:
             new = rounding.to_dtype(exact, codes.dtype, generator)

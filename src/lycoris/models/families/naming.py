@@ -101,14 +101,14 @@ class Table:
         for rename in self._there(_first(name)):
             found = _match(rename.there, name)
             if found is not None:
-                return Span(tuple(_filled(part, found) for part in rename.parts), rename.swapped, rename.gated)
+                return Span(tuple(_fill_stars(part, found) for part in rename.parts), rename.swapped, rename.gated)
         return None
 
     def home(self, path: str) -> str | None:
         for rename, part in self._here(_first(path)):
             found = _match(part, path)
             if found is not None:
-                return _filled(rename.there, found)
+                return _fill_stars(rename.there, found)
         return None
 
     def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def _match(pattern: str, name: str) -> tuple[str, ...] | None:
     return None if found is None else found.groups()
 
 
-def _filled(pattern: str, found: tuple[str, ...]) -> str:
+def _fill_stars(pattern: str, found: tuple[str, ...]) -> str:
     *stars, rest = found
     for star in stars:
         pattern = pattern.replace("*", star, 1)

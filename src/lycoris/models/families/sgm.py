@@ -74,7 +74,7 @@ class UNet:
         where = f"{'down' if down else 'up'}_blocks.{level}"
         if place == 0:
             return _one(f"{where}.resnets.{i}", RESIDUAL, rest)
-        return Span((_joined(f"{where}.attentions.{i}", rest),)) if place == 1 else None
+        return Span((_join_path(f"{where}.attentions.{i}", rest),)) if place == 1 else None
 
     def home(self, path: str) -> str | None:
         around = AROUND.home(path)
@@ -96,7 +96,7 @@ class UNet:
             return f"{side}.{start + self.residuals}.{place}.conv" if rest == "conv" else None
         if what == "resnets":
             return _first(_one(f"{side}.{start + i}.0", RESIDUAL_BACK, rest))
-        return _joined(f"{side}.{start + i}.1", rest)
+        return _join_path(f"{side}.{start + i}.1", rest)
 
     def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
         return (rows,)
@@ -106,10 +106,10 @@ def _one(where: str, names: Mapping[str, str], rest: str | None) -> Span | None:
     """A residual block, or a part of it by its other name."""
     if rest is not None and rest not in names:
         return None
-    return Span((_joined(where, None if rest is None else names[rest]),))
+    return Span((_join_path(where, None if rest is None else names[rest]),))
 
 
-def _joined(where: str, rest: str | None) -> str:
+def _join_path(where: str, rest: str | None) -> str:
     return where if rest is None else f"{where}.{rest}"
 
 
