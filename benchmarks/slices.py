@@ -60,7 +60,7 @@ def of_linear1(folder: Path) -> None:
 
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel()
-    fused = Layout.of(model).renamed("original").layers["single_blocks.0.linear1"]
+    fused = Layout.of(model).in_naming("original").layers["single_blocks.0.linear1"]
     entry = lokr(fused, 32)
     tensors = {
         f"diffusion_model.single_blocks.0.linear1.{name}": tensor
@@ -98,7 +98,7 @@ def of_klein(folder: Path) -> None:
     """All of a model."""
     model = transformer()
     layout = Layout.of(model)
-    original = layout.renamed("original")
+    original = layout.in_naming("original")
     blocks = {path: g for path, g in original.layers.items() if "blocks" in path and g.kind == "linear"}
     bundle = Bundle({path: (lokr(g, 16),) for path, g in blocks.items()})
     path = folder / "klein.safetensors"

@@ -87,7 +87,7 @@ def picks(family: str) -> Iterator[tuple[str, Chosen]]:
 
 def layouts_of(family: str) -> dict[str, Layout]:
     components = FAMILIES[family].components
-    return {of: Layout.known(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
+    return {of: Layout.from_outline(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
 
 
 def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, Layout]) -> Encoded:
@@ -97,7 +97,7 @@ def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, Lay
     for component, layers in chosen.items():
         layout = layouts[component]
         assert layout.architecture is not None
-        own = layout.renamed(DIALECTS[dialect].naming_for(layout.architecture))
+        own = layout.in_naming(DIALECTS[dialect].naming_for(layout.architecture))
         names = {part: name for name, span in own.spans(own.naming).items() for part in span.parts}
         entries = {}
         for part, algorithms in layers.items():

@@ -21,7 +21,7 @@ def scaled(strengths: dict[str, float], x: torch.Tensor) -> torch.Tensor:
     model = net()
     torch.manual_seed(1)
     adapters = adapt(model, LoRA(rank=2))
-    changed = {path: stack[0].adapted(site_affine(model, path)) for path, stack in adapters.stacks.items()}
+    changed = {path: stack[0].adapt_affine(site_affine(model, path)) for path, stack in adapters.stacks.items()}
     adapters.detach()
     with torch.no_grad():
         for path, affine in changed.items():

@@ -203,7 +203,7 @@ def test_a_convolution_that_is_read_stands_in() -> None:
     y = model[1](model[0](x))
     (top,) = adapters.stacks["2"]
     base = nn.functional.conv2d(y, base_weights.read(model[2]).weight, model[2].bias, stride=2)
-    change = top.adapted(base_weights.Affine(torch.zeros(4, 6, 3, 3), None)).weight
+    change = top.adapt_affine(base_weights.Affine(torch.zeros(4, 6, 3, 3), None)).weight
     (base + nn.functional.conv2d(y, change, stride=2)).square().sum().backward()
     for parameter, grad in zip(adapters.parameters(), found, strict=True):
         assert relative(grad, parameter.grad) < 1e-4
@@ -238,7 +238,7 @@ def test_the_fp8_layers_of_transformers_are_read(block: tuple[int, int] | None) 
     (row,) = adapters.capabilities().rows
     assert (row.stored_as, row.trains, row.merges) == ("float8_e4m3fn storage", True, True)
     perturb(adapters, 1.0)
-    change = adapters.stacks["0"][0].adapted(base_weights.Affine(torch.zeros(32, 48), None)).weight
+    change = adapters.stacks["0"][0].adapt_affine(base_weights.Affine(torch.zeros(32, 48), None)).weight
     adapters.merge(into_low_bit=True)
     assert relative(base_weights.read(layer).weight, expected + change) < 1 / 8
 

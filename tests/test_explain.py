@@ -43,7 +43,7 @@ def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: st
     if most is None:
         return
     below = lycoris.attach.bottom(adapters._layers[path], adapter.attribute).affine()
-    change = (adapter.adapted(below).weight - below.weight).detach()
+    change = (adapter.adapt_affine(below).weight - below.weight).detach()
     found = torch.linalg.matrix_rank((change if adapter.geometry.stack else change[None]).flatten(2), rtol=1e-9)
     assert (found == most).all()
 
@@ -92,11 +92,11 @@ def test_what_is_kept_for_backward_is_what_autograd_keeps(name: str, kind: str, 
     told = explain(planned, tokens=512, dtype=dtype)
     found, needs_input = saved_per_token(algorithm, dtype, kind)
     if algorithm.name == "boft" and dtype == torch.float32:
-        assert found < told.kept
+        assert found < told.saved_bytes
     else:
         # Beside it: indices, split in two, and a copy of the small rotations for each sample.
         beside = 16 if kind == "embedding" else 16 if kind == "conv" and algorithm.name == "diag-oft" else 0
-        assert told.kept <= found <= told.kept + beside
+        assert told.saved_bytes <= found <= told.saved_bytes + beside
     if kind == "linear":
         assert told.inputs == (256 * dtype.itemsize if needs_input else 0)
     else:
@@ -110,7 +110,7 @@ def test_dense_ways_keep_nothing_per_token() -> None:
     assert "multiplications" in layer.why
     assert saved_per_token(algorithm, torch.float32) == (0, True)
     bent = DoRA(over=LoRA(rank=3, dropout=0.3), axis="in")
-    assert saved_per_token(bent, torch.float32)[0] == explain(plan(One(nn.Linear(256, 256)), Rule(bent))).kept
+    assert saved_per_token(bent, torch.float32)[0] == explain(plan(One(nn.Linear(256, 256)), Rule(bent))).saved_bytes
 
 
 def test_work_of_a_lora_is_the_textbook_one() -> None:

@@ -76,7 +76,7 @@ def test_it_stays_within_the_steps_of_the_format(base: str, name: str) -> None:
 def _dense(adapters: AdapterSet) -> Tensor:
     (layer,), ((adapter,),) = adapters._layers.values(), adapters.stacks.values()
     weight, bias = base_weights.read(layer)
-    return adapter.adapted(type(base_weights.read(layer))(weight.float(), bias)).weight.detach()
+    return adapter.adapt_affine(type(base_weights.read(layer))(weight.float(), bias)).weight.detach()
 
 
 @EVERY
@@ -174,7 +174,7 @@ def test_dense_half_precision_is_measured_too(dtype: torch.dtype) -> None:
     report = adapters.merge()
     (told,) = report.layers
     assert 20 < told.sqnr < 90
-    assert not report.lost
+    assert not report.lost_layers
     assert f"{told.sqnr:.1f} dB  dense {str(dtype)[6:]}  layer" in str(report)
 
 
@@ -194,7 +194,7 @@ def test_updates_below_the_step_are_told() -> None:
             parameter.fill_(1e-6)
     with pytest.warns(UserWarning, match=r"quantisation step: layer \(float8_e4m3fn storage, -?0\.0 dB\)"):
         report = adapters.merge(into_low_bit=True)
-    assert report.lost == report.layers
+    assert report.lost_layers == report.layers
 
 
 def test_one_layer_that_refuses_stops_the_merge_before_it_begins() -> None:

@@ -45,7 +45,7 @@ def entry_of(case: LayerCase, algorithm: Algorithm) -> tuple[Entry, Affine]:
     weight = getattr(layer, attribute or "weight").detach().clone()
     bias = None if attribute else getattr(layer, "bias", None)
     (stack,) = adapt(model, algorithm).bundle().entries.values()
-    return stack[0], Affine(geometry.turned(weight), None if bias is None else bias.detach().clone())
+    return stack[0], Affine(geometry.transpose_stored(weight), None if bias is None else bias.detach().clone())
 
 
 def change(entry: Entry, base: Affine) -> Tensor:

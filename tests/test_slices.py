@@ -302,7 +302,7 @@ def flux() -> nn.Module:
 @pytest.fixture(scope="module")
 def original(flux: nn.Module) -> Layout:
     """The same model under its publisher's names, where projections are fused and halves exchanged."""
-    return Layout.of(flux).renamed("original")
+    return Layout.of(flux).in_naming("original")
 
 
 FUSED = ("single_blocks.0.linear1", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
@@ -418,7 +418,7 @@ def test_adapters_of_the_layers_own_take_their_rows(flux: nn.Module, original: L
         g = entry.geometry
         zeros = Affine(torch.zeros(g.shape), None)
         expected = entry.algorithm.transform(entry.tensors, zeros, g).weight
-        assert relative(adapter.adapted(zeros).weight, expected) < 1e-6
+        assert relative(adapter.adapt_affine(zeros).weight, expected) < 1e-6
 
 
 def test_two_sets_of_slices_on_one_model(flux: nn.Module, original: Layout) -> None:

@@ -250,7 +250,7 @@ def bundle_of(family: str, chosen: Mapping[str, tuple[Algorithm, ...]]) -> Bundl
                 each,
                 g,
                 {
-                    slot: torch.rand(g.stacked(spec.shape), generator=generator) * 0.3 + 0.1
+                    slot: torch.rand(g.stacked_shape(spec.shape), generator=generator) * 0.3 + 0.1
                     for slot, spec in each.slots(g).items()
                 },
             )

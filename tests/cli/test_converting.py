@@ -27,7 +27,7 @@ RUN = CliRunner()
 
 def made(path: Path, algorithm: Algorithm, layer: str = "*", dialect: str = "lycoris") -> Path:
     """A file for some layers of Flux.1."""
-    where = Layout.known(ARCHITECTURES["flux1"], "flux.1-schnell")
+    where = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-schnell")
     entries = {}
     for name, g in where.layers.items():
         if name.startswith("transformer_blocks.0.attn.") and g.kind == "linear":

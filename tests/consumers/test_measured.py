@@ -75,7 +75,7 @@ def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
     for program in ("comfyui", "forge", "webui"):
         strange = CONSUMERS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
         assert strange.reads == "not known", program
-        assert not CONSUMERS[program].seen("a family of tomorrow")
+        assert not CONSUMERS[program].is_examined("a family of tomorrow")
 
 
 class Unheard(LoRA):

@@ -67,7 +67,7 @@ def made(name: str, layer: str) -> Made:
     bare, x = copy.deepcopy(model.layer), case.input()
     weight = getattr(bare, attribute or "weight").detach()
     bias = None if attribute else getattr(bare, "bias", None)
-    base = Affine(geometry.turned(weight), None if bias is None else bias.detach())
+    base = Affine(geometry.transpose_stored(weight), None if bias is None else bias.detach())
     with torch.no_grad():
         plain = model(x)
         ((entry,),) = adapt(model, (ALGORITHMS | MORE)[name]).bundle().entries.values()

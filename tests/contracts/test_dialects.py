@@ -110,7 +110,7 @@ def bundles(architecture: str, outline: str) -> tuple[Layout, tuple[Case, ...]]:
 
 def made(where: Layout) -> Iterator[Case]:
     plain = not where.architecture or not where.architecture.namings
-    weights = {path: torch.randn(g.stacked(g.shape), dtype=torch.float64) for path, g in where.layers.items()}
+    weights = {path: torch.randn(g.stacked_shape(g.shape), dtype=torch.float64) for path, g in where.layers.items()}
     for name in NAMES[:3] if plain else NAMES:
         each = {path: entry(SETTINGS[name], g, weights[path]) for path, g in where.layers.items()}
         entries = {path: (one,) for path, one in each.items() if one is not None}

@@ -30,7 +30,7 @@ BLOCK = r"transformer_blocks\.0\..*"
 
 
 def layout_of(architecture: str, outline: str | None = None) -> Layout:
-    return Layout.known(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
+    return Layout.from_outline(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
 
 
 def bundle_of(layout: Layout, algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),), layers: str = FIRST) -> Bundle:
@@ -111,7 +111,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("program", "dialect", "architecture", "known"), KNOWN)
 def test_whose_keys_a_program_knows(program: str, dialect: str, architecture: str | None, known: bool) -> None:
-    assert (CONSUMERS[program].known(dialect, architecture) is not None) == known
+    assert (CONSUMERS[program].known_keys(dialect, architecture) is not None) == known
 
 
 @pytest.mark.parametrize(

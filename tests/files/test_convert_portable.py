@@ -45,7 +45,7 @@ def source(
 ) -> Path:
     """A file with the same algorithms on some layers of a known model."""
     torch.manual_seed(0)
-    layout = Layout.known(ARCHITECTURES[architecture], ARCHITECTURES[architecture].outlines[0])
+    layout = Layout.from_outline(ARCHITECTURES[architecture], ARCHITECTURES[architecture].outlines[0])
     entries = {
         name: tuple(
             Entry(a, g, {slot: torch.randn(s.shape) for slot, s in a.slots(g).items()})
@@ -131,7 +131,7 @@ def test_a_folder_of_pefts_has_the_models_own_names(tmp_path: Path) -> None:
     layers = {key.partition("base_model.model.")[2].rsplit(".", 2)[0] for key in load_file(
         tmp_path / "folder" / "adapter_model.safetensors"
     )}  # fmt: skip
-    layout = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     assert layers == {name for name, g in layout.layers.items() if re.fullmatch(BLOCK, name) and g.kind == "linear"}
 
 
@@ -185,7 +185,7 @@ def test_the_first_layout_of_glora(alpha: float, reads: str, tmp_path: Path) -> 
 
 def with_bias(folder: Path, algorithm: Algorithm) -> tuple[Path, Layout]:
     path = source(folder, "sd1.5-unet", algorithm, Full(weight=False), layers=f"{UNET}to_out.0", dialect="kohya")
-    return path, Layout.known(ARCHITECTURES["sd1.5-unet"], "sd-1.5")
+    return path, Layout.from_outline(ARCHITECTURES["sd1.5-unet"], "sd-1.5")
 
 
 @pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2)], ids=lambda a: a.name)

@@ -43,7 +43,7 @@ def shapes(
     outline: str, family: str, dialect: str, algorithm: Algorithm
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of a file with adapters on all linear layers, without a number in it."""
-    where = Layout.known(ARCHITECTURES[FAMILIES[family].components[""]], outline)
+    where = Layout.from_outline(ARCHITECTURES[FAMILIES[family].components[""]], outline)
     entries = {}
     for path, g in where.layers.items():
         if g.kind == "linear" and re.fullmatch(DIALECTS[dialect].layers or ".*", path):
@@ -75,7 +75,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
 @pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
-    where = Layout.known(*of_family(family))
+    where = Layout.from_outline(*of_family(family))
     for dialect in FILES:
         written = encoded(where, family, dialect, layers)
         if not written:

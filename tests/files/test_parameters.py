@@ -16,7 +16,7 @@ from lycoris.files.layout import Layout
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 KNOWN = {name: ARCHITECTURES[family.components[""]] for name, family in FAMILIES.items() if name != "language-model"}
-LAYOUTS = {name: Layout.known(each, each.outlines[0]) for name, each in KNOWN.items()}
+LAYOUTS = {name: Layout.from_outline(each, each.outlines[0]) for name, each in KNOWN.items()}
 HAVE = [name for name, where in LAYOUTS.items() if any(g.kind == "parameter" for g in where.layers.values())]
 
 HOLDING = [
@@ -34,7 +34,9 @@ def test_parameters_are_read_back(family: str) -> None:
     entries = {}
     for path in kinds.values():
         g = where.layers[path]
-        tensors = {name: torch.zeros(1).expand(g.stacked(slot.shape)) for name, slot in algorithm.slots(g).items()}
+        tensors = {
+            name: torch.zeros(1).expand(g.stacked_shape(slot.shape)) for name, slot in algorithm.slots(g).items()
+        }
         entries[path] = (Entry(algorithm, g, tensors),)
     for name in HOLDING:
         written = compose(Bundle(entries), name, model=where, family=family)

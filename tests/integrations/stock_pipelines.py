@@ -67,7 +67,7 @@ def merged(pipe: Any, found: dict[str, Bundle], strength: Callable[[str, str], f
             layer = own.model.get_submodule(path)
             base = bottom(layer).affine()
             with torch.no_grad():
-                whole = adapter.adapted(base)
+                whole = adapter.adapt_affine(base)
                 layer.weight.copy_(base.weight + strength(component, path) * (whole.weight - base.weight))
     return pipe
 

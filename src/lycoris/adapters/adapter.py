@@ -82,7 +82,7 @@ class Adapter(nn.Module):
         found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def kept(self) -> dict[str, Tensor]:
+    def trained_tensors(self) -> dict[str, Tensor]:
         """By slot name, what training changes: of a sharded model the shards, never FSDP's passing whole copies."""
         # A module's own state_dict, which the one below hides, is what makes FSDP put its shards back.
         return nn.Module.state_dict(self, keep_vars=True)
@@ -90,11 +90,11 @@ class Adapter(nn.Module):
     def whole(self) -> dict[str, Tensor]:
         """By slot name, detached and gathered from the processes that share them, all of which have to call this."""
         shapes = self._shapes()
-        return {name: sharding.whole(name, tensor, shapes[name]) for name, tensor in self.kept().items()}
+        return {name: sharding.whole(name, tensor, shapes[name]) for name, tensor in self.trained_tensors().items()}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         g = self.geometry
-        return {name: g.stacked(slot.shape) for name, slot in self.algorithm.slots(g).items()}
+        return {name: g.stacked_shape(slot.shape) for name, slot in self.algorithm.slots(g).items()}
 
     def set_call(self, strength: float, keep: Tensor | None, layout: BatchLayout | None = None) -> None:
         """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
@@ -125,7 +125,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Copy tensors in by slot name; all of them, with the right shapes."""
-        own = self.kept()
+        own = self.trained_tensors()
         if own.keys() != values.keys():
             raise AttachError(f"{self.algorithm.name} has the tensors {sorted(own)}; given were {sorted(values)}")
         for name, value in values.items():
@@ -133,7 +133,7 @@ class Adapter(nn.Module):
                 raise AttachError(f"{name} has shape {tuple(own[name].shape)}; given was {tuple(value.shape)}")
             sharding.assign(own[name], value)
 
-    def adapted(self, base: Affine, call: Call | None = None) -> Affine:
+    def adapt_affine(self, base: Affine, call: Call | None = None) -> Affine:
         """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
         call = self.call if call is None else call
         keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
@@ -171,7 +171,7 @@ class Adapter(nn.Module):
         call = Call(strength, mask[0] if mask else None, self.call.layout, dropping if draws else None)
         return PassState(call, draws, self.merged)
 
-    def drawn(self, state: PassState, x: Tensor) -> Call:
+    def draw_call(self, state: PassState, x: Tensor) -> Call:
         """The call of a pass with its random choices made; the same call in evaluation."""
         if not state.draws:
             return state.call
@@ -188,7 +188,7 @@ class Adapter(nn.Module):
             return below(x)
         if torch.is_grad_enabled() and not is_exporting():
             self.seen.trained = True
-        return self.algorithm.forward(self.tensors(), below, x, self.drawn(state, x))
+        return self.algorithm.forward(self.tensors(), below, x, self.draw_call(state, x))
 
     def extra_repr(self) -> str:
         return str(self.algorithm)

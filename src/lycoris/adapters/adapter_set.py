@@ -262,7 +262,7 @@ class AdapterSet(Steering):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with their names in `state_dict`."""
         for path, at, adapter in loading.each_once(self.stacks):
-            for slot, tensor in adapter.kept().items():
+            for slot, tensor in adapter.trained_tensors().items():
                 if isinstance(tensor, nn.Parameter):
                     yield f"{path}/{at}/{slot}", tensor
 

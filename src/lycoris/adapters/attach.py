@@ -49,7 +49,7 @@ class _Layer:
 
     def affine(self) -> Affine:
         weight, bias = base_weights.read(self.layer)
-        return Affine(self.geometry.turned(weight), bias)
+        return Affine(self.geometry.transpose_stored(weight), bias)
 
     def bias(self) -> Tensor | None:
         bias = getattr(self.layer, "bias", None) if self.geometry.has_bias else None
@@ -66,7 +66,9 @@ class _Layer:
     def run(self, x: Tensor, affine: Affine) -> Tensor:
         if self.forward in _PLAIN or base_weights.storage(self.layer).low_bit:
             return self.geometry.op(x, *affine)
-        return _run_with(self.layer, self.forward, x, Affine(self.geometry.turned(affine.weight), affine.bias))
+        return _run_with(
+            self.layer, self.forward, x, Affine(self.geometry.transpose_stored(affine.weight), affine.bias)
+        )
 
 
 _PLAIN: frozenset[Any] = frozenset(
@@ -100,7 +102,7 @@ class _Stage:
 
     def affine(self) -> Affine:
         below = self.below.affine()
-        return below if self.state.silent else self.adapter.adapted(below, self.state.call)
+        return below if self.state.silent else self.adapter.adapt_affine(below, self.state.call)
 
     def bias(self) -> Tensor | None:
         return self.affine().bias if self.adapter.algorithm.moves_bias else self.below.bias()
@@ -318,7 +320,7 @@ def _reader(attribute: str) -> Callable[[Any], Tensor]:
                     adapter.seen.trained = True
             if not state.silent:
                 with replayed_random(state.random, parameter.device):
-                    affine = adapter.adapted(affine, adapter.drawn(state, parameter))
+                    affine = adapter.adapt_affine(affine, adapter.draw_call(state, parameter))
         return affine.weight
 
     return read

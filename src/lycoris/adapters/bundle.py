@@ -41,7 +41,7 @@ class Bundle:
         """What reading the file brought up that is no error, such as keys for a component that was not given."""
         return tuple(self.report.notes())
 
-    def remarked(self, remark: str) -> Bundle:
+    def with_remark(self, remark: str) -> Bundle:
         """With one more of these."""
         return replace(self, report=replace(self.report, remarks=(*self.report.remarks, remark)))
 

@@ -222,14 +222,18 @@ def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
 def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     """Copy in what `state` gave. Raises `FileError` unless names and shapes are the same."""
     check_sharing(stacks)
-    own = {f"{path}/{at}/{slot}": t for path, at, adapter in each_once(stacks) for slot, t in adapter.kept().items()}
+    own = {
+        f"{path}/{at}/{slot}": t
+        for path, at, adapter in each_once(stacks)
+        for slot, t in adapter.trained_tensors().items()
+    }
     wrong = [key for key in own.keys() & values.keys() if own[key].shape != values[key].shape]
     off = sorted(own.keys() ^ values.keys()) + sorted(wrong)
     if off:
         raise FileError(f"the saved state does not fit these adapters: {', '.join(off[:5])} ({len(off)} in all)")
     put(
         [
-            (adapter, {slot: values[f"{path}/{at}/{slot}"] for slot in adapter.kept()})
+            (adapter, {slot: values[f"{path}/{at}/{slot}"] for slot in adapter.trained_tensors()})
             for path, at, adapter in each_once(stacks)
         ]
     )

@@ -65,7 +65,7 @@ class MergeReport:
     """Layers that no pass had reached, although passes had reached others: see `lycoris.verify`."""
 
     @property
-    def lost(self) -> tuple[MergedLayer, ...]:
+    def lost_layers(self) -> tuple[MergedLayer, ...]:
         """Layers of which the update is of the size of the rounding error or below: less than `LOST` dB."""
         return tuple(layer for layer in self.layers if layer.sqnr < LOST)
 
@@ -88,7 +88,7 @@ class MergeReport:
                 f"{watching.some(self.uncalled)}. {watching.READ}. lycoris.verify checks each",
                 stacklevel=stacklevel + 1,
             )
-        if lost := self.lost:
+        if lost := self.lost_layers:
             some = ", ".join(f"{layer.path} ({layer.stored_as}, {layer.sqnr:.1f} dB)" for layer in lost[:5])
             warnings.warn(
                 f"in {len(lost)} of {len(self.layers)} merged layers the update is below the quantisation step: {some}"
@@ -154,12 +154,12 @@ def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float,
     float32 throughout (float64 for such weights), and one rounding to the layer's own precision, stochastic with a
     seed. What is drawn depends on the seed and the path alone.
     """
-    base, turned = base_weights.read(layer), stack[0].geometry.turned
+    base, turned = base_weights.read(layer), stack[0].geometry.transpose_stored
     full = torch.promote_types(base.weight.dtype, torch.float32)
     before = Affine(turned(base.weight.to(full)), None if base.bias is None else base.bias.to(full))
     affine = before
     for adapter in stack:
-        affine = adapter.adapted(affine, Call(strength))
+        affine = adapter.adapt_affine(affine, Call(strength))
     generator = None
     if seed is not None:
         # 32 bits: torch's generator for CPUs takes no more.

@@ -133,7 +133,7 @@ def _is_missed(adapter: Adapter) -> bool:
 def _at_end_of_backward(call: Callable[[], None]) -> None:
     """Call something when the backward pass under way has ended: the outermost, where checkpointing nests them."""
 
-    def ended() -> None:
+    def end_pass() -> None:
         node = current_node()
         if node is None:
             call()
@@ -142,6 +142,6 @@ def _at_end_of_backward(call: Callable[[], None]) -> None:
             node.register_hook(again)
 
     def again(*_: Any) -> None:
-        queue_callback(ended)
+        queue_callback(end_pass)
 
     again()

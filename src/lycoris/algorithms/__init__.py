@@ -75,7 +75,7 @@ def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) ->
         shared = {ALPHA, *(algorithm.keys[mark] for mark in algorithm.marks)}
         return {key: t if key in shared else torch.stack([of[key] for of in each]) for key, t in each[0].items()}
     inner = below_lengths(algorithm)
-    stored = inner.stored({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
+    stored = inner.export_tensors({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
     tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
     alpha = inner.stored_alpha(g)
     if alpha is not None:

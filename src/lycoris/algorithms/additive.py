@@ -70,7 +70,7 @@ class Additive(Algorithm):
         """⟨W, ΔW⟩ and ‖ΔW‖² over all axes but one, flat, without the scale; None where only building ΔW gives them."""
         return None
 
-    def stretched(self, p: Params, length: Tensor) -> Params | None:
+    def scale_rows(self, p: Params, length: Tensor) -> Params | None:
         """Tensors whose ΔW has each row multiplied by a number of `length` (O), or all of it by one (a 0-d tensor).
 
         None where no tensors give that.
@@ -81,7 +81,7 @@ class Additive(Algorithm):
         """Multiplications per token of the factored product; None where there is none for this layer."""
         return None
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         """Numbers per token that the factored product keeps for backward, beside x."""
         return 0
 
@@ -99,7 +99,7 @@ class Additive(Algorithm):
         kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
         if name == "factored":
             work = self.work(g) or 0
-            return Cost(name, why, work, 3 * work, kept + self.kept(g), flags, not flags)
+            return Cost(name, why, work, 3 * work, kept + self.saved_numbers(g), flags, not flags)
         forward = _product(g) * alone + self.building(g) / tokens
         return Cost(name, why, forward, self._dense_training(g, tokens, alone) / tokens, kept, flags, not flags)
 
@@ -108,7 +108,7 @@ class Additive(Algorithm):
         return super().drops or self.dropout > 0
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        p = self.masked(p, g, keep)
+        p = self.mask_ranks(p, g, keep)
         change, scale = self.delta(p, g, keep), self.gate_of(p) * self.scale(g)
         bias = base.bias
         if change.bias is not None:
@@ -118,30 +118,30 @@ class Additive(Algorithm):
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         drops = self.dropout and call.dropping is not None
-        if not drops and self._factored(g, _tokens(g, x)):
-            return self._added(below(x), p, g, x, call)
+        if not drops and self._is_factored(g, _tokens(g, x)):
+            return self._add_change(below(x), p, g, x, call)
         plain = None if drops else below.plain(x)
         if plain is None or plain.weight.dtype not in (torch.float32, torch.float64):
             return self.add(below(x), p, g, x, call)
         y = rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
-        return self._biased(y, p, g, call)
+        return self._add_bias(y, p, g, call)
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
         if self.dropout and call.dropping is not None:
             x = apply_dropout(x, call.dropping * self.dropout)
-        if self._factored(g, _tokens(g, x), alone=True):
-            return self._added(y, p, g, x, call)
+        if self._is_factored(g, _tokens(g, x), alone=True):
+            return self._add_change(y, p, g, x, call)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         change = rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
-        return self._biased(y + change.to(y.dtype), p, g, call)
+        return self._add_bias(y + change.to(y.dtype), p, g, call)
 
-    def _added(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
+    def _add_change(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         p = in_dtype_of(y, p)
         if call.keep is not None:
-            p = self.masked(p, g, call.keep)
-        return self._biased(self.product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
+            p = self.mask_ranks(p, g, call.keep)
+        return self._add_bias(self.product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
 
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
@@ -157,7 +157,7 @@ class Additive(Algorithm):
         more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
         """
         tokens = TOKENS if tokens is None else tokens
-        work, name = self.work(g), "factored" if self._factored(g, tokens, alone) else "dense"
+        work, name = self.work(g), "factored" if self._is_factored(g, tokens, alone) else "dense"
         if work is None:
             return Path(name, "this layer has no factored form that costs less than building ΔW")
         if self.always:
@@ -167,7 +167,7 @@ class Additive(Algorithm):
         factored, dense = 3 * work * tokens / 1e6, self._dense_training(g, tokens, alone) / 1e6
         return Path(name, f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens")
 
-    def _factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
+    def _is_factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
         work = self.work(g)
         if work is None or self.always or g.kind == "embedding":
             return work is not None
@@ -177,7 +177,7 @@ class Additive(Algorithm):
         """Multiplications of a training step that builds ΔW."""
         return (3 if alone else 1) * _product(g) * tokens + 4 * self.building(g)
 
-    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         """The tensors with ranks weighted by a mask that all samples share."""
         return p
 
@@ -192,7 +192,7 @@ class Additive(Algorithm):
     def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
         return call.strength * (self.gate_of(p) * self.scale(g))
 
-    def _biased(self, y: Tensor, p: Params, g: Geometry, call: Call) -> Tensor:
+    def _add_bias(self, y: Tensor, p: Params, g: Geometry, call: Call) -> Tensor:
         bias = self.delta_bias(p)
         return y if bias is None else y + g.channels((bias * self._gain(p, g, call)).to(y.dtype))
 
@@ -200,12 +200,12 @@ class Additive(Algorithm):
         names = list(p)
 
         def build(*tensors: Tensor) -> Tensor:
-            own = self.masked(dict(zip(names, tensors, strict=True)), g, call.keep)
+            own = self.mask_ranks(dict(zip(names, tensors, strict=True)), g, call.keep)
             keep = None if call.keep is None else one_mask(call.keep)
             gain = self._gain(own, g, call)
             # In float64: a number alone would become float32, and round the factors of a float64 layer.
             exact = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float64)
-            small = self.stretched(own, exact)
+            small = self.scale_rows(own, exact)
             return self.delta(own, g, keep).weight * gain if small is None else self.delta(small, g, keep).weight
 
         return build
@@ -274,7 +274,7 @@ class Ranked(Algorithm):
             return self.scale(g) * self.rank
         return float(self.rank if self.alpha is None else self.alpha)
 
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         tensors = dict(p)
         gate = tensors.pop("gate", None)
         if gate is not None:
@@ -295,7 +295,7 @@ class Ranked(Algorithm):
             keep = keep / keep.mean().clamp_min(1 / self.rank)
         return replace(call, keep=keep if call.keep is None else call.keep.to(keep) * keep)
 
-    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         if keep is None:
             return p
         own = one_mask(keep)

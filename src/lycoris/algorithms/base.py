@@ -174,7 +174,7 @@ class Algorithm(ABC):
         """
         return dict(p)
 
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         """Tensors as they go into a file: trained gates folded into a factor, so that every reader applies them."""
         return dict(p)
 
@@ -329,7 +329,7 @@ def dense_forward(algorithm: Algorithm, p: Params, below: Base, x: Tensor, call:
     V - W is taken in the adapter's precision and never added to a half-precision W.
     """
     g, base = below.geometry, below.affine()
-    wide = base.widened(next(iter(p.values())).dtype)
+    wide = base.widen(next(iter(p.values())).dtype)
     whole = algorithm.transform(p, wide, g, None if call.keep is None else one_mask(call.keep))
     y = below(x)
     change = ((whole.weight - wide.weight) * call.strength).to(y.dtype)

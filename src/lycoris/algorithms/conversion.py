@@ -71,8 +71,8 @@ def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) 
         return None
     ones = (1,) * len(g.kernel)
     tensors = {
-        "up": up.reshape(*g.stacked((g.out_features, rank)), *ones),
-        "down": down.reshape(g.stacked((rank, *g.shape[1:]))),
+        "up": up.reshape(*g.stacked_shape((g.out_features, rank)), *ones),
+        "down": down.reshape(g.stacked_shape((rank, *g.shape[1:]))),
     }
     return Entry(LoRA(rank=rank, alpha=scale * rank), g, tensors)
 
@@ -89,17 +89,17 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     if isinstance(algorithm, Full | Norm):
         return entry
     if isinstance(algorithm, Replace):
-        return _difference(entry, _require_base(entry, base).widened(torch.float64), _wide(entry, base))
+        return _difference(entry, _require_base(entry, base).widen(torch.float64), _wide(entry, base))
     tied = needs_base(entry)
     if tied:
-        below = _require_base(entry, base).widened(torch.float64)
+        below = _require_base(entry, base).widen(torch.float64)
     else:
         device = next(iter(entry.tensors.values())).device
-        below = Affine(torch.zeros(g.stacked(g.shape), dtype=_wide(entry, None), device=device), None)
+        below = Affine(torch.zeros(g.stacked_shape(g.shape), dtype=_wide(entry, None), device=device), None)
     diff = adapt_affine(entry, below).weight - below.weight
     if tied:
         diff = diff.to(_wide(entry, base))
-    return Entry(Full(bias=False), g, {"diff": g.turned(diff)})
+    return Entry(Full(bias=False), g, {"diff": g.transpose_stored(diff)})
 
 
 def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
@@ -107,7 +107,7 @@ def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
     g, made = entry.geometry, adapt_affine(entry, base)
     found = {}
     if "w" in entry.tensors:
-        found["diff"] = g.turned(made.weight - base.weight).to(dtype)
+        found["diff"] = g.transpose_stored(made.weight - base.weight).to(dtype)
     if "b" in entry.tensors and made.bias is not None and base.bias is not None:
         found["diff_b"] = (made.bias - base.bias).to(dtype)
     if g.kind != "norm":

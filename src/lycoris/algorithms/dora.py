@@ -91,7 +91,7 @@ class DoRA(Algorithm):
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         inner = self.over.cost(g, tokens, alone=True)
         # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
-        apart = 1 if type(self.over).stretched is Additive.stretched else 0
+        apart = 1 if type(self.over).scale_rows is Additive.scale_rows else 0
         # The bent input is kept by what is underneath, and once more by a convolution.
         bent = (not inner.flags) + (g.kind == "conv")
         kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
@@ -118,23 +118,23 @@ class DoRA(Algorithm):
             length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, keep)
         own: Params = _without_length(p)
         # Once, before anything else is done to the tensors: a mask may stop gradients.
-        own, call = self.over.masked(own, g, call.keep), replace(call, keep=None)
+        own, call = self.over.mask_ranks(own, g, call.keep), replace(call, keep=None)
         if self.axis == "in":
             change = (length - 1).repeat(g.groups)
             y = below(bend(x, change * call.strength, g.channel_axis))
             return self.over.add(y, own, g, bend(x, change, g.channel_axis), call)
         # y + μ((s - 1)·(y - b) + s·Δx): exactly y where s is 1 and Δ is 0.
         y = bend(below(x), (length - 1) * call.strength, g.channel_axis, below.bias())
-        stretched = self.over.stretched(own, length)
+        stretched = self.over.scale_rows(own, length)
         if stretched is not None:
             return self.over.add(y, stretched, g, x, call)
         return torch.addcmul(y, self.over.add(torch.zeros_like(y), own, g, x, call), g.channels(length.to(y.dtype)))
 
     def _norm(self, p: Params, weight: Tensor, g: Geometry, keep: Tensor | None = None) -> Tensor:
         """‖V‖ + ε by row or column, flat, in at least float32."""
-        axis, wide = self._kept(), torch.promote_types(weight.dtype, p["magnitude"].dtype)
+        axis, wide = self._magnitude_axis(), torch.promote_types(weight.dtype, p["magnitude"].dtype)
         scale = self.over.gate_of(p) * self.over.scale(g)
-        gram = self.over.gram(self.over.masked(p, g, keep), weight, g, axis)
+        gram = self.over.gram(self.over.mask_ranks(p, g, keep), weight, g, axis)
         if gram is None:
             return self._built_norm(p, weight, g, keep)
         inner, square = gram
@@ -156,11 +156,11 @@ class DoRA(Algorithm):
             return norm(*p.values())
         return checkpoint(norm, *p.values(), use_reentrant=False, preserve_rng_state=False)
 
-    def _kept(self) -> int:
+    def _magnitude_axis(self) -> int:
         return 0 if self.axis == "out" else 1
 
     def _others(self, g: Geometry) -> list[int]:
-        return [axis for axis in range(len(g.shape)) if axis != self._kept()]
+        return [axis for axis in range(len(g.shape)) if axis != self._magnitude_axis()]
 
     def grain(self, g: Geometry) -> int:
         # The length of a column runs over all rows, and only the base weight tells what is whose.
@@ -201,10 +201,10 @@ class DoRA(Algorithm):
         return self.over.scale(g)
 
     def constants(self, g: Geometry) -> tuple[float, ...]:
-        return (*self.over.constants(g), self._kept())
+        return (*self.over.constants(g), self._magnitude_axis())
 
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        return self.over.stored(p, g)
+    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        return self.over.export_tensors(p, g)
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return self.over.stored_alpha(g)

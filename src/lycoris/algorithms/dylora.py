@@ -60,8 +60,8 @@ class DyLoRA(LoRA):
         keep = (torch.arange(self.rank, device=x.device) < n).float() * louder
         return replace(call, keep=keep[None] if call.keep is None else call.keep.to(keep) * keep)
 
-    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        p = super().masked(p, g, keep)
+    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        p = super().mask_ranks(p, g, keep)
         if keep is None:
             return p
         blocks = (one_mask(keep) > 0).reshape(-1, self.block_size).any(1)

@@ -52,7 +52,7 @@ class Full(Additive):
             torch.nn.init.zeros_(tensor)
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        weight = g.turned(p["diff"]) if "diff" in p else p["diff_b"].new_zeros(g.shape)
+        weight = g.transpose_stored(p["diff"]) if "diff" in p else p["diff_b"].new_zeros(g.shape)
         return Affine(weight, self.delta_bias(p))
 
     def delta_bias(self, p: Params) -> Tensor | None:

@@ -41,12 +41,12 @@ class GLoRA(Ranked):
         for slot in ("gate",) if self.gate else ("a2", "b2"):
             torch.nn.init.zeros_(p[slot])
 
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        tensors = super().stored(p, g)
+    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+        tensors = super().export_tensors(p, g)
         return tensors | {"b2": widen(tensors["b2"]) * widen(p["gate"])} if "gate" in p else tensors
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        p = self.masked(p, g, keep)
+        p = self.mask_ranks(p, g, keep)
         turned = torch.einsum("oi...,ir,rj->oj...", base.weight, p["a1"].flatten(1), p["a2"].flatten(1))
         added = (p["b1"].flatten(1) @ p["b2"].flatten(1)).reshape(g.shape)
         return Affine(base.weight + (turned + added) * (p.get("gate", 1.0) * self.scale(g)), base.bias)
@@ -59,13 +59,13 @@ class GLoRA(Ranked):
             return dense_forward(self, p, below, x, call)
         if plain is not None:
             y = below(x)
-            p = self.masked(in_dtype_of(y, p), g, call.keep)
+            p = self.mask_ranks(in_dtype_of(y, p), g, call.keep)
             out = torch.cat([plain.weight @ p["a1"], p["b1"]], dim=1)
             return add_mixed(y, g, amplify(g.op(x, torch.cat([p["a2"], p["b2"]])), gain), out)
-        own = self.masked(in_dtype_of(x, p), g, call.keep)
+        own = self.mask_ranks(in_dtype_of(x, p), g, call.keep)
         h = amplify(g.mix(x, own["a2"].flatten(1)), gain)
         y = below(x + g.mix(h, own["a1"].flatten(1)).to(x.dtype))
-        own = self.masked(in_dtype_of(y, p), g, call.keep)
+        own = self.mask_ranks(in_dtype_of(y, p), g, call.keep)
         return add_mixed(y, g, amplify(g.op(x, own["b2"]), gain), own["b1"].flatten(1))
 
     def grain(self, g: Geometry) -> int:

@@ -87,7 +87,7 @@ class IA3(Algorithm):
         """Where the channels of the factor are."""
         return 1 if g.kernel else 0
 
-    def stored(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         return dict(p) | {"on_input": torch.tensor(int(self.on_input))}
 
     @classmethod

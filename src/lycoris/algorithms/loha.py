@@ -79,7 +79,7 @@ class LoHa(Ranked, Additive):
         pair = self.pair(p, g) if self.rank**2 * 2 < min(g.out_features, g.fan_in) else None
         return None if pair is None else low_rank_gram(weight, *pair, axis)
 
-    def stretched(self, p: Params, length: Tensor) -> Params:
+    def scale_rows(self, p: Params, length: Tensor) -> Params:
         length = length.to(p["w1_a"])
         return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
 
@@ -115,7 +115,7 @@ class LoHa(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         return self.rank**2 * (1 + self.gate)
 
     def max_rank(self, g: Geometry) -> int:

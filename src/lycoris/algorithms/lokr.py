@@ -198,7 +198,7 @@ class LoKr(Ranked, Additive):
             return ol * im * inner + ol * inner * ok * kernel
         return im * inner * ok * kernel + ol * im * ok
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         ol, im = self.layout_for(g)[:2]
         ok, inner = g.out_features // ol, g.in_features // im
         if g.kind == "embedding":

@@ -62,7 +62,7 @@ class LoRA(Ranked, Additive):
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
         return low_rank_gram(weight, *self.pair(p, g), axis)
 
-    def stretched(self, p: Params, length: Tensor) -> Params:
+    def scale_rows(self, p: Params, length: Tensor) -> Params:
         return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
 
     def grain(self, g: Geometry) -> int:
@@ -94,7 +94,7 @@ class LoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return self.rank * g.size
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         return self.rank * (1 + self.gate) + self.rank * ("mid" in self.slots(g))
 
     def max_rank(self, g: Geometry) -> int:

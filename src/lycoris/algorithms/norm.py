@@ -44,7 +44,7 @@ class Norm(Algorithm):
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         base = below.affine()
         # Summed in the adapter's precision: a small delta of a half-precision scale would round away.
-        wide = base.widened(p["w"].dtype)
+        wide = base.widen(p["w"].dtype)
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
         return below.run(x, whole.like(base))
 

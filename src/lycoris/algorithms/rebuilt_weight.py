@@ -34,7 +34,7 @@ def rebuilt(
     x = x if batched else x.unsqueeze(0)
     if g.even_padding is None:
         none = (0,) * len(g.kernel)
-        x, g = g.padded(x), replace(g, padding=none, pad=none * 2, padding_mode="zeros")
+        x, g = g.pad_input(x), replace(g, padding=none, pad=none * 2, padding_mode="zeros")
     y = _Rebuilt.apply(build, g, x, weight, bias, *factors)  # type: ignore[no-untyped-call]
     return y if batched else y.squeeze(0)
 

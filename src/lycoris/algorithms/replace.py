@@ -51,19 +51,19 @@ class Replace(Algorithm):
     def initialise(self, p: Params, below: Base) -> None:
         base = below.affine()
         if "w" in p:
-            p["w"].copy_(below.geometry.turned(base.weight))
+            p["w"].copy_(below.geometry.transpose_stored(base.weight))
         if "b" in p:
             p["b"].zero_()
             if base.bias is not None:
                 p["b"].copy_(base.bias)
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        weight = g.turned(p["w"]).to(base.weight.dtype) if "w" in p else base.weight
+        weight = g.transpose_stored(p["w"]).to(base.weight.dtype) if "w" in p else base.weight
         return Affine(weight, p["b"].to(base.weight.dtype) if "b" in p else base.bias)
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
         base = below.affine()
-        wide = base.widened(next(iter(p.values())).dtype)
+        wide = base.widen(next(iter(p.values())).dtype)
         whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
         return below.run(x, whole.like(base))
 

@@ -175,7 +175,7 @@ def _fold_gate(entry: Entry) -> Entry:
         return Entry(replace(algorithm, over=inner.algorithm), g, inner.tensors)
     if not isinstance(algorithm, Ranked) or not algorithm.gate:
         return entry
-    return Entry(replace(algorithm, gate=False), g, algorithm.stored(tensors, g))
+    return Entry(replace(algorithm, gate=False), g, algorithm.export_tensors(tensors, g))
 
 
 def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:

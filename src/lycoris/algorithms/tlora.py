@@ -129,7 +129,7 @@ class TLoRA(Ranked, Additive):
     def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return dict(p) | {name: run.of(p[name]) for name in ("p", "p0") if name in p}
 
-    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
         # Masks may differ from sample to sample: they meet the activations.
         return p
 
@@ -139,7 +139,7 @@ class TLoRA(Ranked, Additive):
     def building(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         return (3 if g.kind == "conv" else 2) * self.rank
 
     def max_rank(self, g: Geometry) -> int:

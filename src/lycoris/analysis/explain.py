@@ -110,7 +110,7 @@ class Explanation:
         return sum({layer.path: layer.base_flops for layer in self.layers}.values())
 
     @property
-    def kept(self) -> int:
+    def saved_bytes(self) -> int:
         """Bytes per token kept for backward, over all layers."""
         return sum(layer.kept for layer in self.layers)
 
@@ -165,8 +165,8 @@ class Explanation:
             f"{len({layer.path for layer in self.layers})} layers get adapters, {len(self.skipped)} do not; "
             f"{self.parameters:,} parameters, {size_text(self.file_bytes)} in a file",
             f"a token passing all of these layers: {number_text(self.flops)} FLOPs more forward{part}, "
-            f"{number_text(self.training_flops)} more in training, {size_text(self.kept)} kept for backward beside "
-            f"the layers' inputs, and those: {size_text(self.inputs)} at most",
+            f"{number_text(self.training_flops)} more in training, {size_text(self.saved_bytes)} kept for backward "
+            f"beside the layers' inputs, and those: {size_text(self.inputs)} at most",
             f"at {self.tokens} tokens in {str(self.dtype).removeprefix('torch.')}",
         ]
 
@@ -284,7 +284,7 @@ def _layer(
 def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     """What of `LayerCost` a model's activations have no part in."""
     slots = algorithm.slots(g)
-    meta = {name: torch.empty(g.stacked(slot.shape), device="meta") for name, slot in slots.items()}
+    meta = {name: torch.empty(g.stacked_shape(slot.shape), device="meta") for name, slot in slots.items()}
     over, fused, _ = fused_entry(Entry(algorithm, g, meta))
     stored = write_tensors(over, meta, fused)
     whole = {key for key, tensor in stored.items() if key == ALPHA or not tensor.is_floating_point()}

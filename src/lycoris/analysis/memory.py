@@ -102,6 +102,6 @@ def memory(explained: Explanation, base_parameters: int, *, optimizer: str = "ad
         adapters=WIDTH * (explained.parameters + frozen),
         gradients=WIDTH * explained.parameters,
         optimizer=sum(state(shape) for layer in explained.layers for shape in layer.shapes),
-        kept=explained.kept * explained.tokens * batch,
+        kept=explained.saved_bytes * explained.tokens * batch,
         inputs=explained.inputs * explained.tokens * batch,
     )

@@ -216,7 +216,7 @@ class AdapterView(nn.Module):
 
     def _widen(self, affine: Affine) -> Affine:
         """In float32 at least, as merges are computed."""
-        return affine.widened(torch.promote_types(next(iter(self.adapter.tensors().values())).dtype, torch.float32))
+        return affine.widen(torch.promote_types(next(iter(self.adapter.tensors().values())).dtype, torch.float32))
 
     def get_merged_weight(
         self, multiplier: float = 1.0, shape: Any = None, device: Any = None
@@ -225,8 +225,8 @@ class AdapterView(nn.Module):
 
         In at least float32. Raises `AttachError` while it is merged.
         """
-        weight, bias = self.adapter.adapted(self._widen(self._find_unmerged().affine()), Call(multiplier))
-        weight = self.geometry.turned(weight)
+        weight, bias = self.adapter.adapt_affine(self._widen(self._find_unmerged().affine()), Call(multiplier))
+        weight = self.geometry.transpose_stored(weight)
         return (weight if shape is None else weight.reshape(shape)).to(device), bias
 
     def get_diff_weight(
@@ -248,7 +248,7 @@ class AdapterView(nn.Module):
         """ΔW of an algorithm with factors, with its gate and without its scale, as the layer stores its weight."""
         assert isinstance(self.inner, Additive)
         own = {name: tensor for name, tensor in self.adapter.tensors().items() if name != "magnitude"}
-        return self.geometry.turned(self.inner.delta(own, self.geometry).weight * self.inner.gate_of(own))
+        return self.geometry.transpose_stored(self.inner.delta(own, self.geometry).weight * self.inner.gate_of(own))
 
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""

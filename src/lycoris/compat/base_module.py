@@ -257,8 +257,8 @@ class LycorisBaseModule(AdapterView):
         with replayed_random(state.random, x.device):
             if self._parameter is None:
                 return self.adapter(self._below(), x, state)
-            call = self.adapter.drawn(state, x)
-            return self.adapter.adapted(self._widen(Affine(x, None)), call).weight.to(x.dtype)
+            call = self.adapter.draw_call(state, x)
+            return self.adapter.adapt_affine(self._widen(Affine(x, None)), call).weight.to(x.dtype)
 
     @classmethod
     def parametrize(cls, org_module: nn.Module, attr: str, *args: Any, **kwargs: Any) -> Self:

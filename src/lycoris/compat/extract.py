@@ -153,7 +153,7 @@ def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor
 
 def _move(affine: Affine, device: Any) -> Affine:
     bias = None if affine.bias is None else affine.bias.to(device)
-    return Affine(affine.weight.to(device), bias).widened(torch.float32)
+    return Affine(affine.weight.to(device), bias).widen(torch.float32)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def _stack(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Wan
             up, down = _half(u[:, :rank] * s[:rank]), _half(v[:rank])
             tensors = {"up": up.reshape(-1, rank, *(1,) * len(g.kernel)), "down": down.reshape(rank, *g.shape[1:])}
             return (Entry(LoRA(rank=rank), g, tensors), *beside)
-    return (Entry(Full(bias=bool(shift)), g, {"diff": g.turned(weight), **shift}),)
+    return (Entry(Full(bias=bool(shift)), g, {"diff": g.transpose_stored(weight), **shift}),)
 
 
 def _largest_residuals(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None) -> dict[str, Tensor]:

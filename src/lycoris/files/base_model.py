@@ -76,4 +76,4 @@ def _plain(words: str) -> str:
 
 
 def _layers(fit: Fit) -> str:
-    return fingerprint.of_layers("", Layout.known(fit.architecture, str(fit.outline)).layers).layers
+    return fingerprint.of_layers("", Layout.from_outline(fit.architecture, str(fit.outline)).layers).layers

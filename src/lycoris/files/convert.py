@@ -114,7 +114,7 @@ def convert(
     before = Bytes.of(found.tensors, size_of(source), dtype)
     order = Order(found, base, weights, dtype, before, allow_growth)
     try:
-        made = order.for_program(portable, to) if portable is not None else order.made(str(to))
+        made = order.for_program(portable, to) if portable is not None else order.rewrite(str(to))
     except GrowthError as error:
         raise GrowthError(f"{source}: {error}. {ALLOW}") from error
     except FileError as error:

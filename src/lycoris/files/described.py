@@ -96,5 +96,5 @@ def _is_size(number: Any) -> bool:
 def _is_known(base: Base) -> bool:
     own = fingerprint.of_layers("", base.layers).layers
     fits = [fit for fit in guess(base.layers) if fit.outline is not None]
-    known = (Layout.known(fit.architecture, str(fit.outline)).renamed(fit.naming) for fit in fits[:4])
+    known = (Layout.from_outline(fit.architecture, str(fit.outline)).in_naming(fit.naming) for fit in fits[:4])
     return any(fingerprint.of_layers("", each.layers).layers == own for each in known)

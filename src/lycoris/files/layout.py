@@ -66,11 +66,11 @@ class Layout:
                 f"these layers may be of {' or '.join(sorted(tied))}; say which model they are for (model=)"
             )
         if best.outline is not None:
-            return cls.known(best.architecture, best.outline).renamed(best.naming)
+            return cls.from_outline(best.architecture, best.outline).in_naming(best.naming)
         return next(_fitting("the model", layers, found[:1]), cls("the model", layers, middle=layers))
 
     @classmethod
-    def known(cls, architecture: Architecture, outline: str) -> Layout:
+    def from_outline(cls, architecture: Architecture, outline: str) -> Layout:
         """Of a model whose outline comes with this package, in diffusers' names."""
         return _load_layout(architecture.name, outline)
 
@@ -89,7 +89,7 @@ class Layout:
                 self._spans[naming] = name_layers(self.middle, self.architecture.namings[naming])
         return self._spans[naming]
 
-    def written(self, naming: str, style: Style) -> dict[str, str]:
+    def written_names(self, naming: str, style: Style) -> dict[str, str]:
         """Names of a naming, as a file writes them → dotted. Raises `FileError` when two are written alike."""
         names = self.layers if naming == self.naming else self.spans(naming)
         if style == "dotted":
@@ -116,7 +116,7 @@ class Layout:
         span = self.spans(naming).get(name)
         return 1 if span is None else len(span.parts)
 
-    def renamed(self, naming: str) -> Layout:
+    def in_naming(self, naming: str) -> Layout:
         """The same model in another naming; layers that a name there holds together become one."""
         if naming == self.naming or self.architecture is None:
             return self

@@ -110,7 +110,7 @@ def _variant(
 ) -> tuple[Layout, str]:
     """A known model, or the variant of it that a file's adapter for its first layer is for, and a remark on that."""
     dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
-    written, whose = layout.written(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
+    written, whose = layout.written_names(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
     for name, shape in shapes.items():
         key = dialect.split(name)
         if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
@@ -129,7 +129,7 @@ def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
 def find_layout(fit: Fit) -> Layout:
     """The layers of a model that a file may be for."""
     assert fit.outline is not None
-    return Layout.known(fit.architecture, fit.outline)
+    return Layout.from_outline(fit.architecture, fit.outline)
 
 
 def _folder(folder: Path, base: nn.Module | None) -> Opened:

@@ -45,7 +45,7 @@ def problem(
 ) -> str:
     """What was left over, grouped."""
     lines = []
-    if not match.used() and (known := foreign.kind_of(_shapes(tensors), readable=True)):
+    if not match.used_names() and (known := foreign.kind_of(_shapes(tensors), readable=True)):
         return known
     if report.mismatched:
         listed = [f"  {why}" for why in list(report.mismatched.values())[:SHOWN]]

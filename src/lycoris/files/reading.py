@@ -112,7 +112,7 @@ def resolve(
         shared=shared,
     )
     other = "" if component or isinstance(model, Layout) else fingerprint.other_weights(metadata or {}, model)
-    return found.remarked(other) if other else found
+    return found.with_remark(other) if other else found
 
 
 def resolve_as_written(
@@ -159,7 +159,7 @@ def _resolve(
     if not match.groups:
         raise FileError(nothing(match, tensors))
     if as_written:
-        layout = layout.renamed(match.naming)
+        layout = layout.in_naming(match.naming)
     unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
     if unscaled and not sources(header, match.dialect, match.prefix):
         remarks.append(f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}")
@@ -176,7 +176,7 @@ def _resolve(
         elsewhere=match.elsewhere,
         changed=found.notes | places.notes,
         remarks=tuple(each for each in (remark, contradiction, *remarks, *found.remarks, plain) if each),
-        cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used()),
+        cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used_names()),
     )
     if not places.entries or (strict and not report.clean):
         raise FileError(problem(report, match, layout, tensors, header))
@@ -204,7 +204,7 @@ def _find_unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
     for layer, group in match.groups.items():
         if layer not in match.names:
             unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}")
-    plain = [name for name in unused if foreign.is_plain(name)] if match.used() else []
+    plain = [name for name in unused if foreign.is_plain(name)] if match.used_names() else []
     told = f"{len(plain)} tensors are no adapter's and of no layer, left out: {some(plain)}" if plain else ""
     return {name: why for name, why in unused.items() if name not in plain}, told
 
@@ -226,12 +226,12 @@ def _settle_names(
     tensors = {name: tensors[name] for name in own}
     match, wrapped = matched(tensors), wrappers.find_renames(tensors, wrappers.without_wrappers)
     if settle and not match.complete:
-        used = {*match.used()}
+        used = {*match.used_names()}
         renamed = wrappers.find_renames(tensors, lambda name: name if name in used else wrappers.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = matched(others) if renamed else match
         # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
-        if (len(again.used()), again.standing) > (len(match.used()), match.standing):
+        if (len(again.used_names()), again.standing) > (len(match.used_names()), match.standing):
             return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
     return _Settled(tensors, match, {}, [*filter(None, (aside, wrappers.describe_renames(wrapped) if wrapped else ""))])
 
@@ -274,7 +274,7 @@ class Match:
         """Whether all of it is of layers that the model has."""
         return bool(self.groups) and not self.strange and all(layer in self.names for layer in self.groups)
 
-    def used(self) -> list[str]:
+    def used_names(self) -> list[str]:
         return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
 
 
@@ -316,7 +316,7 @@ def _match_dialect(
         first = groups.setdefault(key.layer, {}).setdefault(key.suffix, name)
         if first != name:
             raise FileError(f"{first} and {name} are the same tensor under two names; take one of them out")
-    tables = {naming: layout.written(naming, dialect.style) for naming in layout.namings}
+    tables = {naming: layout.written_names(naming, dialect.style) for naming in layout.namings}
     usual = None if layout.architecture is None else dialect.naming_for(layout.architecture)
     counts = {each: sum(layer in table for layer in groups) for each, table in tables.items()}
     naming = max(tables, key=lambda each: (counts[each], each == usual))

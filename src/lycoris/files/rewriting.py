@@ -84,7 +84,7 @@ class Order:
         """The smallest form, or the one in a dialect, in which a program reads all of it as trained."""
         own, title = self.found.detection.dialect, CONSUMERS[program].title
         if to in (None, own) and self._as_it_is and judge_opened(self.found, program).as_trained:
-            return self._unchanged()
+            return self._keep_unchanged()
         dialects = dialects_of(program, self.found)
         if to is not None and to not in dialects:
             raise FileError(
@@ -109,7 +109,7 @@ class Order:
         grown = False
         for dialect in dialects:
             try:
-                made = self.made(dialect, program, hurried=len(dialects) > 1)
+                made = self.rewrite(dialect, program, hurried=len(dialects) > 1)
                 check = self._check(made, program)
             except FileError as error:
                 grown |= isinstance(error, GrowthError)
@@ -129,14 +129,14 @@ class Order:
         folder = DIALECTS[self.found.detection.dialect].folder
         return not folder and all(bundle.report.clean for bundle in self.found.bundles.values())
 
-    def _unchanged(self) -> Made:
+    def _keep_unchanged(self) -> Made:
         found = self.found
         header = found.header if self.dtype is None else {**found.header, **dict.fromkeys(HASHES, "")}
         own = Encoded(dict(found.tensors), {}, {})
         written = store_tensors(own, self.dtype, {key: value for key, value in header.items() if value})
         return Made(written, found.detection.dialect, unchanged=True, rounded=_count_rounded(own, written))
 
-    def made(self, to: str, program: str | None = None, *, hurried: bool = False) -> Made:
+    def rewrite(self, to: str, program: str | None = None, *, hurried: bool = False) -> Made:
         """In a dialect, and for a program where one is given. Raises `FileError`.
 
         `hurried` is content to know that a file would be too large, without knowing how large.
@@ -216,7 +216,7 @@ class Order:
         good = []
         for dialect in dialects:
             with contextlib.suppress(FileError):
-                if self._check(self.made(dialect, program), program).as_trained:
+                if self._check(self.rewrite(dialect, program), program).as_trained:
                     good.append(dialect)
         return f"\nAs {' or '.join(good)} it does" if good else "\nNor does it in any other format"
 
@@ -235,7 +235,7 @@ def _place_bundle(
     if layout.architecture is None:
         return bundle, layout
     kind = DIALECTS[to]
-    own = layout.renamed(_naming(layout, to))
+    own = layout.in_naming(_naming(layout, to))
     if kind.folder and base is not None:
         own = Layout.of(base)
     whole = not kind.folder and (kind.algorithms is None or Full.name in kind.algorithms)
@@ -283,7 +283,7 @@ def _free(bundle: Bundle, to: str, layout: Layout, weights: BaseWeights, done: d
     if layout.architecture is None:
         return bundle
     refused = placing.place(
-        bundle.entries, layout.renamed(DIALECTS[to].naming_for(layout.architecture)), layout.naming
+        bundle.entries, layout.in_naming(DIALECTS[to].naming_for(layout.architecture)), layout.naming
     ).refused
     if not refused:
         return bundle
@@ -314,7 +314,7 @@ def _names(fit: Fit, bundle: Bundle, style: Style, to: str) -> dict[str, list[st
     """Layer → what a dialect calls its parts, if the file is for this model."""
     layout, target = find_layout(fit), DIALECTS[to].naming_for(fit.architecture)
     home = namings(fit.architecture)[target].home
-    names, spans = layout.written(fit.naming, style), layout.spans(fit.naming)
+    names, spans = layout.written_names(fit.naming, style), layout.spans(fit.naming)
     spelled = flatten if style == "flat" else str
     written = flatten if DIALECTS[to].style == "flat" else str
     return {

@@ -229,7 +229,7 @@ def _name_stacks(
     if layout is None or layout.architecture is None:
         places = placing.separate(bundle.entries, dense=whole)
     else:
-        to = layout.renamed(dialect.naming_for(layout.architecture))
+        to = layout.in_naming(dialect.naming_for(layout.architecture))
         places = placing.place(bundle.entries, to, layout.naming, dense=whole)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")

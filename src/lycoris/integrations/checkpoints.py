@@ -73,7 +73,7 @@ class Checkpoints:
             vars(self.model)["save_pretrained"] = self.save_pretrained
 
     @property
-    def attached(self) -> dict[str, AdapterSet]:
+    def attached_sets(self) -> dict[str, AdapterSet]:
         """The sets that are on the model now, by the name they have in its state."""
         return {name: each for name, each in self.sets.items() if each.attached}
 
@@ -96,7 +96,7 @@ class Checkpoints:
 
         A config that the set was made or read with goes beside it.
         """
-        sets = self.attached
+        sets = self.attached_sets
         for name, each in sets.items():
             into = Path(folder) / name if len(sets) > 1 else Path(folder)
             into.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class Checkpoints:
         With such a config beside it, the state would look like that of a model, and load as one with random weights.
         Options about the base's weights have no object; `push_to_hub` raises `ConfigError`.
         """
-        if self._save_pretrained is not None and not self.attached:
+        if self._save_pretrained is not None and not self.attached_sets:
             self._save_pretrained(save_directory, is_main_process=is_main_process, **options)
             return
         if options.get("push_to_hub"):
@@ -126,7 +126,7 @@ class Checkpoints:
         """Every tensor of the attached sets, by its name in the model's state."""
         return {
             f"{MARK}{name}:{key}": tensor.contiguous()
-            for name, each in self.attached.items()
+            for name, each in self.attached_sets.items()
             for key, tensor in each.state_dict().items()
         }
 
@@ -136,13 +136,13 @@ class Checkpoints:
         for key, tensor in state.items():
             name, _, own = key.removeprefix(MARK).partition(":")
             values.setdefault(name, {})[own] = tensor
-        if values.keys() != self.attached.keys():
+        if values.keys() != self.attached_sets.keys():
             has = f"adapters of {', '.join(values)}" if values else "no adapters, as the base's own has none"
             raise FileError(
-                f"this state of a {type(self.model).__name__} has {has}, and attached are {', '.join(self.attached)}. "
-                "Take it for what it is with checkpoint_adapters(...).remove(), or choose another checkpoint"
+                f"this state of a {type(self.model).__name__} has {has}, and attached are "
+                f"{', '.join(self.attached_sets)}. Take it for what it is with checkpoint_adapters(...).remove(), or choose another checkpoint"
             )
-        for name, each in self.attached.items():
+        for name, each in self.attached_sets.items():
             each.load_state_dict(values[name])
 
     def check_complete(self) -> None:
@@ -182,7 +182,7 @@ def _is_missing(adapter: Adapter) -> bool:
 
 
 def _replace_state(own: Checkpoints, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if not own.attached:
+    if not own.attached_sets:
         return
     own.check_complete()
     besides = {prefix + name for name in own.names_besides()}
@@ -194,7 +194,7 @@ def _replace_state(own: Checkpoints, module: nn.Module, state: dict[str, Any], p
 def _take_state(
     own: Checkpoints, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
 ) -> None:
-    if own.attached:
+    if own.attached_sets:
         missing: list[str] = lists[0]
         own._before = list(missing)
         own.load({key.removeprefix(prefix): state.pop(key) for key in [*state] if key.startswith(prefix + MARK)})

@@ -50,7 +50,7 @@ class _Supplied(torch.autograd.Function):
         if not base_weights.stands_in(ctx.layer, ctx.geometry):
             _check_unneeded(ctx)
             return None, *nothing
-        weight = ctx.geometry.turned(base_weights.read(ctx.layer).weight).to(gy.dtype)
+        weight = ctx.geometry.transpose_stored(base_weights.read(ctx.layer).weight).to(gy.dtype)
         with torch.autocast(gy.device.type, enabled=False):
             return _input_gradient(ctx.geometry, gy, weight, ctx.shape).to(ctx.dtype), *nothing
 

@@ -30,7 +30,7 @@ class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def widened(self, dtype: torch.dtype) -> Affine:
+    def widen(self, dtype: torch.dtype) -> Affine:
         """In at least that precision."""
         wide = torch.promote_types(self.weight.dtype, dtype)
         return Affine(self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
@@ -108,11 +108,11 @@ class Geometry:
         """As the module keeps one weight."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    def stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def stacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what there is one of for each matrix of a stack."""
         return (self.stack, *shape) if self.stack else shape
 
-    def turned(self, weight: Tensor) -> Tensor:
+    def transpose_stored(self, weight: Tensor) -> Tensor:
         """A weight as the module stores it → (O, I, ...), and back."""
         return weight.transpose(-1, -2) if self.transposed else weight
 
@@ -137,7 +137,7 @@ class Geometry:
         run = _CONVOLUTIONS[len(self.kernel)]
         return run(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def padded(self, x: Tensor) -> Tensor:
+    def pad_input(self, x: Tensor) -> Tensor:
         """The input of a convolution with its padding around it."""
         return F.pad(x, self.pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 

@@ -40,7 +40,9 @@ class Fingerprint(NamedTuple):
 
 def of_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fingerprint:
     """Of a model, by its layers; `model` is the name of its class."""
-    lines = sorted(f"{path} {geometry.kind} {geometry.stacked(geometry.shape)}" for path, geometry in layers.items())
+    lines = sorted(
+        f"{path} {geometry.kind} {geometry.stacked_shape(geometry.shape)}" for path, geometry in layers.items()
+    )
     return Fingerprint(model, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], signs)
 
 

@@ -102,7 +102,7 @@ class Placement:
     def parameters(self) -> int:
         """Trainable numbers."""
         slots = [slot for algorithm in self.algorithms for slot in algorithm.slots(self.geometry).values()]
-        return sum(math.prod(self.geometry.stacked(slot.shape)) for slot in slots if slot.trainable)
+        return sum(math.prod(self.geometry.stacked_shape(slot.shape)) for slot in slots if slot.trainable)
 
 
 class LeftOut(NamedTuple):

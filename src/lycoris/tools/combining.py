@@ -122,7 +122,7 @@ def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
         gated, gate = replace(algorithm, gate=True), torch.tensor(strength, dtype=torch.float64)
         wide = {name: _widen(tensor) for name, tensor in tensors.items()}
         wide["gate"] = wide["gate"] * gate if "gate" in wide else gate
-        return Entry(replace(algorithm, gate=False), entry.geometry, gated.stored(wide, entry.geometry))
+        return Entry(replace(algorithm, gate=False), entry.geometry, gated.export_tensors(wide, entry.geometry))
     raise FileError(
         f"{where}: no {algorithm.name} does at strength 1 what this one does at {strength}; merge it into the base "
         "model instead"

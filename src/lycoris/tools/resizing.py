@@ -153,7 +153,7 @@ def decompose_entry(entry: Entry) -> Decomposition:
     factors = conversion.low_rank(entry, always=True)
     if factors is None:
         change = conversion.dense(entry)
-        return decompose(_wide(change.geometry.turned(change.tensors["diff"])).flatten(1))
+        return decompose(_wide(change.geometry.transpose_stored(change.tensors["diff"])).flatten(1))
     up, down = _wide(factors.tensors["up"]).flatten(1), _wide(factors.tensors["down"]).flatten(1)
     return decompose_product(up * factors.algorithm.scale(factors.geometry), down)
 

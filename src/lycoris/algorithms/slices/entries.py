@@ -41,7 +41,7 @@ def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
 def fused_entry(entry: Entry) -> Entry:
     """The adapter that an entry is a slice of; every other entry itself."""
     own, g, tensors = entry
-    return Entry(own.over, own.fused(g), tensors) if isinstance(own, Slice) else entry
+    return Entry(own.over, own.fused_geometry(g), tensors) if isinstance(own, Slice) else entry
 
 
 def own_rows(entry: Entry) -> Entry | None:

@@ -71,7 +71,7 @@ class Slice(Algorithm):
     def keys(self) -> Mapping[str, str]:  # type: ignore[override]
         return self.over.keys
 
-    def fused(self, g: Geometry) -> Geometry:
+    def fused_geometry(self, g: Geometry) -> Geometry:
         """F, for a layer that has the slice."""
         bias = g.has_bias if self.bias is None else self.bias
         return replace(g, shape=(g.out_features + self.others, *g.shape[1:]), has_bias=bias)
@@ -86,20 +86,20 @@ class Slice(Algorithm):
 
     def check(self, g: Geometry) -> None:
         super().check(g)
-        self.over.check(self.fused(g))
+        self.over.check(self.fused_geometry(g))
         if g.kind == "conv" and g.groups > 1:
             raise ConfigError(f"a slice of a convolution needs all of its input, and this one has {g.groups} groups")
         if self.start >= self.rows(g).total:
             raise ConfigError(f"row {self.start} of a slice is beyond the {self.rows(g).total} of the fused layer")
         if self.others and not isinstance(self, Additive) and not self.is_own(g):
-            grain = self.over.grain(self.fused(g))
+            grain = self.over.grain(self.fused_geometry(g))
             raise ConfigError(
                 f"rows {self.start} to {self.start + g.out_features} split a block of {grain} rows, which "
                 f"{self.over.name} mixes with each other"
             )
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
-        return self.over.slots(self.fused(g))
+        return self.over.slots(self.fused_geometry(g))
 
     def initialise(self, p: Params, below: Base) -> None:
         self.over.initialise(p, _Fused(self, below))
@@ -114,7 +114,7 @@ class Slice(Algorithm):
             return cut.transform(own, base, g, keep)
         back = _back(self.rows(g))
         there = Affine(back.of(base.weight), None if base.bias is None else back.of(base.bias))
-        weight, bias = self.over.transform(p, there, self.fused(g), keep)
+        weight, bias = self.over.transform(p, there, self.fused_geometry(g), keep)
         return Affine(self.rows(g).of(weight), None if bias is None else self.rows(g).of(bias))
 
     def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
@@ -147,13 +147,13 @@ class Slice(Algorithm):
         return dict(p)
 
     def scale(self, g: Geometry) -> float:
-        return self.over.scale(self.fused(g))
+        return self.over.scale(self.fused_geometry(g))
 
     def constants(self, g: Geometry) -> tuple[float, ...]:
-        return (*self.over.constants(self.fused(g)), self.start, self.others)
+        return (*self.over.constants(self.fused_geometry(g)), self.start, self.others)
 
     def stored_alpha(self, g: Geometry) -> float | None:
-        return self.over.stored_alpha(self.fused(g))
+        return self.over.stored_alpha(self.fused_geometry(g))
 
     def fit_keep(self, keep: Tensor) -> Tensor:
         return self.over.fit_keep(keep)
@@ -174,7 +174,7 @@ class Slice(Algorithm):
         return self.over.draw(call, x)
 
     def max_rank(self, g: Geometry) -> int | None:
-        most = self.over.max_rank(self.fused(g))
+        most = self.over.max_rank(self.fused_geometry(g))
         return None if most is None else min(most, g.out_features, g.fan_in)
 
     def building(self, g: Geometry) -> int:
@@ -216,19 +216,19 @@ class AdditiveSlice(Slice, Additive):
 
     def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
         over, around, inside = self._around(g)
-        weight, bias = over.delta(self._taken(p, g), around, keep)
+        weight, bias = over.delta(self._take_rows(p, g), around, keep)
         return Affine(inside.of(weight), None if bias is None or not g.has_bias else inside.of(bias))
 
     def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
         over, around, inside = self._around(g)
-        pair = over.pair(self._taken(p, g), around)
+        pair = over.pair(self._take_rows(p, g), around)
         return None if pair is None else (inside.of(pair[0]), pair[1])
 
     def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
         over, around, inside = self._around(g)
         if axis != 0 and inside.rows < inside.total:
             return None  # the squares of the rows around would be among those of a column
-        gram = over.gram(self._taken(p, g), inside.spread(weight), around, axis)
+        gram = over.gram(self._take_rows(p, g), inside.spread(weight), around, axis)
         if gram is None or axis != 0:
             return gram
         return inside.of(gram[0]), inside.of(gram[1])
@@ -241,19 +241,19 @@ class AdditiveSlice(Slice, Additive):
         over, around, _ = self._around(g)
         return over.building(around)
 
-    def kept(self, g: Geometry) -> int:
+    def saved_numbers(self, g: Geometry) -> int:
         over, around, _ = self._around(g)
-        return over.kept(around)
+        return over.saved_numbers(around)
 
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         over, around, inside = self._around(g)
         shape = list(y.shape)
         shape[g.channel_axis] = around.out_features
-        added = over.product(y.new_zeros(shape), self._taken(p, g), around, x, gain, call)
+        added = over.product(y.new_zeros(shape), self._take_rows(p, g), around, x, gain, call)
         return y + inside.of(added, g.channel_axis)
 
-    def masked(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        return self.over.masked(p, self.fused(g), keep)
+    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+        return self.over.mask_ranks(p, self.fused_geometry(g), keep)
 
     def delta_bias(self, p: Params) -> Tensor | None:
         return None  # a change of the bias is in rows, which can always be cut
@@ -267,7 +267,7 @@ class AdditiveSlice(Slice, Additive):
         assert isinstance(form.algorithm, Additive)
         return form.algorithm, form.geometry, form.inside
 
-    def _taken(self, p: Params, g: Geometry) -> dict[str, Tensor]:
+    def _take_rows(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         """The tensors of the rows around."""
         form = _form(self, g)
         return self.over.take(p, form.fused, form.outer)
@@ -293,7 +293,7 @@ class _Form(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _known_form(own: Slice, g: Geometry) -> _Form:
-    fused, run = own.fused(g), own.rows(g)
+    fused, run = own.fused_geometry(g), own.rows(g)
     outer = run.around(own.over.grain(fused))
     shape = (outer.rows, *fused.shape[1:])
     cut = own.over.cut(fused, outer)
@@ -309,7 +309,7 @@ class _Fused:
     """A fused layer of which only the rows of a slice are known, as what lies below its adapter; others are zero."""
 
     def __init__(self, own: Slice, below: Base) -> None:
-        self.order, self.below, self.geometry = own.rows(below.geometry), below, own.fused(below.geometry)
+        self.order, self.below, self.geometry = own.rows(below.geometry), below, own.fused_geometry(below.geometry)
 
     def affine(self) -> Affine:
         weight, bias = self.below.affine()

@@ -50,7 +50,7 @@ class BaseWeights:
 
     def _weight(self, part: str, g: Geometry) -> Tensor:
         """(O, I, *K); a bare parameter has no module around it."""
-        return g.turned(self._read(part if g.kind == "parameter" else f"{part}.weight"))
+        return g.transpose_stored(self._read(part if g.kind == "parameter" else f"{part}.weight"))
 
     def _bias(self, part: str, weight: Tensor) -> Tensor:
         """Of a part without one, zeros: another part of its module has one."""

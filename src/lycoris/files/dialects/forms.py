@@ -73,7 +73,7 @@ def _magnitude(own: Group, g: Geometry, where: str) -> None:
 def _whole(own: Group, g: Geometry, where: str) -> None:
     """A weight or a bias under the name that it has in the model: it replaces that. IA³ too has a `weight`."""
     shape = tuple(own["weight"].shape) if "weight" in own and "on_input" not in own else ()
-    if shape and (shape == g.stacked(g.stored_shape) or g.kind == "norm"):
+    if shape and (shape == g.stacked_shape(g.stored_shape) or g.kind == "norm"):
         own[WEIGHT] = own.pop("weight")
     # Norms of Flux.1's own code call it scale.
     if g.kind == "norm" and "scale" in own and own["scale"].dim() and not own.keys() & {DIFF, SCALE_OF_NORM}:
@@ -227,4 +227,4 @@ def _sparse(own: Group, g: Geometry, where: str) -> Group | None:
         raise FileError(f"{where}.bias_indices points outside of {shape}")
     dense = torch.zeros(shape, dtype=values.dtype)
     dense[tuple(at)] = values
-    return {DIFF: g.turned(dense.reshape(g.shape))}
+    return {DIFF: g.transpose_stored(dense.reshape(g.shape))}

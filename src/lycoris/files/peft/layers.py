@@ -235,7 +235,7 @@ def _bias(g: Geometry, change: Tensor) -> Entry:
 
 
 def _dense(g: Geometry, change: Tensor) -> Entry:
-    return Entry(Full(bias=False), g, {"diff": g.turned(change).contiguous()})
+    return Entry(Full(bias=False), g, {"diff": g.transpose_stored(change).contiguous()})
 
 
 def _turn(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:

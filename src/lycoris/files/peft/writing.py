@@ -199,7 +199,7 @@ def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     inner: Any = below_lengths(algorithm)
     # The Tucker core goes into `down`; a gate into `up`.
-    up, down = inner.pair(inner.stored({name: t for name, t in p.items() if name != "magnitude"}, g), g)
+    up, down = inner.pair(inner.export_tensors({name: t for name, t in p.items() if name != "magnitude"}, g), g)
     scale, rank = inner.scale(g), inner.rank
     if g.groups > 1:
         up, down, rank = up, _by_group(down, g), rank * g.groups
@@ -256,7 +256,7 @@ def _lora_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
 def _hada(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoHa)
-    tensors = {f"hada_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    tensors = {f"hada_{name}": tensor for name, tensor in algorithm.export_tensors(p, g).items()}
     return _Layer(g, _flat_cores(tensors, g), algorithm.rank, algorithm.scale(g) * algorithm.rank)
 
 
@@ -275,7 +275,7 @@ def _hada_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
 def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoKr)
-    tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.stored(p, g).items()}
+    tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.export_tensors(p, g).items()}
     return _Layer(g, _flat_cores(tensors, g), extra={"factors": _factors(stack[0]), "scale": algorithm.scale(g)})
 
 

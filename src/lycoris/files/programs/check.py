@@ -115,7 +115,7 @@ def judge_opened(found: Opened, consumer: str) -> Check:
     if program.refuses is not None and (why := program.refuses(names_in_file(found), denoiser_of(found))):
         rejected.append(f"{program.title} {why}")
     rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
-    lost = len(found.shapes) - sum(part.taken for part in parts)
+    lost = len(found.shapes) - sum(part.taken_count for part in parts)
     if program.unmatched is not None and lost > program.unmatched:
         rejected.append(
             f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"

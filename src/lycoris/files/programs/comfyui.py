@@ -20,6 +20,7 @@ from lycoris.files.programs.conditions import (
     is_a,
     is_exchanged,
     is_named,
+    is_renamed,
     is_stacked,
     kernel,
     lengths,
@@ -33,7 +34,6 @@ from lycoris.files.programs.conditions import (
     on,
     one_of_a_stack,
     parameter,
-    renamed,
     split_factors,
     up_bias,
     whole_factors,
@@ -122,7 +122,7 @@ FIRST_LAYOUT_ON_KERNELS = Row(
 )
 REPLACED = Row(replaces, "not known", "reads a set_weight, and what it makes of one was not looked at")
 _FORGOTTEN = "a bias in place of the layer's own, which it knows by its own names behind diffusion_model. only"
-_NO_BIASES = any_of(renamed, not_behind("diffusion_model."))
+_NO_BIASES = any_of(is_renamed, not_behind("diffusion_model."))
 REPLACEMENTS = (
     Row(
         all_of(replaces, changes_replaced),
@@ -270,7 +270,7 @@ COMFYUI = Consumer(
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
     names=NAMES | {"set_weight", "bias.set_weight"},
-    by_naming=comfyui_keys.known,
+    by_naming=comfyui_keys.find_known,
     takes=comfyui_keys.takes,
     lacks=comfyui_keys.LACKS,
     replaces=True,

@@ -165,7 +165,7 @@ _PREFIXES = sorted(
 )
 
 
-def known(architecture: str, naming: str) -> Known | None:
+def find_known(architecture: str, naming: str) -> Known | None:
     """What it knows of keys with the names that a naming gives an architecture's layers; None for UNets and others."""
     model = MODELS.get(architecture)
     if model is None:
@@ -195,7 +195,7 @@ def _table(dialect: str) -> dict[str, Known]:
         naming, own = (DIALECTS[each].naming_for(ARCHITECTURES[name]) for each in (dialect, "comfyui"))
         theirs = model.diffusers if naming == DIFFUSERS else model.original
         behind = {*OWN, *model.own} if naming == own else set() if model.few else {*theirs}
-        there = known(name, naming) if prefixes & behind else None
+        there = find_known(name, naming) if prefixes & behind else None
         if there is not None:
             found[name] = there
     return found

@@ -10,7 +10,7 @@ from lycoris.algorithms import ALPHA, IA3, MAGNITUDE
 from lycoris.algorithms.base import Matrix
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.programs.errors import misplaced
+from lycoris.files.programs.errors import misplacement_error
 from lycoris.files.programs.program import Case, Test
 
 SAME = 1e-5
@@ -132,7 +132,7 @@ def parameter(case: Case) -> bool:
     return case.entry.geometry.kind == "parameter"
 
 
-def modelled(*models: str) -> Test:
+def is_modelled_as(*models: str) -> Test:
     """Of a component that is taken to be such a model."""
     return lambda case: case.model in models
 
@@ -147,7 +147,7 @@ def flat_lengths(case: Case) -> bool:
     return bool(case.dora) and len(case.stored.get(MAGNITUDE, (1, 1))) < 2
 
 
-def unfolded(case: Case) -> bool:
+def has_unfolded_factors(case: Case) -> bool:
     """Second factors that keep the kernel's dimensions."""
     return any(len(case.stored.get(name, ())) > 2 for name in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"))
 
@@ -257,7 +257,7 @@ def w2_on_wrong_axes(case: Case) -> bool:
     """A whole w2 of one or three kernel dimensions, which ends up elsewhere."""
     if case.name != "lokr" or "w2" not in case.entry.tensors or not off_pictures(case):
         return False
-    return misplaced(case) > SAME
+    return misplacement_error(case) > SAME
 
 
 def lengths(case: Case) -> bool:
@@ -331,7 +331,7 @@ def starts_elsewhere(case: Case) -> bool:
     if case.name != "tlora" or case.base is None:
         return case.name == "tlora"
     # The change is a small difference of two weights.
-    base = case.base.widened(torch.float64)
+    base = case.base.widen(torch.float64)
     short = {name: tensor for name, tensor in case.entry.tensors.items() if not name.endswith("0")}
     principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
     again = principal.complete(short, Matrix(case.entry.geometry, base.weight))
@@ -357,7 +357,7 @@ def in_rows(case: Case) -> bool:
     return case.place in ("rows", "swapped")
 
 
-def renamed(case: Case) -> bool:
+def is_renamed(case: Case) -> bool:
     """A layer that the program's model calls otherwise."""
     return bool(case.place)
 

@@ -16,10 +16,10 @@ def together(bundle: Bundle) -> str:
         return ""
     sizes = {path: _sizes(entry) for path, entry in layers.items()}
     tried = [*sorted({ol for ol, *_ in sizes.values()}), -1]
-    if not any(all(_factored(size, factor) for size in sizes.values()) for factor in tried):
+    if not any(all(_is_factored(size, factor) for size in sizes.values()) for factor in tried):
         return "diffusers rejects the file, for it finds no decompose_factor that makes the shapes of all LoKr in it"
     both = any("w1_a" in entry.tensors for entry in layers.values())
-    other = [path for path, entry in layers.items() if _made(entry, sizes[path], both=both) != _had(entry)]
+    other = [path for path, entry in layers.items() if _made_whole(entry, sizes[path], both=both) != _had(entry)]
     return f"diffusers rejects the file, for PEFT makes LoKr of other shapes for {some(sorted(other))}" if other else ""
 
 
@@ -35,7 +35,7 @@ def _sizes(entry: Entry) -> tuple[int, int, int, int]:
     return ol, im, g.out_features // ol, g.in_features // im
 
 
-def _factored(size: tuple[int, int, int, int], factor: int) -> bool:
+def _is_factored(size: tuple[int, int, int, int], factor: int) -> bool:
     ol, im, ok, inner = size
     return (factorize_like_peft(ol * ok, factor), factorize_like_peft(im * inner, factor)) == ((ol, ok), (im, inner))
 
@@ -45,7 +45,7 @@ def _had(entry: Entry) -> tuple[bool, bool]:
     return "w1" in entry.tensors, "w2" in entry.tensors
 
 
-def _made(entry: Entry, size: tuple[int, int, int, int], *, both: bool) -> tuple[bool, bool]:
+def _made_whole(entry: Entry, size: tuple[int, int, int, int], *, both: bool) -> tuple[bool, bool]:
     """The same of what PEFT makes with the rank that diffusers finds."""
     t, (ol, im, ok, inner) = entry.tensors, size
     split = "w2_a" if "w2_a" in t else "w1_a" if "w1_a" in t else ""

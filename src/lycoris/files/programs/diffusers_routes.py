@@ -16,7 +16,7 @@ PAIR = frozenset({"lora_A.weight", "lora_B.weight"})
 OWN = "diffusion_model."
 
 
-def _left(sent: Sent, keys: Iterable[str], known: frozenset[str]) -> Routed | None:
+def _reject_left(sent: Sent, keys: Iterable[str], known: frozenset[str]) -> Routed | None:
     """Rejected for tensors that a converter has no use for."""
     left = sorted(
         f"{key}.{name}" for key in keys for name in sent.layers[key] if name not in known and name != "dora_scale"
@@ -43,9 +43,9 @@ def _flux2(sent: Sent) -> Routed | None:
     own = [key for key in sent.layers if key.startswith(OWN)]
     if sent.any_ends(*_LOKR):
         # _convert_non_diffusers_flux2_lokr_to_diffusers
-        return _left(sent, own, _LOKR | {"alpha"})
+        return _reject_left(sent, own, _LOKR | {"alpha"})
     # _convert_non_diffusers_flux2_lora_to_diffusers
-    return _left(sent, (key for key in own if not key.startswith(_EXPANDED)), PAIR)
+    return _reject_left(sent, (key for key in own if not key.startswith(_EXPANDED)), PAIR)
 
 
 # _convert_non_diffusers_wan_lora_to_diffusers
@@ -68,18 +68,18 @@ def _hunyuanvideo(sent: Sent) -> Routed | None:
     own = [key for key in sent.layers if key.startswith(OWN)]
     if not own or any("img_attn_qkv" in name for name in sent.names):
         return None
-    return _left(sent, own, PAIR) or Routed(lost=frozenset(own))
+    return _reject_left(sent, own, PAIR) or Routed(lost=frozenset(own))
 
 
 def _pairs_only(sent: Sent) -> Routed | None:
     """_convert_non_diffusers_krea2_lora_to_diffusers, _convert_non_diffusers_lumina2_lora_to_diffusers"""
-    return _left(sent, (key for key in sent.layers if key.startswith(OWN)), PAIR)
+    return _reject_left(sent, (key for key in sent.layers if key.startswith(OWN)), PAIR)
 
 
 def _only_renamed(sent: Sent) -> Routed | None:
     """Of converters that pass every tensor on, where the pipeline wants "lora" in each name."""
     own = [key for key in sent.layers if key.startswith(OWN)]
-    return _left(sent, own, frozenset(name for key in own for name in sent.layers[key] if "lora" in name))
+    return _reject_left(sent, own, frozenset(name for key in own for name in sent.layers[key] if "lora" in name))
 
 
 _ROUTES: Mapping[str, Callable[[Sent], Routed | None]] = MappingProxyType(

@@ -13,7 +13,7 @@ def unscaled_error(case: Case) -> float | None:
     return abs(1 / scale - 1) if scale else None
 
 
-def misplaced(case: Case) -> float:
+def misplacement_error(case: Case) -> float:
     """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
     p = {name: tensor.double() for name, tensor in case.entry.tensors.items()}
     w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
@@ -23,7 +23,7 @@ def misplaced(case: Case) -> float:
 
 def misplaced_alone(case: Case) -> float | None:
     """The same where nothing but ΔW counts."""
-    return None if case.dora else misplaced(case)
+    return None if case.dora else misplacement_error(case)
 
 
 def bias_share(case: Case) -> float | None:

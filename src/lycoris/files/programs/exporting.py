@@ -26,7 +26,7 @@ def dialects_of(program: str, found: Opened) -> list[str]:
     """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     keys = CONSUMERS[program].keys
-    return [each for each in keys if architecture is None or CONSUMERS[program].known(each, architecture.name)]
+    return [each for each in keys if architecture is None or CONSUMERS[program].known_keys(each, architecture.name)]
 
 
 def export_bundle(

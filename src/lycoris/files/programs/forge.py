@@ -10,6 +10,7 @@ from lycoris.files.programs.conditions import (
     core_without_contiguous,
     dora_in,
     flat_lengths,
+    has_unfolded_factors,
     is_a,
     is_exchanged,
     is_named,
@@ -18,7 +19,6 @@ from lycoris.files.programs.conditions import (
     not_,
     square,
     under_own_names,
-    unfolded,
 )
 from lycoris.files.programs.program import ASKED, NAMES, Case, Consumer, Row
 from lycoris.files.programs.replacements import changes_weight, replaces_bias, replaces_weight
@@ -75,7 +75,7 @@ VECTORS = (
         "anew",
     ),
     Row(
-        all_of(unfolded, any_of(is_a("loha"), is_a("lokr"))),
+        all_of(has_unfolded_factors, any_of(is_a("loha"), is_a("lokr"))),
         "not at all",
         "multiplies matrices, and stops at second factors that keep the kernel's dimensions",
         "anew",

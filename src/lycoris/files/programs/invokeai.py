@@ -14,7 +14,7 @@ from lycoris.files.programs.common import (
 )
 from lycoris.files.programs.conditions import all_of, dora, dora_out, has_core, is_a, kernel, lone_bias, no_other_than
 from lycoris.files.programs.invokeai_newer import NEWER
-from lycoris.files.programs.invokeai_routes import ROUTES, refused
+from lycoris.files.programs.invokeai_routes import ROUTES, refuse
 from lycoris.files.programs.program import Case, Consumer, Row
 from lycoris.files.programs.routes import Routed, Sent
 
@@ -22,7 +22,7 @@ from lycoris.files.programs.routes import Routed, Sent
 def route(sent: Sent) -> Routed:
     """What becomes of a file's keys; a model that is not in the tables is not known to be read."""
     own = {**ROUTES, **NEWER}.get(sent.architecture or "")
-    return refused("is not known to read adapters for this model") if own is None else own(sent)
+    return refuse("is not known to read adapters for this model") if own is None else own(sent)
 
 
 def _by_rows(case: Case) -> bool:
@@ -30,7 +30,7 @@ def _by_rows(case: Case) -> bool:
     return case.architecture == "krea2" and "lora_magnitude_vector" in case.stored
 
 
-def _stripped(case: Case) -> bool:
+def _has_lost_magnitude(case: Case) -> bool:
     """A LoKr whose magnitude it leaves out."""
     return case.architecture == "cosmos-predict2" and case.name == "lokr"
 
@@ -43,7 +43,7 @@ INVOKEAI = Consumer(
         Row(is_a("tlora", "glora", "diag-oft", "boft"), "not at all", "knows no such algorithm, and stops", "plain"),
         Row(lone_bias, "not at all", "knows no diff_b without diff, and stops", "both diffs"),
         Row(
-            all_of(dora, _stripped),
+            all_of(dora, _has_lost_magnitude),
             "differently",
             "leaves DoRA's magnitude out; how far off that is depends on the base weight",
             "plain",

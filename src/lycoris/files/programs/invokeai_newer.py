@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from lycoris.adapters.load_report import some
-from lycoris.files.programs.invokeai_routes import KNOWN_ENDS, bare_pairs, cut, ends_elsewhere, flat, refused, without
+from lycoris.files.programs.invokeai_routes import KNOWN_ENDS, bare_pairs, cut, ends_elsewhere, flat, refuse, without
 from lycoris.files.programs.routes import Routed, Sent
 
 PREFIXES = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
@@ -48,7 +48,7 @@ _KREA2_DIFFUSERS = re.compile(
 def _krea2(sent: Sent) -> Routed:
     broken = [key for key in sent.layers if cut(sent, key, _KREA2_ENDS)]
     if broken:
-        return refused(ends_elsewhere(broken))
+        return refuse(ends_elsewhere(broken))
     kept = set()
     for key, names in sent.layers.items():
         path = without(PREFIXES, key)
@@ -78,7 +78,7 @@ def _anima(sent: Sent) -> Routed:
     # torch.nn.RMSNorm and the like are not in AUTOCAST_MODULE_TYPE_MAPPING.
     norms = [key for key in sent.layers if without((*PREFIXES, "lora_unet_"), key) == "t_embedding_norm"]
     if norms:
-        return refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
+        return refuse(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
     kron = {key for key, names in sent.layers.items() if {"lokr_w1", "lokr_w1_a"} & set(names)}
     if sent.any_starts("lora_unet_", "lora_te_"):
         broken = [key for key in sent.layers if cut(sent, key)]
@@ -93,7 +93,7 @@ def _anima(sent: Sent) -> Routed:
         lost = {key for key in sent.layers if flat(key) or not _ANIMA.fullmatch(without(PREFIXES, key))}
         scaled, bare = bare_pairs(sent)
     if broken:
-        return refused(ends_elsewhere(broken))
+        return refuse(ends_elsewhere(broken))
     # _make_layer_patch
     bare |= {key for key in kron if "dora_scale" in sent.layers[key]}
     return Routed(_unbuilt(sent, lost - kron), frozenset(lost), without_scale=scaled, without_lengths=bare)

@@ -20,7 +20,7 @@ BLOCKS = ("double_blocks.", "single_blocks.")
 UNSUPPORTED = "finds no format of its own for Flux in these keys, and rejects the file"
 
 
-def refused(why: str) -> Routed:
+def refuse(why: str) -> Routed:
     return Routed(refused=why)
 
 
@@ -34,7 +34,7 @@ _SGM = re.compile(r"lora_unet_((in|out)put_blocks_|middle_block_|time_embed_|lab
 
 def _unet(sent: Sent) -> Routed:
     if not all(map(flat, sent.layers)):
-        return refused("takes names with underscores only for this model, and rejects the file")
+        return refuse("takes names with underscores only for this model, and rejects the file")
     own = {key for key in sent.layers if key.startswith("lora_unet_")}
     stability = {key for key in own if _SGM.fullmatch(key)}
     known: tuple[str, ...] = ("lora_unet_", "lora_te_")
@@ -42,9 +42,9 @@ def _unet(sent: Sent) -> Routed:
         known = ("lora_unet_", "lora_te1_", "lora_te2_")
         strange = [key for key in sent.layers if not key.startswith(known)]
         if strange:
-            return refused(f"rejects the file for {some(sorted(strange))}, which begin otherwise than it knows")
+            return refuse(f"rejects the file for {some(sorted(strange))}, which begin otherwise than it knows")
         if stability and stability != own:
-            return refused("rejects the file, for only some of its keys have the original code's names of layers")
+            return refuse("rejects the file, for only some of its keys have the original code's names of layers")
         stability = set()
     return Routed(lost=frozenset(stability | {key for key in sent.layers if not key.startswith(known)}))
 
@@ -143,12 +143,12 @@ def _flux1(sent: Sent) -> Routed:
             return Routed(lost=frozenset(sent.layers))
         why = _of_diffusers(without(("base_model.model.", "transformer."), key) for key in sent.layers)
         broken = _whole_names(sent, sent.layers)
-        return refused(why or (f"rejects the file for {some(broken)}" if broken else ""))
+        return refuse(why or (f"rejects the file for {some(broken)}" if broken else ""))
     if all(map(_KOHYA.fullmatch, sent.layers)):
         kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
         return Routed(lost=frozenset(sent.layers.keys() - kept))
     if all(map(_ONETRAINER.fullmatch, sent.layers)):
-        return refused(_of_diffusers_flat(sent.layers))
+        return refuse(_of_diffusers_flat(sent.layers))
     return _flux_of_blocks(sent)
 
 
@@ -173,14 +173,14 @@ def _of_diffusers_flat(keys: Iterable[str]) -> str:
 def _flux_of_blocks(sent: Sent) -> Routed:
     """The original code's names, behind `diffusion_model.`."""
     if strange := _strange_to_kohya(sent):
-        return refused(strange)
+        return refuse(strange)
     if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
         # is_state_dict_likely_in_flux_aitoolkit_format
         own = [key for key in sent.layers if key.startswith("diffusion_model.")]
         alone = [key for key in sent.layers if "." not in key]
         broken = [*_whole_names(sent, own), *alone, *_cut_short(sent)]
         if broken:
-            return refused(
+            return refuse(
                 f"takes tensors with two-part names only in such keys, such as lora_A.weight, and rejects the file for "
                 f"{some(broken)}"
             )
@@ -190,7 +190,7 @@ def _flux_of_blocks(sent: Sent) -> Routed:
     blocks = tuple(prefix + each for prefix in prefixes for each in BLOCKS)
     if sent.all_end(*ends) and sent.any_starts(*blocks) and sent.all_start(*prefixes):
         return Routed()
-    return refused(UNSUPPORTED)
+    return refuse(UNSUPPORTED)
 
 
 def _cut_short(sent: Sent) -> list[str]:
@@ -276,7 +276,7 @@ _Z_IMAGE = re.compile(
 def _z_image(sent: Sent) -> Routed:
     broken = [key for key in sent.layers if cut(sent, key)]
     if broken:
-        return refused(ends_elsewhere(broken))
+        return refuse(ends_elsewhere(broken))
     prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
     lost = {key for key in sent.layers if flat(key) and not _Z_IMAGE.fullmatch(key)}
@@ -300,7 +300,7 @@ def _qwen(sent: Sent) -> Routed:
         return Routed(lost=frozenset([*(key for key in sent.layers if not _QWEN.fullmatch(key)), *dotted]))
     broken = [key for key in sent.layers if cut(sent, key)]
     if broken:
-        return refused(ends_elsewhere(broken))
+        return refuse(ends_elsewhere(broken))
     lost = {key for key in sent.layers if key.startswith(("diffusion_model.", "lora_", "lycoris_", "base_model."))}
     scaled, bare = bare_pairs(sent)
     return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
@@ -324,14 +324,14 @@ def _wan(sent: Sent) -> Routed:
         norms = [key for key in taken if key.endswith(("norm_q", "norm_k"))]
         if norms:
             # torch.nn.RMSNorm is not in AUTOCAST_MODULE_TYPE_MAPPING.
-            return refused(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
+            return refuse(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
         return Routed(lost=frozenset(sent.layers.keys() - taken))
     prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     paths = {key: without(prefixes, key) for key in sent.layers}
     inside = {key for key, path in paths.items() if path.startswith("blocks.")}
     broken = [key for key in inside if cut(sent, key)]
     if broken:
-        return refused(ends_elsewhere(broken))
+        return refuse(ends_elsewhere(broken))
     return Routed(lost=frozenset(key for key in sent.layers if not _WAN_DOTTED.fullmatch(paths[key])))
 
 

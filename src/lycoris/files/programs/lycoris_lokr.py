@@ -20,10 +20,10 @@ def loads_otherwise(case: Case) -> bool:
     if not isinstance(below_lengths(case.entry.algorithm), LoKr):
         return False
     own = {name: tuple(tensor.shape) for name, tensor in case.entry.tensors.items() if name[:2] in ("w1", "w2", "t2")}
-    return _made(own, case.entry.geometry) != own
+    return _shapes_made(own, case.entry.geometry) != own
 
 
-def _made(own: Shapes, g: Geometry) -> Shapes:
+def _shapes_made(own: Shapes, g: Geometry) -> Shapes:
     """Names and shapes of the tensors that it makes for a file's."""
     rank = own["w1_a"][1] if "w1_a" in own else own["w2_a"][1] if "w2_a" in own else 0
     first = own["w1"] if "w1" in own else (own["w1_a"][0], own["w1_b"][1])

@@ -71,15 +71,15 @@ class Part:
             for each in DIALECTS.values()
             if self.prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
         )
-        return next((name for name in alike if self.program.known(name, architecture.name)), "")
+        return next((name for name in alike if self.program.known_keys(name, architecture.name)), "")
 
     @cached_property
-    def known(self) -> Known | None:
+    def known_keys(self) -> Known | None:
         by_naming, architecture = self.program.by_naming, self.architecture
         named = (
             by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
         )
-        return named or self.program.known(self.dialect, architecture, *self._finer)
+        return named or self.program.known_keys(self.dialect, architecture, *self._finer)
 
     @property
     def _finer(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ class Part:
     @property
     def elsewhere(self) -> list[str]:
         """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.known(each, self.architecture, *self._finer)]
+        return [each for each in self.program.keys if self.program.known_keys(each, self.architecture, *self._finer)]
 
     @property
     def problems(self) -> list[str]:
@@ -97,18 +97,18 @@ class Part:
         title = self.program.title
         if self.unknown or (self.routed is not None and self.routed.refused):
             return []
-        stopped = [self._stopped] if self._stopped else []
+        stopped = [self._stop_reason] if self._stop_reason else []
         if self.routed is not None:
             return stopped
-        assert self.known is not None
+        assert self.known_keys is not None
         keys = {each.key for each in self.written.values()}
         stopping = sorted(
             each.key
             for layer, each in self.written.items()
-            if re.fullmatch(self.known.stops, each.key) or (self.known.strict and self._unplaced(layer))
+            if re.fullmatch(self.known_keys.stops, each.key) or (self.known_keys.strict and self._is_unplaced(layer))
         )
-        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known.needs, key))}
-        lacking = [key for key in self._absent if _among(key, self.known.needs, groups)]
+        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known_keys.needs, key))}
+        lacking = [key for key in self._absent if _among(key, self.known_keys.needs, groups)]
         found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
@@ -119,13 +119,13 @@ class Part:
         """That the program knows none of its keys; "" where it does."""
         if self.routed is not None and self.routed.refused:
             return ""
-        taken = not self.written or not all(map(self._unplaced, self.written))
-        if (self.known is not None or self.routed is not None) and taken:
+        taken = not self.written or not all(map(self._is_unplaced, self.written))
+        if (self.known_keys is not None or self.routed is not None) and taken:
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
         if self.architecture in self.program.lacks:
             return f"{self.program.title} has no such model as {model}"
-        if self.routed is None and not self.program.seen(self.architecture):
+        if self.routed is None and not self.program.is_examined(self.architecture):
             return f"which keys {self.program.title} knows for {model} was not looked at"
         return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
             f"; it knows {there}" if there else ", nor of any other known here"
@@ -137,12 +137,12 @@ class Part:
         return [each for each in self.elsewhere if each != self.own]
 
     @property
-    def _stopped(self) -> str:
+    def _stop_reason(self) -> str:
         """Why the program gives a file up at a layer that it cannot take; "" where it takes what it finds."""
         stopping = {
             layer: verdict.why
             for layer, verdict in self.verdicts.items()
-            if verdict.stops and not self._unplaced(self._as_written(layer))
+            if verdict.stops and not self._is_unplaced(self._as_written(layer))
         }
         if not stopping:
             return ""
@@ -154,34 +154,34 @@ class Part:
         stops = any(each.stops for each in self.verdicts.values())
         if self.program.whole is None or stops:
             return ""
-        entries = {at: each for at, each in self.bundle.entries.items() if not self._unplaced(self._as_written(at))}
+        entries = {at: each for at, each in self.bundle.entries.items() if not self._is_unplaced(self._as_written(at))}
         return self.program.whole(replace(self.bundle, entries=entries))
 
     @property
-    def taken(self) -> int:
+    def taken_count(self) -> int:
         """How many tensors the program has a use for."""
-        return sum(len(self._taken(layer).names) for layer in self.written)
+        return sum(len(self._find_taken(layer).names) for layer in self.written)
 
-    def _taken(self, written: str) -> Taken:
+    def _find_taken(self, written: str) -> Taken:
         """What the program makes of a layer's tensors by their names in the file."""
         own = self._of(written)
-        if self._unplaced(written):
+        if self._is_unplaced(written):
             return Taken(frozenset())
         spelled = frozenset(own.spelled)
         return (
             Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own, self._place(written))
         )
 
-    def _left(self, written: str) -> frozenset[str]:
+    def _find_left(self, written: str) -> frozenset[str]:
         """Those that it does not look for, by LyCORIS' names."""
-        own, taken = self._of(written), self._taken(written).names
+        own, taken = self._of(written), self._find_taken(written).names
         return frozenset(name for name, spelled in zip(own.tensors, own.spelled, strict=True) if spelled not in taken)
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
         """What becomes of each layer."""
         found = {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
-        pattern = self.known.together if self.known is not None and self.routed is None else ""
+        pattern = self.known_keys.together if self.known_keys is not None and self.routed is None else ""
         if not pattern:
             return found
         groups = {
@@ -210,24 +210,24 @@ class Part:
         return frozenset(name for each in self.written.values() for name in each.tensors)
 
     @cached_property
-    def _named(self) -> Collection[str] | None:
+    def _known_names(self) -> Collection[str] | None:
         """The layers' names, as written, that the program knows; None: any."""
-        architecture, named = self.layout.architecture, self.known.named if self.known else ""
+        architecture, named = self.layout.architecture, self.known_keys.named if self.known_keys else ""
         if architecture is None or not named:
             return None
-        return self.layout.written(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
+        return self.layout.written_names(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
 
     @cached_property
     def _absent(self) -> list[str]:
         """Keys of layers that the file has nothing for."""
         keys = {each.key for each in self.written.values()}
-        every = (self.prefix + name for name in self.layout.written(self.layout.naming, DIALECTS[self.own].style))
+        every = (self.prefix + name for name in self.layout.written_names(self.layout.naming, DIALECTS[self.own].style))
         return [key for key in every if key not in keys]
 
     @cached_property
     def _incomplete(self) -> set[tuple[str | None, ...]]:
         """Groups of keys that go together, of which the file lacks some."""
-        together = self.known.together if self.known is not None else ""
+        together = self.known_keys.together if self.known_keys is not None else ""
         return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
 
     @cached_property
@@ -249,23 +249,25 @@ class Part:
 
     def _is_incomplete(self, written: str) -> bool:
         """Whether it is of layers that the program takes together only, and others of them are not there."""
-        together = self.known.together if self.known is not None and self.routed is None else ""
+        together = self.known_keys.together if self.known_keys is not None and self.routed is None else ""
         return bool(together) and _among(self._of(written).key, together, self._incomplete)
 
-    def _unplaced(self, written: str) -> bool:
+    def _is_unplaced(self, written: str) -> bool:
         """Whether the program has no place for a layer's keys."""
         if self.routed is not None:
             return self._of(written).key in self.routed.lost
-        if self.known is None:
+        if self.known_keys is None:
             return True
         own = self._of(written)
         # What looks for tensors by their names looks for keys as the file has them.
         key = own.key if self.program.takes is None else own.own
         unnamed = (
-            self._named is not None and written not in self._named and bool(re.fullmatch(self.known.where, own.key))
+            self._known_names is not None
+            and written not in self._known_names
+            and bool(re.fullmatch(self.known_keys.where, own.key))
         )
-        unhinged = bool(re.fullmatch(self.known.hinge[0], own.key)) and not self._has(self.known.hinge[1])
-        return not key or unnamed or unhinged or bool(re.fullmatch(self.known.lost, key))
+        unhinged = bool(re.fullmatch(self.known_keys.hinge[0], own.key)) and not self._has(self.known_keys.hinge[1])
+        return not key or unnamed or unhinged or bool(re.fullmatch(self.known_keys.lost, key))
 
     def _has(self, name: str) -> bool:
         """Whether the file has a tensor."""
@@ -274,10 +276,10 @@ class Part:
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
         key, stored = self._of(written).key, self._of(written).tensors
-        known = None if self.routed is not None else self.known
-        if self.known is None and self.routed is None and not self.program.seen(self.architecture):
+        known = None if self.routed is not None else self.known_keys
+        if self.known_keys is None and self.routed is None and not self.program.is_examined(self.architecture):
             return Verdict("not known", f"which keys {title} knows for this model was not looked at")
-        if self._unplaced(written) or (known is not None and re.fullmatch(known.stops, key)):
+        if self._is_unplaced(written) or (known is not None and re.fullmatch(known.stops, key)):
             return Verdict(
                 "not at all", f"{title} has no place for such keys", None, "format" if self._others else None
             )
@@ -302,7 +304,7 @@ class Part:
 
     def _otherwise(self, layer: str, stack: tuple[Entry, ...]) -> Verdict | None:
         """What becomes of a layer, all of which the program reads, for where and how the file has it."""
-        title, known = self.program.title, None if self.routed is not None else self.known
+        title, known = self.program.title, None if self.routed is not None else self.known_keys
         own = self._of(self._as_written(layer))
         key, stored = own.key, own.tensors
         if left_out := self._left_out(stack, key, stored):
@@ -340,7 +342,7 @@ class Part:
 
     def _of_taken(self, written: str, stack: tuple[Entry, ...], verdict: Verdict) -> Verdict | None:
         """What becomes of a layer of which the program does not look for all tensors; None: what its table says."""
-        title, left, (taken, stops) = self.program.title, self._left(written), self._taken(written)
+        title, left, (taken, stops) = self.program.title, self._find_left(written), self._find_taken(written)
         if not taken - ALPHA_AND_LENGTHS:
             if verdict.reads == "not at all" and verdict.stops == stops:
                 return None

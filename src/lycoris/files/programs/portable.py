@@ -127,15 +127,15 @@ def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
     whole = dense(entry, base)
     if whole.tensors.keys() != {"diff"}:
         raise FileError(f"{entry.algorithm.name} on a {g} changes more than the weight, and LoRA cannot")
-    diff = g.turned(whole.tensors["diff"])
+    diff = g.transpose_stored(whole.tensors["diff"])
     ones = (1,) * len(g.kernel)
     eye = torch.eye(full, dtype=diff.dtype, device=diff.device)
-    eye = eye.expand(g.stacked((full, full)))
+    eye = eye.expand(g.stacked_shape((full, full)))
     if g.out_features <= g.fan_in:
-        up, down = eye.reshape(*g.stacked((full, full)), *ones), diff
+        up, down = eye.reshape(*g.stacked_shape((full, full)), *ones), diff
     else:
-        up = diff.reshape(*g.stacked((g.out_features, full)), *ones)
-        down = eye.reshape(g.stacked((full, *g.shape[1:])))
+        up = diff.reshape(*g.stacked_shape((g.out_features, full)), *ones)
+        down = eye.reshape(g.stacked_shape((full, *g.shape[1:])))
     return Entry(LoRA(rank=full), g, {"up": up, "down": down})
 
 
@@ -167,7 +167,7 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
     w2 = p.pop("w2").flatten(2 if g.stack else 1)
     rows, columns = w2.shape[-2:]
     rank = min(rows, columns)
-    eye = torch.eye(rank, dtype=w2.dtype, device=w2.device).expand(g.stacked((rank, rank))).contiguous()
+    eye = torch.eye(rank, dtype=w2.dtype, device=w2.device).expand(g.stacked_shape((rank, rank))).contiguous()
     p["w2_a"], p["w2_b"] = (eye, w2) if rows <= columns else (w2, eye)
     flat = replace(lokr, rank=rank, alpha=scale * rank, rs_lora=False, layout=Layout(layout.ol, layout.im, False, True))
     return _rewrap_dora(entry, flat, p)
@@ -208,7 +208,7 @@ def both_norms(entry: Entry, base: Affine | None = None) -> Entry:
 def both_diffs(entry: Entry, base: Affine | None = None) -> Entry:
     """A change of the bias with a change of the weight by zeros beside it."""
     g, p = entry.geometry, dict(entry.tensors)
-    p.setdefault("diff", p["diff_b"].new_zeros(g.stacked(g.stored_shape)))
+    p.setdefault("diff", p["diff_b"].new_zeros(g.stacked_shape(g.stored_shape)))
     return entry._replace(algorithm=Full(), tensors=p)
 
 
@@ -246,7 +246,7 @@ def _unwrap_dora(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
     p = dict(entry.tensors)
     if "gate" in p:
-        p = algorithm.stored({name: widen(tensor) for name, tensor in p.items()}, entry.geometry)
+        p = algorithm.export_tensors({name: widen(tensor) for name, tensor in p.items()}, entry.geometry)
     return replace(algorithm, gate=False), p
 
 

@@ -166,7 +166,7 @@ class Consumer:
     whole: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
-    def known(self, dialect: str, architecture: str | None, *finer: str) -> Known | None:
+    def known_keys(self, dialect: str, architecture: str | None, *finer: str) -> Known | None:
         """What it knows of the keys that a dialect has for an architecture; None: nothing.
 
         `finer` are other names under which there may be something more exact.
@@ -220,7 +220,7 @@ class Consumer:
             return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
         return Verdict("as trained", f"{self.title} computes what was trained")
 
-    def seen(self, architecture: str | None) -> bool:
+    def is_examined(self, architecture: str | None) -> bool:
         """Whether it was looked at which keys it knows for an architecture."""
         named = any(ALL in there or architecture in there for there in self.keys.values())
         return architecture in LOOKED_AT or architecture in self.lacks or named

@@ -18,10 +18,10 @@ from lycoris.files.programs.conditions import (
     half_norm,
     has_no_scale,
     is_a,
+    is_modelled_as,
     is_named,
     linear,
     lone_bias,
-    modelled,
     not_,
     of_both_layouts,
     off_pictures,
@@ -46,7 +46,7 @@ def _misfits(case: Case) -> bool:
     return flat_lengths(case) and not (linear(case) and (dora_in(case) or square(case)))
 
 
-def rejected(names: Collection[str], architecture: str | None) -> str:
+def why_rejected(names: Collection[str], architecture: str | None) -> str:
     """Why it rejects a file by the names of its tensors; "" where it does not."""
     if architecture == "sd3" and (short := sorted(name for name in names if name.count(".") < 2)):
         return f"takes the last two dots of a name of SD 3's for its tensor, and rejects the file for {some(short)}"
@@ -142,7 +142,8 @@ WEBUI = Consumer(
         LENGTHS_OF_COLUMNS,
         Row(
             all_of(
-                any_of(is_named(rf"lora_te2_{_QKV}"), all_of(is_named(_QKV_OF_TE), modelled("openclip-h"))), any_bias
+                any_of(is_named(rf"lora_te2_{_QKV}"), all_of(is_named(_QKV_OF_TE), is_modelled_as("openclip-h"))),
+                any_bias,
             ),
             "differently",
             "leaves out changes of the bias of queries, keys and values in this text encoder",
@@ -150,7 +151,7 @@ WEBUI = Consumer(
             bias_share,
         ),
         Row(
-            all_of(is_named(_QKV_OF_TE), not_(modelled("clip-l")), any_bias),
+            all_of(is_named(_QKV_OF_TE), not_(is_modelled_as("clip-l")), any_bias),
             "not known",
             "leaves out changes of the bias of queries, keys and values in SD 2's text encoder, and not in SD 1's",
         ),
@@ -161,5 +162,5 @@ WEBUI = Consumer(
     names=NAMES | {"scale", "set_weight", "bias.set_weight"},
     replaces=True,
     takes=by_webui,
-    refuses=rejected,
+    refuses=why_rejected,
 )

@@ -47,7 +47,7 @@ def written_in(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> d
         if key is not None:
             layers = found.setdefault(whose(key), {})
             before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
-            own, spelled = _parted(in_file.get(name, name), key)
+            own, spelled = _split_name(in_file.get(name, name), key)
             layers[key.layer] = before._replace(
                 tensors={**before.tensors, key.suffix: shape},
                 names=(*before.names, name),
@@ -63,7 +63,7 @@ def names_in_file(found: Opened) -> list[str]:
     return [in_file.get(name, name) for name in found.shapes]
 
 
-def _parted(name: str, key: Key) -> tuple[str, str]:
+def _split_name(name: str, key: Key) -> tuple[str, str]:
     """The layer's key, and the tensor's own name."""
     whole = key.prefix + key.layer
     if name == f"{whole}.{key.spelled}":
