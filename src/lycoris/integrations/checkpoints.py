@@ -140,7 +140,8 @@ class Checkpoints:
             has = f"adapters of {', '.join(values)}" if values else "no adapters, as the base's own has none"
             raise FileError(
                 f"this state of a {type(self.model).__name__} has {has}, and attached are "
-                f"{', '.join(self.attached_sets)}. Take it for what it is with checkpoint_adapters(...).remove(), or choose another checkpoint"
+                f"{', '.join(self.attached_sets)}. Take it for what it is with checkpoint_adapters(...).remove(), or "
+                "choose another checkpoint"
             )
         for name, each in self.attached_sets.items():
             each.load_state_dict(values[name])
