@@ -12,8 +12,8 @@ from lycoris.cli.outcome import Debug, Force, plain_errors
 Base = Annotated[
     str | None,
     typer.Option(
-        help="The denoiser that the file is for: a known model such as flux.1-dev, a config.json, or a folder with one "
-        "(with weights in it, for exports that depend on them). Without it, the file's header and layers tell.",
+        help="Base model: a known name such as flux.1-dev, a config.json, or a folder with one (including the weights, "
+        "where an export depends on them). By default the file's header and layers decide.",
         show_default=False,
     ),
 ]
@@ -27,22 +27,23 @@ def convert(
     ] = None,
     portable: Annotated[
         str | None,
-        typer.Option(help="Program that is to read it as trained: comfyui, webui, ...", show_default=False),
+        typer.Option(help="Program that must load it as trained: comfyui, webui, ...", show_default=False),
     ] = None,
     base: Base = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
     ] = None,
     strict: Annotated[
-        bool, typer.Option(help="Refuse a file in which something has no place; --no-strict leaves it out and says so.")
+        bool,
+        typer.Option(help="Refuse a file with tensors that cannot be converted; --no-strict drops and reports them."),
     ] = True,
     allow_growth: Annotated[
-        bool, typer.Option("--allow-growth", help="Write a file that becomes more than 10 % larger, too.")
+        bool, typer.Option("--allow-growth", help="Allow the file to grow by more than 10 %.")
     ] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter file anew, as another program names its keys, exactly or not at all."""
+    """Convert an adapter file to the format of another program, without loss or not at all."""
     with plain_errors(debug):
         from lycoris.cli.plan import precision
         from lycoris.files import convert as run
@@ -77,7 +78,7 @@ def check(
     base: Base = None,
     debug: Debug = False,
 ) -> None:
-    """Whether a program reads an adapter file as it was trained. Exits with 1 when it does not."""
+    """Check whether a program loads an adapter file as it was trained; exit with 1 if not."""
     with plain_errors(debug):
         from lycoris.files import check as run
 
@@ -91,7 +92,7 @@ def detect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
     debug: Debug = False,
 ) -> None:
-    """What an adapter file is, from its header alone: format, algorithms, base model."""
+    """Identify an adapter file from its header: format, algorithms, base model."""
     with plain_errors(debug):
         from lycoris.files import detect as run
 

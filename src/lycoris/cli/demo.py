@@ -22,14 +22,12 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the adapter, the pictures and the report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int | None, typer.Option(help="Training steps, in place of the demo's own number.")] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="A checkpoint folder to go on from, in place of the latest.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the finished run that the folder holds.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Checkpoint folder to resume from; the latest by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished run in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Teach a small text-to-image model, which comes with this package, a new drawing style: minutes on a CPU."""
+    """Teach a small bundled text-to-image model a new drawing style; takes minutes on a CPU."""
     with plain_errors(debug):
         from rich.console import Console
 

@@ -23,8 +23,8 @@ DEBUG = "--debug"
 NOISY = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
 """Loggers of libraries that warn as they are imported, of things that a user of these commands did not ask for."""
 
-Debug = Annotated[bool, typer.Option(DEBUG, help="Show the stack trace of an error, and what other libraries warn of.")]
-Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
+Debug = Annotated[bool, typer.Option(DEBUG, help="Show stack traces, and warnings of other libraries.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 
 
 @contextmanager

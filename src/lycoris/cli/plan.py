@@ -43,11 +43,11 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Of the base and its activations: bf16, fp16 or fp32.")] = "bf16",
     file_dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, prodigy, sgd, ...")] = "adamw",
-    report: Annotated[Path | None, typer.Option("--json", help="Write all of it, layer by layer, here.")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the full plan as JSON to this file.")] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """What adapters would cost on a model, layer by layer and in memory. Needs no weights."""
+    """Estimate what adapters cost on a model: parameters, FLOPs and memory. Needs no weights."""
     with plain_errors(debug):
         from lycoris.targeting.recipe import Recipe
 

@@ -18,10 +18,10 @@ Dtype = Annotated[str | None, typer.Option(help="Of the tensors: fp32, fp16 or b
 def inspect(
     file: In,
     base: Base = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, every layer included.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, including every layer.")] = False,
     debug: Debug = False,
 ) -> None:
-    """What is in an adapter file: format, settings, size, how strong each layer is, and how many ranks it uses."""
+    """Show what is in an adapter file: format, settings, size, norm and effective rank of each layer."""
     with plain_errors(debug):
         import json
 
@@ -35,23 +35,23 @@ def inspect(
 def resize(
     source: In,
     target: Out,
-    rank: Annotated[int | None, typer.Option(help="Ranks of each layer.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each layer.", show_default=False)] = None,
     energy: Annotated[
         float | None, typer.Option(help="Share of the squared singular values to keep, per layer.", show_default=False)
     ] = None,
     error: Annotated[
-        float | None, typer.Option(help="Relative error of each layer that is allowed.", show_default=False)
+        float | None, typer.Option(help="Largest relative error allowed per layer.", show_default=False)
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Of the file, such as 20MB: ranks go to the layers that need them most.", show_default=False),
+        typer.Option(help="File size, such as 20MB; ranks go to the layers that need them most.", show_default=False),
     ] = None,
     base: Base = None,
     dtype: Dtype = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter file with fewer ranks, with the smallest error that is possible, which is reported."""
+    """Reduce the rank of an adapter with the smallest possible error, and report the error."""
     with plain_errors(debug):
         from lycoris.cli.plan import precision
         from lycoris.tools import Limit
@@ -71,13 +71,11 @@ def combine(
             metavar="FILE[:STRENGTH]... OUT", help="Adapter files, then the one to write.", show_default=False
         ),
     ],
-    rank: Annotated[
-        int | None, typer.Option(help="Truncate what several files change to this rank.", show_default=False)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Truncate the sum to this rank.", show_default=False)] = None,
     base: Base = None,
     dtype: Dtype = None,
     allow_growth: Annotated[
-        bool, typer.Option("--allow-growth", help="Accept a result larger than its parts.")
+        bool, typer.Option("--allow-growth", help="Allow a result larger than the files together.")
     ] = False,
     force: Force = False,
     debug: Debug = False,

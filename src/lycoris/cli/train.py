@@ -21,15 +21,15 @@ def _list_settings(wanted: bool) -> None:
 
 def train(
     config: Annotated[Path, typer.Argument(help="config.json: the settings of the run.", show_default=False)],
-    output_dir: Annotated[Path | None, typer.Option(help="In place of the config's output_dir.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Overrides output_dir of the config.")] = None,
     resume: Annotated[
-        str | None, typer.Option(help="'latest' or a checkpoint folder, in place of resume_from_checkpoint.")
+        str | None, typer.Option(help="'latest' or a checkpoint folder; overrides resume_from_checkpoint.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the run that output_dir holds, its checkpoints included.")
+        bool, typer.Option("--force", help="Replace an existing run in output_dir, including its checkpoints.")
     ] = False,
     allow_unsupported: Annotated[
-        bool, typer.Option("--allow-unsupported", help="Go on without what SimpleTuner's keys ask for in vain.")
+        bool, typer.Option("--allow-unsupported", help="Ignore keys of SimpleTuner that are not supported.")
     ] = False,
     list_settings: Annotated[
         bool,
@@ -39,7 +39,7 @@ def train(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter as a config.json says, and report what it does."""
+    """Train an adapter from a config.json and write a report."""
     with plain_errors(debug):
         from lycoris.training.settings import load, load_recipe
 
