@@ -16,13 +16,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import ALGORITHMS, PAIRS
-from consumers import Refused
-from contracts.test_consumers import Made, change, diffusers_output, error, made, read_by, written_for_peft
+from contracts.test_programs import Made, change, diffusers_output, error, made, read_by, written_for_peft
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.portable import portable
+from programs import Refused
 
 LAYERS = ("linear", "conv2d", "conv1d", "conv3d")
 LEFT_OUT = ("drops", "stable", "gate")
@@ -45,7 +45,7 @@ def measured(consumer: str, entry: Entry, case: Made) -> float | None:
 
 
 def cell(consumer: str, case: Made) -> str:
-    if CONSUMERS[consumer].verdict(case.entry, case.base).reads == "not known":
+    if PROGRAMS[consumer].verdict(case.entry, case.base).reads == "not known":
         return "?"
     before = measured(consumer, case.entry, case)
     told = "-" if before is None else f"{before:.0e}" if before < 1e-3 else f"{before:.2f}"
@@ -61,12 +61,12 @@ def cell(consumer: str, case: Made) -> str:
 def main() -> None:
     """The tables, in Markdown."""
     for layer in LAYERS:
-        sys.stdout.write(f"\n## {layer}\n\n| | {' | '.join(CONSUMERS)} |\n|{'---|' * (1 + len(CONSUMERS))}\n")
+        sys.stdout.write(f"\n## {layer}\n\n| | {' | '.join(PROGRAMS)} |\n|{'---|' * (1 + len(PROGRAMS))}\n")
         for name in ALGORITHMS:
             if (name, layer) in PAIRS and not any(part in name for part in LEFT_OUT):
                 torch.manual_seed(0)
                 case = made(name, layer)
-                sys.stdout.write(f"| {name} | {' | '.join(cell(consumer, case) for consumer in CONSUMERS)} |\n")
+                sys.stdout.write(f"| {name} | {' | '.join(cell(consumer, case) for consumer in PROGRAMS)} |\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lycoris
 from cases import ALGORITHMS, LAYERS, PAIRS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, serves
 from lycoris import AdapterSet, ConfigError, DoRA, LoHa, LoRA, Rule, explain, plan
+from lycoris.adapters.attach import bottom
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
 from lycoris.files.writing import encode
@@ -42,7 +43,7 @@ def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: st
     most = explain(adapters).layers[0].rank
     if most is None:
         return
-    below = lycoris.attach.bottom(adapters._layers[path], adapter.attribute).affine()
+    below = bottom(adapters._layers[path], adapter.attribute).affine()
     change = (adapter.adapt_affine(below).weight - below.weight).detach()
     found = torch.linalg.matrix_rank((change if adapter.geometry.stack else change[None]).flatten(2), rtol=1e-9)
     assert (found == most).all()

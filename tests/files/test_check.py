@@ -16,7 +16,7 @@ from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files import check
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import Check
 from lycoris.files.programs.keys import ALL
 from lycoris.files.programs.peft import together
@@ -62,7 +62,7 @@ def checked(
 def test_every_key_that_is_told_is_of_something() -> None:
     models = {model for each in ARCHITECTURES.values() for model in each.models}
     encoders = {f"{family.name}/{each}" for family in FAMILIES.values() for each in family.components.values()}
-    for consumer in CONSUMERS.values():
+    for consumer in PROGRAMS.values():
         for dialect, known in consumer.keys.items():
             assert dialect in DIALECTS
             assert known.keys() - {ALL} <= ARCHITECTURES.keys() | models | encoders
@@ -111,7 +111,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("program", "dialect", "architecture", "known"), KNOWN)
 def test_whose_keys_a_program_knows(program: str, dialect: str, architecture: str | None, known: bool) -> None:
-    assert (CONSUMERS[program].known_keys(dialect, architecture) is not None) == known
+    assert (PROGRAMS[program].known_keys(dialect, architecture) is not None) == known
 
 
 @pytest.mark.parametrize(
@@ -274,4 +274,4 @@ def test_a_small_change_is_told_from_rounding() -> None:
     assert p.keys() == tlora.slots(g).keys()
     entry = Entry(tlora, g, p)
     assert adapt_affine(entry, Affine(weight.double(), None)).weight.isfinite().all()
-    assert CONSUMERS["simpletuner"].verdict(entry, Affine(weight, None)).reads == "as trained"
+    assert PROGRAMS["simpletuner"].verdict(entry, Affine(weight, None)).reads == "as trained"

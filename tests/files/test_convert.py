@@ -19,7 +19,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, header, load_tensors, write_peft
 from lycoris.files.container.model_weights import BaseWeights
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.skeleton import skeleton
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers", "ignore:::peft")
@@ -146,7 +146,7 @@ def test_portable_with_the_base_at_hand(algorithm: Algorithm, program: str, flux
     same(loaded(flux, to), expected)
     assert all(each.reads == "as trained" for each in check(to, program, base=flux).layers.values())
     stacks = adapters.bundle().entries.values()
-    changed = any(CONSUMERS[program].verdict(entry).reads != "as trained" for stack in stacks for entry in stack)
+    changed = any(PROGRAMS[program].verdict(entry).reads != "as trained" for stack in stacks for entry in stack)
     assert bool(done.written.notes) >= changed
 
 

@@ -20,7 +20,7 @@ from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect
 from lycoris.files.layout import Layout
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.layers.geometry import Affine
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
@@ -78,7 +78,7 @@ def agrees(path: Path, program: str, to: str | None = None) -> bool:
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_what_is_written_is_read_as_trained(architecture: str, layers: str, tmp_path: Path) -> None:
     path = source(tmp_path, architecture, layers=layers)
-    for program in CONSUMERS.keys() - {"peft"}:
+    for program in PROGRAMS.keys() - {"peft"}:
         agrees(path, program)
     assert agrees(path, "simpletuner")
 
@@ -96,7 +96,7 @@ def test_what_is_written_is_read_as_trained(architecture: str, layers: str, tmp_
 )
 def test_every_dialect(architecture: str, layers: str, program: str, tmp_path: Path) -> None:
     path = source(tmp_path, architecture, layers=layers)
-    good = [to for to in CONSUMERS[program].keys if agrees(path, program, to)]
+    good = [to for to in PROGRAMS[program].keys if agrees(path, program, to)]
     assert agrees(path, program) == bool(good)
 
 

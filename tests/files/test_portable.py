@@ -12,7 +12,7 @@ from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError, PlanError
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.portable import (
     EXPORTS,
     as_lora,
@@ -109,7 +109,7 @@ def test_lora_cannot_change_a_bias() -> None:
 
 
 def test_every_remedy_is_an_export() -> None:
-    named = {row.remedy for consumer in CONSUMERS.values() for row in consumer.rows} - {None}
+    named = {row.remedy for consumer in PROGRAMS.values() for row in consumer.rows} - {None}
     # That of the scale is for what a file says of itself, not for an adapter.
     assert named | {"scale"} == EXPORTS.keys()
 

@@ -22,7 +22,7 @@ from lycoris.algorithms.lokr import LoKr
 from lycoris.algorithms.lora import LoRA
 from lycoris.algorithms.norm import Norm
 from lycoris.algorithms.oft import OFT
-from lycoris.algorithms.replace import Replace
+from lycoris.algorithms.replacement import Replace
 from lycoris.algorithms.slices import Slice
 from lycoris.algorithms.tlora import TLoRA
 from lycoris.errors import ConfigError, FileError

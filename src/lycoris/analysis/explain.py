@@ -192,7 +192,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: settings, totals, and every layer."""
-        totals = ("parameters", "file_bytes", "flops", "training_flops", "base_flops", "kept", "inputs")
+        totals = ("parameters", "file_bytes", "flops", "training_flops", "base_flops", "saved_bytes", "inputs")
         return {
             "tokens": self.tokens,
             "dtype": str(self.dtype).removeprefix("torch."),

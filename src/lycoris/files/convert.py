@@ -21,7 +21,7 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.growth import ALLOW, Bytes, GrowthError, change, forms, size_of
 from lycoris.files.opening import open_file
 from lycoris.files.peft import write_peft
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.rewriting import Order
 from lycoris.files.writing import Encoded
 
@@ -139,8 +139,8 @@ def convert(
 
 
 def _check_asked(to: str | None, portable: str | None) -> None:
-    if portable is not None and portable not in CONSUMERS:
-        raise FileError(unknown("program", portable, CONSUMERS))
+    if portable is not None and portable not in PROGRAMS:
+        raise FileError(unknown("program", portable, PROGRAMS))
     if to is None and portable is None:
         raise FileError(f"say what to convert to: a dialect ({', '.join(DIALECTS)}) or the program that is to read it")
     if to is not None and to not in DIALECTS:

@@ -36,7 +36,7 @@ from lycoris.files.growth import (
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened, find_layout, open_file, parse_opened
 from lycoris.files.peft import write_peft
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import Check, judge_opened
 from lycoris.files.programs.exporting import dialects_of, export_bundle
 from lycoris.files.programs.portable import plain
@@ -82,7 +82,7 @@ class Order:
 
     def for_program(self, program: str, to: str | None) -> Made:
         """The smallest form, or the one in a dialect, in which a program reads all of it as trained."""
-        own, title = self.found.detection.dialect, CONSUMERS[program].title
+        own, title = self.found.detection.dialect, PROGRAMS[program].title
         if to in (None, own) and self._as_it_is and judge_opened(self.found, program).as_trained:
             return self._keep_unchanged()
         dialects = dialects_of(program, self.found)

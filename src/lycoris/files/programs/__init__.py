@@ -11,13 +11,13 @@ from lycoris.files.programs.forge import FORGE
 from lycoris.files.programs.invokeai import INVOKEAI
 from lycoris.files.programs.musubi import MUSUBI
 from lycoris.files.programs.peft import PEFT
-from lycoris.files.programs.program import Case, Consumer, Remedy, Row, Verdict
+from lycoris.files.programs.program import Case, Program, Remedy, Row, Verdict
 from lycoris.files.programs.simpletuner import SIMPLETUNER
 from lycoris.files.programs.taking import Place
 from lycoris.files.programs.webui import WEBUI
 
-CONSUMERS: Mapping[str, Consumer] = MappingProxyType(
+PROGRAMS: Mapping[str, Program] = MappingProxyType(
     {each.name: each for each in (COMFYUI, WEBUI, FORGE, INVOKEAI, DIFFUSERS, PEFT, SIMPLETUNER, MUSUBI)}
 )
 
-__all__ = ["CONSUMERS", "Case", "Consumer", "Place", "Remedy", "Row", "Verdict"]
+__all__ = ["PROGRAMS", "Case", "Program", "Place", "Remedy", "Row", "Verdict"]

@@ -14,7 +14,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, unknown
 from lycoris.files.detect import Detection
 from lycoris.files.opening import Opened, open_file
-from lycoris.files.programs import CONSUMERS, Consumer, Verdict
+from lycoris.files.programs import PROGRAMS, Program, Verdict
 from lycoris.files.programs.parts import Part
 from lycoris.files.programs.portable import EXPORTS
 from lycoris.files.programs.written import denoiser_of, names_in_file, routed_by, scales_in, written_in
@@ -24,7 +24,7 @@ from lycoris.files.programs.written import denoiser_of, names_in_file, routed_by
 class Check:
     """What a program reads of a file. `str` tells it in lines, layers with the same verdict together."""
 
-    consumer: str
+    program: str
     detection: Detection
     keys: str
     """Why it does not know the file's keys; "" when it does."""
@@ -67,7 +67,7 @@ class Check:
         return found
 
     def __str__(self) -> str:
-        title = CONSUMERS[self.consumer].title
+        title = PROGRAMS[self.program].title
         lines = [str(self.detection), ""]
         if self.keys:
             lines.append(self.keys)
@@ -81,23 +81,23 @@ class Check:
         if hopeless:
             lines.append(f"no export is known for {some(hopeless)}")
         if len(hopeless) < len(self.layers) and not self.unknown:
-            lines.append(f"convert it with: lycoris convert IN OUT --portable {self.consumer}")
+            lines.append(f"convert it with: lycoris convert IN OUT --portable {self.program}")
         return "\n".join(lines)
 
 
-def check(path: str | os.PathLike[str], consumer: str, *, base: nn.Module | None = None) -> Check:
+def check(path: str | os.PathLike[str], program: str, *, base: nn.Module | None = None) -> Check:
     """What a program makes of an adapter file, layer by layer, by its rules as they are known here.
 
     `base` as for `convert`. Raises `FileError` when the file is damaged or fits no model.
     """
-    if consumer not in CONSUMERS:
-        raise FileError(unknown("program", consumer, CONSUMERS))
-    return judge_opened(open_file(path, base), consumer)
+    if program not in PROGRAMS:
+        raise FileError(unknown("program", program, PROGRAMS))
+    return judge_opened(open_file(path, base), program)
 
 
-def judge_opened(found: Opened, consumer: str) -> Check:
+def judge_opened(found: Opened, name: str) -> Check:
     """The same of a file that is open."""
-    program = CONSUMERS[consumer]
+    program = PROGRAMS[name]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = written_in(found.shapes, detection)
     routed = routed_by(program, found, written)
@@ -131,10 +131,10 @@ def judge_opened(found: Opened, consumer: str) -> Check:
         first, new = next(iter(detection.renamed.items()))
         problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
     nowhere = not any(part.elsewhere for part in parts)
-    return Check(consumer, detection, "\n".join(problems), nowhere, verdicts, algorithms)
+    return Check(program.name, detection, "\n".join(problems), nowhere, verdicts, algorithms)
 
 
-def _with_the_file(verdict: Verdict, program: Consumer) -> Verdict:
+def _with_the_file(verdict: Verdict, program: Program) -> Verdict:
     """What becomes of a layer in a file that is rejected for another reason."""
     if verdict.reads == "not at all":
         return verdict

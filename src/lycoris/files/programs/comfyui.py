@@ -40,7 +40,7 @@ from lycoris.files.programs.conditions import (
     without_mid,
 )
 from lycoris.files.programs.errors import bias_share
-from lycoris.files.programs.program import NAMES, Consumer, Row
+from lycoris.files.programs.program import NAMES, Program, Row
 from lycoris.files.programs.replacements import (
     biases_only,
     changes_replaced,
@@ -241,7 +241,7 @@ SHARED = (
 FAILING = (STACKS, FIRST_LAYOUT_ON_KERNELS, EMBEDDINGS[0], WITHOUT_MID[0])
 """Of these, what it cannot compute: a line in ComfyUI's log, an error in Forge."""
 
-COMFYUI = Consumer(
+COMFYUI = Program(
     "comfyui",
     "ComfyUI",
     comfyui_keys.KEYS,

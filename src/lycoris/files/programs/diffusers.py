@@ -30,7 +30,7 @@ from lycoris.files.programs.diffusers_lokr import together
 from lycoris.files.programs.diffusers_routes import route
 from lycoris.files.programs.errors import unscaled_error
 from lycoris.files.programs.peft import STRENGTH
-from lycoris.files.programs.program import Case, Consumer, Reads, Row, Test
+from lycoris.files.programs.program import Case, Program, Reads, Row, Test
 
 PADDING = "pads with zeros beside a layer that does not; how far off that is depends on the input"
 
@@ -99,7 +99,7 @@ def _of_lokr(case: Case) -> bool:
 
 lokr = all_of(is_a("lokr"), _of_lokr)
 
-DIFFUSERS = Consumer(
+DIFFUSERS = Program(
     "diffusers",
     "diffusers",
     keys.DIFFUSERS,

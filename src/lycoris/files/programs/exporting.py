@@ -15,7 +15,7 @@ from lycoris.files.dialects.base import flatten
 from lycoris.files.dialects.components import prefix_of
 from lycoris.files.layout import Layout
 from lycoris.files.opening import Opened
-from lycoris.files.programs import CONSUMERS, Place
+from lycoris.files.programs import PROGRAMS, Place
 from lycoris.files.programs.holding import Holder, holders, holding, place_of
 from lycoris.files.programs.portable import Stack, as_lora, portable_stack
 from lycoris.files.skeleton import namings
@@ -25,8 +25,8 @@ from lycoris.models.families import FAMILIES
 def dialects_of(program: str, found: Opened) -> list[str]:
     """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
-    keys = CONSUMERS[program].keys
-    return [each for each in keys if architecture is None or CONSUMERS[program].known_keys(each, architecture.name)]
+    keys = PROGRAMS[program].keys
+    return [each for each in keys if architecture is None or PROGRAMS[program].known_keys(each, architecture.name)]
 
 
 def export_bundle(
@@ -60,7 +60,7 @@ def export_bundle(
             if what != "nothing":
                 done[layer] = f"{stack[0].algorithm.name} {what}"
         bundles[component] = replace(bundle, entries=entries)
-        if CONSUMERS[program].taken_for is not None:
+        if PROGRAMS[program].taken_for is not None:
             bundles[component] = _of_one_algorithm(bundles[component], program, done)
     if problems:
         first, why = next(iter(problems.items()))
@@ -80,7 +80,7 @@ def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bun
     for layer, name in found.items():
         if name not in ("lora", "dylora"):
             entries[layer] = (as_lora(entries[layer][0]), *entries[layer][1:])
-            what = f"written as a LoRA, for {CONSUMERS[program].title} takes a file for one algorithm"
+            what = f"written as a LoRA, for {PROGRAMS[program].title} takes a file for one algorithm"
             done[layer] = f"{done[layer]}, then {what}" if layer in done else f"{name} {what}"
     return replace(bundle, entries=entries)
 
@@ -128,7 +128,7 @@ def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, 
 
 def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[str, Place]:
     """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
-    held = holders(CONSUMERS[program], layout)
+    held = holders(PROGRAMS[program], layout)
     if layout.architecture is None or not held:
         return dict.fromkeys(bundle.entries, "")
     there = holding(layout, DIALECTS[to].naming_for(layout.architecture))

@@ -20,7 +20,7 @@ from lycoris.files.programs.conditions import (
     square,
     under_own_names,
 )
-from lycoris.files.programs.program import ASKED, NAMES, Case, Consumer, Row
+from lycoris.files.programs.program import ASKED, NAMES, Case, Program, Row
 from lycoris.files.programs.replacements import changes_weight, replaces_bias, replaces_weight
 from lycoris.files.programs.taking import by_forge
 
@@ -106,7 +106,7 @@ OF_ANOTHER_ENCODER = (
 )
 BARE, *OTHERS = SHARED
 
-FORGE = Consumer(
+FORGE = Program(
     "forge",
     "Forge",
     keys.FORGE,

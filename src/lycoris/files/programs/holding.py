@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
-from lycoris.files.programs import Consumer, Place
+from lycoris.files.programs import Place, Program
 from lycoris.models.families.naming import Span
 
 
@@ -18,7 +18,7 @@ class Holder(NamedTuple):
     span: Span
 
 
-def holders(program: Consumer, layout: Layout) -> Mapping[str, Holder]:
+def holders(program: Program, layout: Layout) -> Mapping[str, Holder]:
     """Layer of diffusers → the layer of the program's model that has its rows; none where its names are not known."""
     if not program.own or layout.architecture is None:
         return {}

@@ -15,7 +15,7 @@ from lycoris.files.programs.common import (
 from lycoris.files.programs.conditions import all_of, dora, dora_out, has_core, is_a, kernel, lone_bias, no_other_than
 from lycoris.files.programs.invokeai_newer import NEWER
 from lycoris.files.programs.invokeai_routes import ROUTES, refuse
-from lycoris.files.programs.program import Case, Consumer, Row
+from lycoris.files.programs.program import Case, Program, Row
 from lycoris.files.programs.routes import Routed, Sent
 
 
@@ -35,7 +35,7 @@ def _has_lost_magnitude(case: Case) -> bool:
     return case.architecture == "cosmos-predict2" and case.name == "lokr"
 
 
-INVOKEAI = Consumer(
+INVOKEAI = Program(
     "invokeai",
     "InvokeAI",
     keys.INVOKEAI,

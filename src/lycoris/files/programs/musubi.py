@@ -20,7 +20,7 @@ from lycoris.files.programs.conditions import (
     w1_split,
     without_alpha,
 )
-from lycoris.files.programs.program import Case, Consumer, Row
+from lycoris.files.programs.program import Case, Program, Row
 from lycoris.files.programs.routes import Routed, Sent
 
 FIRST = (("lora_down", "lora"), ("lora_A", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"))
@@ -71,7 +71,7 @@ def _w2_split(case: Case) -> bool:
     return "w2_a" in case.entry.tensors
 
 
-MUSUBI = Consumer(
+MUSUBI = Program(
     "musubi",
     "musubi-tuner",
     keys.MUSUBI,

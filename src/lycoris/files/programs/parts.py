@@ -14,7 +14,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
 from lycoris.files.layout import Layout
-from lycoris.files.programs import Consumer, Remedy, Verdict
+from lycoris.files.programs import Program, Remedy, Verdict
 from lycoris.files.programs.holding import Holder, holders, place_of
 from lycoris.files.programs.keys import Known
 from lycoris.files.programs.routes import Routed
@@ -30,7 +30,7 @@ SAME = 1e-6
 class Part:
     """What a file has for one component of a pipeline."""
 
-    program: Consumer
+    program: Program
     component: str
     own: str
     """The file's dialect."""
@@ -39,7 +39,7 @@ class Part:
     written: Mapping[str, Written]
     """By layer as written."""
     routed: Routed | None = None
-    """What becomes of the whole file's keys; None: `Consumer.keys` says it."""
+    """What becomes of the whole file's keys; None: `Program.keys` says it."""
     taken_for: str = ""
     """The one algorithm that the program takes the whole file for; "" each layer has its own."""
     family: str | None = None

@@ -11,7 +11,7 @@ from lycoris.files.peft.layers import unlike
 from lycoris.files.peft.writing import encode_peft, refusal
 from lycoris.files.programs import keys
 from lycoris.files.programs.conditions import all_of, dora, is_a, moves_bias
-from lycoris.files.programs.program import NAMES, Case, Consumer, Row
+from lycoris.files.programs.program import NAMES, Case, Program, Row
 from lycoris.layers.geometry import Kind
 
 STRENGTH = "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
@@ -47,7 +47,7 @@ def together(bundle: Bundle) -> str:
     return ""
 
 
-PEFT = Consumer(
+PEFT = Program(
     "peft",
     "PEFT",
     keys.PEFT,

@@ -22,7 +22,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import dense, low_rank
 from lycoris.algorithms.lokr import Layout
 from lycoris.errors import FileError, unknown
-from lycoris.files.programs import CONSUMERS, Place, Remedy
+from lycoris.files.programs import PROGRAMS, Place, Remedy
 from lycoris.layers.geometry import Affine
 from lycoris.ops.rotation import limit_norm
 from lycoris.ops.rounding import widen
@@ -34,7 +34,7 @@ Stack = tuple[Entry, ...]
 
 def portable(
     entry: Entry,
-    consumer: str,
+    program: str,
     base: Affine | None = None,
     *,
     dialect: str | None = None,
@@ -42,17 +42,17 @@ def portable(
 ) -> tuple[Entry, str]:
     """The adapter as a program evaluates it as trained, and what was done to it ("nothing" where it is so already).
 
-    `dialect` and `architecture` are what it is written as and for; see `Consumer.verdict`.
+    `dialect` and `architecture` are what it is written as and for; see `Program.verdict`.
 
     Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
     """
-    (made, *_), what = portable_stack((entry,), consumer, base, dialect=dialect, architecture=architecture)
+    (made, *_), what = portable_stack((entry,), program, base, dialect=dialect, architecture=architecture)
     return made, what
 
 
 def portable_stack(
     stack: Stack,
-    consumer: str,
+    program: str,
     base: Affine | None = None,
     *,
     dialect: str | None = None,
@@ -66,15 +66,15 @@ def portable_stack(
     `key` is what the file calls the layer, `place` how the program's model holds it, `model` the known model that it is
     taken to be of.
     """
-    if consumer not in CONSUMERS:
-        raise FileError(unknown("consumer", consumer, CONSUMERS))
+    if program not in PROGRAMS:
+        raise FileError(unknown("program", program, PROGRAMS))
     done: dict[Remedy, str] = {}
     # Nothing but this library reads places of the weight that are beside another algorithm.
     if any(isinstance(each.algorithm, Full) and each.algorithm.weight for each in stack[1:]):
         stack, done["joined"] = join_changes(stack, base), EXPORTS["joined"].does
     while True:
         first, *beside = stack
-        verdict = CONSUMERS[consumer].verdict(
+        verdict = PROGRAMS[program].verdict(
             *(first, base),
             beside=tuple(beside),
             dialect=dialect,

@@ -1,4 +1,4 @@
-"""What a consumer is: a program that reads adapter files, as a table of what it does with which adapters."""
+"""What a program is that reads adapter files: a table of what it does with which adapters."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ Test = Callable[[Case], bool]
 
 
 class Row(NamedTuple):
-    """One line of a consumer's table: for which adapters it holds, and what comes of them."""
+    """One line of a program's table: for which adapters it holds, and what comes of them."""
 
     when: Test
     reads: Reads
@@ -120,7 +120,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Consumer:
+class Program:
     """A program that reads adapter files."""
 
     name: str

@@ -46,4 +46,4 @@ class Routed:
 
 
 Route = Callable[[Sent], Routed | None]
-"""None: what becomes of each key does not depend on the others, and `Consumer.keys` says it."""
+"""None: what becomes of each key does not depend on the others, and `Program.keys` says it."""

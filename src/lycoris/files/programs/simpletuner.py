@@ -19,9 +19,9 @@ from lycoris.files.programs.conditions import (
     without_shift,
 )
 from lycoris.files.programs.lycoris_lokr import loads_otherwise
-from lycoris.files.programs.program import Consumer, Row
+from lycoris.files.programs.program import Program, Row
 
-SIMPLETUNER = Consumer(
+SIMPLETUNER = Program(
     "simpletuner",
     "SimpleTuner",
     keys.SIMPLETUNER,

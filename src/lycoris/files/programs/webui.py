@@ -31,7 +31,7 @@ from lycoris.files.programs.conditions import (
     w2_on_wrong_axes,
 )
 from lycoris.files.programs.errors import bias_share
-from lycoris.files.programs.program import ASKED, NAMES, Case, Consumer, Row
+from lycoris.files.programs.program import ASKED, NAMES, Case, Program, Row
 from lycoris.files.programs.replacements import changes_weight, replaces
 from lycoris.files.programs.taking import by_webui
 
@@ -64,7 +64,7 @@ def why_rejected(names: Collection[str], architecture: str | None) -> str:
     return ""
 
 
-WEBUI = Consumer(
+WEBUI = Program(
     "webui",
     "WebUI",
     keys.WEBUI,

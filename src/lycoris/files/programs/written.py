@@ -14,7 +14,7 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import Key
 from lycoris.files.dialects.components import component_of
 from lycoris.files.opening import Opened
-from lycoris.files.programs import Consumer
+from lycoris.files.programs import Program
 from lycoris.files.programs.routes import Routed, Sent
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
@@ -98,7 +98,7 @@ def tensor_of(found: Opened, written: Written, suffix: str) -> Tensor | None:
     return found.tensors.get(in_file.get(name, name))
 
 
-def routed_by(program: Consumer, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
+def routed_by(program: Program, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
     """What becomes of all keys together in a program that looks at all of them."""
     if program.route is None:
         return None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
-from consumers import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 from lycoris import OFT, GLoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import read_tensors, write_tensors
@@ -22,9 +21,10 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine, needs_base
 from lycoris.errors import FileError, PlanError
 from lycoris.files.peft import write_peft
-from lycoris.files.programs import CONSUMERS, Verdict
+from lycoris.files.programs import PROGRAMS, Verdict
 from lycoris.files.programs.portable import portable
 from lycoris.layers.geometry import Affine, Geometry, sites
+from programs import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 
 SAME = 1e-5
 READERS = {
@@ -142,7 +142,7 @@ def check_told(verdict: Verdict, found: Affine | None, wanted: Affine, base: Aff
 def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer, dialect in ways(case):
-        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "not known":
             assert consumer == "forge"
             assert isinstance(case.entry.algorithm, OFT)
@@ -159,7 +159,7 @@ def ways(case: Made) -> list[tuple[str, str | None]]:
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    for consumer in CONSUMERS.values():
+    for consumer in PROGRAMS.values():
         told, alone = consumer.verdict(case.entry, case.base), consumer.verdict(case.entry)
         assert alone.why.startswith(consumer.title)
         assert alone.remedy is None or alone.reads != "as trained"
@@ -173,7 +173,7 @@ def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str
 def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) -> None:
     """PEFT reads as trained exactly what is written for it."""
     case = made(*pair)
-    verdict = CONSUMERS["peft"].verdict(case.entry, case.base)
+    verdict = PROGRAMS["peft"].verdict(case.entry, case.base)
     try:
         found = written_for_peft(case.entry, case, tmp_path)
     except FileError:
@@ -186,7 +186,7 @@ def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_table_says_what_diffusers_does(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    verdict = CONSUMERS["diffusers"].verdict(case.entry, case.base)
+    verdict = PROGRAMS["diffusers"].verdict(case.entry, case.base)
     try:
         found = diffusers_output(case.entry, case)
     except Refused:
@@ -226,7 +226,7 @@ def test_an_export_is_read_as_trained_or_refused_with_the_reason(pair: tuple[str
     case = made(*pair)
     expected = change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
-        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
             continue
         if verdict.remedy is None or out_of_reach(consumer, case.entry, dialect):
@@ -253,7 +253,7 @@ def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> N
         "diffusers": lambda e: diffusers_output(e, case),
     }
     for consumer, run in runs.items():
-        if CONSUMERS[consumer].verdict(case.entry, case.base).remedy is None:
+        if PROGRAMS[consumer].verdict(case.entry, case.base).remedy is None:
             continue
         exported, _ = portable(case.entry, consumer, case.base)
         assert error(run(exported) - case.plain, case.adapted - case.plain) <= SAME, consumer
@@ -263,10 +263,10 @@ def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> N
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    for consumer in CONSUMERS:
+    for consumer in PROGRAMS:
         # As it is out of reach otherwise.
         dialect = formats(consumer, case.entry)[-1]
-        verdict = CONSUMERS[consumer].verdict(case.entry, dialect=dialect)
+        verdict = PROGRAMS[consumer].verdict(case.entry, dialect=dialect)
         if verdict.remedy is None:
             continue
         try:
@@ -296,7 +296,7 @@ def test_a_change_of_the_bias_beside_another_algorithm(name: str) -> None:
     wanted = adapt_affine(case.entry, case.base)
     wanted = Affine(wanted.weight, case.base.bias + bias.tensors["diff_b"])
     for consumer in READERS:
-        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, beside=(bias,))
+        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, beside=(bias,))
         found = read_as(consumer, own | other, case.base, "linear")
         # An algorithm that is passed over is told as such, though the bias beside it may be read.
         alone = found is not None and verdict.reads == "not at all"
@@ -329,7 +329,7 @@ def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)
     half = 0.5 * change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
-        verdict = CONSUMERS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
             found = read_by(consumer, case.entry, case.base, 0.5, dialect)
             assert found is not None

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
-from consumers import Refused, Tensors, number
+from programs import Refused, Tensors, number
 
 LORA = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consumers import Read, Refused, comfyui, forge, invokeai, musubi, simpletuner, webui
+from programs import Read, Refused, comfyui, forge, invokeai, musubi, simpletuner, webui
 
 O, I, R = 24, 16, 4  # noqa: E741
 READERS = {"comfyui": comfyui, "webui": webui, "forge": forge, "invokeai": invokeai}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from consumers import Kind, Read, Refused, Tensors, moved, number
+from programs import Kind, Read, Refused, Tensors, moved, number
 
 
 def read(tensors: Tensors, weight: Tensor, bias: Tensor | None, kind: Kind, strength: float = 1.0) -> Read | None:

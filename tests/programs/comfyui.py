@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consumers import Kind, Read, Refused, Tensors, moved, number
+from programs import Kind, Read, Refused, Tensors, moved, number
 
 
 def read(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import tiny
 from cases import perturb
-from consumers import Refused, tuners
 from lycoris import AdapterSet, LoRA, Rule, plan
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.writing import compose
+from programs import Refused, tuners
 from tiny import sdxl_unet
 
 FLAT = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -110,4 +110,4 @@ def test_diffusers_reads_clip(component: str, dialect: str) -> None:
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-4)
     architecture = "clip" if component == "text_encoder" else "clip-with-projection"
-    assert CONSUMERS["diffusers"].known(dialect, architecture) is not None
+    assert PROGRAMS["diffusers"].known_keys(dialect, architecture) is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from consumers import Kind, Read, Refused, Tensors, number
+from programs import Kind, Read, Refused, Tensors, number
 
 
 def detected(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_consumers import BESIDE, READERS, SAME, change, check_told, error, made, read_as
+from test_programs import BESIDE, READERS, SAME, change, check_told, error, made, read_as
 from torch import Tensor
 
 from lycoris.algorithms import read_tensors, write_tensors
@@ -15,7 +15,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import forms
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.portable import portable_stack
 from lycoris.layers.geometry import Affine
 
@@ -75,7 +75,7 @@ def test_the_tables_say_what_becomes_of_other_forms(name: str) -> None:
     wanted = adapt_affine(entry, case.base)
     for consumer in READERS.keys() - UNKNOWN.get(name, set()):
         stored = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        verdict = CONSUMERS[consumer].verdict(entry, case.base, stored=stored)
+        verdict = PROGRAMS[consumer].verdict(entry, case.base, stored=stored)
         found = read_as(consumer, tensors, case.base, entry.geometry.kind)
         check_told(verdict, found, wanted, case.base, consumer)
 

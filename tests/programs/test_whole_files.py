@@ -22,13 +22,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consumers.pipelines import PIPELINES
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.opening import Opened, parse_opened
 from lycoris.files.programs.check import Check, judge_opened
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
+from programs.pipelines import PIPELINES
 from whole import MODELS, bundle_of, model_of, picks
 
 HERE = Path(__file__).parent

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cases import perturb
-from consumers.pipelines import PIPELINES
 from lycoris import AdapterSet, DoRA, LoKr, LoRA, Rule, plan
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
@@ -19,11 +18,12 @@ from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.layout import Layout
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.keys import DENOISERS, DIFFUSERS, Known
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
 from lycoris.models.families import ARCHITECTURES
+from programs.pipelines import PIPELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}
@@ -40,7 +40,7 @@ X = 3
 
 
 def layout_of(name: str) -> Layout:
-    return Layout.known(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
+    return Layout.from_outline(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
 
 
 def keys_of(dialect: str, layout: Layout) -> dict[str, tuple[str, ...]]:
@@ -144,7 +144,7 @@ def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> 
     rejected = {key for key in keys if known and known.stops and re.fullmatch(known.stops, key)}
     taken = {part for key in keys.keys() - rejected for part in keys[key]}
     lora = next(iter(bundle_of(layout, taken).entries.values()))[0]
-    held = CONSUMERS["diffusers"].verdict(lora, dialect=dialect, architecture=name).reads == "as trained"
+    held = PROGRAMS["diffusers"].verdict(lora, dialect=dialect, architecture=name).reads == "as trained"
     try:
         right = read(dialect, layout, bundle_of(layout, taken))
     except REFUSES:
@@ -227,7 +227,7 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
         prefix = "diffusion_model."
         tensors = {key.replace("transformer.", prefix, 1): tensor for key, tensor in tensors.items()}
     verdicts = {
-        CONSUMERS["diffusers"].verdict(entry, dialect=dialect, architecture=name, key=prefix).reads
+        PROGRAMS["diffusers"].verdict(entry, dialect=dialect, architecture=name, key=prefix).reads
         for (entry,) in bundle.entries.values()
     }
     pipeline: Any = getattr(diffusers, PIPELINES[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from consumers import Kind, Read, Refused, Tensors, comfyui
+from programs import Kind, Read, Refused, Tensors, comfyui
 
 UNMATCHED = 12
 """More keys than these that nothing takes, and the whole file is rejected."""

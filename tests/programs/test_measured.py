@@ -10,7 +10,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.files.layout import Layout
 from lycoris.files.opening import parse_opened
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import Check, judge_opened
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Geometry
@@ -39,7 +39,7 @@ CASES = [
 
 
 def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, layers: tuple[str, ...]) -> Check:
-    layout = Layout.known(ARCHITECTURES[architecture], OUTLINES[architecture])
+    layout = Layout.from_outline(ARCHITECTURES[architecture], OUTLINES[architecture])
     beside = [path for path in layout.layers if path.endswith(("attn.to_k", "attn1.to_k", "add_k_proj"))]
     entries = {}
     for path in {*layers, *beside}:
@@ -68,14 +68,14 @@ def test_what_is_said_is_what_was_measured(
 
 
 def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
-    layout = Layout.known(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     g = layout.layers[ATTENTION]
     own = LoRA(rank=1)
     entry = Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()})
     for program in ("comfyui", "forge", "webui"):
-        strange = CONSUMERS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
+        strange = PROGRAMS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
         assert strange.reads == "not known", program
-        assert not CONSUMERS[program].is_examined("a family of tomorrow")
+        assert not PROGRAMS[program].is_examined("a family of tomorrow")
 
 
 class Unheard(LoRA):
@@ -84,12 +84,12 @@ class Unheard(LoRA):
     name = "unheard"
 
 
-@pytest.mark.parametrize("program", CONSUMERS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_nothing_is_claimed_of_what_no_rule_knows(program: str) -> None:
     """Not of a new algorithm, nor of a new tensor next to a known one's."""
     geometry = Geometry(kind="linear", shape=(8, 8), has_bias=False)
     tensors = {"up": torch.randn(8, 2), "down": torch.randn(2, 8)}
-    consumer, known = CONSUMERS[program], Entry(LoRA(rank=2), geometry, tensors)
+    consumer, known = PROGRAMS[program], Entry(LoRA(rank=2), geometry, tensors)
     stored = {"lora_up.weight": (8, 2), "lora_down.weight": (2, 8), "alpha": ()}
     assert consumer.verdict(known, stored=stored).reads == "as trained"
     assert consumer.verdict(Entry(Unheard(rank=2), geometry, tensors), stored=stored).reads != "as trained"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lycoris.files.opening import parse_opened
-from lycoris.files.programs import CONSUMERS
+from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import judge_opened
 from lycoris.files.writing import compose
 from lycoris.models.families import ARCHITECTURES
@@ -56,7 +56,7 @@ def test_what_is_said_is_what_came_of_it(name: str, dialect: str) -> None:
 
 
 def test_every_known_denoiser_was_run_or_is_not_in_comfyui() -> None:
-    program = CONSUMERS["comfyui"]
+    program = PROGRAMS["comfyui"]
     denoisers = {
         name
         for name, each in ARCHITECTURES.items()
