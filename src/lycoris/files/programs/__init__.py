@@ -20,4 +20,4 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType(
     {each.name: each for each in (COMFYUI, WEBUI, FORGE, INVOKEAI, DIFFUSERS, PEFT, SIMPLETUNER, MUSUBI)}
 )
 
-__all__ = ["PROGRAMS", "Case", "Program", "Place", "Remedy", "Row", "Verdict"]
+__all__ = ["PROGRAMS", "Case", "Place", "Program", "Remedy", "Row", "Verdict"]
