@@ -315,7 +315,7 @@ def test_what_is_read_as_trained_stays_as_it_is() -> None:
 
 
 def test_an_unknown_program() -> None:
-    with pytest.raises(FileError, match=r"unknown consumer 'comfy'; did you mean 'comfyui'\?"):
+    with pytest.raises(FileError, match=r"unknown program 'comfy'; did you mean 'comfyui'\?"):
         portable(made("lora", "linear").entry, "comfy")
 
 
