@@ -26,6 +26,7 @@ from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.opening import Opened, parse_opened
 from lycoris.files.programs.check import Check, judge_opened
+from lycoris.files.reading import resolve
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
 from programs.pipelines import PIPELINES
@@ -143,3 +144,27 @@ def outcome(model: Any, found: Opened, layer: str, after: Mapping[str, Affine]) 
     if not change.any():
         return "not at all"
     return "as trained" if float((change - expected).norm() / expected.norm()) < 1e-4 else "differently"
+
+
+def test_what_is_said_of_xlabs_processors(tmp_path: Path) -> None:
+    """diffusers' pipeline takes any file with a processor in a name for XLabs'."""
+    model, _ = model_of("flux1")
+    torch.manual_seed(0)
+    sizes = {
+        "single_blocks.0.processor.qkv_lora": (96, 32),
+        "single_blocks.0.processor.proj_lora": (32, 160),
+        "double_blocks.0.processor.qkv_lora1": (96, 32),
+        "double_blocks.0.processor.proj_lora2": (32, 32),
+    }
+    tensors = {}
+    for name, (rows, columns) in sizes.items():
+        tensors |= {f"{name}.up.weight": torch.randn(rows, 2), f"{name}.down.weight": torch.randn(2, columns)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    after = run_by_diffusers("flux1", tmp_path / "a.safetensors")
+    entries = resolve(tensors, model).entries
+    assert after.keys() == entries.keys()
+    for layer, (entry,) in entries.items():
+        weight = model.get_submodule(layer).weight.detach()
+        change = after[layer].weight - weight
+        assert torch.allclose(change, adapt_affine(entry, Affine(weight, None)).weight - weight, atol=1e-4)
+    assert set(said(judge_opened(parse_opened(tensors, {}, model), "diffusers")).values()) == {"as trained"}

@@ -307,7 +307,8 @@ DIFFUSERS: Mapping[str, Mapping[str, Known]] = {
     | partly("sdxl-unet", lost="lora_transformer_.*|lora_unet_add_embedding_.*")
     | _DIFFUSERS_ENCODERS,
     # The names themselves, behind `unet.`
-    "processors": wholly(*UNETS),
+    # _convert_xlabs_flux_lora_to_diffusers
+    "processors": wholly(*UNETS) | {"flux1": Known(lost=r"(?!(double|single)_blocks\.).*")},
     "bare": wholly("qwen-image", "z-image", "qwen-image-2.1", "minimax-h3"),
     "onetrainer-original": wholly("qwen-image", "z-image", "qwen-image-2.1", "minimax-h3"),
     "ai-toolkit": wholly("qwen-image", "z-image")

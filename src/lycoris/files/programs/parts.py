@@ -66,6 +66,9 @@ class Part:
         # Text encoders have other names only by a level that some versions of a class have.
         if architecture is None or self.component or own.folder or own.naming_for(architecture) == self.layout.naming:
             return self.own
+        if all(each.naming_for(architecture) != self.layout.naming for each in DIALECTS.values()):
+            # Names that are only read.
+            return self.own
         alike = (
             each.name
             for each in DIALECTS.values()
