@@ -119,7 +119,7 @@ class Inspection:
         ordered = sorted(values.items(), key=lambda item: item[1])
         middle = ordered[len(ordered) // 2][1]
         (low, least), (high, most) = ordered[0], ordered[-1]
-        return [f"{what:11} {middle:.3g} in the middle, {least:.3g} at {low}, {most:.3g} at {high}"]
+        return [f"{what:11} median {middle:.3g}, smallest {least:.3g} at {low}, largest {most:.3g} at {high}"]
 
     def _rank_lines(self) -> list[str]:
         ranked = [each for each in self.layers.values() if each.enough_rank is not None and each.rank is not None]
@@ -128,8 +128,8 @@ class Inspection:
         needed = sorted(each.enough_rank or 0 for each in ranked)
         used = sorted(each.effective_rank or 0.0 for each in ranked)
         return [
-            f"ranks       rank {needed[len(needed) // 2]} would do at {ENOUGH:.0%} error in half of the layers, "
-            f"{needed[-1]} in all; effective rank {used[len(used) // 2]:.1f} in the middle"
+            f"ranks       needed for {ENOUGH:.0%} error: median {needed[len(needed) // 2]}, largest {needed[-1]}; "
+            f"median effective rank {used[len(used) // 2]:.1f}"
         ]
 
 

@@ -62,9 +62,7 @@ class Resizing:
 
 
 def _span(ranks: list[int]) -> str:
-    return (
-        str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}, {ranks[len(ranks) // 2]} in the middle"
-    )
+    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}"
 
 
 def _worst(layers: list[tuple[Layer, Truncation]]) -> str:
