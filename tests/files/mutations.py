@@ -266,7 +266,7 @@ def tensors(r: random.Random, content: bytes) -> bytes:
         elif way == 4:
             found[key] = found[key].to(DTYPES[r.choice(list(DTYPES))])
         else:
-            found[key] = filled(r, found[key])
+            found[key] = fill_tensor(r, found[key])
         if not found:
             break
     return save({key: tensor.contiguous() for key, tensor in found.items()}, metadata={"format": "pt"})
@@ -295,7 +295,7 @@ def reshaped(r: random.Random, tensor: Tensor) -> Tensor:
     return r.choice(ways)()
 
 
-def filled(r: random.Random, tensor: Tensor) -> Tensor:
+def fill_tensor(r: random.Random, tensor: Tensor) -> Tensor:
     value = r.choice([float("nan"), float("inf"), -float("inf"), 1e38, -1.0, 0.0, 1e-45, 2.0**63])
     changed = tensor.clone().reshape(-1)
     if not changed.is_floating_point():

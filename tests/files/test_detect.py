@@ -77,7 +77,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
     where = Layout.from_outline(*of_family(family))
     for dialect in FILES:
-        written = encoded(where, family, dialect, layers)
+        written = encode_layers(where, family, dialect, layers)
         if not written:
             continue
         found = judge({name: tuple(tensor.shape) for name, tensor in written.items()}, {})
@@ -90,7 +90,7 @@ def of_family(family: str) -> tuple[Architecture, str]:
     return architecture, architecture.outlines[0]
 
 
-def encoded(where: Layout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
+def encode_layers(where: Layout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
     """A file of LoRA on some linear layers, without a header."""
     algorithm, entries = LoRA(rank=1), {}
     for path, g in where.layers.items():

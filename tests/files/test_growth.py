@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 DEV = {"modelspec.architecture": "flux-1-dev/lora"}
 
 
-def filled(shapes: dict[str, Shape], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def fill_tensors(shapes: dict[str, Shape], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     drawn = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=drawn).to(dtype) if shape else torch.tensor(float(RANK))
@@ -57,7 +57,7 @@ def same(one: Path, other: Path) -> None:
 
 def test_a_file_that_is_right_stays_what_it_is(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_file(filled(LOKR), source, DEV | {"lycoris_config": "{}"})
+    save_file(fill_tensors(LOKR), source, DEV | {"lycoris_config": "{}"})
     done = convert(source, target, portable="comfyui")
     same(source, target)
     assert header(target).metadata["lycoris_config"] == "{}"
@@ -67,7 +67,7 @@ def test_a_file_that_is_right_stays_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("shapes", "to"), [(LOKR, "kohya"), (LINEAR1, "lycoris")], ids=["joined", "cut"])
 def test_nothing_grows_unasked(shapes: dict[str, Shape], to: str, tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_file(filled(shapes), source, DEV)
+    save_file(fill_tensors(shapes), source, DEV)
     with pytest.raises(GrowthError, match=r"grow from .* to about \d.* (MB|GB) \(.* times as large\): lokr became a"):
         convert(source, target, to)
     assert not target.exists()
@@ -76,7 +76,7 @@ def test_nothing_grows_unasked(shapes: dict[str, Shape], to: str, tmp_path: Path
 def test_what_is_predicted_is_what_is_written(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     layers = {f"transformer_blocks_{at}_attn_{name}": (3072, 3072) for at in range(3) for name in ("to_q", "to_k")}
-    save_file(filled(lora("lycoris_", layers)), source, DEV)
+    save_file(fill_tensors(lora("lycoris_", layers)), source, DEV)
     with pytest.raises(GrowthError) as caught:
         convert(source, target, "kohya")
     done = convert(source, target, "kohya", allow_growth=True)
@@ -87,7 +87,7 @@ def test_what_is_predicted_is_what_is_written(tmp_path: Path) -> None:
 
 def test_programs_get_nothing_that_grows_either(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_file(filled(LINEAR1), source, DEV)
+    save_file(fill_tensors(LINEAR1), source, DEV)
     with pytest.raises(GrowthError) as caught:
         convert(source, target, portable="simpletuner")
     assert len(str(caught.value).splitlines()) <= 15
@@ -96,7 +96,7 @@ def test_programs_get_nothing_that_grows_either(tmp_path: Path) -> None:
 
 def test_a_precision_that_is_asked_for_is_no_growth(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_file(filled(lora("lora_unet_", FUSED)), source, DEV)
+    save_file(fill_tensors(lora("lora_unet_", FUSED)), source, DEV)
     convert(source, target, "comfyui", dtype=torch.float32)
     assert target.stat().st_size > 1.9 * source.stat().st_size
     rounded = convert(target, tmp_path / "c.safetensors", "kohya", dtype=torch.bfloat16)
@@ -117,7 +117,7 @@ def test_there_and_back(
 ) -> None:
     """Parts that share an input factor share it again, and ranks that only other parts had are gone."""
     first, there, back = (tmp_path / f"{name}.safetensors" for name in "abc")
-    save_file(filled(lora(prefix, layers)), first, DEV)
+    save_file(fill_tensors(lora(prefix, layers)), first, DEV)
     convert(first, there, through, allow_growth=True)
     convert(there, back, dialect)
     same(first, back)
@@ -125,7 +125,7 @@ def test_there_and_back(
 
 def test_guesses_are_not_written(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    save_file(filled(lora("lora_unet_", FUSED)), source, DEV)
+    save_file(fill_tensors(lora("lora_unet_", FUSED)), source, DEV)
     assert detect(source).models == {"": "flux.1-dev"}
     done = convert(source, target, "comfyui")
     told = header(target).metadata

@@ -234,7 +234,7 @@ def test_ai_toolkits_magnitude_is_that_of_dora() -> None:
     assert torch.equal(entry.tensors["magnitude"].flatten(), magnitude)
 
 
-def turned(weight: Tensor, parts: list[Tensor], alpha: float) -> Tensor:
+def rotate_weight(weight: Tensor, parts: list[Tensor], alpha: float) -> Tensor:
     """As networks/oft_flux.py of sd-scripts merges it, part by part."""
     found, start = [], 0
     for blocks in parts:
@@ -260,7 +260,7 @@ def test_rotations_in_parts(sizes: list[tuple[int, int]], alpha: float) -> None:
     assert isinstance(entry.algorithm, OFT)
     before = model.fc.weight.detach().clone()
     AdapterSet.load(model, found).attach().merge()
-    assert (model.fc.weight - turned(before, parts, alpha)).abs().max() < 1e-6
+    assert (model.fc.weight - rotate_weight(before, parts, alpha)).abs().max() < 1e-6
 
 
 def test_rotations_that_do_not_fit_name_their_program() -> None:

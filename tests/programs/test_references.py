@@ -179,7 +179,7 @@ def turn(q: Tensor) -> Tensor:
     return (eye + q) @ (eye - q).inverse()
 
 
-def turned(tensors: dict[str, Tensor], weight: Tensor, limit: float = 0.0) -> Tensor:
+def rotate_weight(tensors: dict[str, Tensor], weight: Tensor, limit: float = 0.0) -> Tensor:
     q = tensors["oft_blocks"] - tensors["oft_blocks"].mT
     if limit:
         q = q * min(1.0, limit / float(q.norm()))
@@ -190,19 +190,19 @@ def turned(tensors: dict[str, Tensor], weight: Tensor, limit: float = 0.0) -> Te
 def test_m9_the_limit_of_rotations_without_the_number_of_outputs() -> None:
     weight, tensors = base(), oft(size=0.1)
     for said in (alpha(0.04), alpha(0.0)):
-        expected = turned(tensors, weight, O * float(said["alpha"]))
+        expected = rotate_weight(tensors, weight, O * float(said["alpha"]))
         assert error(read(webui, tensors | said, weight), expected) < 1e-7
         assert error(read(simpletuner, tensors | said, weight), expected) < 1e-7
-    limited = turned(tensors, weight, O * 0.04)
+    limited = rotate_weight(tensors, weight, O * 0.04)
     assert error(read(comfyui, tensors | alpha(0.04), weight), limited) == pytest.approx(0.96, abs=0.02)
     # M10
-    assert error(read(comfyui, tensors | alpha(0.0), weight), turned(tensors, weight)) < 1e-7
+    assert error(read(comfyui, tensors | alpha(0.0), weight), rotate_weight(tensors, weight)) < 1e-7
 
 
 def test_m11_lengths_of_rotations() -> None:
     weight, tensors = base(), oft() | alpha(0.0)
     lengths = 1 + normal(O, 1, size=0.5)
-    change = turned(tensors, weight)
+    change = rotate_weight(tensors, weight)
     expected = lengths * (weight + change) - weight
     assert error(read(webui, tensors | {"rescale": lengths}, weight), expected) < 1e-12
     assert error(read(comfyui, tensors | {"rescale": lengths}, weight), change) < 1e-12
@@ -213,7 +213,7 @@ def test_m11_lengths_of_rotations() -> None:
 
 def test_m12_m13_strength_of_rotations() -> None:
     weight, tensors = base(), oft() | alpha(0.0)
-    half = 0.5 * turned(tensors, weight)
+    half = 0.5 * rotate_weight(tensors, weight)
     assert error(read(webui, tensors, weight, 0.5), half) < 1e-12
     assert error(read(simpletuner, tensors, weight, 0.5), half) < 1e-12
     assert error(read(comfyui, tensors, weight, 0.5), half) == pytest.approx(0.5)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 import tiny
 from cases import perturb
 from lycoris import AdapterSet, LoRA, Rule, plan
+from lycoris.algorithms import read_tensors
+from lycoris.algorithms.base import Entry
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.writing import compose
+from lycoris.layers.geometry import describe
 from programs import Refused, tuners
 from tiny import sdxl_unet
 
@@ -111,3 +114,14 @@ def test_diffusers_reads_clip(component: str, dialect: str) -> None:
     assert not torch.allclose(found, plain, atol=1e-4)
     architecture = "clip" if component == "text_encoder" else "clip-with-projection"
     assert PROGRAMS["diffusers"].known_keys(dialect, architecture) is not None
+
+
+@pytest.mark.parametrize(("rank", "reads"), [(1, "as trained"), (2, "not at all")])
+def test_lycoris_makes_a_whole_factor_from_half_its_size_on(rank: int, reads: str) -> None:
+    """Run with lycoris-lora 4.1.3: rank 1 loads, rank 2 stops with "no attribute 'lokr_w2_a'"."""
+    layer = nn.Linear(16, 16)
+    geometry = describe(layer)
+    assert geometry is not None
+    tensors = {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(4, rank), "lokr_w2_b": torch.ones(rank, 4)}
+    algorithm, own = read_tensors(tensors | {"alpha": torch.tensor(1.0)}, geometry, "layer")
+    assert PROGRAMS["simpletuner"].verdict(Entry(algorithm, geometry, own)).reads == reads

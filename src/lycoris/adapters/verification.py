@@ -152,7 +152,7 @@ def _train_once(
                 "nothing that the model returned has a gradient: no adapter was reached, or gradients are off inside"
             )
         try:
-            _reduce_output(found, which).backward()  # type: ignore[no-untyped-call]
+            _reduce_output(found, which).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
         except AttachError as told:
             stopped = str(told)
         gradients = [_gradient(layer) for layer in layers]

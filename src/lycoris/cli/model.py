@@ -51,7 +51,7 @@ def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         models = [each for each in dir(diffusers) if "Model" in each]
         raise ConfigError(f"{path}: {unknown('model class', str(name), nearest(str(name), models))}")
-    return _make_model(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]
+    return _make_model(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]  # of ModelMixin
 
 
 def _transformers(path: Path, config: dict[str, Any]) -> nn.Module:

@@ -151,8 +151,7 @@ class LycorisNetworkKohya(LycorisNetwork):
         self._keep(text=apply_text_encoder, unet=apply_unet)
         super().apply_to()
 
-    # The arguments are those by which trainers call it.
-    def merge_to(  # type: ignore[override]  # see above
+    def merge_to(  # type: ignore[override]  # the arguments are those by which trainers call it
         self,
         text_encoder: Any = None,
         unet: Any = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from lycoris.layers.geometry import Geometry
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
+from lycoris.ops.finite import is_finite
 
 DOWN = LoRA.keys["down"]
 
@@ -148,14 +149,11 @@ def _resolve(
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
 
-    def matched(some: Mapping[str, Tensor]) -> Match:
-        # Other names may be of other formats.
-        every = (
-            _match_dialect(some, each, layout, component, whose, header) for each in _dialects(some, dialect, prefix)
-        )
-        return max(every, key=lambda each: each.standing)
-
-    tensors, match, _, remarks = _settle_names(tensors, matched, settle=not as_written)
+    tensors, match, _, remarks = _settle_names(
+        tensors,
+        lambda some: _match_best(some, _dialects(some, dialect, prefix), layout, component, whose, header),
+        settle=not as_written,
+    )
     if not match.groups:
         raise FileError(nothing(match, tensors))
     if as_written:
@@ -220,16 +218,17 @@ class _Settled(NamedTuple):
 
 
 def _settle_names(
-    tensors: Mapping[str, Tensor], matched: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
+    tensors: Mapping[str, Tensor], match_best: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
 ) -> _Settled:
+    """`match_best` is asked for each set of names, for other names may be of another format."""
     own, aside = foreign.split_foreign(_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
-    match, wrapped = matched(tensors), wrappers.find_renames(tensors, wrappers.without_wrappers)
+    match, wrapped = match_best(tensors), wrappers.find_renames(tensors, wrappers.without_wrappers)
     if settle and not match.complete:
         used = {*match.used_names()}
         renamed = wrappers.find_renames(tensors, lambda name: name if name in used else wrappers.plainer(name))
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
-        again = matched(others) if renamed else match
+        again = match_best(others) if renamed else match
         # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
         if (len(again.used_names()), again.standing) > (len(match.used_names()), match.standing):
             return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
@@ -241,12 +240,11 @@ def settled_names(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping
     if not any(each.split(key) for each in DIALECTS.values() for key in tensors):
         return {}
     whose, _ = _family(None, header, "", layout)
-
-    def matched(some: Mapping[str, Tensor]) -> Match:
-        every = (_match_dialect(some, each, layout, "", whose, header) for each in _dialects(some, None, None))
-        return max(every, key=lambda each: each.standing)
-
-    return _settle_names(tensors, matched, settle=True).renamed
+    return _settle_names(
+        tensors,
+        lambda some: _match_best(some, _dialects(some, None, None), layout, "", whose, header),
+        settle=True,
+    ).renamed
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -294,6 +292,19 @@ def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | Non
         return list(DIALECTS.values())
     known = "; ".join(f"{d.name}: {next(iter(d.prefixes)) or 'no prefix'}..." for d in DIALECTS.values())
     raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")
+
+
+def _match_best(
+    tensors: Mapping[str, Tensor],
+    dialects: Iterable[Dialect],
+    layout: Layout,
+    component: str,
+    family: Family | None,
+    header: Mapping[str, str],
+) -> Match:
+    """Of some formats the one that explains the names best; see `Standing`."""
+    every = (_match_dialect(tensors, each, layout, component, family, header) for each in dialects)
+    return max(every, key=lambda each: each.standing)
 
 
 def _match_dialect(
@@ -377,19 +388,10 @@ def _alpha(group: Mapping[str, Tensor]) -> float | None:
 def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
     for suffix, tensor in group.items():
         # Whether alpha has to be finite is for the algorithm to say.
-        if suffix != ALPHA and not finite(tensor):
+        if suffix != ALPHA and not is_finite(tensor):
             raise FileError(f"{where}.{suffix} holds NaN or infinity")
     stack = []
     for part in forms.modern(group, geometry, where):
         algorithm, own = read_tensors(part, geometry, where)
         stack.append(Entry(algorithm, geometry, own))
     return tuple(stack)
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # NaN is both; many times as fast as a test of every number. Of one byte torch has no order.
-    least, most = (tensor.half() if tensor.itemsize == 1 else tensor).aminmax()
-    return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -28,10 +28,10 @@ from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 from lycoris.files.layout import Layout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import lora_adapter_metadata
-from lycoris.files.reading import finite
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
+from lycoris.ops.finite import is_finite
 from lycoris.ops.rounding import widen
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -137,7 +137,7 @@ def store_tensors(encoded: Encoded, dtype: torch.dtype | None, header: Mapping[s
     tensors = encoded.tensors
     if dtype is not None:
         tensors = _cast(tensors, dtype)
-    bad = next((key for key, tensor in tensors.items() if not finite(tensor)), None)
+    bad = next((key for key, tensor in tensors.items() if not is_finite(tensor)), None)
     if bad is not None:
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
     return Encoded(tensors, dict(header), encoded.notes)

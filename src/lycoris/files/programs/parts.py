@@ -224,8 +224,10 @@ class Part:
     def _absent(self) -> list[str]:
         """Keys of layers that the file has nothing for."""
         keys = {each.key for each in self.written.values()}
-        every = (self.prefix + name for name in self.layout.written_names(self.layout.naming, DIALECTS[self.own].style))
-        return [key for key in every if key not in keys]
+        written = self.layout.written_names(self.layout.naming, DIALECTS[self.own].style)
+        # A layer that goes by two names counts once, by the longer.
+        own = {layer: self.prefix + name for name, layer in written.items()}
+        return [key for key in own.values() if key not in keys]
 
     @cached_property
     def _incomplete(self) -> set[tuple[str | None, ...]]:
