@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lycoris import AdapterSet, LoKr, read, write
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import write_tensors
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import write_tensors
 from lycoris.files import load_tensors, resolve, save_tensors
 from lycoris.files.layout import Layout
 from lycoris.layers.geometry import Geometry

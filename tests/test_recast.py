@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt, relative
 from lycoris import DoRA, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, TLoRA
-from lycoris.algorithms import Norm, read_tensors, write_tensors
-from lycoris.algorithms.base import Algorithm, Entry, Matrix
+from lycoris.algorithms import Norm
+from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine, dense, low_rank, needs_base
+from lycoris.algorithms.layer_below import BareWeight
+from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import PlanError
 from lycoris.layers.geometry import Affine, sites
 
@@ -127,7 +129,7 @@ def test_a_tlora_without_its_start_takes_it_from_the_weight() -> None:
     for recast in (dense, low_rank):
         with pytest.raises(PlanError, match="tlora"):
             recast(short)
-    whole = entry._replace(tensors=entry.algorithm.complete(short.tensors, Matrix(entry.geometry, base.weight)))
+    whole = entry._replace(tensors=entry.algorithm.complete(short.tensors, BareWeight(entry.geometry, base.weight)))
     for recast in (dense, low_rank):
         assert relative(change(recast(short, base), base), change(whole, base)) < TOLERANCE
 

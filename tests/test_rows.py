@@ -16,9 +16,12 @@ from torch import Tensor
 from lycoris import OFT, Full, LoKr, LoRA
 from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import ALGORITHMS as KINDS
-from lycoris.algorithms import below_lengths, conversion, rows
-from lycoris.algorithms.additive import Ranked
-from lycoris.algorithms.base import Algorithm, Entry, Matrix, Part
+from lycoris.algorithms import conversion, rows
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.layer_below import BareWeight
+from lycoris.algorithms.ranked import Ranked
+from lycoris.algorithms.row_selection import Part
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
 
@@ -33,7 +36,7 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
     except ConfigError:
         return None
     adapter = Adapter(algorithm, g, dtype=torch.float64)
-    adapter.initialise(Matrix(g, weight))
+    adapter.initialise(BareWeight(g, weight))
     tensors = {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()}
     return Entry(algorithm, g, tensors)
 

@@ -23,10 +23,12 @@ from jobs import fully_sharded
 from lycoris import BOFT, OFT, AdapterSet, DoRA, LoKr, LoRA, Rule, TLoRA, explain, plan, read, verify, write
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import write_tensors
-from lycoris.algorithms.base import Algorithm, Entry, Matrix, Part
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.layer_below import BareWeight
+from lycoris.algorithms.row_selection import Part
 from lycoris.algorithms.rows import apart, join, share
 from lycoris.algorithms.slices import AdditiveSlice, Slice, fused_entry
+from lycoris.algorithms.tensors import write_tensors
 from lycoris.analysis.memory import memory
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files import encode, resolve
@@ -74,7 +76,7 @@ def entry_of(algorithm: Algorithm, layer: nn.Linear) -> Entry:
     geometry = describe(layer)
     assert geometry is not None
     adapter = Adapter(algorithm, geometry, dtype=torch.float64)
-    adapter.initialise(Matrix(geometry, layer.weight.detach()))
+    adapter.initialise(BareWeight(geometry, layer.weight.detach()))
     tensors = {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()}
     return Entry(algorithm, geometry, tensors)
 
@@ -319,7 +321,7 @@ def file_of(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.bfl
         except ConfigError:
             continue
         adapter = Adapter(algorithm, g)
-        adapter.initialise(Matrix(g, torch.randn(g.shape)))
+        adapter.initialise(BareWeight(g, torch.randn(g.shape)))
         tensors = {name: (t + 0.3 * torch.randn_like(t)).to(dtype) for name, t in adapter.whole().items()}
         own = write_tensors(algorithm, tensors, g)
         found |= {f"diffusion_model.{path}.{name}": tensor for name, tensor in own.items()}

@@ -17,7 +17,8 @@ from lycoris import OFT
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import conversion
-from lycoris.algorithms.base import Algorithm, Entry, Matrix
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.layer_below import BareWeight
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
@@ -96,7 +97,7 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
     except ConfigError:
         return None
     adapter = Adapter(algorithm, g, dtype=torch.float64)
-    adapter.initialise(Matrix(g, weight))
+    adapter.initialise(BareWeight(g, weight))
     return Entry(algorithm, g, {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()})
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cases import One, relative
 from lycoris import AdapterSet, Bundle
 from lycoris.adapters.attach import top
-from lycoris.algorithms import read_tensors
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.layers.geometry import describe
 
 HERE = Path(__file__).parent.parent / "golden"

@@ -17,7 +17,7 @@ from cases import LAYERS, PAIRS_WITH_SLICES, WITH_SLICES, One, adapt, dense, per
 from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule, TLoRA, plan
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.attach import bottom, top
-from lycoris.algorithms.base import Matrix
+from lycoris.algorithms.layer_below import BareWeight
 from lycoris.layers.geometry import sites
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
@@ -365,5 +365,5 @@ def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:
     adapter = Adapter(WITH_SLICES[name], geometry)
     for tensor in adapter.tensors().values():
         tensor.data.fill_(torch.nan)
-    adapter.initialise(Matrix(geometry, below.affine().weight) if alone else below)
+    adapter.initialise(BareWeight(geometry, below.affine().weight) if alone else below)
     assert all(tensor.isfinite().all() for tensor in adapter.tensors().values())

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cases import ALGORITHMS, LAYERS, PAIRS, LayerCase, One, adapt
 from lycoris import OFT, GLoRA
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine, needs_base
+from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import FileError, PlanError
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS, Verdict

@@ -10,9 +10,9 @@ import torch
 from test_programs import BESIDE, READERS, SAME, change, check_told, error, made, read_as
 from torch import Tensor
 
-from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
+from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import FileError
 from lycoris.files.dialects import forms
 from lycoris.files.programs import PROGRAMS

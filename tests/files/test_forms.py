@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tiny
 from lycoris import TLoRA
-from lycoris.algorithms import read_tensors
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.errors import FileError
 from lycoris.files import resolve
 from lycoris.layers.geometry import describe

@@ -8,9 +8,9 @@ from torch import nn
 
 from cases import ALGORITHMS, LAYERS, LayerCase, relative
 from lycoris import BOFT, OFT, DoRA, Full, LoHa, LoKr, LoRA
-from lycoris.algorithms import read_tensors, write_tensors
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine
+from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import FileError, PlanError
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.portable import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import tiny
 from cases import perturb
 from lycoris import AdapterSet, LoRA, Rule, plan
-from lycoris.algorithms import read_tensors
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import describe

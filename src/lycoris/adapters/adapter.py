@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lycoris.adapters.recomputation import PassHistory, PassState, values_of_pass
 from lycoris.adapters.usage import Seen, is_exporting
-from lycoris.algorithms.base import Algorithm, Base, Call, Matrix, interpolate, one_mask
+from lycoris.algorithms.base import Algorithm, interpolate
+from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.errors import AttachError
 from lycoris.layers import sharding
 from lycoris.layers.batch_layout import BatchLayout
@@ -112,14 +114,14 @@ class Adapter(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialise(self, below: Base) -> None:
+    def initialise(self, below: LayerBelow) -> None:
         """Draw new tensors; the layer's effect does not change."""
         if not self.geometry.stack:
             self.algorithm.initialise(self.tensors(), below)
             return
         weights = below.affine().weight
         for at, weight in enumerate(weights):
-            one = Matrix(replace(self.geometry, stack=0), weight)
+            one = BareWeight(replace(self.geometry, stack=0), weight)
             self.algorithm.initialise({name: tensor[at] for name, tensor in self.tensors().items()}, one)
 
     @torch.no_grad()
@@ -178,7 +180,7 @@ class Adapter(nn.Module):
         call = state.call
         return self.algorithm.draw(call if call.dropping is not None else replace(call, dropping=torch.ones(())), x)
 
-    def forward(self, below: Base, x: Tensor, state: PassState) -> Tensor:
+    def forward(self, below: LayerBelow, x: Tensor, state: PassState) -> Tensor:
         if not is_exporting():
             self.seen.called = True
         if state.silent:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.recomputation import PassState, replayed_random
 from lycoris.adapters.usage import is_exporting
-from lycoris.algorithms.base import Base, Matrix
+from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.errors import AttachError
 from lycoris.layers import base_weights, derivative, sharding
 from lycoris.layers.geometry import Affine, Geometry, describe, describe_parameter
@@ -94,7 +94,7 @@ def _run_with(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, affin
 class _Stage:
     """An adapter on top of something is again such a thing."""
 
-    def __init__(self, adapter: Adapter, below: Base, state: PassState) -> None:
+    def __init__(self, adapter: Adapter, below: LayerBelow, state: PassState) -> None:
         self.adapter, self.below, self.geometry, self.state = adapter, below, adapter.geometry, state
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Adapted:
         if not adapters:
             # Taken off since, while another library's wrapper still holds this method.
             return base_class(self).forward(self, x, *args, **kwargs)
-        below: Base = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
+        below: LayerBelow = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
         random = None
         for adapter in adapters:
             state = adapter.state_of_pass(x)
@@ -165,7 +165,7 @@ class Adapted:
             return below(x)
 
 
-def top(layer: nn.Module, attribute: str = "") -> Base:
+def top(layer: nn.Module, attribute: str = "") -> LayerBelow:
     """A layer, or a parameter of a module, with the adapters it has now, as the next one will find it below itself."""
     below = bottom(layer, attribute)
     for adapter in adapters_on(layer, attribute):
@@ -173,14 +173,14 @@ def top(layer: nn.Module, attribute: str = "") -> Base:
     return below
 
 
-def bottom(layer: nn.Module, attribute: str = "") -> Base:
+def bottom(layer: nn.Module, attribute: str = "") -> LayerBelow:
     """A layer, or a parameter of a module, without its adapters."""
     if attribute:
         parameter = layer._parameters[attribute]
         geometry = None if parameter is None else describe_parameter(parameter)
         if parameter is None or geometry is None:
             raise AttachError(f"{attribute} of this {type(layer).__name__} is not a matrix or a stack of them")
-        return Matrix(geometry, parameter)
+        return BareWeight(geometry, parameter)
     geometry = describe(layer)
     if geometry is None:
         raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")

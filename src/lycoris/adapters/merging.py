@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lycoris.adapters import attach, watching
 from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Call
+from lycoris.algorithms.call import Call
 from lycoris.errors import AttachError
 from lycoris.layers import base_weights, freezing, sharding, tied_parameters
 from lycoris.layers.geometry import Affine, site

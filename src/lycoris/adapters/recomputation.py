@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lycoris.algorithms.base import Call
+from lycoris.algorithms.call import Call
 from lycoris.errors import AttachError
 from lycoris.ops.torch_private import (
     CheckpointFrame,

@@ -1,176 +1,30 @@
-"""The algorithms, one file each, and what finds them by name or by the tensors of a file."""
+"""The algorithms: what an adapter computes. One file each, and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
-import torch
-from torch import Tensor
-
-from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.boft import BOFT
-from lycoris.algorithms.dora import DoRA, below_lengths
-from lycoris.algorithms.dylora import DyLoRA
-from lycoris.algorithms.full import Full
-from lycoris.algorithms.glora import GLoRA
-from lycoris.algorithms.ia3 import IA3
-from lycoris.algorithms.loha import LoHa
-from lycoris.algorithms.lokr import LoKr
-from lycoris.algorithms.lora import LoRA
-from lycoris.algorithms.norm import Norm
-from lycoris.algorithms.oft import OFT
-from lycoris.algorithms.replacement import Replace
-from lycoris.algorithms.slices import Slice
-from lycoris.algorithms.tlora import TLoRA
-from lycoris.errors import ConfigError, FileError
-from lycoris.layers.geometry import Geometry
+from lycoris.algorithms.boft import BOFT as BOFT
+from lycoris.algorithms.dora import DoRA as DoRA
+from lycoris.algorithms.dylora import DyLoRA as DyLoRA
+from lycoris.algorithms.full import Full as Full
+from lycoris.algorithms.glora import GLoRA as GLoRA
+from lycoris.algorithms.ia3 import IA3 as IA3
+from lycoris.algorithms.loha import LoHa as LoHa
+from lycoris.algorithms.lokr import LoKr as LoKr
+from lycoris.algorithms.lora import LoRA as LoRA
+from lycoris.algorithms.norm import Norm as Norm
+from lycoris.algorithms.oft import OFT as OFT
+from lycoris.algorithms.replacement import Replace as Replace
+from lycoris.algorithms.tlora import TLoRA as TLoRA
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
     {
-        algorithm.name: algorithm
-        for algorithm in (LoRA, LoHa, LoKr, DyLoRA, TLoRA, GLoRA, IA3, OFT, BOFT, Full, Norm, Replace, DoRA)
+        each.name: each
+        for each in list(globals().values())
+        if isinstance(each, type) and issubclass(each, Algorithm) and each is not Algorithm
     }
 )
-
-MAGNITUDE = DoRA.keys["magnitude"]
-ALPHA = "alpha"
-EMPTY = ("b", "diff_b")
-"""Slots whose zeros say nothing."""
-
-__all__ = [
-    "ALGORITHMS",
-    "BOFT",
-    "IA3",
-    "OFT",
-    "DoRA",
-    "DyLoRA",
-    "Full",
-    "GLoRA",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "Norm",
-    "Replace",
-    "TLoRA",
-    "below_lengths",
-    "number",
-    "read_tensors",
-    "write_tensors",
-]
-
-
-def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
-    """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in.
-
-    Raises `FileError` for a slice: its tensors are those of a layer with more rows.
-    """
-    if isinstance(algorithm, Slice):
-        raise FileError(f"a slice of the {algorithm.name} of a fused layer has no names in files: write all of it")
-    if g.stack:
-        one = replace(g, stack=0)
-        each = [write_tensors(algorithm, {name: t[at] for name, t in p.items()}, one) for at in range(g.stack)]
-        shared = {ALPHA, *(algorithm.keys[mark] for mark in algorithm.marks)}
-        return {key: t if key in shared else torch.stack([of[key] for of in each]) for key, t in each[0].items()}
-    inner = below_lengths(algorithm)
-    stored = inner.export_tensors({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
-    tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
-    alpha = inner.stored_alpha(g)
-    if alpha is not None:
-        tensors[ALPHA] = torch.tensor(alpha, dtype=torch.float32)
-    if isinstance(algorithm, DoRA):
-        tensors[MAGNITUDE] = p["magnitude"]
-    return tensors
-
-
-def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
-    """The algorithm and its tensors by slot name, from a layer's tensors as a file names them.
-
-    `where` names the layer in errors. Shapes are checked against the layer; trailing dimensions of 1 are taken as
-    the layer has them, so that a 1x1 convolution's adapter fits a linear layer of the same size.
-    """
-    if g.stack:
-        return _read_stack(tensors, g, where)
-    rest = dict(tensors)
-    alpha, magnitude = rest.pop(ALPHA, None), rest.pop(MAGNITUDE, None)
-    kind = _recognise(rest, g, where)
-    slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
-    p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
-    scale = None if alpha is None else number(alpha, f"{where}.alpha", infinite=not kind.uses_alpha(p))
-    try:
-        algorithm: Algorithm = kind.infer(p, g, scale)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(rest.items()))
-        raise FileError(f"{where}: these tensors make no {kind.name} for a {g}: {shapes} ({error})") from error
-    if magnitude is not None:
-        if not isinstance(algorithm, Additive):
-            raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
-        p["magnitude"] = magnitude
-        algorithm = DoRA.read(algorithm, p, g)
-    return algorithm, _fit_shapes(algorithm, {name: t for name, t in p.items() if name not in kind.marks}, g, where)
-
-
-def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
-    """Tensors with one more axis in front, for the matrices of a stacked parameter."""
-    parts = {key: tensor for key, tensor in tensors.items() if tensor.dim()}
-    wrong = next((key for key, tensor in parts.items() if len(tensor) != g.stack), None)
-    if wrong is not None:
-        raise FileError(f"{where}.{wrong} has {len(parts[wrong])} entries on its first axis; {g} needs {g.stack}")
-    one = replace(g, stack=0)
-    each = [
-        read_tensors({key: tensor[at] if key in parts else tensor for key, tensor in tensors.items()}, one, where)
-        for at in range(g.stack)
-    ]
-    return each[0][0], {name: torch.stack([p[name] for _, p in each]) for name in each[0][1]}
-
-
-def _recognise(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[Algorithm]:
-    suffixes = set(tensors)
-    fitting = [kind for kind in ALGORITHMS.values() if suffixes and suffixes <= set(kind.keys.values())]
-    fitting = [kind for kind in fitting if kind.claims(tensors)]
-    fitting.sort(key=lambda kind: g.kind not in kind.kinds)
-    if fitting and g.kind in fitting[0].kinds:
-        return fitting[0]
-    if fitting:
-        raise FileError(f"{where}: the file has {fitting[0].name} for a {g.kind}, which it does not serve")
-    partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.keys.values())]
-    why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here has just these"
-    told = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
-    raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
-
-
-def _fit_shapes(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
-    inner = below_lengths(algorithm)
-    names = dict(inner.keys) | DoRA.keys
-    try:
-        slots = algorithm.slots(g)
-    except ConfigError as error:
-        raise FileError(f"{where}: its {inner.name} does not fit a {g}: {error}") from error
-    # Frozen tensors may be left out, since the base weight determines them; some without the others say nothing.
-    some = any(name in p for name, slot in slots.items() if not slot.trainable)
-    fitted = {}
-    for name, slot in slots.items():
-        if name not in p:
-            if slot.trainable or some:
-                raise FileError(f"{where}: {inner.name} needs {names[name]}, which the file does not have")
-            continue
-        given = tuple(p[name].shape)
-        if [size for size in given if size != 1] != [size for size in slot.shape if size != 1]:
-            raise FileError(f"{where}.{names[name]} has shape {given}; a {g} needs {slot.shape}")
-        fitted[name] = p[name].reshape(slot.shape)
-    # Some programs want a change of the bias in the file even where the layer has none.
-    said = {name for name, tensor in p.items() if name not in EMPTY or tensor.any()}
-    extra = sorted(names[name] for name in said - slots.keys())
-    if extra:
-        raise FileError(f"{where}: {inner.name} on a {g} has no place for {', '.join(extra)}")
-    return fitted
-
-
-def number(tensor: Tensor, where: str, *, infinite: bool = False) -> float:
-    """The number that a tensor holds. Raises `FileError` for anything but one, real and, unless `infinite`, finite."""
-    one = tensor.numel() == 1 and not tensor.is_complex()
-    if not one or not (infinite or torch.isfinite(tensor.float()).all()):
-        raise FileError(f"{where} must be one finite number, not {tensor.tolist()!r:.80}")
-    return float(tensor)
+"""Name → class, of every class imported above."""

@@ -5,35 +5,22 @@ Legend: see `lycoris.algorithms.base`; r' is the rank of ΔW as a low-rank matri
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lycoris.algorithms.base import (
-    Algorithm,
-    Base,
-    Call,
-    Cost,
-    Params,
-    Part,
-    Slot,
-    apply_dropout,
-    common_dtype,
-    in_dtype_of,
-    joined_rows,
-    one_mask,
-)
+from lycoris.algorithms.base import Algorithm, in_dtype_of
+from lycoris.algorithms.call import Call, apply_dropout, one_mask
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.rebuilt_weight import Build, rebuilt
+from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.equality import identical, same
 from lycoris.ops.low_rank import add_product
-from lycoris.ops.rounding import widen
 
 TOKENS = 1024
 """Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
@@ -115,7 +102,7 @@ class Additive(Algorithm):
             bias = change.bias * scale if bias is None else bias + change.bias * scale
         return Affine(base.weight + (change.weight * scale).to(base.weight.dtype), bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         drops = self.dropout and call.dropping is not None
         if not drops and self._is_factored(g, _tokens(g, x)):
@@ -234,147 +221,6 @@ def _tokens(g: Geometry, x: Tensor) -> int:
     if g.kind == "embedding":
         return x.numel()
     return x.numel() // max(1, x.shape[-1] if g.channels_last else g.in_features * g.groups)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked(Algorithm):
-    """Settings of an algorithm with a rank and the scale convention alpha / rank."""
-
-    rank: int = 4
-    """Width of the factorisation, at least 1."""
-    alpha: float | None = None
-    """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
-    rs_lora: bool = False
-    """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
-    gate: bool = False
-    """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
-    rank_dropout: float = 0.0
-    """Probability that a training step leaves a rank out."""
-    rank_dropout_scale: bool = False
-    """Divide what the ranks that are left give by their share, so that its size stays the same on average."""
-
-    GATE_FOLDS_INTO: ClassVar[tuple[str, ...]]
-    """Slots that can take the gate when a file is written; the first one present does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"rank of {self.name} must be a whole number of at least 1, not {self.rank!r}")
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise ConfigError(f"alpha of {self.name} must be finite, not {self.alpha!r}")
-        if self.rank_dropout_scale and not self.rank_dropout:
-            raise ConfigError(f"rank_dropout_scale of {self.name} says how rank_dropout scales; give rank_dropout too")
-
-    def scale(self, g: Geometry) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
-
-    def stored_alpha(self, g: Geometry) -> float | None:
-        if self.rs_lora:
-            return self.scale(g) * self.rank
-        return float(self.rank if self.alpha is None else self.alpha)
-
-    def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        tensors = dict(p)
-        gate = tensors.pop("gate", None)
-        if gate is not None:
-            slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
-            tensors[slot] = widen(tensors[slot]) * widen(gate)
-        return tensors
-
-    @property
-    def drops(self) -> bool:
-        return super().drops or self.rank_dropout > 0
-
-    def draw(self, call: Call, x: Tensor) -> Call:
-        call = super().draw(call, x)
-        if call.dropping is None or not self.rank_dropout:
-            return call
-        keep = (torch.rand(1, self.rank, device=x.device) >= call.dropping * self.rank_dropout).float()
-        if self.rank_dropout_scale:
-            keep = keep / keep.mean().clamp_min(1 / self.rank)
-        return replace(call, keep=keep if call.keep is None else call.keep.to(keep) * keep)
-
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        if keep is None:
-            return p
-        own = one_mask(keep)
-        into = [name for name, slot in self.slots(g).items() if slot.role == "in"]
-        return dict(p) | {name: p[name] * own.to(p[name]).reshape(-1, *(1,) * (p[name].dim() - 1)) for name in into}
-
-    def waste(self, g: Geometry) -> str | None:
-        most = min(g.out_features, g.fan_in)
-        if self.rank <= most:
-            return None
-        return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
-
-    @classmethod
-    def common_scale(cls, parts: Sequence[Part]) -> float | None:
-        """The scale of all parts, None where they differ."""
-        scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
-        return scales.pop() if len(scales) == 1 else None
-
-    def _gate_slot(self) -> dict[str, Slot]:
-        return {"gate": Slot((1,), "gate")} if self.gate else {}
-
-    def _start_at_zero(self, p: Params, slot: str) -> None:
-        """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
-        torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
-
-
-def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
-    """The input factors (r, ...) of all parts one after the other, equal ones once; where those of each begin."""
-    starts: list[int] = []
-    kept: list[tuple[int, list[Tensor]]] = []
-    rank = 0
-    for part in parts:
-        own = [part.entry.tensors[slot] for slot in slots]
-        start = next((at for at, other in kept if all(map(identical, own, other))), None)
-        if start is None:
-            start = rank
-            kept.append((rank, own))
-            rank += len(own[0])
-        starts.append(start)
-    return starts, {slot: torch.cat([own[n] for _, own in kept]) for n, slot in enumerate(slots)}
-
-
-def side_by_side(
-    parts: Sequence[Part],
-    g: Geometry,
-    slot: str,
-    axis: int = 0,
-    gains: Sequence[float] = (),
-    starts: Sequence[int] = (),
-) -> Tensor:
-    """Factors with a row for each row of their layer and a column for each rank, on the diagonal of the whole one.
-
-    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts. `starts` is the first
-    rank of each part, as `shared_inputs` has it; (): one after the other.
-    """
-    tensors = [part.entry.tensors[slot] for part in parts]
-    ranks = [tensor.shape[1 - axis] for tensor in tensors]
-    first = starts or [sum(ranks[:n]) for n in range(len(ranks))]
-    total = max(at + rank for at, rank in zip(first, ranks, strict=True))
-    shape = [g.out_features, total] if axis == 0 else [total, g.out_features]
-    # A gain is multiplied in at full precision, and the result stays so.
-    tensors = [widen(tensor) * gain for tensor, gain in zip(tensors, gains, strict=True)] if gains else tensors
-    whole = tensors[0].new_zeros(*shape, *tensors[0].shape[2:], dtype=common_dtype(tensors))
-    for part, tensor, at, rank in zip(parts, tensors, first, ranks, strict=True):
-        columns = slice(at, at + rank)
-        whole[(part.rows, columns) if axis == 0 else (columns, part.rows)] = tensor
-    return whole
-
-
-def joined_outputs(parts: Sequence[Part], g: Geometry, slots: Sequence[str], axis: int = 0) -> dict[str, Tensor] | None:
-    """Tensors of parts that differ in these slots alone, which have a row for each of a layer's: the rows together.
-
-    None where they differ in more, as adapters do that were not cut from one.
-    """
-    tensors = [part.entry.tensors for part in parts]
-    rest = [{name: t for name, t in each.items() if name not in slots} for each in tensors]
-    if not all(same(each, rest[0]) for each in rest):
-        return None
-    return rest[0] | {name: joined_rows(parts, g, name, axis) for name in slots}
 
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lycoris.algorithms.base import Base, Call, Cost, Params, Slot, dense_forward
+from lycoris.algorithms.base import dense_forward
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.oft import OFT, length_slot
+from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -44,8 +48,8 @@ class BOFT(OFT):
         return {"blocks": Slot((n.bit_length(), n, s, s), "rotation")} | length_slot(self.rescale, g)
 
     @classmethod
-    def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
-        return "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 4
+    def claims(cls, shapes: Shapes) -> bool:
+        return len(shapes.get(cls.keys["blocks"], ())) == 4
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         rows = base.weight.flatten(1)
@@ -54,7 +58,7 @@ class BOFT(OFT):
         weight = rows.reshape(base.weight.shape)
         return Affine(weight * p["rescale"] if "rescale" in p else weight, base.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         if g.groups > 1:
             return dense_forward(self, p, below, x, call)

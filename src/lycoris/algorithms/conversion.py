@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lycoris.algorithms import DyLoRA, Full, GLoRA, LoRA, Norm, Replace
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Entry, Matrix, Params
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.layer_below import BareWeight
 from lycoris.algorithms.slices import own_rows
+from lycoris.algorithms.slots import Params
 from lycoris.errors import PlanError
 from lycoris.layers.geometry import Affine, Geometry
 
@@ -174,8 +176,8 @@ def _complete_tensors(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
         return entry.tensors
     weight, g = _require_base(entry, base).weight, _one(entry.geometry)
     if not entry.geometry.stack:
-        return entry.algorithm.complete(entry.tensors, Matrix(g, weight))
-    each = [entry.algorithm.complete(_at(entry.tensors, n), Matrix(g, w)) for n, w in enumerate(weight)]
+        return entry.algorithm.complete(entry.tensors, BareWeight(g, weight))
+    each = [entry.algorithm.complete(_at(entry.tensors, n), BareWeight(g, w)) for n, w in enumerate(weight)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
 

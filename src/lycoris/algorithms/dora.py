@@ -12,20 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import (
-    Algorithm,
-    Base,
-    Call,
-    Cost,
-    Entry,
-    Params,
-    Part,
-    Slot,
-    covers,
-    joined_rows,
-    one_mask,
-)
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, covers, joined_rows
 from lycoris.algorithms.slices import cut_additive, take_additive
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -73,7 +66,7 @@ class DoRA(Algorithm):
         shape = (g.out_features, 1, *ones) if self.axis == "out" else (1, g.in_features, *ones)
         return self.over.slots(g) | {"magnitude": Slot(shape, "length")}
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         self.over.initialise(_without_length(p), below)
         p["magnitude"].copy_(self._norm(p, below.affine().weight, below.geometry).view_as(p["magnitude"]))
 
@@ -111,7 +104,7 @@ class DoRA(Algorithm):
         norm = torch.linalg.vector_norm(below.weight, dim=self._others(g), keepdim=True) + EPSILON
         return Affine((below.weight * (p["magnitude"] / norm)).to(base.weight.dtype), below.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         keep = None if call.keep is None else one_mask(call.keep)
         with torch.autocast(x.device.type, enabled=False):
@@ -166,7 +159,7 @@ class DoRA(Algorithm):
         # The length of a column runs over all rows, and only the base weight tells what is whose.
         return g.out_features if self.axis == "in" else 1
 
-    def cut(self, g: Geometry, run: Run) -> Algorithm:
+    def cut(self, g: Geometry, run: Run) -> Self:
         return replace(self, over=cut_additive(self.over, g, run))
 
     def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.base import Call, Params, one_mask
+from lycoris.algorithms.call import Call, one_mask
 from lycoris.algorithms.lora import LoRA
+from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import nearest_divisor
@@ -70,6 +72,10 @@ class DyLoRA(LoRA):
         up, down = p["up"], p["down"]
         rows, columns = trained.reshape(-1, *(1,) * (down.dim() - 1)), trained.reshape(1, -1, *(1,) * (up.dim() - 2))
         return {"up": torch.where(columns, up, up.detach()), "down": torch.where(rows, down, down.detach())}
+
+    @classmethod
+    def claims(cls, shapes: Shapes) -> bool:
+        return False  # a file of it is one of LoRA, and is read as such
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -11,7 +11,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, joined_rows
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, joined_rows
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -47,7 +53,7 @@ class Full(Additive):
             raise ConfigError(f"full with weight=False trains biases, and this {g.kind} has none; leave it out")
         return weight | bias
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         for tensor in p.values():
             torch.nn.init.zeros_(tensor)
 
@@ -94,6 +100,12 @@ class Full(Additive):
     @classmethod
     def uses_alpha(cls, p: Params) -> bool:
         return False
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        if cls.keys["diff"] in shapes:
+            return axis_size(shapes, cls.keys["diff"], 0), column_count(shapes, cls.keys["diff"])
+        return axis_size(shapes, cls.keys["diff_b"], 0), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

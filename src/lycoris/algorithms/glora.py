@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import Ranked, add_mixed, amplify, low_rank_work
-from lycoris.algorithms.base import Base, Call, Cost, Params, Slot, dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.algorithms.additive import add_mixed, amplify, low_rank_work
+from lycoris.algorithms.base import dense_forward, in_dtype_of, uniform_like_linear
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.ranked import Ranked
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.rounding import widen
@@ -26,6 +32,7 @@ class GLoRA(Ranked):
 
     name: ClassVar[str] = "glora"
     keys: ClassVar = {"a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight"}
+    rank_tensors: ClassVar = ("b2",)
     GATE_FOLDS_INTO: ClassVar = ("a2",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -34,7 +41,7 @@ class GLoRA(Ranked):
         b1, b2 = Slot((g.out_features, r, *ones), "out"), Slot((r, *g.shape[1:]), "in")
         return {"a1": a1, "a2": a2, "b1": b1, "b2": b2} | self._gate_slot()
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         for name, tensor in p.items():
             if name != "gate":
                 uniform_like_linear(tensor, tensor[0].numel())
@@ -51,7 +58,7 @@ class GLoRA(Ranked):
         added = (p["b1"].flatten(1) @ p["b2"].flatten(1)).reshape(g.shape)
         return Affine(base.weight + (turned + added) * (p.get("gate", 1.0) * self.scale(g)), base.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         gain = call.strength * (p.get("gate", 1.0) * self.scale(g))
         plain = below.plain(x) if g.kind in ("linear", "embedding") else None
@@ -90,6 +97,13 @@ class GLoRA(Ranked):
         work = self.rank * (2 * g.in_features + g.out_features + g.fan_in)
         why = "A bends the input of the layer, B adds to its output"
         return Cost("factored", why, work, 3 * work, kept + g.channels_in)
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        out, back = cls.keys["b1"], cls.keys["b2"]
+        if axis_size(shapes, out, 1) != axis_size(shapes, back, 0):
+            out, back = back, out  # the first layout of GLoRA had the two the other way round
+        return axis_size(shapes, out, 0), column_count(shapes, back)
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

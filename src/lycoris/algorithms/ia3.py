@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, covers, joined_rows
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, covers, joined_rows
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -35,7 +40,7 @@ class IA3(Algorithm):
     def constants(self, g: Geometry) -> tuple[float, ...]:
         return (self.on_input,)
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         torch.nn.init.zeros_(p["w"])
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
@@ -47,7 +52,7 @@ class IA3(Algorithm):
         grouped = base.weight.reshape(g.groups, -1, *g.shape[1:])
         return Affine((grouped + grouped * w).reshape(base.weight.shape), base.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g, w = below.geometry, p["w"].reshape(-1) * call.strength
         if not self.on_input:
             return bend(below(x), w, g.channel_axis, below.bias())

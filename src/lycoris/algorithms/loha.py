@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import Additive, Ranked, joined_outputs, low_rank_work, shared_inputs, side_by_side
-from lycoris.algorithms.base import Algorithm, Base, Params, Part, Slot
+from lycoris.algorithms.additive import Additive, low_rank_work
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.ranked import Ranked, joined_outputs, shared_inputs, side_by_side
+from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.khatri_rao import khatri_rao
@@ -43,6 +48,7 @@ class LoHa(Ranked, Additive):
         "t1": "hada_t1",
         "t2": "hada_t2",
     }
+    rank_tensors: ClassVar = ("w1_b",)
     GATE_FOLDS_INTO: ClassVar = ("w1_a",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -53,7 +59,7 @@ class LoHa(Ranked, Additive):
         a, b = Slot((g.out_features, r), "out"), Slot((r, g.fan_in), "in")
         return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b} | self._gate_slot()
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         factors = 3 if "t1" in p else 2
         # A matrix is a sum over r (with a core over r²) products of `factors` numbers.
         terms = self.rank ** (factors - 1)
@@ -120,6 +126,13 @@ class LoHa(Ranked, Additive):
 
     def max_rank(self, g: Geometry) -> int:
         return min(self.rank**2, g.out_features, g.fan_in)
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        if cls.keys["t1"] in shapes:
+            out, columns = axis_size(shapes, cls.keys["w1_a"], 1), axis_size(shapes, cls.keys["w1_b"], 1)
+            return out, columns * math.prod(shapes[cls.keys["t1"]][2:])
+        return axis_size(shapes, cls.keys["w1_a"], 0), column_count(shapes, cls.keys["w1_b"])
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

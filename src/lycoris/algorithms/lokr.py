@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import Additive, Ranked
-from lycoris.algorithms.base import Algorithm, Base, Call, Params, Part, Slot, covers, uniform_like_linear
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Algorithm, uniform_like_linear
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.ranked import Ranked
+from lycoris.algorithms.row_selection import Part, covers
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -67,6 +73,7 @@ class LoKr(Ranked, Additive):
         "w2_b": "lokr_w2_b",
         "t2": "lokr_t2",
     }
+    rank_tensors: ClassVar = ("w2_b", "w1_b")
     GATE_FOLDS_INTO: ClassVar = ("w1", "w1_a")
 
     def __post_init__(self) -> None:
@@ -108,7 +115,7 @@ class LoKr(Ranked, Additive):
             slots |= {"w2_a": Slot((ok, r), "out"), "w2_b": Slot((r, inner * g.fan_in // g.in_features), "in")}
         return slots | self._gate_slot()
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         im = self.layout_for(below.geometry).im
         for name, tensor in p.items():
             if self.stable_init and name != "gate":
@@ -147,7 +154,7 @@ class LoKr(Ranked, Additive):
     def grain(self, g: Geometry) -> int:
         return g.out_features // self.layout_for(g).ol
 
-    def cut(self, g: Geometry, run: Run) -> Algorithm:
+    def cut(self, g: Geometry, run: Run) -> Self:
         return replace(self, layout=self.layout_for(g)._replace(ol=run.rows // self.grain(g)))
 
     def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
@@ -241,6 +248,17 @@ class LoKr(Ranked, Additive):
         if self.rank_dropout and not (layout.w1_split or layout.w2_split):
             return "rank_dropout has no rank to drop where both factors are whole; leave it out, or use dropout"
         return None
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        def size(names: Sequence[str], axis: int) -> int:
+            return max(axis_size(shapes, cls.keys[name], axis) for name in names)
+
+        ol, im = size(("w1", "w1_a"), 0), size(("w1", "w1_b"), 1)
+        if core := shapes.get(cls.keys["t2"]):
+            return ol * size(["w2_a"], 1), im * size(["w2_b"], 1) * math.prod(core[2:])
+        ok, inner = size(("w2", "w2_a"), 0), max(column_count(shapes, cls.keys[name]) for name in ("w2", "w2_b"))
+        return ol * ok, im * inner
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

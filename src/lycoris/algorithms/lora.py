@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,17 +10,14 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import (
-    Additive,
-    Ranked,
-    add_mixed,
-    amplify,
-    joined_outputs,
-    low_rank_work,
-    shared_inputs,
-    side_by_side,
-)
-from lycoris.algorithms.base import Algorithm, Base, Call, Params, Part, Slot, uniform_like_linear
+from lycoris.algorithms.additive import Additive, add_mixed, amplify, low_rank_work
+from lycoris.algorithms.base import Algorithm, uniform_like_linear
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.ranked import Ranked, joined_outputs, shared_inputs, side_by_side
+from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
 from lycoris.ops.low_rank import low_rank_gram
@@ -35,6 +33,7 @@ class LoRA(Ranked, Additive):
 
     name: ClassVar[str] = "lora"
     keys: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
+    rank_tensors: ClassVar = ("down",)
     GATE_FOLDS_INTO: ClassVar = ("up",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -45,7 +44,7 @@ class LoRA(Ranked, Additive):
             return {"up": up, "down": down, "mid": mid} | self._gate_slot()
         return {"up": up, "down": Slot((r, *g.shape[1:]), "in")} | self._gate_slot()
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         for name in ("up", "down", "mid"):
             if name in p:
                 uniform_like_linear(p[name], p[name][0].numel())
@@ -103,6 +102,11 @@ class LoRA(Ranked, Additive):
     def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
         return add_mixed(y, g, amplify(h, gain), p["up"].flatten(1))
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        kernel = math.prod(shapes.get(cls.keys.get("mid", ""), ())[2:])
+        return axis_size(shapes, cls.keys["up"], 0), column_count(shapes, cls.keys["down"]) * kernel
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

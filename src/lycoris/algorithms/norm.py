@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, interpolate, joined_rows
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, joined_rows
+from lycoris.algorithms.serialization import Shapes, axis_size
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry, Kind
 from lycoris.ops.blocks import Run
 
@@ -34,19 +39,12 @@ class Norm(Algorithm):
         bias = {"b": Slot(g.shape, "delta")} if g.has_bias else {}
         return {"w": Slot(g.shape, "delta")} | bias
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         for tensor in p.values():
             torch.nn.init.zeros_(tensor)
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         return Affine(base.weight + p["w"], None if base.bias is None else base.bias + p["b"])
-
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
-        base = below.affine()
-        # Summed in the adapter's precision: a small delta of a half-precision scale would round away.
-        wide = base.widen(p["w"].dtype)
-        whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
-        return below.run(x, whole.like(base))
 
     def grain(self, g: Geometry) -> int:
         return 1
@@ -69,6 +67,10 @@ class Norm(Algorithm):
     @classmethod
     def uses_alpha(cls, p: Params) -> bool:
         return False
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        return max(axis_size(shapes, name, 0) for name in cls.keys.values()), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,18 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.base import (
-    Algorithm,
-    Base,
-    Call,
-    Cost,
-    Params,
-    Part,
-    Slot,
-    common_dtype,
-    dense_forward,
-    joined_rows,
-)
+from lycoris.algorithms.base import Algorithm, dense_forward
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, common_dtype, joined_rows
+from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -66,14 +62,14 @@ class OFT(Algorithm):
     def constants(self, g: Geometry) -> tuple[float, ...]:
         return (self.constraint,)
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         torch.nn.init.zeros_(p["blocks"])
         if "rescale" in p:
             torch.nn.init.ones_(p["rescale"])
 
     @classmethod
-    def claims(cls, tensors: Mapping[str, Tensor]) -> bool:
-        return "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 3
+    def claims(cls, shapes: Shapes) -> bool:
+        return len(shapes.get(cls.keys["blocks"], ())) == 3
 
     def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
         turn = cayley(p["blocks"], self.constraint * g.out_features).to(base.weight.dtype)
@@ -81,7 +77,7 @@ class OFT(Algorithm):
         weight = (rows + turn.mT @ rows).reshape(base.weight.shape)
         return Affine(weight * p["rescale"] if "rescale" in p else weight, base.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         if g.groups > 1:
             return dense_forward(self, p, below, x, call)
@@ -95,7 +91,7 @@ class OFT(Algorithm):
     def grain(self, g: Geometry) -> int:
         return self.block_size
 
-    def cut(self, g: Geometry, run: Run) -> Algorithm:
+    def cut(self, g: Geometry, run: Run) -> Self:
         return replace(self, constraint=0.0) if self.constraint else self
 
     def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
@@ -137,6 +133,11 @@ class OFT(Algorithm):
 
     def stored_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        blocks = shapes.get(cls.keys["blocks"], ())
+        return (math.prod(blocks[-3:-1]) if len(blocks) > 2 else 0), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

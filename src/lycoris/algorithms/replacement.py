@@ -9,7 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Part, Slot, covers, interpolate, joined_rows
+from lycoris.algorithms.base import Algorithm, run_adapted
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.row_selection import Part, covers, joined_rows
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry, Kind
 from lycoris.ops.blocks import Run
@@ -48,7 +54,7 @@ class Replace(Algorithm):
             raise ConfigError(f"replace with weight=False replaces biases, and this {g.kind} has none; leave it out")
         return weight | bias
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         base = below.affine()
         if "w" in p:
             p["w"].copy_(below.geometry.transpose_stored(base.weight))
@@ -61,11 +67,8 @@ class Replace(Algorithm):
         weight = g.transpose_stored(p["w"]).to(base.weight.dtype) if "w" in p else base.weight
         return Affine(weight, p["b"].to(base.weight.dtype) if "b" in p else base.bias)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
-        base = below.affine()
-        wide = base.widen(next(iter(p.values())).dtype)
-        whole = interpolate(wide, self.transform(p, wide, below.geometry), call.strength)
-        return below.run(x, whole.like(base))
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
+        return run_adapted(self, p, below, x, call)
 
     def grain(self, g: Geometry) -> int:
         return 1
@@ -100,6 +103,12 @@ class Replace(Algorithm):
     @classmethod
     def uses_alpha(cls, p: Params) -> bool:
         return False
+
+    @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        if cls.keys["w"] in shapes:
+            return axis_size(shapes, cls.keys["w"], 0), column_count(shapes, cls.keys["w"])
+        return axis_size(shapes, cls.keys["b"], 0), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

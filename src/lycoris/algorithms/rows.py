@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lycoris.algorithms import EMPTY, DoRA, conversion, slices
-from lycoris.algorithms.additive import Additive, Ranked
-from lycoris.algorithms.base import Entry, Part
+from lycoris.algorithms import DoRA, conversion, slices
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.ranked import Ranked
+from lycoris.algorithms.row_selection import Part
 from lycoris.algorithms.slices import Slice
+from lycoris.algorithms.tensors import EMPTY
 from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.blocks import Run

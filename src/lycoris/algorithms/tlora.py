@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.additive import Additive, Ranked, low_rank_work
-from lycoris.algorithms.base import Base, Call, Params, Slot, one_mask
+from lycoris.algorithms.additive import Additive, low_rank_work
+from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.ranked import Ranked
+from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -50,6 +54,7 @@ class TLoRA(Ranked, Additive):
         "p0": "base_p.weight",
         "lam0": "base_lambda",
     }
+    rank_tensors: ClassVar = ("q",)
     GATE_FOLDS_INTO: ClassVar = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +74,7 @@ class TLoRA(Ranked, Additive):
     def rank_masked(self) -> bool:
         return True
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         g = below.geometry
         weight = _matrix(below) if self.data_init else None
         if weight is None:
@@ -79,7 +84,7 @@ class TLoRA(Ranked, Additive):
             p[name].copy_(start)
             p[f"{name}0"].copy_(start)
 
-    def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
+    def complete(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
         """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
         tensors = dict(p)
         if "q0" not in tensors:
@@ -166,10 +171,14 @@ class TLoRA(Ranked, Additive):
         return torch.cat([keep, keep.new_ones(*keep.shape[:-1], missing)], dim=-1) if missing else keep
 
     @classmethod
+    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+        return axis_size(shapes, cls.keys["p"], 0), column_count(shapes, cls.keys["q"])
+
+    @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         return cls(rank=p["q"].shape[0], alpha=alpha)
 
 
-def _matrix(below: Base) -> Tensor:
+def _matrix(below: LayerBelow) -> Tensor:
     """The weight below as (O, I·ΠK), in at least float32: singular values of half precision would be noise."""
     return widen(below.affine().weight.detach()).flatten(1)

@@ -12,10 +12,11 @@ import torch
 
 from lycoris.adapters.adapter import Group
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.algorithms import ALPHA, write_tensors
 from lycoris.algorithms.additive import TOKENS
-from lycoris.algorithms.base import Algorithm, Cost, Entry
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.slices import fused_entry
+from lycoris.algorithms.tensors import ALPHA, write_tensors
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
 from lycoris.targeting.planning import Placement, Plan

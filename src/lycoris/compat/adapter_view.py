@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from lycoris.adapters import attach
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.loading import fit_tensors, match_tensors, put
-from lycoris.algorithms import DoRA, below_lengths, conversion, read_tensors, write_tensors
+from lycoris.algorithms import DoRA, conversion
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Algorithm, Base, Call, Entry, Matrix
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.layer_below import BareWeight, LayerBelow
+from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.compat.assignable import Fact, Fixed
 from lycoris.compat.layers import FUNCTIONS, arguments, type_name
 from lycoris.compat.max_norm import shrink
@@ -203,12 +207,12 @@ class AdapterView(nn.Module):
 
     # -- what it changes ---------------------------------------------------------------------------------------------
 
-    def _below(self) -> Base:
+    def _below(self) -> LayerBelow:
         if self._parameter is not None:
-            return Matrix(self.geometry, self._parameter.below(self))
+            return BareWeight(self.geometry, self._parameter.below(self))
         return attach.bottom(self.org_module[0], self.adapter.attribute)
 
-    def _find_unmerged(self) -> Base:
+    def _find_unmerged(self) -> LayerBelow:
         """The same, for what depends on the weight from before a merge."""
         if self.adapter.merged and self._parameter is None:
             raise AttachError(f"{self.lora_name} is merged into the weight that this depends on; restore it first")

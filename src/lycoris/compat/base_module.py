@@ -20,8 +20,9 @@ from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.loading import complete_tensors
 from lycoris.adapters.recomputation import replayed_random
 from lycoris.adapters.strengths import finite
-from lycoris.algorithms import read_tensors
-from lycoris.algorithms.base import Algorithm, Entry, Matrix
+from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.layer_below import BareWeight
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.compat import timestep_masks
 from lycoris.compat.adapter_view import AdapterView
 from lycoris.compat.assignable import warn_of_both
@@ -276,7 +277,7 @@ class LycorisBaseModule(AdapterView):
         algorithm = cls._algorithm(geometry, dim, alpha, own)
         algorithm.check(geometry)
         adapter = Adapter(algorithm, geometry, **parameter.home)
-        adapter.initialise(Matrix(geometry, getattr(org_module, attr).detach()))
+        adapter.initialise(BareWeight(geometry, getattr(org_module, attr).detach()))
         made = cls.__new__(cls)
         made._become("", adapter, Site("", org_module, "", geometry), False, single=True)
         made.multiplier, made._parameter = multiplier, parameter

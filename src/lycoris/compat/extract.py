@@ -14,8 +14,9 @@ from lycoris import files
 from lycoris.adapters import attach
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import ALPHA, Full, LoRA, Norm, conversion
+from lycoris.algorithms import Full, LoRA, Norm, conversion
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import ALPHA
 from lycoris.compat.extract_layer import Mode, rank_for
 from lycoris.compat.kohya import components
 from lycoris.compat.merge import one_or_many

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.algorithms import OFT, below_lengths
-from lycoris.algorithms.additive import Ranked
+from lycoris.algorithms import OFT
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.ranked import Ranked
 from lycoris.compat import block_classes
 from lycoris.compat.inside import log_layers
 from lycoris.compat.kohya_network import LycorisNetworkKohya, Ratios

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from lycoris.adapters.adapter import Adapter
-from lycoris.algorithms import OFT, TLoRA, below_lengths
-from lycoris.algorithms.additive import Additive, Ranked
+from lycoris.algorithms import OFT, TLoRA
+from lycoris.algorithms.additive import Additive
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.ranked import Ranked
 
 
 @torch.no_grad()

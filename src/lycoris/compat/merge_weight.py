@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import conversion, read_tensors
+from lycoris.algorithms import conversion
 from lycoris.algorithms.base import Entry, interpolate
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.compat.functional.layer import geometry
 from lycoris.layers.geometry import Affine
 

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lycoris.algorithms import ALPHA, BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA, below_lengths
+from lycoris.algorithms import BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.tensors import ALPHA
 from lycoris.compat.assignable import Fact
 from lycoris.compat.base_module import LycorisBaseModule, settings
 from lycoris.compat.functional.diag_oft import get_r

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import DoRA, below_lengths
+from lycoris.algorithms import DoRA
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.dora import below_lengths
 from lycoris.compat.legacy_options import read_preset, rename_options, tell
 from lycoris.compat.quantized import check_trainable
 from lycoris.errors import ConfigError, FileError

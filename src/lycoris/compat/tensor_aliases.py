@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lycoris.adapters.adapter import Adapter
-from lycoris.algorithms import OFT, DoRA, Full, below_lengths
+from lycoris.algorithms import OFT, DoRA, Full
 from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.dora import below_lengths
 from lycoris.compat.assignable import Constant
 from lycoris.errors import ConfigError
 from lycoris.layers import sharding

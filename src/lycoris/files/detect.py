@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import ALGORITHMS, ALPHA, MAGNITUDE, Replace
+from lycoris.algorithms import OFT, Replace
+from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, find_layer_size, match_algorithms
 from lycoris.errors import FileError
 from lycoris.files import base_model, foreign
 from lycoris.files.choosing import Standing, standing
@@ -155,7 +155,7 @@ def _judge_dialects(
     decided = [*best.decided] or list(shapes)
     return Detection(
         dialect=best.dialect.name,
-        algorithms=_algorithms(best.suffixes),
+        algorithms=_algorithms(best.tensors.values()),
         family=best.family.name if best.family is not None else None,
         fits={component: tuple(_fits(best, component)) for component in best.layers},
         components={name: len(layers) for name, layers in best.layers.items()},
@@ -173,7 +173,7 @@ class _Reading:
     dialect: Dialect
     layers: dict[str, dict[str, Size]]
     """Component → layer as written → the size of its weight as far as its tensors tell, (O, I·ΠK); 0 for unknown."""
-    suffixes: dict[tuple[str, str], set[str]]
+    tensors: dict[tuple[str, str], dict[str, Shape]]
     candidates: list[Fit]
     others: dict[str, list[Fit]]
     """Other components → known models that have their layers."""
@@ -234,7 +234,7 @@ def _reading(
     return _Reading(
         dialect=dialect,
         layers=layers,
-        suffixes=_suffixes(parted.values()),
+        tensors=_group_by_layer(parted, shapes),
         candidates=own,
         others=others,
         family=family,
@@ -254,10 +254,10 @@ def _reading(
     )
 
 
-def _suffixes(keys: Iterable[Key]) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
-    for key in keys:
-        found.setdefault((key.prefix, key.layer), set()).add(key.suffix)
+def _group_by_layer(keys: Mapping[str, Key], shapes: Mapping[str, Shape]) -> dict[tuple[str, str], dict[str, Shape]]:
+    found: dict[tuple[str, str], dict[str, Shape]] = {}
+    for name, key in keys.items():
+        found.setdefault((key.prefix, key.layer), {})[key.suffix] = shapes[name]
     return found
 
 
@@ -291,45 +291,14 @@ def _group_by_component(
     for name, key in keys.items():
         component = whose(key)
         tensors.setdefault(component, {}).setdefault(key.layer, {})[key.suffix] = shapes[name]
-    return {of: {layer: size(own) for layer, own in layers.items()} for of, layers in tensors.items()}
+    return {
+        of: {layer: find_layer_size(_modernize(own)) for layer, own in layers.items()} for of, layers in tensors.items()
+    }
 
 
-ROWS = ("w_norm", "b_norm", "diff_b", "bias.set_weight")
-"""Tensors with one number for each output."""
-
-
-def size(tensors: Mapping[str, Shape]) -> Size:
-    """(O, I·ΠK) of the layer that some tensors of an adapter are for; 0 where they do not tell."""
-
-    def at(suffix: str, axis: int) -> int:
-        shape = tensors.get(suffix, ())
-        return shape[axis] if len(shape) > axis else 0
-
-    def columns(suffix: str) -> int:
-        return math.prod(tensors[suffix][1:]) if len(tensors.get(suffix, ())) > 1 else 0
-
-    if "lora_up.weight" in tensors:
-        core = math.prod(tensors["lora_mid.weight"][2:]) if "lora_mid.weight" in tensors else 1
-        return at("lora_up.weight", 0), columns("lora_down.weight") * core
-    if "hada_w1_a" in tensors and "hada_t1" not in tensors:
-        return at("hada_w1_a", 0), columns("hada_w1_b")
-    if whole := tensors.keys() & {"diff", "set_weight"}:
-        return at(min(whole), 0), columns(min(whole))
-    if "b1.weight" in tensors:
-        # The first layout of GLoRA had the two the other way round.
-        out, back = (
-            ("b1.weight", "b2.weight") if at("b1.weight", 1) == at("b2.weight", 0) else ("b2.weight", "b1.weight")
-        )
-        return at(out, 0), columns(back)
-    if "p_layer.weight" in tensors:
-        return at("p_layer.weight", 0), columns("q_layer.weight")
-    if blocks := tensors.keys() & {"oft_blocks", "oft_diag"}:
-        return (math.prod(tensors[min(blocks)][-3:-1]), 0) if len(tensors[min(blocks)]) > 2 else (0, 0)
-    if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
-        ol, im = at("lokr_w1", 0) or at("lokr_w1_a", 0), at("lokr_w1", 1) or at("lokr_w1_b", 1)
-        ok, inner = at("lokr_w2", 0) or at("lokr_w2_a", 0), columns("lokr_w2") or columns("lokr_w2_b")
-        return (0, 0) if "lokr_t2" in tensors else (ol * ok, im * inner)
-    return next((at(name, 0) for name in ROWS if name in tensors), 0), 0
+def _modernize(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Old rotations have the shape of what generates them today."""
+    return {OFT.keys["blocks"] if suffix == "oft_diag" else suffix: shape for suffix, shape in shapes.items()}
 
 
 MOST = 0.9
@@ -352,21 +321,22 @@ def _likely(each: Fit) -> tuple[float, int]:
     return each.share if each.share >= MOST else 0.0, -list(ARCHITECTURES).index(each.architecture.name)
 
 
-def _algorithms(suffixes: Mapping[tuple[str, str], set[str]]) -> dict[str, int]:
+def _algorithms(layers: Iterable[Mapping[str, Shape]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for own in suffixes.values():
-        plain = own - {ALPHA} - LENGTHS
-        kind = _algorithm(plain)
-        counts[f"dora over {kind}" if own & LENGTHS else kind] += 1
+    for own in layers:
+        kind = _algorithm(
+            _modernize({suffix: shape for suffix, shape in own.items() if suffix not in {ALPHA, *LENGTHS}})
+        )
+        counts[f"dora over {kind}" if own.keys() & LENGTHS else kind] += 1
     return dict(counts)
 
 
-def _algorithm(suffixes: set[str]) -> str:
+def _algorithm(tensors: Mapping[str, Shape]) -> str:
     """The algorithm of a layer's tensors; what changes or replaces the bias beside it counts as part of it."""
-    plain = suffixes - BIASES or suffixes
-    if plain <= WHOLE:
+    plain = {suffix: shape for suffix, shape in tensors.items() if suffix not in BIASES} or tensors
+    if plain.keys() <= WHOLE:
         return Replace.name if plain else "other"
-    return next((each.name for each in ALGORITHMS.values() if plain <= set(each.keys.values())), "other")
+    return next((each.name for each in match_algorithms(plain)), "other")
 
 
 LENGTHS = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import ALGORITHMS, DoRA, LoHa, LoRA, below_lengths
+from lycoris.algorithms import DoRA, LoHa, LoRA
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.tensors import RANK_TENSORS, match_algorithms
 from lycoris.errors import FileError
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
 from lycoris.files.dialects.base import Dialect
-from lycoris.files.dialects.forms import RANKED
 from lycoris.files.layout import Layout
 from lycoris.models.families.naming import Span
 
@@ -180,9 +181,9 @@ def _form(tensors: Mapping[str, tuple[int, ...]]) -> str:
     plain = tensors.keys() - {"alpha", "dora_scale", "lora_magnitude_vector"}
     # A change of the bias beside another algorithm.
     main = plain - {"diff_b", "lora_up.bias"} or plain
-    kind = next((each.name for each in ALGORITHMS.values() if main and main <= set(each.keys.values())), "other")
+    kind = next((each.name for each in match_algorithms({name: tensors[name] for name in main})), "other")
     lengths = "dora over " if plain != tensors.keys() - {"alpha"} else ""
-    rank = next((tensors[name][0] for name in RANKED if tensors.get(name)), None)
+    rank = next((tensors[name][0] for name in RANK_TENSORS if tensors.get(name)), None)
     return f"{lengths}{kind}" + ("" if rank is None else f" of rank {rank}")
 
 

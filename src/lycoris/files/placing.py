@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lycoris.algorithms import rows
-from lycoris.algorithms.base import Entry, Part
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.row_selection import Part
 from lycoris.errors import FileError
 from lycoris.files.layout import Layout
 from lycoris.models.families.naming import Span

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.load_report import Report, some
-from lycoris.algorithms import ALPHA, LoRA, read_tensors
+from lycoris.algorithms import LoRA
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import ALPHA, read_tensors
 from lycoris.errors import FileError, unknown
 from lycoris.files import foreign, placing, variants
 from lycoris.files.choosing import Standing, standing

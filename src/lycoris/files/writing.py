@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import ALPHA, MAGNITUDE, DoRA, Full, LoRA, Replace, TLoRA, write_tensors
+from lycoris.algorithms import DoRA, Full, LoRA, Replace, TLoRA
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, write_tensors
 from lycoris.errors import FileError, unknown
 from lycoris.files import described, placing
 from lycoris.files.container.storage import fitting, plain, save_tensors

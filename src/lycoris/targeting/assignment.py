@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from lycoris.algorithms import OFT, DoRA, DyLoRA, Norm
-from lycoris.algorithms.additive import Additive, Ranked
+from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import NothingMeantError, nearest
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes, factorize

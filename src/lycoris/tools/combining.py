@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import Full, LoRA, Norm, conversion
-from lycoris.algorithms.additive import Ranked
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import placing
 from lycoris.files.container.target import check_target

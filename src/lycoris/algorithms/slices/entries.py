@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lycoris.algorithms.base import Entry, Params, Part
+from lycoris.algorithms.base import Entry
+from lycoris.algorithms.row_selection import Part
 from lycoris.algorithms.slices.slice import BIASES, Slice
+from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.blocks import Run

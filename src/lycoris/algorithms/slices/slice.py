@@ -20,7 +20,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Algorithm, Base, Call, Cost, Params, Slot
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.cost import Cost
+from lycoris.algorithms.layer_below import LayerBelow
+from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.blocks import Run
@@ -101,7 +105,7 @@ class Slice(Algorithm):
     def slots(self, g: Geometry) -> dict[str, Slot]:
         return self.over.slots(self.fused_geometry(g))
 
-    def initialise(self, p: Params, below: Base) -> None:
+    def initialise(self, p: Params, below: LayerBelow) -> None:
         self.over.initialise(p, _Fused(self, below))
         if self.is_own(below.geometry) and not self.rows(below.geometry).wraps:
             # Once more through views: what follows from the weight is then, to the last bit, what a pass computes.
@@ -117,7 +121,7 @@ class Slice(Algorithm):
         weight, bias = self.over.transform(p, there, self.fused_geometry(g), keep)
         return Affine(self.rows(g).of(weight), None if bias is None else self.rows(g).of(bias))
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
         form = _form(self, g)
         if form.is_own:
@@ -137,7 +141,7 @@ class Slice(Algorithm):
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         raise ConfigError("tensors do not tell of which rows they are a slice")
 
-    def complete(self, p: Params, below: Base) -> dict[str, Tensor]:
+    def complete(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
         # Another tensor that is not there is one of another setting, which is refused by those who ask for it.
         if any(name not in p and slot.role == "frozen" for name, slot in self.slots(below.geometry).items()):
             raise FileError(
@@ -206,7 +210,7 @@ class AdditiveSlice(Slice, Additive):
             return Slice.transform(self, p, base, g, keep)
         return Additive.transform(self, p, base, g, keep)
 
-    def forward(self, p: Params, below: Base, x: Tensor, call: Call) -> Tensor:
+    def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         if self.is_own(below.geometry):
             return Slice.forward(self, p, below, x, call)
         return Additive.forward(self, p, below, x, call)
@@ -308,7 +312,7 @@ def _form(own: Slice, g: Geometry) -> _Form:
 class _Fused:
     """A fused layer of which only the rows of a slice are known, as what lies below its adapter; others are zero."""
 
-    def __init__(self, own: Slice, below: Base) -> None:
+    def __init__(self, own: Slice, below: LayerBelow) -> None:
         self.order, self.below, self.geometry = own.rows(below.geometry), below, own.fused_geometry(below.geometry)
 
     def affine(self) -> Affine:
@@ -331,7 +335,7 @@ class _Fused:
 class _Unrolled:
     """A layer with its rows in the order of the fused layer."""
 
-    def __init__(self, below: Base, order: Run) -> None:
+    def __init__(self, below: LayerBelow, order: Run) -> None:
         self.below, self.order, self.geometry = below, order, below.geometry
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.base import Algorithm, Call, Matrix
+from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.call import Call
+from lycoris.algorithms.layer_below import BareWeight
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.factorization import factorize
@@ -73,7 +75,7 @@ def start_tensors(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:
     g = geometry(weight.shape)
     algorithm.check(g)
     tensors = {name: torch.empty(slot.shape) for name, slot in algorithm.slots(g).items()}
-    algorithm.initialise(tensors, Matrix(g, weight))
+    algorithm.initialise(tensors, BareWeight(g, weight))
     return tensors
 
 

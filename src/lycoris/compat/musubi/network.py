@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.algorithms import below_lengths
 from lycoris.algorithms.base import Algorithm
+from lycoris.algorithms.dora import below_lengths
 from lycoris.compat.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, warn_of_unknown
 from lycoris.compat.kohya_network import Ratios
 from lycoris.compat.parts import Part, with_dropout

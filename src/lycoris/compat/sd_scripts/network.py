@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import LoKr, below_lengths
+from lycoris.algorithms import LoKr
 from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.dora import below_lengths
 from lycoris.compat.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, with_excludes
 from lycoris.compat.kohya import OWN, Component, components, read_network, set_up
 from lycoris.compat.kohya_network import Rate

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from lycoris.algorithms import MAGNITUDE
+from lycoris.algorithms.tensors import MAGNITUDE
 from lycoris.files.dialects.suffixes import SUFFIXES, canonical, remove_adapter_name
 from lycoris.files.dialects.wrappers import without_wrappers
 from lycoris.models.families.family import Architecture

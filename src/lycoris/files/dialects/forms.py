@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import ALPHA, OFT, Full, LoRA, Norm, Replace, number
+from lycoris.algorithms import OFT, Full, LoRA, Norm, Replace
+from lycoris.algorithms.tensors import ALPHA, RANK_TENSORS, number
 from lycoris.errors import FileError
 from lycoris.files.dialects.suffixes import PARTS
 from lycoris.layers.geometry import Geometry
@@ -35,8 +36,6 @@ DIFF, DIFF_B = Full.keys["diff"], Full.keys["diff_b"]
 SCALE_OF_NORM, SHIFT_OF_NORM = Norm.keys["w"], Norm.keys["b"]
 WEIGHT, BIAS = Replace.keys["w"], Replace.keys["b"]
 BLOCKS = OFT.keys["blocks"]
-RANKED = (DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight", "q_layer.weight")
-"""Factors whose first size is the rank."""
 
 
 def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
@@ -100,7 +99,7 @@ def _scale(own: Group, g: Geometry, where: str) -> None:
     if "scale" not in own:
         return
     scale = number(own.pop("scale"), f"{where}.scale")
-    ranked = next((own[key] for key in RANKED if key in own and own[key].dim()), None)
+    ranked = next((own[key] for key in RANK_TENSORS if key in own and own[key].dim()), None)
     whole = next((key for key in (DIFF, "lokr_w1") if key in own), None)
     if ranked is not None:
         own[ALPHA] = torch.tensor(scale * ranked.shape[0], dtype=torch.float64)

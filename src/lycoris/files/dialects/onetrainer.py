@@ -1,6 +1,6 @@
 """OneTrainer's five formats."""
 
-from lycoris.algorithms import MAGNITUDE
+from lycoris.algorithms.tensors import MAGNITUDE
 from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.comfyui import COMFYUI
 from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS, Diffusers

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from lycoris.algorithms import ALGORITHMS, ALPHA
+from lycoris.algorithms import ALGORITHMS
+from lycoris.algorithms.tensors import ALPHA
 
 VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

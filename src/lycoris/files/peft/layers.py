@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lycoris.adapters import attach, merging
-from lycoris.algorithms import Full, Norm, read_tensors
+from lycoris.algorithms import Full, Norm
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.tensors import read_tensors
 from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation

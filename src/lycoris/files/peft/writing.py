@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, below_lengths
+from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
 from lycoris.algorithms.base import Algorithm, Entry
+from lycoris.algorithms.dora import below_lengths
 from lycoris.errors import FileError
 from lycoris.files import placing
 from lycoris.files.container.kinds import CONFIG, WEIGHTS

@@ -6,9 +6,10 @@ import re
 
 import torch
 
-from lycoris.algorithms import ALPHA, IA3, MAGNITUDE
-from lycoris.algorithms.base import Matrix
+from lycoris.algorithms import IA3
 from lycoris.algorithms.conversion import adapt_affine
+from lycoris.algorithms.layer_below import BareWeight
+from lycoris.algorithms.tensors import ALPHA, MAGNITUDE
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.programs.errors import misplacement_error
 from lycoris.files.programs.program import Case, Test
@@ -334,7 +335,7 @@ def starts_elsewhere(case: Case) -> bool:
     base = case.base.widen(torch.float64)
     short = {name: tensor for name, tensor in case.entry.tensors.items() if not name.endswith("0")}
     principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
-    again = principal.complete(short, Matrix(case.entry.geometry, base.weight))
+    again = principal.complete(short, BareWeight(case.entry.geometry, base.weight))
     own, other = (
         adapt_affine(case.entry._replace(tensors=tensors), base).weight - base.weight
         for tensors in (case.entry.tensors, again)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import LoKr, below_lengths
+from lycoris.algorithms import LoKr
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.dora import below_lengths
 from lycoris.files.peft.factors import factorize_like_peft
 
 

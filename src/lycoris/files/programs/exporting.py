@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import below_lengths
+from lycoris.algorithms.dora import below_lengths
 from lycoris.errors import FileError, PlanError
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.dialects import DIALECTS

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lycoris.algorithms import LoKr, below_lengths
+from lycoris.algorithms import LoKr
+from lycoris.algorithms.dora import below_lengths
 from lycoris.files.programs.program import Case
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import factorize

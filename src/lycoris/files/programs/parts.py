@@ -9,8 +9,10 @@ from functools import cached_property
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import ALGORITHMS, ALPHA, DoRA, below_lengths
+from lycoris.algorithms import ALGORITHMS, DoRA
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.tensors import ALPHA
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
 from lycoris.files.layout import Layout

@@ -16,10 +16,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, Norm, below_lengths
+from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, Norm
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import dense, low_rank
+from lycoris.algorithms.dora import below_lengths
 from lycoris.algorithms.lokr import Layout
 from lycoris.errors import FileError, unknown
 from lycoris.files.programs import PROGRAMS, Place, Remedy

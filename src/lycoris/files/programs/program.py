@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms import DoRA, Replace, below_lengths
+from lycoris.algorithms import DoRA, Replace
 from lycoris.algorithms.base import Entry
+from lycoris.algorithms.dora import below_lengths
 from lycoris.files.programs.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.programs.routes import Route
 from lycoris.files.programs.taking import Place, Takes

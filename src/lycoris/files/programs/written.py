@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lycoris.algorithms import ALPHA
+from lycoris.algorithms.tensors import ALPHA, RANK_TENSORS
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import Key
@@ -72,10 +72,6 @@ def _split_name(name: str, key: Key) -> tuple[str, str]:
     return (found[1], found[2]) if found is not None else ("", name)
 
 
-RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")
-"""Factors whose first size is the rank."""
-
-
 def scales_in(found: Opened, written: Mapping[str, Written]) -> dict[str, tuple[float, float]]:
     """Layer as written → the scale that it has as a number of its own, and the one that alpha says."""
     scales = {}
@@ -83,7 +79,7 @@ def scales_in(found: Opened, written: Mapping[str, Written]) -> dict[str, tuple[
         scale = tensor_of(found, own, "scale")
         if scale is None or scale.numel() != 1:
             continue
-        alpha, ranked = tensor_of(found, own, ALPHA), next((name for name in RANKED if name in own.tensors), None)
+        alpha, ranked = tensor_of(found, own, ALPHA), next((name for name in RANK_TENSORS if name in own.tensors), None)
         its = 1.0 if alpha is None or ranked is None else float(alpha) / own.tensors[ranked][0]
         scales[layer] = (float(scale), its)
     return scales
