@@ -1,22 +1,17 @@
 """Every algorithm with its options, and every kind of layer: what the contracts run over.
 
-A new algorithm has to have configurations here: `contracts/test_equality.py` fails until it does.
+A new algorithm is here with its default settings; add those under which it takes paths of its own.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lycoris import (
     BOFT,
     IA3,
     OFT,
-    AdapterSet,
     DoRA,
     DyLoRA,
     Full,
@@ -26,15 +21,21 @@ from lycoris import (
     LoRA,
     Norm,
     Replace,
-    Rule,
     TLoRA,
-    plan,
 )
-from lycoris.adapters.attach import base_class, top
+from lycoris.algorithms import ALGORITHMS as REGISTRY
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.slices import AdditiveSlice, Slice
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import sites
+from lycoris.testing import layers as testing_layers
+from lycoris.testing.algorithms import adapt as adapt
+from lycoris.testing.algorithms import perturb as perturb
+from lycoris.testing.algorithms import relative as relative
+from lycoris.testing.layers import Experts as Experts
+from lycoris.testing.layers import HalfNorm as HalfNorm
+from lycoris.testing.layers import LayerCase
+from lycoris.testing.layers import OneLayer as One
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),
@@ -96,6 +97,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "lokr-stable": LoKr(rank=1, stable_init=True, decompose_both=True),
 }
 """Ranks above what the smallest layers hold are meant: such adapters are wasteful, and exact."""
+COVERED = {each.name for each in ALGORITHMS.values()}
+ALGORITHMS |= {name: kind() for name, kind in REGISTRY.items() if name not in COVERED}
 
 SLICES: dict[str, Algorithm] = {
     "slice-lora": AdditiveSlice(over=LoRA(rank=3, alpha=2.0), start=2, others=5),
@@ -114,93 +117,10 @@ NOT_ALONE = (SLICES["slice-boft-rolled"],)
 """Slices that no file can hold by themselves: their rows are an adapter only together with the others."""
 
 
-class HalfNorm(nn.Module):
-    """As model libraries write theirs: no class of torch, no bias, a formula of its own."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * (0.5 + self.weight)
-
-
-class Fused(nn.Module):
-    """A bare matrix that its module uses by itself."""
-
-    def __init__(self, o: int, i: int) -> None:
-        super().__init__()
-        self.weight_in = nn.Parameter(torch.randn(o, i) / i**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) @ self.weight_in.T
-
-
-class Experts(nn.Module):
-    """A stack of matrices, one for each entry of the batch."""
-
-    def __init__(self, e: int, o: int, i: int) -> None:
-        super().__init__()
-        self.experts = nn.Parameter(torch.randn(e, o, i) / i**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eti,eoi->eto", x, self.experts)
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    make: type[nn.Module]
-    args: tuple[object, ...]
-    options: dict[str, object]
-    x: tuple[int, ...]
-
-    def layer(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        return self.make(*self.args, **self.options).to(dtype)
-
-    def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        if self.make is nn.Embedding:
-            return torch.randint(0, 9, self.x)
-        return torch.randn(self.x, dtype=dtype)
-
-
 LAYERS: dict[str, LayerCase] = {
-    "linear": LayerCase(nn.Linear, (12, 18), {}, (2, 5, 12)),
-    "linear-no-bias": LayerCase(nn.Linear, (18, 12), {"bias": False}, (4, 18)),
-    "linear-prime": LayerCase(nn.Linear, (7, 13), {}, (2, 2, 3, 7)),
-    "linear-one-vector": LayerCase(nn.Linear, (8, 8), {}, (8,)),
-    "conv1d": LayerCase(nn.Conv1d, (6, 8, 3), {"padding": 1}, (2, 6, 9)),
-    "conv2d": LayerCase(nn.Conv2d, (6, 8, 3), {"padding": 1}, (2, 6, 5, 6)),
-    "conv2d-stride": LayerCase(nn.Conv2d, (8, 6, 3), {"stride": 2, "dilation": 2, "padding": 2}, (2, 8, 9, 8)),
-    "conv2d-rectangle": LayerCase(nn.Conv2d, (4, 8, (1, 3)), {"padding": (0, 1), "bias": False}, (2, 4, 5, 6)),
-    "conv2d-1x1": LayerCase(nn.Conv2d, (8, 12, 1), {}, (2, 8, 4, 4)),
-    "conv2d-same": LayerCase(nn.Conv2d, (4, 8, 3), {"padding": "same", "dilation": 2}, (2, 4, 6, 6)),
-    "conv2d-circular": LayerCase(nn.Conv2d, (4, 8, 3), {"padding": 1, "padding_mode": "circular"}, (2, 4, 5, 5)),
-    "conv2d-reflect": LayerCase(nn.Conv2d, (4, 8, 3), {"padding": (1, 0), "padding_mode": "reflect"}, (2, 4, 5, 5)),
-    "conv2d-groups": LayerCase(nn.Conv2d, (8, 12, 3), {"padding": 1, "groups": 4}, (2, 8, 4, 4)),
-    "conv2d-depthwise": LayerCase(nn.Conv2d, (6, 6, 3), {"padding": 1, "groups": 6}, (2, 6, 4, 4)),
-    "conv2d-unbatched": LayerCase(nn.Conv2d, (4, 8, 3), {"padding": 1}, (4, 5, 5)),
-    "conv3d": LayerCase(nn.Conv3d, (4, 6, (1, 3, 3)), {"padding": (0, 1, 1)}, (1, 4, 2, 4, 5)),
+    **testing_layers.LAYERS,
     "conv1d-transformers": LayerCase(Conv1D, (18, 12), {}, (2, 5, 12)),
-    "embedding": LayerCase(nn.Embedding, (9, 8), {}, (2, 5)),
-    "layer-norm": LayerCase(nn.LayerNorm, (8,), {}, (2, 5, 8)),
-    "layer-norm-2d": LayerCase(nn.LayerNorm, ((3, 4),), {"bias": False}, (2, 3, 4)),
-    "group-norm": LayerCase(nn.GroupNorm, (2, 6), {}, (2, 6, 3, 4)),
-    "rms-norm": LayerCase(nn.RMSNorm, (8,), {"eps": 1e-4}, (2, 8)),
-    "own-norm": LayerCase(HalfNorm, (8,), {}, (2, 5, 8)),
-    "parameter": LayerCase(Fused, (8, 12), {}, (2, 5, 12)),
-    "experts": LayerCase(Experts, (3, 8, 6), {}, (3, 5, 6)),
 }
-
-
-class One(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def serves(model: nn.Module, algorithm: Algorithm) -> bool:
@@ -221,36 +141,3 @@ PAIRS_WITH_SLICES = [
 ]
 PAIRS = [(name, layer) for name, layer in PAIRS_WITH_SLICES if name in ALGORITHMS]
 """Every algorithm on every layer that it serves."""
-
-
-def adapt(model: nn.Module, *algorithms: Algorithm, name: str = "default", random: bool = True) -> AdapterSet:
-    """Attach algorithms to every layer, in the layers' dtype, with tensors that have an effect."""
-    dtype = next(model.parameters()).dtype
-    rule = Rule(algorithms, kind="*")
-    adapters = AdapterSet.build(model, plan(model, rule, strict=False), name=name, dtype=dtype).attach()
-    if random:
-        perturb(adapters)
-    return adapters
-
-
-@torch.no_grad()
-def perturb(adapters: AdapterSet, size: float = 0.3) -> None:
-    for parameter in adapters.parameters():
-        parameter.add_(size * torch.randn_like(parameter))
-
-
-def dense(model: One, x: Tensor) -> Tensor:
-    """What a model of one layer gives with the weight that its adapters make, by the layer's own operation."""
-    ((_, layer, attribute, _),) = sites(model)
-    affine = top(layer, attribute).affine()
-    if not attribute:
-        return top(layer).run(x, affine)
-    plain = copy.deepcopy(layer)
-    plain.__class__ = base_class(plain)
-    return torch.func.functional_call(plain, {attribute: affine.weight}, (x,))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest value."""
-    a, b = a.detach(), b.detach()
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

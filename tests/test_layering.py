@@ -21,6 +21,7 @@ ORDER = (
     {"training", "tools"},
     {"compat"},
     {"integrations"},
+    {"testing"},
     # What old clients import, one line each over compat.
     {"config", "config_sdk", "functional", "kernels", "kohya", "logging", "modules", "utils", "wrapper"},
     {"demo"},

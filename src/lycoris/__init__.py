@@ -124,6 +124,8 @@ def __getattr__(name: str) -> Any:
         return found
     if name in package.names():
         return package.find(name)
+    if name[:1].isupper() and hasattr(algorithms := import_module("lycoris.algorithms"), name):
+        return getattr(algorithms, name)
     if not name.startswith("_") and find_spec(f"lycoris.{name}") is not None:
         return import_module(f"lycoris.{name}")
     raise AttributeError(f"module 'lycoris' has no attribute {name!r}")

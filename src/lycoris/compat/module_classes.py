@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from lycoris.compat.base_module import LycorisBaseModule, settings
 from lycoris.compat.functional.diag_oft import get_r
 from lycoris.compat.functional.general import weight_decompose
 from lycoris.compat.legacy_options import tell
-from lycoris.errors import ConfigError, FileError
+from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
 from lycoris.targeting.options import TOP, parse_optional, parse_options
 from lycoris.targeting.remarks import Remark
@@ -289,10 +290,17 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
     """The class of modules that have an algorithm."""
-    found = CLASSES.get(type(below_lengths(algorithm)))
-    if found is None:
-        raise ConfigError(f"{below_lengths(algorithm).name} has no module class; use AdapterSet")
-    return found
+    inner = type(below_lengths(algorithm))
+    return CLASSES.get(inner) or _build_class(inner)
+
+
+@cache
+def _build_class(algorithm: type[Algorithm]) -> type[LycorisBaseModule]:
+    """A class for an algorithm that lycoris-lora 4.1.3 did not have."""
+    names = tuple(algorithm.keys.values())
+    listed: dict[str, Any] = {"name": algorithm.name, "algo": algorithm.name, "weight_list": (*names, *_LENGTHS)}
+    listed |= {"weight_list_det": names[:1], "__doc__": algorithm.__doc__, "__module__": __name__}
+    return type(f"{algorithm.__name__}Module", (LycorisBaseModule,), listed)
 
 
 def get_module(

@@ -17,7 +17,7 @@ from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import NothingMeantError, nearest
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import butterfly_sizes, factorize
-from lycoris.targeting.options import OPTIONS, OVERRIDE, algorithm_class, parse_optional, parse_options
+from lycoris.targeting.options import OVERRIDE, algorithm_class, options_of, parse_optional, parse_options
 from lycoris.targeting.planning import USUAL, Plan, around, block_classes, check_something_left, place, servable
 from lycoris.targeting.preset import LAYER_CLASSES, names_class
 from lycoris.targeting.recipe import Recipe
@@ -61,11 +61,7 @@ def algorithm(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -
     own = parse_options(algo, {k: v for k, v in override.items() if k not in OVERRIDE}, "", False, [])
     options = {**recipe.options, **own}
     cls = algorithm_class(algo)
-    values = {
-        entry.field: options[name]
-        for name, entry in OPTIONS.items()
-        if entry.field and name in options and algo in entry.algorithms
-    }
+    values = {entry.field: options[name] for name, entry in options_of(algo).items() if entry.field and name in options}
     rank, alpha = _size(recipe, geometry, override)
     if issubclass(cls, OFT):
         return cls.from_options(values | {"block_size": _block_size(algo, geometry, rank)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lycoris.errors import ConfigError, unknown
@@ -77,6 +79,9 @@ OPTIONS: Mapping[str, Option] = {
 }
 """Options that any algorithm of the format knows."""
 
+KINDS: Mapping[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+"""Annotations of settings that a config can give."""
+
 SCHEDULE = ("tlora_min_rank", "tlora_alpha")
 """Options of the one schedule that all T-LoRA layers of a recipe share."""
 
@@ -105,19 +110,52 @@ def unknown_option(name: str, where: str) -> Remark:
 
 
 def check_algorithm(name: str) -> None:
-    """Raise `ConfigError` for a name that no algorithm has."""
+    """Raise `ConfigError` for a name that no algorithm has.
+
+    An algorithm that lycoris-lora 4.1.3 did not have needs no entry here: its name is that of its module, and its
+    options are its settings.
+    """
     known = dict(ALGORITHMS)
-    if name not in known:
+    if name not in known and not (name.isidentifier() and _has_module(name)):
         raise ConfigError(unknown("algorithm", name, known))
 
 
+def _has_module(name: str) -> bool:
+    # By its file first: a wrong name is to be refused before torch is imported.
+    if not (Path(__file__).parents[1] / "algorithms" / f"{name}.py").exists():
+        return False
+    from lycoris import algorithms
+
+    return name in algorithms.ALGORITHMS
+
+
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The algorithm of a name in configs. Raises `ConfigError` for an unknown one."""
+    """Return the class of an algorithm by its name in configs. Raises `ConfigError` for an unknown one."""
     from lycoris import algorithms
 
     check_algorithm(name)
-    found: type[Algorithm] = getattr(algorithms, dict(ALGORITHMS)[name])
+    known = dict(ALGORITHMS)
+    found: type[Algorithm] = getattr(algorithms, known[name]) if name in known else algorithms.ALGORITHMS[name]
     return found
+
+
+def options_of(algo: str) -> Mapping[str, Option]:
+    """Return the options of an algorithm by their names in configs.
+
+    Of an algorithm that is not in `ALGORITHMS`, they are the options for all, those that set a field that it has, and
+    its other fields under their own names. Rank and alpha are sizes and no options.
+    """
+    if algo in ALL:
+        return {name: option for name, option in OPTIONS.items() if algo in option.algorithms}
+    own = {field.name: str(field.type) for field in fields(algorithm_class(algo))}
+    shared = {
+        name: option
+        for name, option in OPTIONS.items()
+        if (option.algorithms == ALL if option.field is None else option.field in own)
+    }
+    named = {option.field for option in shared.values()}
+    others = own.keys() - named - {"rank", "alpha"}
+    return shared | {name: Option(name, (algo,), KINDS[own[name].split(" | ")[0]]) for name in sorted(others)}
 
 
 def parse_options(
@@ -125,21 +163,23 @@ def parse_options(
 ) -> dict[str, Any]:
     """Options that reach the algorithm or the recipe. The others are refused or remarked upon."""
     options: dict[str, Any] = {}
+    own = options_of(algo)
+    known = {**OPTIONS, **own}
     for name, value in given.items():
-        if name not in OPTIONS:
+        if name not in known:
             remark = unknown_option(name, where)
             if strict:
                 raise ConfigError(remark.removesuffix("; it was ignored"))
             remarks.append(remark)
             continue
-        entry = OPTIONS[name]
+        entry = known[name]
         parsed = parse_optional(value, name, entry.kind)
         if not entry.built:
             if parsed:
                 raise ConfigError(
                     f"{name} = {value!r}{where} is not built yet; leave it out or set it to {entry.kind()!r}"
                 )
-        elif algo not in entry.algorithms:
+        elif name not in own:
             if parsed:
                 remarks.append(Remark(f"{algo} has no {name}{where}; it is for {', '.join(entry.algorithms)}"))
         elif parsed is not None:
