@@ -20,6 +20,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, write_tensors
 from lycoris.errors import FileError, unknown
 from lycoris.files import described, placing
+from lycoris.files.container import format_version
 from lycoris.files.container.storage import fitting, plain, save_tensors
 from lycoris.files.container.target import check_target
 from lycoris.files.dialects import DIALECTS, history
@@ -201,7 +202,7 @@ def _header(
         for prefix, bundle in by_prefix.items()
         for layer, stack in bundle.entries.items()
     }
-    told = {history.SCALES: _scale_as_json(scales)}
+    told = {format_version.KEY: str(format_version.CURRENT), history.SCALES: _scale_as_json(scales)}
     if family is not None:
         told[FAMILY] = family.name
     if main is not None and main.base is not None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lycoris.errors import FileError
+from lycoris.files.container.format_version import check_format
 from lycoris.files.container.headers import DTYPES, LONE, header
 from lycoris.files.container.kinds import HEADER_LIMIT, PICKLES, examine
 from lycoris.files.container.pickles import load_pickle
@@ -52,6 +53,7 @@ def load_tensors(
             f"{path.with_suffix('.pt').name}, or better save its tensors as safetensors"
         )
     head = header(path)
+    check_format(head.metadata, path)
     try:
         with safe_open(path, framework="pt") as file:
             names = [key for key in head.tensors if only is None or only(key)]
@@ -66,6 +68,7 @@ def load_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]
         tensors, metadata = load_tensors(path)
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata
     found = header(path)
+    check_format(found.metadata, path)
     return {name: info.shape for name, info in found.tensors.items()}, dict(found.metadata)
 
 
