@@ -62,7 +62,7 @@ def _ours(layer: nn.Module, case: Case) -> Attached:
         "lokr-full": lambda: made("LoKr", full_matrix=True, factor=s["factor"]),
         "oft": lambda: made("OFT", block_size=s["block"]),
         "boft": lambda: made("BOFT", block_size=s["block"]),
-        "dora": lambda: made("DoRA", over=made("LoRA", rank=s["rank"])),
+        "dora": lambda: made("DoRA", inner=made("LoRA", rank=s["rank"])),
         "glora": lambda: made("GLoRA", rank=s["rank"]),
         "ia3": lambda: made("IA3"),
         "tlora": lambda: made("TLoRA", rank=s["rank"]),

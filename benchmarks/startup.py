@@ -24,7 +24,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     OFT(block_size=32),
     BOFT(block_size=10),
     Full(),
-    DoRA(over=LoRA(rank=16)),
+    DoRA(inner=LoRA(rank=16)),
     TLoRA(rank=16),
 )
 

@@ -32,19 +32,21 @@ from lycoris.testing import layers as testing_layers
 from lycoris.testing.algorithms import adapt as adapt
 from lycoris.testing.algorithms import perturb as perturb
 from lycoris.testing.algorithms import relative as relative
+from lycoris.testing.layers import BareMatrix, LayerCase
 from lycoris.testing.layers import Experts as Experts
 from lycoris.testing.layers import HalfNorm as HalfNorm
-from lycoris.testing.layers import LayerCase
 from lycoris.testing.layers import OneLayer as One
+
+Fused = BareMatrix
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),
     "lora-rs": LoRA(rank=4, alpha=2.0, rs_lora=True),
-    "lora-gate": LoRA(rank=2, gate=True),
+    "lora-scalar": LoRA(rank=2, use_scalar=True),
     "lora-tucker": LoRA(rank=3, alpha=1.5, tucker=True),
     "loha": LoHa(rank=2, alpha=1.0),
     "loha-high-rank": LoHa(rank=5, alpha=3.0),
-    "loha-gate": LoHa(rank=2, gate=True),
+    "loha-scalar": LoHa(rank=2, use_scalar=True),
     "loha-tucker": LoHa(rank=3, alpha=2.0, tucker=True),
     "lokr": LoKr(rank=1, alpha=0.5),
     "lokr-factor": LoKr(rank=2, alpha=1.0, factor=2),
@@ -52,7 +54,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "lokr-full-matrix": LoKr(full_matrix=True, factor=4),
     "lokr-both": LoKr(rank=1, alpha=2.0, decompose_both=True),
     "lokr-unbalanced": LoKr(rank=1, alpha=2.0, unbalanced=True),
-    "lokr-gate": LoKr(rank=1, gate=True),
+    "lokr-scalar": LoKr(rank=1, use_scalar=True),
     "lokr-tucker": LoKr(rank=1, alpha=2.0, tucker=True, factor=2),
     "tlora": TLoRA(rank=3, alpha=2.0),
     "tlora-last": TLoRA(rank=2, vectors="last"),
@@ -61,19 +63,19 @@ ALGORITHMS: dict[str, Algorithm] = {
     "tlora-wide": TLoRA(rank=40),
     "full": Full(),
     "full-weight": Full(bias=False),
-    "dora-lora": DoRA(over=LoRA(rank=3, alpha=2.0)),
-    "dora-lora-in": DoRA(over=LoRA(rank=3, alpha=2.0), axis="in"),
-    "dora-loha": DoRA(over=LoHa(rank=2, alpha=1.0)),
-    "dora-lokr": DoRA(over=LoKr(rank=1, alpha=0.5)),
-    "dora-lokr-in": DoRA(over=LoKr(full_matrix=True), axis="in"),
-    "dora-loha-high-rank": DoRA(over=LoHa(rank=5, alpha=1.0)),
-    "dora-gate-in": DoRA(over=LoRA(rank=2, gate=True), axis="in"),
-    "dora-full": DoRA(over=Full(bias=False)),
+    "dora-lora": DoRA(inner=LoRA(rank=3, alpha=2.0)),
+    "dora-lora-in": DoRA(inner=LoRA(rank=3, alpha=2.0), axis="in"),
+    "dora-loha": DoRA(inner=LoHa(rank=2, alpha=1.0)),
+    "dora-lokr": DoRA(inner=LoKr(rank=1, alpha=0.5)),
+    "dora-lokr-in": DoRA(inner=LoKr(full_matrix=True), axis="in"),
+    "dora-loha-high-rank": DoRA(inner=LoHa(rank=5, alpha=1.0)),
+    "dora-scalar-in": DoRA(inner=LoRA(rank=2, use_scalar=True), axis="in"),
+    "dora-full": DoRA(inner=Full(bias=False)),
     "dylora-rs": DyLoRA(rank=4, block_size=2, rs_lora=True),
-    "dora-dylora": DoRA(over=DyLoRA(rank=4, block_size=2)),
+    "dora-dylora": DoRA(inner=DyLoRA(rank=4, block_size=2)),
     "dylora": DyLoRA(rank=4, alpha=2.0, block_size=2),
     "glora": GLoRA(rank=2, alpha=1.0),
-    "glora-gate": GLoRA(rank=2, gate=True),
+    "glora-scalar": GLoRA(rank=2, use_scalar=True),
     "glora-rs": GLoRA(rank=4, alpha=2.0, rs_lora=True),
     "ia3": IA3(),
     "ia3-in": IA3(on_input=True),
@@ -92,7 +94,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "full-drops": Full(dropout=0.2, module_dropout=0.3),
     "tlora-drops": TLoRA(rank=3, rank_dropout=0.3),
     "oft-drops": OFT(block_size=2, module_dropout=0.5),
-    "dora-drops": DoRA(over=LoRA(rank=3, dropout=0.3, rank_dropout=0.3)),
+    "dora-drops": DoRA(inner=LoRA(rank=3, dropout=0.3, rank_dropout=0.3)),
     "loha-stable": LoHa(rank=3, stable_init=True),
     "lokr-stable": LoKr(rank=1, stable_init=True, decompose_both=True),
 }
@@ -101,14 +103,14 @@ COVERED = {each.name for each in ALGORITHMS.values()}
 ALGORITHMS |= {name: kind() for name, kind in REGISTRY.items() if name not in COVERED}
 
 SLICES: dict[str, Algorithm] = {
-    "slice-lora": AdditiveSlice(over=LoRA(rank=3, alpha=2.0), start=2, others=5),
-    "slice-lokr": AdditiveSlice(over=LoKr(rank=1, alpha=0.5, dropout=0.2), start=3, others=6),
-    "slice-lokr-rolled": AdditiveSlice(over=LoKr(full_matrix=True, factor=4), start=3),
-    "slice-tlora": AdditiveSlice(over=TLoRA(rank=2), start=4, others=4),
-    "slice-full": AdditiveSlice(over=Full(), start=1, others=3),
-    "slice-dora-lokr": Slice(over=DoRA(over=LoKr(full_matrix=True, factor=4)), start=3, others=6),
-    "slice-oft": Slice(over=OFT(block_size=2, constraint=0.02, rescale=True), start=2, others=4),
-    "slice-boft-rolled": Slice(over=BOFT(block_size=2), start=3),
+    "slice-lora": AdditiveSlice(inner=LoRA(rank=3, alpha=2.0), start=2, others=5),
+    "slice-lokr": AdditiveSlice(inner=LoKr(rank=1, alpha=0.5, dropout=0.2), start=3, others=6),
+    "slice-lokr-rolled": AdditiveSlice(inner=LoKr(full_matrix=True, factor=4), start=3),
+    "slice-tlora": AdditiveSlice(inner=TLoRA(rank=2), start=4, others=4),
+    "slice-full": AdditiveSlice(inner=Full(), start=1, others=3),
+    "slice-dora-lokr": Slice(inner=DoRA(inner=LoKr(full_matrix=True, factor=4)), start=3, others=6),
+    "slice-oft": Slice(inner=OFT(block_size=2, constraint=0.02, rescale=True), start=2, others=4),
+    "slice-boft-rolled": Slice(inner=BOFT(block_size=2), start=3),
 }
 """Rows of an algorithm on a fused layer: in no file by themselves, and on a layer like any algorithm."""
 WITH_SLICES = ALGORITHMS | SLICES

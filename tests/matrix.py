@@ -25,7 +25,7 @@ from lycoris.files.programs.portable import portable
 from programs import Refused
 
 LAYERS = ("linear", "conv2d", "conv1d", "conv3d")
-LEFT_OUT = ("drops", "stable", "gate")
+LEFT_OUT = ("drops", "stable", "scalar")
 """In names of settings that make the same files as others."""
 
 

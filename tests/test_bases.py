@@ -124,7 +124,7 @@ def test_activations_in_half_precision(base: str, dtype: torch.dtype) -> None:
     model, x = One(CPU[base].layer()), torch.randn(2, 5, 64, dtype=dtype)
     with torch.autocast("cpu", dtype):
         plain = model(x)
-        adapters = AdapterSet.build(model, plan(model, Rule(DoRA(over=LoRA(rank=2))))).attach()
+        adapters = AdapterSet.build(model, plan(model, Rule(DoRA(inner=LoRA(rank=2))))).attach()
         assert torch.equal(model(x), plain)
         perturb(adapters, 0.1)
         model(x).float().sum().backward()
@@ -168,7 +168,7 @@ def test_layerwise_casting_of_diffusers_leaves_adapters_alone() -> None:
 
 def test_adapters_of_other_layers_are_cast_with_them() -> None:
     model = One(nn.Linear(4, 4))
-    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2, gate=True)))).attach()
+    adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2, use_scalar=True)))).attach()
     model.bfloat16()
     assert {parameter.dtype for parameter in adapters.parameters()} == {torch.bfloat16}
     model.to(torch.float8_e4m3fn)
@@ -189,7 +189,7 @@ class Packed(nn.Linear):
 def test_what_cannot_be_read_is_refused_by_name() -> None:
     model = One(Packed())
     with pytest.raises(AttachError, match=r"Packed stores its weight as Packed of uint8.*cannot be read densely"):
-        AdapterSet.build(model, plan(model, Rule(DoRA(over=LoRA(rank=2)))))
+        AdapterSet.build(model, plan(model, Rule(DoRA(inner=LoRA(rank=2)))))
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2)))).attach()
     assert torch.equal(model(torch.ones(1, 8)), torch.full((1, 4), 2.0))
     with pytest.raises(AttachError, match="stored as Packed of uint8"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lycoris import AdapterSet, ConfigError, DoRA, FileError, LoKr, LoRA, Rule, TLoRA, plan, read
 from lycoris.integrations.checkpoints import checkpoint_adapters
 
-ALGORITHMS = [LoKr(rank=2), DoRA(over=LoRA(rank=2)), TLoRA(rank=2)]
+ALGORITHMS = [LoKr(rank=2), DoRA(inner=LoRA(rank=2)), TLoRA(rank=2)]
 
 
 def net() -> nn.Sequential:

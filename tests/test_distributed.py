@@ -37,7 +37,7 @@ from ranks import Ranks
 
 OFTEN = ["lora", "loha-high-rank", "lokr-full-matrix", "tlora", "dora-lora", "oft"]
 SERVING = [name for name, layer in PAIRS if layer == "linear-one-vector"]
-DRAWING = [name for name in SERVING if ALGORITHMS[name].drops]
+DRAWING = [name for name in SERVING if ALGORITHMS[name].has_dropout]
 """Dropout differs from process to process, as it should."""
 LINEAR = [name for name in SERVING if name not in DRAWING]
 SELDOM = [name for name in LINEAR if name not in OFTEN]

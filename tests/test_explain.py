@@ -110,7 +110,7 @@ def test_dense_ways_keep_nothing_per_token() -> None:
     assert (layer.way, layer.kept) == ("dense", 0)
     assert "multiplications" in layer.why
     assert saved_per_token(algorithm, torch.float32) == (0, True)
-    bent = DoRA(over=LoRA(rank=3, dropout=0.3), axis="in")
+    bent = DoRA(inner=LoRA(rank=3, dropout=0.3), axis="in")
     assert saved_per_token(bent, torch.float32)[0] == explain(plan(One(nn.Linear(256, 256)), Rule(bent))).saved_bytes
 
 
@@ -167,7 +167,7 @@ def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> 
     adapters = adapt(model, algorithm)
     tokens = x.numel() if g.kind == "embedding" else x.numel() // g.channels_in
     gone = []
-    own = type(algorithm).product
+    own = type(algorithm).add_product
 
     def product(*args: object) -> Tensor:
         gone.append(True)

@@ -26,7 +26,7 @@ ROOMY: dict[str, LayerCase] = {
     "conv3d": LayerCase(nn.Conv3d, (16, 24, (1, 3, 3)), {}, (1, 16, 2, 4, 5)),
 }
 THIN: dict[str, Algorithm] = {
-    "lora-gate": LoRA(rank=2, gate=True),
+    "lora-scalar": LoRA(rank=2, use_scalar=True),
     "lora-tucker": LoRA(rank=3, alpha=1.5, tucker=True),
     "loha": LoHa(rank=2, alpha=1.0),
     "lokr": LoKr(rank=1, alpha=0.5),
@@ -129,7 +129,7 @@ def test_a_tlora_without_its_start_takes_it_from_the_weight() -> None:
     for recast in (dense, low_rank):
         with pytest.raises(PlanError, match="tlora"):
             recast(short)
-    whole = entry._replace(tensors=entry.algorithm.complete(short.tensors, BareWeight(entry.geometry, base.weight)))
+    whole = entry._replace(tensors=entry.algorithm.fill_missing(short.tensors, BareWeight(entry.geometry, base.weight)))
     for recast in (dense, low_rank):
         assert relative(change(recast(short, base), base), change(whole, base)) < TOLERANCE
 

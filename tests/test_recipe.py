@@ -107,7 +107,7 @@ def test_every_known_option_is_honoured_refused_or_remarked(algo: str, option: s
 def test_options_that_need_others() -> None:
     assert planned(algo="lora", dora_wd=True, wd_on_output=False)["head"].axis == "in"
     assert planned(algo="lora", dora_wd=True, wd_on_out=False)["head"].axis == "in"
-    assert planned(algo="lora", dora_wd=True)["head"] == DoRA(over=LoRA(rank=4, alpha=1.0))
+    assert planned(algo="lora", dora_wd=True)["head"] == DoRA(inner=LoRA(rank=4, alpha=1.0))
     assert planned(algo="tlora", use_data_init=False)["head"] == TLoRA(rank=4, alpha=1.0, data_init=False)
 
 

@@ -18,7 +18,7 @@ from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import ALGORITHMS as KINDS
 from lycoris.algorithms import conversion, rows
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.layer_below import BareWeight
 from lycoris.algorithms.ranked import Ranked
 from lycoris.algorithms.row_selection import Part
@@ -36,7 +36,7 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
     except ConfigError:
         return None
     adapter = Adapter(algorithm, g, dtype=torch.float64)
-    adapter.initialise(BareWeight(g, weight))
+    adapter.initialize(BareWeight(g, weight))
     tensors = {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()}
     return Entry(algorithm, g, tensors)
 
@@ -81,7 +81,7 @@ def test_cut(name: str, kind: str, cut: slice) -> None:
         return
     assert step.entry.geometry.out_features == cut.stop - cut.start
     assert relative(change(step.entry, weight[cut]), change(whole, weight)[cut]) < EXACT
-    kinds = {type(below_lengths(each.algorithm)) for each in (step.entry, whole)}
+    kinds = {type(unwrap_dora(each.algorithm)) for each in (step.entry, whole)}
     assert (len(kinds) > 1) == bool(step.note)
 
 
@@ -187,7 +187,7 @@ def test_any_layout_of_lokr(data: st.DataObject) -> None:
 
 def test_every_algorithm_says_whether_it_can_be_cut() -> None:
     """One that says nothing must be on this list, so that nobody forgets."""
-    assert not [name for name, kind in KINDS.items() if kind.grain is Algorithm.grain]
+    assert not [name for name, kind in KINDS.items() if kind.row_block_size is Algorithm.row_block_size]
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

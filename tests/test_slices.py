@@ -76,7 +76,7 @@ def entry_of(algorithm: Algorithm, layer: nn.Linear) -> Entry:
     geometry = describe(layer)
     assert geometry is not None
     adapter = Adapter(algorithm, geometry, dtype=torch.float64)
-    adapter.initialise(BareWeight(geometry, layer.weight.detach()))
+    adapter.initialize(BareWeight(geometry, layer.weight.detach()))
     tensors = {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()}
     return Entry(algorithm, geometry, tensors)
 
@@ -321,7 +321,7 @@ def file_of(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.bfl
         except ConfigError:
             continue
         adapter = Adapter(algorithm, g)
-        adapter.initialise(BareWeight(g, torch.randn(g.shape)))
+        adapter.initialize(BareWeight(g, torch.randn(g.shape)))
         tensors = {name: (t + 0.3 * torch.randn_like(t)).to(dtype) for name, t in adapter.whole().items()}
         own = write_tensors(algorithm, tensors, g)
         found |= {f"diffusion_model.{path}.{name}": tensor for name, tensor in own.items()}

@@ -284,7 +284,7 @@ def test_timestep_masks_are_off_and_come_back() -> None:
     perturb(adapters)
     adapters.schedule = RankSchedule(max_rank=4)
     adapters.follow_timesteps()
-    adapters.set_keep(keep := torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    adapters.set_rank_mask(keep := torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     assert verify(adapters, torch.randn(3, 8)).ok
     assert torch.equal(adapters.stacks["layer"][0].call.keep, keep)
     assert len(model._forward_pre_hooks) == 1

@@ -25,12 +25,12 @@ def variance(algorithm: Algorithm, layer: str) -> float:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda r: LoHa(rank=r, gate=True, stable_init=True),
-        lambda r: LoHa(rank=r, gate=True, stable_init=True, tucker=True),
-        lambda r: LoKr(rank=r, gate=True, stable_init=True, factor=2),
-        lambda r: LoKr(rank=r, gate=True, stable_init=True, factor=2, tucker=True),
-        lambda r: LoKr(rank=min(r, 7), gate=True, stable_init=True, factor=16, decompose_both=True),
-        lambda r: LoKr(gate=True, stable_init=True, full_matrix=True),
+        lambda r: LoHa(rank=r, use_scalar=True, stable_init=True),
+        lambda r: LoHa(rank=r, use_scalar=True, stable_init=True, tucker=True),
+        lambda r: LoKr(rank=r, use_scalar=True, stable_init=True, factor=2),
+        lambda r: LoKr(rank=r, use_scalar=True, stable_init=True, factor=2, tucker=True),
+        lambda r: LoKr(rank=min(r, 7), use_scalar=True, stable_init=True, factor=16, decompose_both=True),
+        lambda r: LoKr(use_scalar=True, stable_init=True, full_matrix=True),
     ],
     ids=["loha", "loha-tucker", "lokr", "lokr-tucker", "lokr-both", "lokr-whole"],
 )
@@ -41,4 +41,4 @@ def test_a_stable_start_has_the_variance_of_a_layer_at_any_rank(make, layer: str
 
 
 def test_the_usual_start_of_loha_grows_with_the_rank() -> None:
-    assert variance(LoHa(rank=64, gate=True), "linear") > 1000 * variance(LoHa(rank=1, gate=True), "linear")
+    assert variance(LoHa(rank=64, use_scalar=True), "linear") > 1000 * variance(LoHa(rank=1, use_scalar=True), "linear")

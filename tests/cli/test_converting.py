@@ -69,7 +69,7 @@ def test_convert_says_what_became_of_it(tmp_path: Path) -> None:
 
 
 def test_check(tmp_path: Path) -> None:
-    source = made(tmp_path / "a.safetensors", DoRA(over=LoRA(rank=2)))
+    source = made(tmp_path / "a.safetensors", DoRA(inner=LoRA(rank=2)))
     good = RUN.invoke(app, ["check", str(source), "--for", "simpletuner", "--base", "flux.1-dev"])
     assert good.exit_code == 0, good.output
     assert "SimpleTuner reads all of it as trained." in good.output
@@ -106,7 +106,7 @@ def test_detect(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], words: str, tmp_path: Path) -> None:
-    source = made(tmp_path / "a.safetensors", DoRA(over=LoRA(rank=2)))
+    source = made(tmp_path / "a.safetensors", DoRA(inner=LoRA(rank=2)))
     (tmp_path / "cut.safetensors").write_bytes(source.read_bytes()[:-10])
     save_file({"lycoris_x_y.lora_up.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     names = {name: str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "none", "cut", "other")}

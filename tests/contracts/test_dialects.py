@@ -97,7 +97,7 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
     except ConfigError:
         return None
     adapter = Adapter(algorithm, g, dtype=torch.float64)
-    adapter.initialise(BareWeight(g, weight))
+    adapter.initialize(BareWeight(g, weight))
     return Entry(algorithm, g, {name: t + 0.3 * torch.randn_like(t) for name, t in adapter.whole().items()})
 
 

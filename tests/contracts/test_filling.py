@@ -108,7 +108,7 @@ def test_another_setting_does_the_same_or_is_refused(algorithm: Algorithm, varia
         (OFT(block_size=2), OFT(block_size=2, constraint=0.02)),
         (LoRA(rank=2), LoRA(rank=2, alpha=1.0)),
         (LoRA(rank=2), LoRA(rank=3)),
-        (DoRA(over=LoRA(rank=2)), DoRA(over=LoRA(rank=2, alpha=1.0))),
+        (DoRA(inner=LoRA(rank=2)), DoRA(inner=LoRA(rank=2, alpha=1.0))),
     ],
     ids=str,
 )

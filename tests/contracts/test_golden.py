@@ -49,7 +49,9 @@ def adapters_of(model: One, tensors: dict[str, Tensor]) -> AdapterSet:
     for (adapter,) in adapters.stacks.values():
         adapter.to(tensors["base.weight"].dtype)
         adapter.fill(
-            algorithm.complete({name: value.to(tensors["x"].dtype) for name, value in values.items()}, top(model.layer))
+            algorithm.fill_missing(
+                {name: value.to(tensors["x"].dtype) for name, value in values.items()}, top(model.layer)
+            )
         )
     return adapters.attach()
 
@@ -66,10 +68,10 @@ def test_forward_and_merge_reproduce_the_numbers(case: dict) -> None:
     assert outputs
     for key, expected in outputs.items():
         if key == "y@mask2":
-            adapters.set_keep(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+            adapters.set_rank_mask(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
             adapters.set_strength(1.0)
         else:
-            adapters.set_keep(None)
+            adapters.set_rank_mask(None)
             adapters.set_strength(float(key.removeprefix("y@")))
         assert relative(model(tensors["x"]), expected) < tolerance, key
         merged = top(model.layer).affine()

@@ -15,7 +15,9 @@ SMALL = [
     pair for pair in PAIRS_WITH_SLICES if pair[1] in ("linear-prime", "conv1d", "embedding", "own-norm", "experts")
 ]
 DROPS = [
-    pair for pair in PAIRS_WITH_SLICES if pair[1] in ("linear", "conv2d", "embedding") and WITH_SLICES[pair[0]].drops
+    pair
+    for pair in PAIRS_WITH_SLICES
+    if pair[1] in ("linear", "conv2d", "embedding") and WITH_SLICES[pair[0]].has_dropout
 ]
 
 
@@ -31,7 +33,7 @@ def test_gradcheck(name: str, layer: str) -> None:
 TOKENS, WIDTH = 320, 256
 KEEPS_OUTPUT = {"ia3": 1, "oft": 1, "oft-rescale": 1, "boft": 1, "dora-lora": 1, "dora-lokr-in": 2, "dora-loha": 1}
 """Those whose parameters meet the layer's output (or, on the input axis, a bent input): how many tensors like it."""
-LEAN = ["lora", "lora-gate", "loha", "loha-high-rank", "lokr", "lokr-full-matrix", "dylora", "tlora", "glora", "full"]
+LEAN = ["lora", "lora-scalar", "loha", "loha-high-rank", "lokr", "lokr-full-matrix", "dylora", "tlora", "glora", "full"]
 
 
 @pytest.mark.parametrize("name", [*LEAN, "ia3-in", *KEEPS_OUTPUT])

@@ -134,11 +134,11 @@ def test_checkpointing_gives_the_same_gradients(name: str, layer: str, reentrant
         # Random choices of training are drawn again in the recomputation, from the same state.
         torch.manual_seed(3)
         model.zero_grad()
-        adapters.set_keep(torch.tensor([[1.0, 0.0, 0.0]]))
+        adapters.set_rank_mask(torch.tensor([[1.0, 0.0, 0.0]]))
         adapters.set_strength(0.5)
         loss = model(x, reentrant).square().sum()
         # What a trainer may do before backward must not reach the recomputation.
-        adapters.set_keep(None)
+        adapters.set_rank_mask(None)
         adapters.set_strength(0.0)
         loss.backward()
         return [p.grad.clone() for p in parameters]
@@ -307,7 +307,7 @@ def test_a_layer_that_shares_its_weight_is_merged_alone() -> None:
 def test_a_weight_cannot_follow_one_mask_per_sample() -> None:
     model = One(nn.Linear(4, 4))
     adapters = adapt(model, TLoRA(rank=2), WITH_SLICES["dora-lora"])
-    adapters.set_keep(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    adapters.set_rank_mask(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     with pytest.raises(PlanError, match="one weight cannot follow 2 masks"):
         model(torch.randn(2, 4))
 
@@ -330,9 +330,9 @@ def test_a_pass_without_checkpointing_does_not_mislead_a_later_one(reentrant: bo
 
     def gradient(reentrant: bool | None, mask: list[float]) -> Tensor:
         model.zero_grad()
-        adapters.set_keep(torch.tensor([mask]))
+        adapters.set_rank_mask(torch.tensor([mask]))
         loss = model(x, reentrant).square().sum()
-        adapters.set_keep(None)
+        adapters.set_rank_mask(None)
         loss.backward()
         return next(adapters.parameters()).grad.clone()
 
@@ -365,5 +365,5 @@ def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:
     adapter = Adapter(WITH_SLICES[name], geometry)
     for tensor in adapter.tensors().values():
         tensor.data.fill_(torch.nan)
-    adapter.initialise(BareWeight(geometry, below.affine().weight) if alone else below)
+    adapter.initialize(BareWeight(geometry, below.affine().weight) if alone else below)
     assert all(tensor.isfinite().all() for tensor in adapter.tensors().values())

@@ -66,7 +66,7 @@ def gradients(model: nn.Module, passes: list[Pass], steer: Steer, *algorithms: A
         loss = loss + (at + 1) * model(x, text).square().sum()
     for adapters in made:
         adapters.set_strength(7.0)
-        adapters.set_keep(None)
+        adapters.set_rank_mask(None)
     model.eval()
     loss.backward()
     return [torch.zeros(1) if p.grad is None else p.grad for adapters in made for p in adapters.parameters()]
@@ -116,8 +116,8 @@ def test_forty_passes(name: str, reentrant: bool) -> None:
 
 
 STACKS = [
-    (DoRA(over=LoRA(rank=2)), TLoRA(rank=3)),
-    (TLoRA(rank=3), DoRA(over=LoRA(rank=2))),
+    (DoRA(inner=LoRA(rank=2)), TLoRA(rank=3)),
+    (TLoRA(rank=3), DoRA(inner=LoRA(rank=2))),
     (OFT(block_size=2), LoRA()),
 ]
 
@@ -250,10 +250,10 @@ def test_two_backwards_through_one_graph(reentrant: bool) -> None:
         torch.manual_seed(0)
         model = Net(form).double()
         adapters = adapt(model, TLoRA(rank=3))
-        adapters.set_keep(torch.tensor([[1.0, 1.0, 0.0]]))
+        adapters.set_rank_mask(torch.tensor([[1.0, 1.0, 0.0]]))
         ((x, text),) = inputs(1, "equal")
         loss = model(x, text).square().sum()
-        adapters.set_keep(None)
+        adapters.set_rank_mask(None)
         loss.backward(retain_graph=True)
         adapters.set_strength(2.0)
         loss.backward()
@@ -271,9 +271,9 @@ def test_compiled_blocks_in_checkpoints(name: str, reentrant: bool) -> None:
 
     def steer(adapters: AdapterSet, model: nn.Module, at: int) -> None:
         # Compiled, dropout is drawn in another order.
-        model.train(not adapters.stacks["blocks.0.q"][0].algorithm.drops)
+        model.train(not adapters.stacks["blocks.0.q"][0].algorithm.has_dropout)
         adapters.set_strength((-1) ** at * (1 + at / 7))
-        adapters.set_keep(torch.eye(3)[at : at + 1])
+        adapters.set_rank_mask(torch.eye(3)[at : at + 1])
 
     passes = inputs(3, "equal")
     exact = gradients(Net(None), passes, steer, WITH_SLICES[name])
@@ -410,11 +410,11 @@ def test_nothing_is_left_of_a_pass_when_its_graph_is_gone() -> None:
     model = Net(False).double()
     adapters = adapt(model, TLoRA(rank=3))
     keep = torch.ones(1, 3)
-    adapters.set_keep(keep)
+    adapters.set_rank_mask(keep)
     call = weakref.ref(adapters.stacks["blocks.0.q"][0].call)
     ((x, text),) = inputs(1, "equal")
     loss = model(x, text).square().sum()
-    adapters.set_keep(None)
+    adapters.set_rank_mask(None)
     model(x, text)
     assert call() is not None
     loss.backward()

@@ -318,11 +318,11 @@ def test_of_sets_with_the_same_adapters_one_is_in_force(name: str, use: str) -> 
         with pytest.raises(AttachError, match="another set has the adapter of layer"):
             call()
     adapters.set_strength(2.0)
-    adapters.set_keep(torch.tensor([[1.0, 0.0, 0.0]]))
+    adapters.set_rank_mask(torch.tensor([[1.0, 0.0, 0.0]]))
     adapters.detach()
     assert torch.equal(model(x), y)
     other.detach()
-    adapters.set_keep(None)
+    adapters.set_rank_mask(None)
     adapters.attach()
     double = model(x)
     adapters.set_strength(1.0)
@@ -341,5 +341,5 @@ def test_blocks_at_which_a_set_was_merged_count_until_it_is_unmerged() -> None:
     with adapters.at(strength=0.5):
         adapters.set_strength_at("0", -1.5)
         adapters.merge()
-    adapters.set_keep(nothing)
+    adapters.set_rank_mask(nothing)
     assert relative(model(x), base) < 1e-9

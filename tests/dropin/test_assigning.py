@@ -78,7 +78,7 @@ class TestModules:
         module = LoConModule("name", nn.Linear(8, 8), use_scalar=True)
         with torch.no_grad():
             module.scalar.fill_(0.5)
-        assert float(module.adapter.tensors()["gate"].detach()) == 0.5
+        assert float(module.adapter.tensors()["scalar"].detach()) == 0.5
 
     def test_tensors_act(self) -> None:
         layer, x = nn.Linear(8, 8), torch.randn(2, 8)

@@ -327,13 +327,13 @@ def test_a_mask_set_by_hand_before_a_module_is_applied_stays(member: bool) -> No
         net = TLoraModule("a", layer, 1.0, 4, 4.0)
     stir(net)
     whole = net(x)
-    net.set_keep(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    net.set_rank_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     masked = net(x)
     assert relative(masked, whole) > 1e-3
     net.apply_to()
     assert torch.equal(layer(x), masked)
     net.restore()
-    net.set_keep(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    net.set_rank_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     net.merge_to()
     assert relative(layer(x), masked) < 1e-9
 

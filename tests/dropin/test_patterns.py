@@ -85,7 +85,7 @@ def test_ranks_of_their_own(host: Host, caplog: Any) -> None:
     assert not caplog.messages
     dora = make(host, "lokr", dora_wd="True", factor="2", network_reg_dims=".*fc1=1")
     small = next(module for module in dora.loras if module.lora_name == "lora_te1_mlp_fc1")
-    assert small.algorithm.over.rank == 1
+    assert small.algorithm.inner.rank == 1
     make(host, "full", network_reg_dims=".*fc1=1")
     assert caplog.messages == ["network_reg_dims has no effect on full, which has no rank"]
 

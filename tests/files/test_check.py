@@ -208,7 +208,7 @@ def test_text_encoders_that_a_program_does_not_know(tmp_path: Path) -> None:
 
 def test_diffusers_by_format_and_family(tmp_path: Path) -> None:
     for dialect, reads in (("diffusers", "as trained"), ("kohya", "differently")):
-        found = checked(tmp_path, "diffusers", dialect, "flux1", (DoRA(over=LoRA(rank=1)),), BLOCK)
+        found = checked(tmp_path, "diffusers", dialect, "flux1", (DoRA(inner=LoRA(rank=1)),), BLOCK)
         assert {each.reads for each in found.layers.values()} == {reads}
     for family, reads in (("flux2", "as trained"), ("flux1", "not at all")):
         found = checked(tmp_path, "diffusers", "lycoris", family, (LoKr(rank=4, factor=-1),), BLOCK)

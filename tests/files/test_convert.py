@@ -72,7 +72,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "loha": LoHa(rank=2, alpha=1.0),
     "lokr": LoKr(rank=1, alpha=0.5),
     "full": Full(bias=False),
-    "dora": DoRA(over=LoRA(rank=2)),
+    "dora": DoRA(inner=LoRA(rank=2)),
     "tlora": TLoRA(rank=2),
 }
 
@@ -133,7 +133,7 @@ def flux_inputs() -> dict[str, Any]:
 
 @pytest.mark.parametrize("program", ["comfyui", "forge", "invokeai", "diffusers"])
 @pytest.mark.parametrize(
-    "algorithm", [DoRA(over=LoRA(rank=2)), GLoRA(rank=2), IA3(), OFT(block_size=4, rescale=True)], ids=lambda a: a.name
+    "algorithm", [DoRA(inner=LoRA(rank=2)), GLoRA(rank=2), IA3(), OFT(block_size=4, rescale=True)], ids=lambda a: a.name
 )
 def test_portable_with_the_base_at_hand(algorithm: Algorithm, program: str, flux: nn.Module, tmp_path: Path) -> None:
     adapters = adapted(flux, algorithm, "*transformer_blocks.0.attn.*")
@@ -262,7 +262,7 @@ def test_what_has_no_place_is_left_out_only_when_asked(flux: nn.Module, tmp_path
 @pytest.mark.parametrize(("to", "name"), [("kohya", "lora"), ("diffusers", "dora")])
 def test_an_export_depends_on_the_dialect(to: str, name: str, flux: nn.Module, tmp_path: Path) -> None:
     """diffusers leaves DoRA's lengths out of kohya's files, and reads them in its own."""
-    write(adapted(flux, DoRA(over=LoRA(rank=2)), "*transformer_blocks.0.attn.*").bundle(), tmp_path / "a.safetensors")
+    write(adapted(flux, DoRA(inner=LoRA(rank=2)), "*transformer_blocks.0.attn.*").bundle(), tmp_path / "a.safetensors")
     save_file({k: v.contiguous() for k, v in flux.state_dict().items()}, tmp_path / "base.safetensors")
     base = BaseWeights.open(tmp_path / "base.safetensors")
     at = tmp_path / "a.safetensors", tmp_path / "b.safetensors"

@@ -220,7 +220,7 @@ def test_a_change_of_the_bias_that_has_no_counterpart(program: str, tmp_path: Pa
 
 
 def test_lengths_beside_a_bias_need_the_weights(tmp_path: Path) -> None:
-    path, _ = with_bias(tmp_path, DoRA(over=LoRA(rank=1)))
+    path, _ = with_bias(tmp_path, DoRA(inner=LoRA(rank=1)))
     with pytest.raises(FileError, match="--base"):
         convert(path, tmp_path / "out.safetensors", portable="webui")
 

@@ -224,7 +224,7 @@ class TestOldForms:
         layer = describe(model.get_submodule(f"{at}.to_k"))
         assert layer is not None
         algorithm = TLoRA(rank=2)
-        own = {algorithm.keys[slot]: torch.randn(what.shape) for slot, what in algorithm.slots(layer).items()}
+        own = {algorithm.tensor_names[slot]: torch.randn(what.shape) for slot, what in algorithm.slots(layer).items()}
         named = {f"{at}.processor.to_k_lora.{suffix}": tensor for suffix, tensor in own.items()}
         (entry,) = resolve(named, model).entries[f"{at}.to_k"]
         expected = read_tensors(own, layer, at)[1]

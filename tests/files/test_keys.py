@@ -488,7 +488,7 @@ def test_lengths_of_dora(dialect: str, axis: Literal["out", "in"], name: str, sh
     from lycoris.models.families import ARCHITECTURES
 
     where, layer = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.2"
-    algorithm, geometry = DoRA(over=LoRA(rank=2), axis=axis), where.layers[layer]
+    algorithm, geometry = DoRA(inner=LoRA(rank=2), axis=axis), where.layers[layer]
     p = {slot: torch.randn(what.shape) for slot, what in algorithm.slots(geometry).items()}
     written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
     ((key, lengths),) = [item for item in written.tensors.items() if item[0].endswith(("_vector", "dora_scale"))]

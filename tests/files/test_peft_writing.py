@@ -91,7 +91,7 @@ WHOLE: dict[str, list[Rule]] = {
         Rule((LoRA(rank=2, alpha=3.0), Full(weight=False)), path="inner.linear"),
         Rule(LoRA(rank=3), path="inner.conv2d"),
     ],
-    "dora": [Rule(DoRA(over=LoRA(rank=3, alpha=1.0)), path="inner.[lbpc]*")],
+    "dora": [Rule(DoRA(inner=LoRA(rank=3, alpha=1.0)), path="inner.[lbpc]*")],
     "loha": [
         Rule(LoHa(rank=2, alpha=1.0, tucker=True), path="inner.conv2d"),
         Rule(LoHa(rank=4), path="inner.[lb]*"),

@@ -28,15 +28,15 @@ from test_recast import ROOMY, change, entry_of, is_read_again
 TOLERANCE = 1e-10
 CORE = LoKr(rank=2, alpha=3.0, tucker=True, factor=2)
 EXPORTED = {
-    "core of lora": (without_core, "conv2d", LoRA(rank=3, alpha=1.5, tucker=True, gate=True)),
-    "core of lora under dora": (without_core, "conv3d", DoRA(over=LoRA(rank=2, tucker=True), axis="in")),
+    "core of lora": (without_core, "conv2d", LoRA(rank=3, alpha=1.5, tucker=True, use_scalar=True)),
+    "core of lora under dora": (without_core, "conv3d", DoRA(inner=LoRA(rank=2, tucker=True), axis="in")),
     "core of lokr": (flat_w2, "conv2d", CORE),
-    "core of lokr under dora": (flat_w2, "conv1d", DoRA(over=CORE)),
+    "core of lokr under dora": (flat_w2, "conv1d", DoRA(inner=CORE)),
     "whole w2": (flat_w2, "conv3d", LoKr(full_matrix=True, factor=4)),
     "tall w2": (flat_w2, "linear", LoKr(full_matrix=True, factor=2)),
     "whole w2, split w1": (flat_w2, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
     "split w2": (flat_w2, "linear", LoKr(rank=1)),
-    "split w1": (whole_w1, "linear", LoKr(rank=1, alpha=2.0, decompose_both=True, gate=True)),
+    "split w1": (whole_w1, "linear", LoKr(rank=1, alpha=2.0, decompose_both=True, use_scalar=True)),
     "split w1, whole w2": (whole_w1, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
     "limit of oft": (without_limit, "linear", OFT(block_size=4, constraint=0.004)),
     "limit of boft": (without_limit, "conv1d", BOFT(block_size=18, constraint=0.01)),
@@ -54,7 +54,7 @@ def test_an_export_does_the_same(name: str) -> None:
     entry, base = entry_of(ROOMY[layer], algorithm)
     made = export(entry)
     assert relative(change(made, base), change(entry, base)) < TOLERANCE
-    assert "gate" not in made.tensors
+    assert "scalar" not in made.tensors
     is_read_again(made)
 
 
@@ -134,7 +134,7 @@ def test_it_tells_what_was_done(algorithm: Algorithm, layer: str, consumer: str,
 
 
 def test_two_exports_after_each_other() -> None:
-    entry, base = entry_of(ROOMY["conv1d"], DoRA(over=CORE))
+    entry, base = entry_of(ROOMY["conv1d"], DoRA(inner=CORE))
     exported, told = portable(entry, "comfyui", base)
     assert told.startswith("its w2 written as a product of two matrices, then written as a LoRA where")
     assert relative(adapt_affine(exported, base).weight, adapt_affine(entry, base).weight) < TOLERANCE

@@ -47,7 +47,7 @@ def test_adapters_act_on_every_component_and_leave_no_trace(family: str, made: d
 
 @pytest.mark.parametrize(
     "algorithm",
-    [LoHa(rank=2), LoKr(rank=2), OFT(block_size=2), DoRA(over=LoRA(rank=2)), IA3(), Full(), GLoRA(rank=2)],
+    [LoHa(rank=2), LoKr(rank=2), OFT(block_size=2), DoRA(inner=LoRA(rank=2)), IA3(), Full(), GLoRA(rank=2)],
     ids=lambda algorithm: algorithm.name,
 )
 def test_any_algorithm_loads(algorithm: Algorithm, made: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_diffusers_own_loader_agrees(family: str, kind: str, made: dict[str, Any
     """What `pipe.load_lora_weights` makes of the tensors and the metadata of a bundle gives our outputs."""
     pipe, denoiser = pipeline(family, made), DENOISER[family]
     found = {
-        denoiser: mixed(pipe, denoiser) if kind == "mixed" else adapters(models(pipe)[denoiser], DoRA(over=LoRA()))
+        denoiser: mixed(pipe, denoiser) if kind == "mixed" else adapters(models(pipe)[denoiser], DoRA(inner=LoRA()))
     }
     if family != "wan":
         found["text_encoder"] = adapters(pipe.text_encoder, LoRA(rank=3, alpha=2.0))

@@ -151,7 +151,7 @@ def timed_denoiser() -> list[AdapterSet]:
 
 CASES = {
     "lokr": adapted_llama(LoKr(rank=4)),
-    "dora with dropout": adapted_llama(DoRA(over=LoRA(rank=4, dropout=0.3))),
+    "dora with dropout": adapted_llama(DoRA(inner=LoRA(rank=4, dropout=0.3))),
     "two sets": adapted_llama(LoKr(rank=4, dropout=0.2), LoRA(rank=2)),
     "tlora by timestep, on a plain module": timed_denoiser,
 }

@@ -212,7 +212,7 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
     model = TINY[name]()
     layout = Layout.of(model)
     over = LoKr(rank=2, alpha=1.0)
-    use = DoRA(over=over) if dora else over
+    use = DoRA(inner=over) if dora else over
     path = "*transformer_blocks.*attn.to_out*" if name == "flux2" else "layers.*.feed_forward.*"
     adapters = AdapterSet.build(model, plan(model, Rule(use, path=path), strict=False))
     perturb(adapters)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lycoris.adapters.recomputation import PassHistory, PassState, values_of_pass
 from lycoris.adapters.usage import Seen, is_exporting
 from lycoris.algorithms.base import Algorithm, interpolate
-from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.errors import AttachError
 from lycoris.layers import sharding
@@ -47,7 +47,7 @@ class Adapter(nn.Module):
         self._strength = torch.tensor(1.0, dtype=torch.float64)
         self.merged = False
         """Whether it is part of the layer's weight."""
-        self._drops = algorithm.drops
+        self._drops = algorithm.has_dropout
         self._state = PassState(self.call, False, False)
         self.attribute = ""
         """Name of the parameter that it adapts; "" for a layer."""
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         self._identity, self._history = torch.tensor(id(self)), PassHistory(id(self))
         shapes = self._shapes()
         for name, slot in algorithm.slots(geometry).items():
-            own = torch.promote_types(dtype, torch.float32) if slot.role == "length" else dtype
+            own = torch.promote_types(dtype, torch.float32) if slot.role == "magnitude" else dtype
             tensor = torch.empty(shapes[name], dtype=own, device=device)
             if slot.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
@@ -100,7 +100,7 @@ class Adapter(nn.Module):
 
     def set_call(self, strength: float, keep: Tensor | None, layout: BatchLayout | None = None) -> None:
         """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
-        if strength == self.call.strength and keep is self.call.keep and layout is self.call.layout:
+        if strength == self.call.strength and keep is self.call.rank_mask and layout is self.call.layout:
             return
         self.call = Call(strength, keep, layout)
         # A compiled graph takes the strength as a tensor, so that it serves every value.
@@ -114,15 +114,15 @@ class Adapter(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialise(self, below: LayerBelow) -> None:
+    def initialize(self, below: LayerBelow) -> None:
         """Draw new tensors; the layer's effect does not change."""
         if not self.geometry.stack:
-            self.algorithm.initialise(self.tensors(), below)
+            self.algorithm.initialize(self.tensors(), below)
             return
         weights = below.affine().weight
         for at, weight in enumerate(weights):
             one = BareWeight(replace(self.geometry, stack=0), weight)
-            self.algorithm.initialise({name: tensor[at] for name, tensor in self.tensors().items()}, one)
+            self.algorithm.initialize({name: tensor[at] for name, tensor in self.tensors().items()}, one)
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
@@ -138,7 +138,7 @@ class Adapter(nn.Module):
     def adapt_affine(self, base: Affine, call: Call | None = None) -> Affine:
         """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
         call = self.call if call is None else call
-        keep = None if call.keep is None else one_mask(call.keep).to(base.weight)
+        keep = None if call.rank_mask is None else require_one_mask(call.rank_mask).to(base.weight)
         tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
         if self.geometry.stack:
             weight = torch.func.vmap(
@@ -165,7 +165,7 @@ class Adapter(nn.Module):
 
     def _compiled_state(self) -> PassState:
         # Nothing here may depend on whether the layer trains: a graph serves both.
-        keep, draws = self.call.keep, self._drops
+        keep, draws = self.call.rank_mask, self._drops
         if self.merged and keep is None:
             return PassState(self.call, False, self.merged)
         values = [self._strength, self._dropping, *(() if keep is None else (keep,))]
@@ -178,7 +178,9 @@ class Adapter(nn.Module):
         if not state.draws:
             return state.call
         call = state.call
-        return self.algorithm.draw(call if call.dropping is not None else replace(call, dropping=torch.ones(())), x)
+        return self.algorithm.sample_dropout(
+            call if call.dropout_scale is not None else replace(call, dropout_scale=torch.ones(())), x
+        )
 
     def forward(self, below: LayerBelow, x: Tensor, state: PassState) -> Tensor:
         if not is_exporting():

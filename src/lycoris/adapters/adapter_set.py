@@ -64,7 +64,7 @@ class AdapterSet(Steering):
         *,
         stochastic_rounding: bool = False,
     ) -> AdapterSet:
-        """New adapters for a plan, initialised with torch's global random numbers; nothing is attached yet.
+        """New adapters for a plan, initialized with torch's global random numbers; nothing is attached yet.
 
         Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away,
         which is warned about unless `stochastic_rounding` says that the optimizer rounds up and down by chance.
@@ -197,12 +197,12 @@ class AdapterSet(Steering):
         merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
         report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
-        if self.rank_masked and self.schedule is None:
+        if self.uses_rank_mask and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
             warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
         with ExitStack() as undo:
             undo.callback(self._take_out, merges)
-            if self.rank_masked and not self._attached:
+            if self.uses_rank_mask and not self._attached:
                 self.attach(freeze=False)
                 self._attached_by_merge = True
             for path, merge in merges.items():
@@ -297,7 +297,7 @@ class AdapterSet(Steering):
         """
         base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
         metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
-        if self.schedule is not None and self.rank_masked:
+        if self.schedule is not None and self.uses_rank_mask:
             metadata[rank_schedule.KEY] = str(self.schedule)
         return Bundle(loading.entries(self.stacks), metadata, base)
 

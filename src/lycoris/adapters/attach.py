@@ -105,7 +105,7 @@ class _Stage:
         return below if self.state.silent else self.adapter.adapt_affine(below, self.state.call)
 
     def bias(self) -> Tensor | None:
-        return self.affine().bias if self.adapter.algorithm.moves_bias else self.below.bias()
+        return self.affine().bias if self.adapter.algorithm.changes_bias else self.below.bias()
 
     def plain(self, x: Tensor) -> Affine | None:
         return None

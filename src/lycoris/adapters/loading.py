@@ -42,7 +42,7 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
 
 def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
-    tensors = entry.algorithm.complete(entry.tensors, attach.bottom(place.module, place.attribute))
+    tensors = entry.algorithm.fill_missing(entry.tensors, attach.bottom(place.module, place.attribute))
     if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
         raise FileError(
             f"{place.path}: the file leaves out tensors that follow from the base weight, and adapters are merged into "
@@ -62,13 +62,13 @@ def fit_tensors(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor
 
 
 def match_tensors(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors of an algorithm for an adapter, with the gate that a file folds into a factor.
+    """The tensors of an algorithm for an adapter, with the scalar that a file folds into a factor.
 
     Raises `FileError` unless they do on the adapter what the algorithm does with them.
     """
     own, tensors = {name: tuple(t.shape) for name, t in adapter.tensors().items()}, dict(given)
-    if "gate" in own:
-        tensors.setdefault("gate", torch.ones(own["gate"]))
+    if "scalar" in own:
+        tensors.setdefault("scalar", torch.ones(own["scalar"]))
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     # The scale, not alpha: a LoKr of whole factors ignores it. Other programs round alpha to bfloat16.
     constants = [each.constants(adapter.geometry) for each in (algorithm, adapter.algorithm)]
@@ -93,7 +93,7 @@ def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter,
 
 
 def build_adapters(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
-    """New adapters for a plan, initialised; None: parameters as fine as their layer's, and float32 at least."""
+    """New adapters for a plan, initialized; None: parameters as fine as their layer's, and float32 at least."""
     stacks = {}
     for placement in plan.placements:
         place = site(model, placement.path)
@@ -102,7 +102,7 @@ def build_adapters(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> d
         below = attach.top(place.module, place.attribute)
         for adapter in stack:
             adapter.attribute = place.attribute
-            adapter.initialise(below)
+            adapter.initialize(below)
         stacks[placement.path] = tuple(stack)
     return stacks
 

@@ -54,7 +54,7 @@ class PassState(NamedTuple):
     @property
     def silent(self) -> bool:
         """Whether the adapter lets the pass through: merged, and no mask takes a part of it away again."""
-        return self.merged and self.call.keep is None
+        return self.merged and self.call.rank_mask is None
 
 
 class _Region(NamedTuple):

@@ -79,7 +79,7 @@ class Steering:
         """What the strength is multiplied by at a layer."""
         return self._strengths.factor(path)
 
-    def set_keep(self, keep: Tensor | None) -> None:
+    def set_rank_mask(self, keep: Tensor | None) -> None:
         """Mask of the ranks that count, (1, r) or (B, r), for algorithms that follow the timestep; None: all."""
         self._keep = None if keep is None else one_if_equal(keep)
         self.refresh()
@@ -89,9 +89,9 @@ class Steering:
 
         Raises `ConfigError` when algorithms here follow them and `schedule` is not set.
         """
-        if timesteps is not None and self.schedule is None and self.rank_masked:
+        if timesteps is not None and self.schedule is None and self.uses_rank_mask:
             raise ConfigError(f"timesteps were given and `schedule` is not set: {WITHOUT_SCHEDULE}")
-        self.set_keep(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
+        self.set_rank_mask(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
 
     @property
     def batch_layout(self) -> Mapping[str, BatchLayout]:
@@ -135,7 +135,7 @@ class Steering:
 
         A mask that was set by hand stays in force.
         """
-        if not self._hooks and self.rank_masked:
+        if not self._hooks and self.uses_rank_mask:
             before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             after = self.model.register_forward_hook(self._after, always_call=True)
             self._hooks = [before, after]
@@ -153,7 +153,7 @@ class Steering:
 
     def _after(self, *_: Any) -> None:
         if not self._by_hand:
-            self.set_keep(None)
+            self.set_rank_mask(None)
 
     def refresh(self, paths: Iterable[str] | None = None) -> None:
         """Give the adapters what is set here, those that another set has in use left alone.
@@ -164,8 +164,8 @@ class Steering:
             if self._is_elsewhere(path, adapter):
                 continue
             keep = None
-            if self._keep is not None and adapter.algorithm.rank_masked:
-                keep = adapter.algorithm.fit_keep(self._keep)
+            if self._keep is not None and adapter.algorithm.uses_rank_mask:
+                keep = adapter.algorithm.fit_rank_mask(self._keep)
                 keep = 1 - keep if self.merged else keep
             adapter.merged = self.merged
             taken = self.merged and keep is not None
@@ -182,9 +182,9 @@ class Steering:
         raise NotImplementedError  # AdapterSet has it
 
     @property
-    def rank_masked(self) -> bool:
+    def uses_rank_mask(self) -> bool:
         """Whether any algorithm here follows the timestep."""
-        return any(adapter.algorithm.rank_masked for _, _, adapter in self._each())
+        return any(adapter.algorithm.uses_rank_mask for _, _, adapter in self._each())
 
     def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
         """Whether another set has put an adapter on or merged it."""

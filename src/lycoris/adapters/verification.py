@@ -85,7 +85,7 @@ def verify(adapters: Any, batch: Any) -> Verification:
                 undo.callback(each.follow_timesteps)
             undo.enter_context(each.at())
             each.set_strength(1.0)
-            each.set_keep(None)
+            each.set_rank_mask(None)
         again = undo.enter_context(same_draws(models))
         undo.enter_context(evaluating(every))
         trained = _train_once(sets, layers, run, again)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lycoris.algorithms.base import Algorithm, in_dtype_of
-from lycoris.algorithms.call import Call, apply_dropout, one_mask
+from lycoris.algorithms.call import Call, apply_dropout, require_one_mask
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.rebuilt_weight import Build, rebuilt
@@ -32,7 +32,7 @@ class Path(NamedTuple):
 
     name: str
     """factored or dense."""
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class Additive(Algorithm):
     """Why the factored product is taken wherever there is one, whatever it costs; "" where cost decides."""
 
     @abstractmethod
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         """ΔW (and Δb), without the scale."""
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
         """ΔW as out·into, shapes (O, r') and (r', I, *K); None for an algorithm that has no such form."""
         return None
 
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+    def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
         """⟨W, ΔW⟩ and ‖ΔW‖² over all axes but one, flat, without the scale; None where only building ΔW gives them."""
         return None
 
@@ -64,11 +64,11 @@ class Additive(Algorithm):
         """
         return None
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         """Multiplications per token of the factored product; None where there is none for this layer."""
         return None
 
-    def saved_numbers(self, g: Geometry) -> int:
+    def saved_elements(self, g: Geometry) -> int:
         """Numbers per token that the factored product keeps for backward, beside x."""
         return 0
 
@@ -85,18 +85,18 @@ class Additive(Algorithm):
         name, why = self.path(g, tokens, alone=alone)
         kept, flags = (g.channels_in, g.channels_in) if self.dropout else (0, 0)
         if name == "factored":
-            work = self.work(g) or 0
-            return Cost(name, why, work, 3 * work, kept + self.saved_numbers(g), flags, not flags)
-        forward = _product(g) * alone + self.building(g) / tokens
+            work = self.product_macs(g) or 0
+            return Cost(name, why, work, 3 * work, kept + self.saved_elements(g), flags, not flags)
+        forward = _product(g) * alone + self.delta_macs(g) / tokens
         return Cost(name, why, forward, self._dense_training(g, tokens, alone) / tokens, kept, flags, not flags)
 
     @property
-    def drops(self) -> bool:
-        return super().drops or self.dropout > 0
+    def has_dropout(self) -> bool:
+        return super().has_dropout or self.dropout > 0
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
-        p = self.mask_ranks(p, g, keep)
-        change, scale = self.delta(p, g, keep), self.gate_of(p) * self.scale(g)
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
+        p = self.mask_ranks(p, g, rank_mask)
+        change, scale = self.delta(p, g, rank_mask), self.read_scalar(p) * self.scale(g)
         bias = base.bias
         if change.bias is not None:
             bias = change.bias * scale if bias is None else bias + change.bias * scale
@@ -104,7 +104,7 @@ class Additive(Algorithm):
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
-        drops = self.dropout and call.dropping is not None
+        drops = self.dropout and call.dropout_scale is not None
         if not drops and self._is_factored(g, _tokens(g, x)):
             return self._add_change(below(x), p, g, x, call)
         plain = None if drops else below.plain(x)
@@ -115,8 +115,8 @@ class Additive(Algorithm):
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
-        if self.dropout and call.dropping is not None:
-            x = apply_dropout(x, call.dropping * self.dropout)
+        if self.dropout and call.dropout_scale is not None:
+            x = apply_dropout(x, call.dropout_scale * self.dropout)
         if self._is_factored(g, _tokens(g, x), alone=True):
             return self._add_change(y, p, g, x, call)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
@@ -126,13 +126,13 @@ class Additive(Algorithm):
 
     def _add_change(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
         p = in_dtype_of(y, p)
-        if call.keep is not None:
-            p = self.mask_ranks(p, g, call.keep)
-        return self._add_bias(self.product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
+        if call.rank_mask is not None:
+            p = self.mask_ranks(p, g, call.rank_mask)
+        return self._add_bias(self.add_product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
-        pair = self.pair(p, g)
+        pair = self.low_rank_factors(p, g)
         assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"
         out, into = pair
         return add_mixed(y, g, amplify(g.op(x, into), gain), out)
@@ -144,7 +144,7 @@ class Additive(Algorithm):
         more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
         """
         tokens = TOKENS if tokens is None else tokens
-        work, name = self.work(g), "factored" if self._is_factored(g, tokens, alone) else "dense"
+        work, name = self.product_macs(g), "factored" if self._is_factored(g, tokens, alone) else "dense"
         if work is None:
             return Path(name, "this layer has no factored form that costs less than building ΔW")
         if self.always:
@@ -155,16 +155,16 @@ class Additive(Algorithm):
         return Path(name, f"{factored:.3g} M multiplications against {dense:.3g} M for building ΔW, at {tokens} tokens")
 
     def _is_factored(self, g: Geometry, tokens: int, alone: bool = False) -> bool:
-        work = self.work(g)
+        work = self.product_macs(g)
         if work is None or self.always or g.kind == "embedding":
             return work is not None
         return 3 * work * tokens <= self._dense_training(g, tokens, alone)
 
     def _dense_training(self, g: Geometry, tokens: int, alone: bool) -> int:
         """Multiplications of a training step that builds ΔW."""
-        return (3 if alone else 1) * _product(g) * tokens + 4 * self.building(g)
+        return (3 if alone else 1) * _product(g) * tokens + 4 * self.delta_macs(g)
 
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+    def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
         """The tensors with ranks weighted by a mask that all samples share."""
         return p
 
@@ -172,12 +172,12 @@ class Additive(Algorithm):
         """Δb, without the scale."""
         return None
 
-    def gate_of(self, p: Params) -> Tensor | float:
+    def read_scalar(self, p: Params) -> Tensor | float:
         """A trained scalar that multiplies ΔW."""
-        return p.get("gate", 1.0)
+        return p.get("scalar", 1.0)
 
     def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
-        return call.strength * (self.gate_of(p) * self.scale(g))
+        return call.strength * (self.read_scalar(p) * self.scale(g))
 
     def _add_bias(self, y: Tensor, p: Params, g: Geometry, call: Call) -> Tensor:
         bias = self.delta_bias(p)
@@ -187,13 +187,15 @@ class Additive(Algorithm):
         names = list(p)
 
         def build(*tensors: Tensor) -> Tensor:
-            own = self.mask_ranks(dict(zip(names, tensors, strict=True)), g, call.keep)
-            keep = None if call.keep is None else one_mask(call.keep)
+            own = self.mask_ranks(dict(zip(names, tensors, strict=True)), g, call.rank_mask)
+            rank_mask = None if call.rank_mask is None else require_one_mask(call.rank_mask)
             gain = self._gain(own, g, call)
             # In float64: a number alone would become float32, and round the factors of a float64 layer.
             exact = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float64)
             small = self.scale_rows(own, exact)
-            return self.delta(own, g, keep).weight * gain if small is None else self.delta(small, g, keep).weight
+            return (
+                self.delta(own, g, rank_mask).weight * gain if small is None else self.delta(small, g, rank_mask).weight
+            )
 
         return build
 

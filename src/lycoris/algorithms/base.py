@@ -1,6 +1,6 @@
 """The contract of an algorithm: a frozen value whose fields are its settings and whose methods are pure maths.
 
-To write one, implement `slots`, `initialise`, `transform` and `infer`; everything else has a default that is correct.
+To write one, implement `slots`, `initialize`, `transform` and `infer`; everything else has a default that is correct.
 What may be overridden beyond this file is in four others, by concern: `cost` (FLOPs and memory), `call` (dropout and
 rank masks), `serialization` (names and shapes in files), `row_selection` (fused and split layers).
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.call import Call, PassHooks, one_mask
+from lycoris.algorithms.call import Call, PassHooks, require_one_mask
 from lycoris.algorithms.cost import CostHooks
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.row_selection import RowHooks
@@ -58,11 +58,11 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
         """
 
     @abstractmethod
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         """Fill every tensor in place, so that the layer's output does not change."""
 
     @abstractmethod
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         """Return the weight and bias that this adapter makes of those below, at strength 1: the definition.
 
         Works in the dtype of its arguments and is differentiable.
@@ -98,7 +98,7 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
         return 1.0
 
     @property
-    def moves_bias(self) -> bool:
+    def changes_bias(self) -> bool:
         """Whether it changes the bias of a layer that has one."""
         return False
 
@@ -157,7 +157,7 @@ def dense_forward(algorithm: Algorithm, p: Params, below: LayerBelow, x: Tensor,
     wide, adapted = _adapt(algorithm, p, base, g, call)
     change = ((adapted.weight - wide.weight) * call.strength).to(y.dtype)
     y = y + g.op(x, change).to(y.dtype)
-    if not algorithm.moves_bias or adapted.bias is None:
+    if not algorithm.changes_bias or adapted.bias is None:
         return y
     shift = adapted.bias if wide.bias is None else adapted.bias - wide.bias
     return y + g.channels((shift * call.strength).to(y.dtype))
@@ -176,7 +176,7 @@ def run_adapted(algorithm: Algorithm, p: Params, below: LayerBelow, x: Tensor, c
 def _adapt(algorithm: Algorithm, p: Params, base: Affine, g: Geometry, call: Call) -> tuple[Affine, Affine]:
     """Return weight and bias below and adapted, in the adapter's precision."""
     wide = base.widen(next(iter(p.values())).dtype)
-    return wide, algorithm.transform(p, wide, g, None if call.keep is None else one_mask(call.keep))
+    return wide, algorithm.transform(p, wide, g, None if call.rank_mask is None else require_one_mask(call.rank_mask))
 
 
 def in_dtype_of(x: Tensor, p: Params) -> Params:

@@ -49,9 +49,9 @@ class BOFT(OFT):
 
     @classmethod
     def claims(cls, shapes: Shapes) -> bool:
-        return len(shapes.get(cls.keys["blocks"], ())) == 4
+        return len(shapes.get(cls.tensor_names["blocks"], ())) == 4
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         rows = base.weight.flatten(1)
         for i, turn in enumerate(cayley(p["blocks"], self.constraint * g.out_features)):
             rows = stage(rows, turn, i)
@@ -77,10 +77,10 @@ class BOFT(OFT):
             return whole if whole.stride() == y.stride() else whole.contiguous()
         return y + (whole - y) * call.strength
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return g.out_features  # every row of the layer is mixed with every other
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return dict(p)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:

@@ -17,11 +17,11 @@ class Call:
 
     strength: Tensor | float = 1.0
     """μ: a number, or a 0-d tensor where a compiled graph must not depend on its value."""
-    keep: Tensor | None = None
+    rank_mask: Tensor | None = None
     """Weight of each rank, mostly 0 or 1: (1, r), or (B, r) for a batch. None: every rank counts fully."""
     layout: BatchLayout | None = None
-    """Which entries of an input belong to which row of `keep`. None: a mask of one row."""
-    dropping: Tensor | None = None
+    """Which entries of an input belong to which row of `rank_mask`. None: a mask of one row."""
+    dropout_scale: Tensor | None = None
     """Factor of every dropout probability: 1 in training, 0 in evaluation. None: no dropout."""
 
 
@@ -36,47 +36,47 @@ class PassHooks:
     """Probability that a training step skips the adapter of a layer, in [0, 1)."""
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Whether training passes draw random numbers. Evaluation never does."""
         return self.module_dropout > 0
 
-    def draw(self, call: Call, x: Tensor) -> Call:
+    def sample_dropout(self, call: Call, x: Tensor) -> Call:
         """Return the call with this pass's random choices made, drawn on the device of `x`.
 
         Override to add choices, starting from `super().draw(call, x)`; does nothing while `call.dropping` is None.
         """
-        if call.dropping is None or not self.module_dropout:
+        if call.dropout_scale is None or not self.module_dropout:
             return call
-        alive = torch.rand((), device=x.device) >= call.dropping * self.module_dropout
+        alive = torch.rand((), device=x.device) >= call.dropout_scale * self.module_dropout
         return replace(call, strength=call.strength * alive)
 
     @property
-    def rank_masked(self) -> bool:
+    def uses_rank_mask(self) -> bool:
         """Whether a timestep schedule sets the rank mask of this algorithm."""
         return False
 
-    def fit_keep(self, keep: Tensor) -> Tensor:
+    def fit_rank_mask(self, rank_mask: Tensor) -> Tensor:
         """Return a mask (..., n) of any length over exactly the ranks of this algorithm.
 
-        Called only where `rank_masked` is true.
+        Called only where `uses_rank_mask` is true.
         """
-        return keep
+        return rank_mask
 
 
-def one_mask(keep: Tensor) -> Tensor:
+def require_one_mask(rank_mask: Tensor) -> Tensor:
     """Return the rank mask (r) that all samples of a call share.
 
     Raises:
         PlanError: the samples have different masks, and one dense weight cannot follow them all.
     """
-    if keep.dim() == 1:
-        return keep
-    if keep.shape[0] != 1:
+    if rank_mask.dim() == 1:
+        return rank_mask
+    if rank_mask.shape[0] != 1:
         raise PlanError(
-            f"a dense weight is needed here, and one weight cannot follow {keep.shape[0]} masks; put algorithms that "
-            "need the weight (DoRA) below the one with a timestep schedule, or give all samples one mask"
+            f"a dense weight is needed here, and one weight cannot follow {rank_mask.shape[0]} masks; put algorithms "
+            "that need the weight (DoRA) below the one with a timestep schedule, or give all samples one mask"
         )
-    return keep[0]
+    return rank_mask[0]
 
 
 def apply_dropout(x: Tensor, probability: Tensor) -> Tensor:

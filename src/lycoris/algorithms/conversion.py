@@ -59,7 +59,7 @@ def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) 
     """
     entry = own_rows(entry) or entry
     algorithm, g = entry.algorithm, entry.geometry
-    if type(algorithm) is LoRA and not (algorithm.gate or algorithm.tucker):
+    if type(algorithm) is LoRA and not (algorithm.use_scalar or algorithm.tucker):
         return entry
     if isinstance(algorithm, DyLoRA):
         alpha = algorithm.scale(g) * algorithm.rank
@@ -148,8 +148,8 @@ def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] 
 
 def _of_additive(algorithm: Additive, g: Geometry) -> Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]:
     def split(p: Params, below: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        pair = algorithm.pair(p, g)
-        return None if pair is None else (pair[0] * algorithm.gate_of(p), pair[1])
+        pair = algorithm.low_rank_factors(p, g)
+        return None if pair is None else (pair[0] * algorithm.read_scalar(p), pair[1])
 
     return split
 
@@ -165,7 +165,7 @@ def _of_glora(algorithm: GLoRA, g: Geometry) -> Callable[[Params, Tensor | None]
         spread = torch.einsum("pi,kl->pkil", p["a2"].flatten(1), here)
         up = torch.cat([bent.flatten(1), p["b1"].flatten(1)], dim=1)
         down = torch.cat([spread.reshape(-1, *g.shape[1:]), p["b2"].reshape(-1, *g.shape[1:])])
-        return up * p.get("gate", 1.0), down
+        return up * p.get("scalar", 1.0), down
 
     return split
 
@@ -176,8 +176,8 @@ def _complete_tensors(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
         return entry.tensors
     weight, g = _require_base(entry, base).weight, _one(entry.geometry)
     if not entry.geometry.stack:
-        return entry.algorithm.complete(entry.tensors, BareWeight(g, weight))
-    each = [entry.algorithm.complete(_at(entry.tensors, n), BareWeight(g, w)) for n, w in enumerate(weight)]
+        return entry.algorithm.fill_missing(entry.tensors, BareWeight(g, weight))
+    each = [entry.algorithm.fill_missing(_at(entry.tensors, n), BareWeight(g, w)) for n, w in enumerate(weight)]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
 

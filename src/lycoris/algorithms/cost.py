@@ -15,15 +15,15 @@ class Cost(NamedTuple):
 
     path: str
     """How it is computed: factored, dense (ΔW is built), rotated, scaled, or another word for what it does."""
-    why: str
+    reason: str
     """Why this path, in one phrase."""
-    work: float
+    forward_macs: float
     """Multiplications of the forward pass."""
-    training: float
+    training_macs: float
     """Multiplications of forward and backward together."""
-    kept: int = 0
+    saved_elements: int = 0
     """Elements saved for backward in addition to the layer's input. Parameters are not counted."""
-    flags: int = 0
+    mask_bytes: int = 0
     """Bytes saved for backward for dropout masks."""
     needs_input: bool = True
     """Whether backward needs the layer's input, which a frozen linear layer does not save and a convolution does."""
@@ -39,7 +39,7 @@ class CostHooks:
         """
         return min(g.out_features, g.fan_in)
 
-    def building(self, g: Geometry) -> int:
+    def delta_macs(self, g: Geometry) -> int:
         """Return the multiplications that building ΔW takes."""
         return g.size
 
@@ -49,10 +49,10 @@ class CostHooks:
         Args:
             alone: the layer below runs by itself, because it is quantized, of low precision, or has other adapters.
         """
-        build = self.building(g) / tokens
+        build = self.delta_macs(g) / tokens
         return Cost("dense", "ΔW is built and applied next to the layer", g.size + build, 3 * g.size + 4 * build)
 
-    def waste(self, g: Geometry) -> str | None:
+    def find_excess(self, g: Geometry) -> str | None:
         """Explain which settings ask for more than a layer can use, and name the nearest that it can.
 
         None where all of them can be used.

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.row_selection import Part, covers, joined_rows
@@ -38,24 +38,24 @@ class DoRA(Algorithm):
     bias stays as it is. Forward takes ‖V‖² = ‖W‖² + 2⟨W, Δ⟩ + ‖Δ‖² from the factors of Δ and never builds V.
     """
 
-    over: Additive
+    inner: Additive
     """The algorithm whose weight gets the lengths: any that adds a change which does not follow the timestep."""
     axis: Axis = "out"
     """One length per output row (LyCORIS' default), or per input column (`wd_on_output: false`)."""
 
     name: ClassVar[str] = "dora"
-    keys: ClassVar = {"magnitude": "dora_scale"}
+    tensor_names: ClassVar = {"magnitude": "dora_scale"}
 
     def __post_init__(self) -> None:
-        if not isinstance(self.over, Additive):
+        if not isinstance(self.inner, Additive):
             raise ConfigError(
-                f"DoRA goes over an algorithm that adds a change, such as LoRA(rank=8), not over {self.over!r}"
+                f"DoRA goes over an algorithm that adds a change, such as LoRA(rank=8), not over {self.inner!r}"
             )
         super().__post_init__()
-        if self.over.rank_masked:
-            raise ConfigError(f"DoRA cannot go over {self.over.name}: its lengths would change with the timestep")
-        if self.over.moves_bias:
-            raise ConfigError(f"DoRA leaves the bias as it is; give it {type(self.over).__name__}(bias=False)")
+        if self.inner.uses_rank_mask:
+            raise ConfigError(f"DoRA cannot go over {self.inner.name}: its lengths would change with the timestep")
+        if self.inner.changes_bias:
+            raise ConfigError(f"DoRA leaves the bias as it is; give it {type(self.inner).__name__}(bias=False)")
         if self.axis not in ("out", "in"):
             raise ConfigError(f"axis of dora must be 'out' or 'in', not {self.axis!r}")
 
@@ -64,85 +64,88 @@ class DoRA(Algorithm):
             raise ConfigError("an embedding has one input per entry: give its DoRA axis='out'")
         ones = (1,) * len(g.kernel)
         shape = (g.out_features, 1, *ones) if self.axis == "out" else (1, g.in_features, *ones)
-        return self.over.slots(g) | {"magnitude": Slot(shape, "length")}
+        return self.inner.slots(g) | {"magnitude": Slot(shape, "magnitude")}
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
-        self.over.initialise(_without_length(p), below)
+    def initialize(self, p: Params, below: LayerBelow) -> None:
+        self.inner.initialize(_without_length(p), below)
         p["magnitude"].copy_(self._norm(p, below.affine().weight, below.geometry).view_as(p["magnitude"]))
 
     @property
-    def drops(self) -> bool:
-        return super().drops or self.over.drops
+    def has_dropout(self) -> bool:
+        return super().has_dropout or self.inner.has_dropout
 
-    def draw(self, call: Call, x: Tensor) -> Call:
-        return self.over.draw(super().draw(call, x), x)
+    def sample_dropout(self, call: Call, x: Tensor) -> Call:
+        return self.inner.sample_dropout(super().sample_dropout(call, x), x)
 
     def check(self, g: Geometry) -> None:
         super().check(g)
-        self.over.check(g)
+        self.inner.check(g)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
-        inner = self.over.cost(g, tokens, alone=True)
+        inner = self.inner.cost(g, tokens, alone=True)
         # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
-        apart = 1 if type(self.over).scale_rows is Additive.scale_rows else 0
+        apart = 1 if type(self.inner).scale_rows is Additive.scale_rows else 0
         # The bent input is kept by what is underneath, and once more by a convolution.
-        bent = (not inner.flags) + (g.kind == "conv")
+        bent = (not inner.mask_bytes) + (g.kind == "conv")
         kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
-        once = (self.over.building(g) + g.size) / tokens
-        work = inner.work + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
-        why = f"lengths on the {self.axis}put, taken from the weight each pass; {inner.why}"
-        training, needs_input = inner.training + 3 * (work - inner.work), inner.needs_input or self.axis == "in"
-        return Cost(inner.path, why, work, training, inner.kept + kept, inner.flags, needs_input)
+        once = (self.inner.delta_macs(g) + g.size) / tokens
+        work = inner.forward_macs + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
+        why = f"lengths on the {self.axis}put, taken from the weight each pass; {inner.reason}"
+        training, needs_input = (
+            inner.training_macs + 3 * (work - inner.forward_macs),
+            inner.needs_input or self.axis == "in",
+        )
+        return Cost(inner.path, why, work, training, inner.saved_elements + kept, inner.mask_bytes, needs_input)
 
-    def waste(self, g: Geometry) -> str | None:
-        return self.over.waste(g)
+    def find_excess(self, g: Geometry) -> str | None:
+        return self.inner.find_excess(g)
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         # In the lengths' own precision: in half precision the ratio would not be 1 at the start.
         wide = base.weight.to(torch.promote_types(base.weight.dtype, p["magnitude"].dtype))
-        below = self.over.transform(p, Affine(wide, base.bias), g, keep)
+        below = self.inner.transform(p, Affine(wide, base.bias), g, rank_mask)
         norm = torch.linalg.vector_norm(below.weight, dim=self._others(g), keepdim=True) + EPSILON
         return Affine((below.weight * (p["magnitude"] / norm)).to(base.weight.dtype), below.bias)
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
-        keep = None if call.keep is None else one_mask(call.keep)
+        rank_mask = None if call.rank_mask is None else require_one_mask(call.rank_mask)
         with torch.autocast(x.device.type, enabled=False):
-            length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, keep)
+            length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, rank_mask)
         own: Params = _without_length(p)
         # Once, before anything else is done to the tensors: a mask may stop gradients.
-        own, call = self.over.mask_ranks(own, g, call.keep), replace(call, keep=None)
+        own, call = self.inner.mask_ranks(own, g, call.rank_mask), replace(call, rank_mask=None)
         if self.axis == "in":
             change = (length - 1).repeat(g.groups)
             y = below(bend(x, change * call.strength, g.channel_axis))
-            return self.over.add(y, own, g, bend(x, change, g.channel_axis), call)
+            return self.inner.add(y, own, g, bend(x, change, g.channel_axis), call)
         # y + μ((s - 1)·(y - b) + s·Δx): exactly y where s is 1 and Δ is 0.
         y = bend(below(x), (length - 1) * call.strength, g.channel_axis, below.bias())
-        stretched = self.over.scale_rows(own, length)
+        stretched = self.inner.scale_rows(own, length)
         if stretched is not None:
-            return self.over.add(y, stretched, g, x, call)
-        return torch.addcmul(y, self.over.add(torch.zeros_like(y), own, g, x, call), g.channels(length.to(y.dtype)))
+            return self.inner.add(y, stretched, g, x, call)
+        return torch.addcmul(y, self.inner.add(torch.zeros_like(y), own, g, x, call), g.channels(length.to(y.dtype)))
 
-    def _norm(self, p: Params, weight: Tensor, g: Geometry, keep: Tensor | None = None) -> Tensor:
+    def _norm(self, p: Params, weight: Tensor, g: Geometry, rank_mask: Tensor | None = None) -> Tensor:
         """‖V‖ + ε by row or column, flat, in at least float32."""
         axis, wide = self._magnitude_axis(), torch.promote_types(weight.dtype, p["magnitude"].dtype)
-        scale = self.over.gate_of(p) * self.over.scale(g)
-        gram = self.over.gram(self.over.mask_ranks(p, g, keep), weight, g, axis)
+        scale = self.inner.read_scalar(p) * self.inner.scale(g)
+        gram = self.inner.gram_terms(self.inner.mask_ranks(p, g, rank_mask), weight, g, axis)
         if gram is None:
-            return self._built_norm(p, weight, g, keep)
+            return self._built_norm(p, weight, g, rank_mask)
         inner, square = gram
         own = torch.linalg.vector_norm(weight, dim=self._others(g), dtype=wide).square()
         total = own + 2 * scale * inner.to(wide) + scale**2 * square.to(wide)
         return total.clamp_min(torch.finfo(wide).tiny).sqrt() + EPSILON
 
-    def _built_norm(self, p: Params, weight: Tensor, g: Geometry, keep: Tensor | None) -> Tensor:
+    def _built_norm(self, p: Params, weight: Tensor, g: Geometry, rank_mask: Tensor | None) -> Tensor:
         """The same by building V, once more in backward instead of keeping it."""
         names = list(p)
 
         def norm(*tensors: Tensor) -> Tensor:
             own = dict(zip(names, tensors, strict=True))
             wide = weight.to(torch.promote_types(weight.dtype, own["magnitude"].dtype))
-            whole = self.over.transform(own, Affine(wide, None), g, keep).weight
+            whole = self.inner.transform(own, Affine(wide, None), g, rank_mask).weight
             return torch.linalg.vector_norm(whole, dim=self._others(g)) + EPSILON
 
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -155,30 +158,30 @@ class DoRA(Algorithm):
     def _others(self, g: Geometry) -> list[int]:
         return [axis for axis in range(len(g.shape)) if axis != self._magnitude_axis()]
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         # The length of a column runs over all rows, and only the base weight tells what is whose.
         return g.out_features if self.axis == "in" else 1
 
-    def cut(self, g: Geometry, run: Run) -> Self:
-        return replace(self, over=cut_additive(self.over, g, run))
+    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+        return replace(self, inner=cut_additive(self.inner, g, run))
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
-        own = take_additive(self.over, _without_length(p), g, run)
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+        own = take_additive(self.inner, _without_length(p), g, run)
         return own | {"magnitude": run.of(p["magnitude"]) if self.axis == "out" else p["magnitude"]}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         inner = []
         for part in parts:
             own, entry = part.entry.algorithm, part.entry
             assert isinstance(own, cls)
-            if own.axis == "in" or type(own.over) is not type(_over(parts[0])) or not covers(parts, g):
+            if own.axis == "in" or type(own.inner) is not type(_over(parts[0])) or not covers(parts, g):
                 return None
-            inner.append(part._replace(entry=Entry(own.over, entry.geometry, _without_length(entry.tensors))))
-        joined = type(_over(parts[0])).join(inner, g)
+            inner.append(part._replace(entry=Entry(own.inner, entry.geometry, _without_length(entry.tensors))))
+        joined = type(_over(parts[0])).concat_rows(inner, g)
         if joined is None or not isinstance(joined[0], Additive):
             return None
-        return cls(over=joined[0]), joined[1] | {"magnitude": joined_rows(parts, g, "magnitude")}
+        return cls(inner=joined[0]), joined[1] | {"magnitude": joined_rows(parts, g, "magnitude")}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
@@ -188,19 +191,19 @@ class DoRA(Algorithm):
     def read(cls, over: Additive, p: Params, g: Geometry) -> Self:
         """DoRA over what the other tensors of a file are; the shape of `magnitude` tells the axis."""
         sizes = p["magnitude"].shape
-        return cls(over=over, axis="out" if sizes[:1] == (sizes.numel(),) == (g.out_features,) else "in")
+        return cls(inner=over, axis="out" if sizes[:1] == (sizes.numel(),) == (g.out_features,) else "in")
 
     def scale(self, g: Geometry) -> float:
-        return self.over.scale(g)
+        return self.inner.scale(g)
 
     def constants(self, g: Geometry) -> tuple[float, ...]:
-        return (*self.over.constants(g), self._magnitude_axis())
+        return (*self.inner.constants(g), self._magnitude_axis())
 
     def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        return self.over.export_tensors(p, g)
+        return self.inner.export_tensors(p, g)
 
-    def stored_alpha(self, g: Geometry) -> float | None:
-        return self.over.stored_alpha(g)
+    def export_alpha(self, g: Geometry) -> float | None:
+        return self.inner.export_alpha(g)
 
 
 def _without_length(p: Params) -> dict[str, Tensor]:
@@ -210,9 +213,9 @@ def _without_length(p: Params) -> dict[str, Tensor]:
 
 def _over(part: Part) -> Additive:
     assert isinstance(part.entry.algorithm, DoRA)
-    return part.entry.algorithm.over
+    return part.entry.algorithm.inner
 
 
-def below_lengths(algorithm: Algorithm) -> Algorithm:
+def unwrap_dora(algorithm: Algorithm) -> Algorithm:
     """What DoRA is over; every other algorithm itself."""
-    return algorithm.over if isinstance(algorithm, DoRA) else algorithm
+    return algorithm.inner if isinstance(algorithm, DoRA) else algorithm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.lora import LoRA
 from lycoris.algorithms.serialization import Shapes
 from lycoris.algorithms.slots import Params
@@ -30,7 +30,7 @@ class DyLoRA(LoRA):
     """Ranks that are trained together; divides the rank."""
 
     name: ClassVar[str] = "dylora"
-    keys: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight"}
+    tensor_names: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,30 +43,32 @@ class DyLoRA(LoRA):
             raise ConfigError("dylora has no rank_dropout: each training step leaves ranks out already")
         if self.tucker:
             raise ConfigError("dylora has no Tucker core, whose ranks could not be cut one by one")
-        if self.gate:
-            raise ConfigError("dylora has no gate: its blocks are trained one at a time from zero")
+        if self.use_scalar:
+            raise ConfigError("dylora has no scalar: its blocks are trained one at a time from zero")
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         return True
 
-    def draw(self, call: Call, x: Tensor) -> Call:
-        call = super().draw(call, x)
-        if call.dropping is None:
+    def sample_dropout(self, call: Call, x: Tensor) -> Call:
+        call = super().sample_dropout(call, x)
+        if call.dropout_scale is None:
             return call
         blocks = self.rank // self.block_size
         # 1 + a whole number below `blocks`; in evaluation, which a compiled graph only tells by the value, all of them.
         drawn = 1 + (torch.rand((), device=x.device) * blocks).floor().clamp_max(blocks - 1)
-        n = torch.where(call.dropping.to(x.device) > 0, drawn, float(blocks)) * self.block_size
+        n = torch.where(call.dropout_scale.to(x.device) > 0, drawn, float(blocks)) * self.block_size
         louder = (self.rank / n).sqrt() if self.rs_lora else self.rank / n
-        keep = (torch.arange(self.rank, device=x.device) < n).float() * louder
-        return replace(call, keep=keep[None] if call.keep is None else call.keep.to(keep) * keep)
+        rank_mask = (torch.arange(self.rank, device=x.device) < n).float() * louder
+        return replace(
+            call, rank_mask=rank_mask[None] if call.rank_mask is None else call.rank_mask.to(rank_mask) * rank_mask
+        )
 
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        p = super().mask_ranks(p, g, keep)
-        if keep is None:
+    def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
+        p = super().mask_ranks(p, g, rank_mask)
+        if rank_mask is None:
             return p
-        blocks = (one_mask(keep) > 0).reshape(-1, self.block_size).any(1)
+        blocks = (require_one_mask(rank_mask) > 0).reshape(-1, self.block_size).any(1)
         last = blocks & ~torch.cat([blocks[1:], blocks.new_zeros(1)])
         trained = last.repeat_interleave(self.block_size)
         up, down = p["up"], p["down"]

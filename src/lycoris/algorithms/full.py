@@ -33,7 +33,7 @@ class Full(Additive):
     """Train the bias too, on layers that have one."""
 
     name: ClassVar[str] = "full"
-    keys: ClassVar = {"diff": "diff", "diff_b": "diff_b"}
+    tensor_names: ClassVar = {"diff": "diff", "diff_b": "diff_b"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class Full(Additive):
             raise ConfigError("dropout is for the input of the weight's change; full with weight=False has none")
 
     @property
-    def moves_bias(self) -> bool:
+    def changes_bias(self) -> bool:
         return self.bias
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -53,25 +53,25 @@ class Full(Additive):
             raise ConfigError(f"full with weight=False trains biases, and this {g.kind} has none; leave it out")
         return weight | bias
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         for tensor in p.values():
             torch.nn.init.zeros_(tensor)
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         weight = g.transpose_stored(p["diff"]) if "diff" in p else p["diff_b"].new_zeros(g.shape)
         return Affine(weight, self.delta_bias(p))
 
     def delta_bias(self, p: Params) -> Tensor | None:
         return p.get("diff_b")
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return {name: run.of(tensor, self._axis(name, g)) for name, tensor in p.items()}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         slots = {name for part in parts for name in part.entry.tensors}
         having = {name: [part for part in parts if name in part.entry.tensors] for name in sorted(slots)}
         joined = {name: joined_rows(some, g, name, cls._axis(name, g)) for name, some in having.items()}
@@ -82,10 +82,10 @@ class Full(Additive):
         """Where the rows of a tensor are."""
         return 1 if slot == "diff" and g.transposed else 0
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         return None if self.weight else 0
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         # Reached only without a weight: the bias is added to whatever way there is.
         return y
 
@@ -103,9 +103,9 @@ class Full(Additive):
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        if cls.keys["diff"] in shapes:
-            return axis_size(shapes, cls.keys["diff"], 0), column_count(shapes, cls.keys["diff"])
-        return axis_size(shapes, cls.keys["diff_b"], 0), 0
+        if cls.tensor_names["diff"] in shapes:
+            return axis_size(shapes, cls.tensor_names["diff"], 0), column_count(shapes, cls.tensor_names["diff"])
+        return axis_size(shapes, cls.tensor_names["diff_b"], 0), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -30,20 +30,20 @@ class IA3(Algorithm):
     """Scale the inputs of the layer instead of its outputs, as is usual for the second layer of a feed-forward."""
 
     name: ClassVar[str] = "ia3"
-    keys: ClassVar = {"w": "weight", "on_input": "on_input"}
-    marks: ClassVar = ("on_input",)
+    tensor_names: ClassVar = {"w": "weight", "on_input": "on_input"}
+    stored_settings: ClassVar = ("on_input",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         n = g.in_features * g.groups if self.on_input else g.out_features
-        return {"w": Slot((1, n, *(1,) * len(g.kernel)) if g.kernel else (n,), "gate")}
+        return {"w": Slot((1, n, *(1,) * len(g.kernel)) if g.kernel else (n,), "scale")}
 
     def constants(self, g: Geometry) -> tuple[float, ...]:
         return (self.on_input,)
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         torch.nn.init.zeros_(p["w"])
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         if not self.on_input:
             w = p["w"].reshape(-1, *(1,) * (len(g.shape) - 1))
             return Affine(base.weight + base.weight * w, base.bias)
@@ -70,14 +70,14 @@ class IA3(Algorithm):
             "scaled", "the output is scaled", g.out_features, 3 * g.out_features, g.out_features, needs_input=False
         )
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return dict(p) if self.on_input else {"w": run.of(p["w"], self._axis(g))}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         first = parts[0].entry
         if len({part.entry.algorithm.constants(part.entry.geometry) for part in parts}) > 1:
             return None

@@ -40,7 +40,7 @@ class LoHa(Ranked, Additive):
     1/(I·ΠK), at any rank. False: N(0, 0.1²) and N(0, 1) as in existing files, where it grows with the rank."""
 
     name: ClassVar[str] = "loha"
-    keys: ClassVar = {
+    tensor_names: ClassVar = {
         "w1_a": "hada_w1_a",
         "w1_b": "hada_w1_b",
         "w2_a": "hada_w2_a",
@@ -49,17 +49,17 @@ class LoHa(Ranked, Additive):
         "t2": "hada_t2",
     }
     rank_tensors: ClassVar = ("w1_b",)
-    GATE_FOLDS_INTO: ClassVar = ("w1_a",)
+    SCALAR_FOLDS_INTO: ClassVar = ("w1_a",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         r = self.rank
         if self.tucker and not g.pointwise:
             a, b, t = Slot((r, g.out_features), "out"), Slot((r, g.in_features), "in"), Slot((r, r, *g.kernel), "core")
-            return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b, "t1": t, "t2": t} | self._gate_slot()
+            return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b, "t1": t, "t2": t} | self._scalar_slot()
         a, b = Slot((g.out_features, r), "out"), Slot((r, g.fan_in), "in")
-        return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b} | self._gate_slot()
+        return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b} | self._scalar_slot()
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         factors = 3 if "t1" in p else 2
         # A matrix is a sum over r (with a core over r²) products of `factors` numbers.
         terms = self.rank ** (factors - 1)
@@ -69,35 +69,35 @@ class LoHa(Ranked, Additive):
             torch.nn.init.normal_(tensor, std=even if self.stable_init else usual)
         self._start_at_zero(p, "w2_a")
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         if "t1" in p:
             one = tucker(p["t1"], p["w1_a"].T, p["w1_b"])
             return Affine(one * tucker(p["t2"], p["w2_a"].T, p["w2_b"]), None)
         return Affine(((p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"])).reshape(g.shape), None)
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
         if "t1" in p:
             return None
         up = khatri_rao(p["w1_a"].T, p["w2_a"].T).T
         return up, khatri_rao(p["w1_b"], p["w2_b"]).reshape(-1, *g.shape[1:])
 
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
-        pair = self.pair(p, g) if self.rank**2 * 2 < min(g.out_features, g.fan_in) else None
+    def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+        pair = self.low_rank_factors(p, g) if self.rank**2 * 2 < min(g.out_features, g.fan_in) else None
         return None if pair is None else low_rank_gram(weight, *pair, axis)
 
     def scale_rows(self, p: Params, length: Tensor) -> Params:
         length = length.to(p["w1_a"])
         return dict(p) | {"w1_a": p["w1_a"] * (length if "t1" in p else length.reshape(-1, 1))}
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         axis = 1 if "t1" in p else 0
         return dict(p) | {name: run.of(p[name], axis) for name in ("w1_a", "w2_a")}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         scale, first = cls.common_scale(parts), parts[0].entry.tensors
         one = None if scale is None else joined_outputs(parts, g, ["w1_a", "w2_a"], 1 if "t1" in first else 0)
         if one is not None and scale is not None:
@@ -115,24 +115,27 @@ class LoHa(Ranked, Additive):
         }
         return cls(rank=rank, alpha=None if scale is None else scale * rank), out | into
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         return None if self.tucker and not g.pointwise else low_rank_work(g, self.rank**2)
 
-    def building(self, g: Geometry) -> int:
+    def delta_macs(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
-    def saved_numbers(self, g: Geometry) -> int:
-        return self.rank**2 * (1 + self.gate)
+    def saved_elements(self, g: Geometry) -> int:
+        return self.rank**2 * (1 + self.use_scalar)
 
     def max_rank(self, g: Geometry) -> int:
         return min(self.rank**2, g.out_features, g.fan_in)
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        if cls.keys["t1"] in shapes:
-            out, columns = axis_size(shapes, cls.keys["w1_a"], 1), axis_size(shapes, cls.keys["w1_b"], 1)
-            return out, columns * math.prod(shapes[cls.keys["t1"]][2:])
-        return axis_size(shapes, cls.keys["w1_a"], 0), column_count(shapes, cls.keys["w1_b"])
+        if cls.tensor_names["t1"] in shapes:
+            out, columns = (
+                axis_size(shapes, cls.tensor_names["w1_a"], 1),
+                axis_size(shapes, cls.tensor_names["w1_b"], 1),
+            )
+            return out, columns * math.prod(shapes[cls.tensor_names["t1"]][2:])
+        return axis_size(shapes, cls.tensor_names["w1_a"], 0), column_count(shapes, cls.tensor_names["w1_b"])
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

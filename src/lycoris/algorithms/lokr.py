@@ -59,12 +59,12 @@ class LoKr(Ranked, Additive):
     """On convolutions with a real kernel, split w2 with a core `t2` of r x r."""
     stable_init: bool = False
     """Draw the factors so that each of the two has entries of variance 1 over its columns, and so their product of
-    1/(I·ΠK), however they are split and at any rank. False: each tensor as PyTorch initialises a linear layer."""
+    1/(I·ΠK), however they are split and at any rank. False: each tensor as PyTorch initializes a linear layer."""
     layout: Layout | None = None
     """Storage read from a file; None: what the options above say."""
 
     name: ClassVar[str] = "lokr"
-    keys: ClassVar = {
+    tensor_names: ClassVar = {
         "w1": "lokr_w1",
         "w1_a": "lokr_w1_a",
         "w1_b": "lokr_w1_b",
@@ -74,7 +74,7 @@ class LoKr(Ranked, Additive):
         "t2": "lokr_t2",
     }
     rank_tensors: ClassVar = ("w2_b", "w1_b")
-    GATE_FOLDS_INTO: ClassVar = ("w1", "w1_a")
+    SCALAR_FOLDS_INTO: ClassVar = ("w1", "w1_a")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,18 +113,18 @@ class LoKr(Ranked, Additive):
             }
         else:
             slots |= {"w2_a": Slot((ok, r), "out"), "w2_b": Slot((r, inner * g.fan_in // g.in_features), "in")}
-        return slots | self._gate_slot()
+        return slots | self._scalar_slot()
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         im = self.layout_for(below.geometry).im
         for name, tensor in p.items():
-            if self.stable_init and name != "gate":
+            if self.stable_init and name != "scalar":
                 columns = im if name.startswith("w1") else below.geometry.fan_in // im
                 # A split factor is a sum over r (with a core over r²) products of two (three) numbers.
                 parts = 1 if name in ("w1", "w2") else 3 if "t2" in p and name not in ("w1_a", "w1_b") else 2
                 terms = self.rank ** (parts - 1)
                 torch.nn.init.normal_(tensor, std=(1 / columns / terms) ** (1 / (2 * parts)))
-            elif name != "gate":
+            elif name != "scalar":
                 uniform_like_linear(tensor, tensor[0].numel())
         self._start_at_zero(p, "w2" if "w2" in p else "w2_b")
 
@@ -132,10 +132,10 @@ class LoKr(Ranked, Additive):
         layout = self.layout_for(g)
         return super().scale(g) if layout.w1_split or layout.w2_split else 1.0
 
-    def stored_alpha(self, g: Geometry) -> float | None:
+    def export_alpha(self, g: Geometry) -> float | None:
         layout = self.layout_for(g)
         if layout.w1_split or layout.w2_split:
-            return super().stored_alpha(g)
+            return super().export_alpha(g)
         # Readers ignore it there; the rank is what makes those that do not arrive at 1.
         return float(self.rank) if layout.alpha is None else layout.alpha
 
@@ -148,21 +148,21 @@ class LoKr(Ranked, Additive):
             return w1, tucker(p["t2"], p["w2_a"].T, p["w2_b"])
         return w1, (p["w2_a"] @ p["w2_b"]).reshape(g.out_features // w1.shape[0], -1, *g.kernel)
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         return Affine(kron(*self._factors(p, g)), None)
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return g.out_features // self.layout_for(g).ol
 
-    def cut(self, g: Geometry, run: Run) -> Self:
-        return replace(self, layout=self.layout_for(g)._replace(ol=run.rows // self.grain(g)))
+    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+        return replace(self, layout=self.layout_for(g)._replace(ol=run.rows // self.row_block_size(g)))
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         w1 = "w1_a" if "w1_a" in p else "w1"
-        return dict(p) | {w1: run.blocks(self.grain(g)).of(p[w1])}
+        return dict(p) | {w1: run.blocks(self.row_block_size(g)).of(p[w1])}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # The second factor is the same for all rows of a layer, so it has to be so already.
         first = parts[0].entry
         second = [name for name in first.tensors if name not in ("w1", "w1_a", "w1_b")]
@@ -178,7 +178,7 @@ class LoKr(Ranked, Additive):
         layout = first.algorithm.layout_for(first.geometry)._replace(ol=len(w1))
         return replace(first.algorithm, layout=layout), first.tensors | {"w1": w1}
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
         # (U·V) ⊗ (A·B) = (U ⊗ A)·(V ⊗ B), with the thinnest split of each factor.
         w1, w2 = self._factors(p, g)
         u, v = _thinnest(w1, (p["w1_a"], p["w1_b"]) if "w1_a" in p else None)
@@ -189,10 +189,10 @@ class LoKr(Ranked, Additive):
         a, b = _thinnest(w2.flatten(1), own)
         return kron(u, a), kron(v, b.reshape(-1, *w2.shape[1:]))
 
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
+    def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
         return kron_gram(weight, *self._factors(p, g), axis)
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         if g.groups > 1:
             return None
         ol, im = self.layout_for(g)[:2]
@@ -205,7 +205,7 @@ class LoKr(Ranked, Additive):
             return ol * im * inner + ol * inner * ok * kernel
         return im * inner * ok * kernel + ol * im * ok
 
-    def saved_numbers(self, g: Geometry) -> int:
+    def saved_elements(self, g: Geometry) -> int:
         ol, im = self.layout_for(g)[:2]
         ok, inner = g.out_features // ol, g.in_features // im
         if g.kind == "embedding":
@@ -226,7 +226,7 @@ class LoKr(Ranked, Additive):
         ol, im, _, w2_split, _ = self.layout_for(g)
         return w2_split and g.kind == "linear" and 2 * self.rank < min(g.out_features // ol, g.in_features // im)
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         if self._applied_split(g):
             w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
             return add_linear_split(y, x, w1 * gain, p["w2_a"], p["w2_b"])
@@ -236,7 +236,7 @@ class LoKr(Ranked, Additive):
             return y + look_up(x, w1, w2)
         return add_linear(y, x, w1, w2) if g.kind == "linear" else y + _convolve_kronecker(x, w1, w2, g)
 
-    def waste(self, g: Geometry) -> str | None:
+    def find_excess(self, g: Geometry) -> str | None:
         if self.layout is not None:
             return None
         for n in (g.in_features, g.out_features):
@@ -252,12 +252,15 @@ class LoKr(Ranked, Additive):
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
         def size(names: Sequence[str], axis: int) -> int:
-            return max(axis_size(shapes, cls.keys[name], axis) for name in names)
+            return max(axis_size(shapes, cls.tensor_names[name], axis) for name in names)
 
         ol, im = size(("w1", "w1_a"), 0), size(("w1", "w1_b"), 1)
-        if core := shapes.get(cls.keys["t2"]):
+        if core := shapes.get(cls.tensor_names["t2"]):
             return ol * size(["w2_a"], 1), im * size(["w2_b"], 1) * math.prod(core[2:])
-        ok, inner = size(("w2", "w2_a"), 0), max(column_count(shapes, cls.keys[name]) for name in ("w2", "w2_b"))
+        ok, inner = (
+            size(("w2", "w2_a"), 0),
+            max(column_count(shapes, cls.tensor_names[name]) for name in ("w2", "w2_b")),
+        )
         return ol * ok, im * inner
 
     @classmethod

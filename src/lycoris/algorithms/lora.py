@@ -32,46 +32,46 @@ class LoRA(Ranked, Additive):
     """On convolutions with a real kernel, put the kernel into a core of r x r instead of into `down`."""
 
     name: ClassVar[str] = "lora"
-    keys: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
+    tensor_names: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
     rank_tensors: ClassVar = ("down",)
-    GATE_FOLDS_INTO: ClassVar = ("up",)
+    SCALAR_FOLDS_INTO: ClassVar = ("up",)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         r, ones = self.rank, (1,) * len(g.kernel)
         up = Slot((g.out_features, r, *ones), "out")
         if self.tucker and not g.pointwise:
             mid, down = Slot((r, r, *g.kernel), "core"), Slot((r, g.in_features, *ones), "in")
-            return {"up": up, "down": down, "mid": mid} | self._gate_slot()
-        return {"up": up, "down": Slot((r, *g.shape[1:]), "in")} | self._gate_slot()
+            return {"up": up, "down": down, "mid": mid} | self._scalar_slot()
+        return {"up": up, "down": Slot((r, *g.shape[1:]), "in")} | self._scalar_slot()
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         for name in ("up", "down", "mid"):
             if name in p:
                 uniform_like_linear(p[name], p[name][0].numel())
         self._start_at_zero(p, "up")
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        up, into = self.pair(p, g)
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
+        up, into = self.low_rank_factors(p, g)
         return Affine((up @ into.flatten(1)).reshape(g.shape), None)
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
         up, down = p["up"].flatten(1), p["down"]
         return up, tucker(p["mid"], None, down.flatten(1)) if "mid" in p else down
 
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
-        return low_rank_gram(weight, *self.pair(p, g), axis)
+    def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor]:
+        return low_rank_gram(weight, *self.low_rank_factors(p, g), axis)
 
     def scale_rows(self, p: Params, length: Tensor) -> Params:
         return dict(p) | {"up": p["up"] * length.to(p["up"]).reshape(-1, *(1,) * (p["up"].dim() - 1))}
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return dict(p) | {"up": run.of(p["up"])}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         scale, rank = cls.common_scale(parts), len(parts[0].entry.tensors["down"])
         one = None if scale is None else joined_outputs(parts, g, ["up"])
         if one is not None and scale is not None:
@@ -85,28 +85,28 @@ class LoRA(Ranked, Additive):
         algorithm = LoRA(rank=rank, alpha=None if scale is None else scale * rank)
         return algorithm, {"up": side_by_side(parts, g, "up", gains=gains, starts=starts), **into}
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         if self.tucker and not g.pointwise and g.groups == 1:
             return self.rank * (g.in_features + g.out_features) + self.rank**2 * (g.fan_in // g.in_features)
         return low_rank_work(g, self.rank)
 
-    def building(self, g: Geometry) -> int:
+    def delta_macs(self, g: Geometry) -> int:
         return self.rank * g.size
 
-    def saved_numbers(self, g: Geometry) -> int:
-        return self.rank * (1 + self.gate) + self.rank * ("mid" in self.slots(g))
+    def saved_elements(self, g: Geometry) -> int:
+        return self.rank * (1 + self.use_scalar) + self.rank * ("mid" in self.slots(g))
 
     def max_rank(self, g: Geometry) -> int:
         return min(self.rank, g.out_features, g.fan_in)
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         h = g.op(g.mix(x, p["down"].flatten(1)), p["mid"]) if "mid" in p else g.op(x, p["down"])
         return add_mixed(y, g, amplify(h, gain), p["up"].flatten(1))
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        kernel = math.prod(shapes.get(cls.keys.get("mid", ""), ())[2:])
-        return axis_size(shapes, cls.keys["up"], 0), column_count(shapes, cls.keys["down"]) * kernel
+        kernel = math.prod(shapes.get(cls.tensor_names.get("mid", ""), ())[2:])
+        return axis_size(shapes, cls.tensor_names["up"], 0), column_count(shapes, cls.tensor_names["down"]) * kernel
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

@@ -28,33 +28,33 @@ class Norm(Algorithm):
     """
 
     name: ClassVar[str] = "norm"
-    keys: ClassVar = {"w": "w_norm", "b": "b_norm"}
+    tensor_names: ClassVar = {"w": "w_norm", "b": "b_norm"}
     kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
 
     @property
-    def moves_bias(self) -> bool:
+    def changes_bias(self) -> bool:
         return True
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         bias = {"b": Slot(g.shape, "delta")} if g.has_bias else {}
         return {"w": Slot(g.shape, "delta")} | bias
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         for tensor in p.values():
             torch.nn.init.zeros_(tensor)
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         return Affine(base.weight + p["w"], None if base.bias is None else base.bias + p["b"])
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return {name: run.of(tensor) for name, tensor in p.items()}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
-        having = {name: [part for part in parts if name in part.entry.tensors] for name in cls.keys}
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
+        having = {name: [part for part in parts if name in part.entry.tensors] for name in cls.tensor_names}
         return cls(), {name: joined_rows(some, g, name) for name, some in having.items() if some}
 
     def max_rank(self, g: Geometry) -> None:
@@ -70,7 +70,7 @@ class Norm(Algorithm):
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        return max(axis_size(shapes, name, 0) for name in cls.keys.values()), 0
+        return max(axis_size(shapes, name, 0) for name in cls.tensor_names.values()), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

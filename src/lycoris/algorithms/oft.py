@@ -40,7 +40,7 @@ class OFT(Algorithm):
     """Also train a length per row."""
 
     name: ClassVar[str] = "diag-oft"
-    keys: ClassVar = {"blocks": "oft_blocks", "rescale": "rescale"}
+    tensor_names: ClassVar = {"blocks": "oft_blocks", "rescale": "rescale"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,16 +62,16 @@ class OFT(Algorithm):
     def constants(self, g: Geometry) -> tuple[float, ...]:
         return (self.constraint,)
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         torch.nn.init.zeros_(p["blocks"])
         if "rescale" in p:
             torch.nn.init.ones_(p["rescale"])
 
     @classmethod
     def claims(cls, shapes: Shapes) -> bool:
-        return len(shapes.get(cls.keys["blocks"], ())) == 3
+        return len(shapes.get(cls.tensor_names["blocks"], ())) == 3
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         turn = cayley(p["blocks"], self.constraint * g.out_features).to(base.weight.dtype)
         rows = base.weight.reshape(len(turn), self.block_size, -1)
         weight = (rows + turn.mT @ rows).reshape(base.weight.shape)
@@ -88,20 +88,20 @@ class OFT(Algorithm):
         bias = bias.to(y.dtype)
         return turn_blocks(y, turn, g.channel_axis, bias - turn_blocks(bias, turn))
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return self.block_size
 
-    def cut(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
         return replace(self, constraint=0.0) if self.constraint else self
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         # The limit is one for all blocks together: it has to be applied before they part.
         free = limit_norm(p["blocks"], self.constraint * g.out_features)
         own = {"blocks": run.blocks(self.block_size).of(free)}
         return own | ({"rescale": run.of(p["rescale"])} if "rescale" in p else {})
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # A block of zeros turns nothing, and a length of 1 stretches nothing.
         size = parts[0].entry.tensors["blocks"].shape[-1]
         sizes = {part.entry.tensors["blocks"].shape[-1] for part in parts}
@@ -131,12 +131,12 @@ class OFT(Algorithm):
         why = "the output is turned, block by block"
         return Cost("turned", why, work + once, 3 * (work + once), g.out_features, needs_input=False)
 
-    def stored_alpha(self, g: Geometry) -> float | None:
+    def export_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        blocks = shapes.get(cls.keys["blocks"], ())
+        blocks = shapes.get(cls.tensor_names["blocks"], ())
         return (math.prod(blocks[-3:-1]) if len(blocks) > 2 else 0), 0
 
     @classmethod
@@ -146,4 +146,4 @@ class OFT(Algorithm):
 
 def length_slot(wanted: bool, g: Geometry) -> dict[str, Slot]:
     """The slot of a trained length per row."""
-    return {"rescale": Slot((g.out_features, *(1,) * (len(g.shape) - 1)), "length")} if wanted else {}
+    return {"rescale": Slot((g.out_features, *(1,) * (len(g.shape) - 1)), "magnitude")} if wanted else {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.row_selection import Part, common_dtype, joined_rows
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
@@ -33,15 +33,15 @@ class Ranked(Algorithm):
     """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
     rs_lora: bool = False
     """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
-    gate: bool = False
+    use_scalar: bool = False
     """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
     rank_dropout: float = 0.0
     """Probability that a training step leaves a rank out."""
     rank_dropout_scale: bool = False
     """Divide what the ranks that are left give by their share, so that its size stays the same on average."""
 
-    GATE_FOLDS_INTO: ClassVar[tuple[str, ...]]
-    """Slots that can take the gate when a file is written; the first one present does."""
+    SCALAR_FOLDS_INTO: ClassVar[tuple[str, ...]]
+    """Slots that can take the scalar when a file is written; the first one present does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,40 +56,42 @@ class Ranked(Algorithm):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
 
-    def stored_alpha(self, g: Geometry) -> float | None:
+    def export_alpha(self, g: Geometry) -> float | None:
         if self.rs_lora:
             return self.scale(g) * self.rank
         return float(self.rank if self.alpha is None else self.alpha)
 
     def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         tensors = dict(p)
-        gate = tensors.pop("gate", None)
-        if gate is not None:
-            slot = next(name for name in self.GATE_FOLDS_INTO if name in tensors)
-            tensors[slot] = widen(tensors[slot]) * widen(gate)
+        scalar = tensors.pop("scalar", None)
+        if scalar is not None:
+            slot = next(name for name in self.SCALAR_FOLDS_INTO if name in tensors)
+            tensors[slot] = widen(tensors[slot]) * widen(scalar)
         return tensors
 
     @property
-    def drops(self) -> bool:
-        return super().drops or self.rank_dropout > 0
+    def has_dropout(self) -> bool:
+        return super().has_dropout or self.rank_dropout > 0
 
-    def draw(self, call: Call, x: Tensor) -> Call:
-        call = super().draw(call, x)
-        if call.dropping is None or not self.rank_dropout:
+    def sample_dropout(self, call: Call, x: Tensor) -> Call:
+        call = super().sample_dropout(call, x)
+        if call.dropout_scale is None or not self.rank_dropout:
             return call
-        keep = (torch.rand(1, self.rank, device=x.device) >= call.dropping * self.rank_dropout).float()
+        rank_mask = (torch.rand(1, self.rank, device=x.device) >= call.dropout_scale * self.rank_dropout).float()
         if self.rank_dropout_scale:
-            keep = keep / keep.mean().clamp_min(1 / self.rank)
-        return replace(call, keep=keep if call.keep is None else call.keep.to(keep) * keep)
+            rank_mask = rank_mask / rank_mask.mean().clamp_min(1 / self.rank)
+        return replace(
+            call, rank_mask=rank_mask if call.rank_mask is None else call.rank_mask.to(rank_mask) * rank_mask
+        )
 
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        if keep is None:
+    def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
+        if rank_mask is None:
             return p
-        own = one_mask(keep)
+        own = require_one_mask(rank_mask)
         into = [name for name, slot in self.slots(g).items() if slot.role == "in"]
         return dict(p) | {name: p[name] * own.to(p[name]).reshape(-1, *(1,) * (p[name].dim() - 1)) for name in into}
 
-    def waste(self, g: Geometry) -> str | None:
+    def find_excess(self, g: Geometry) -> str | None:
         most = min(g.out_features, g.fan_in)
         if self.rank <= most:
             return None
@@ -101,12 +103,12 @@ class Ranked(Algorithm):
         scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
         return scales.pop() if len(scales) == 1 else None
 
-    def _gate_slot(self) -> dict[str, Slot]:
-        return {"gate": Slot((1,), "gate")} if self.gate else {}
+    def _scalar_slot(self) -> dict[str, Slot]:
+        return {"scalar": Slot((1,), "scale")} if self.use_scalar else {}
 
     def _start_at_zero(self, p: Params, slot: str) -> None:
-        """Make ΔW zero at the start: through the gate if there is one, else through `slot`."""
-        torch.nn.init.zeros_(p["gate"] if self.gate else p[slot])
+        """Make ΔW zero at the start: through the scalar if there is one, else through `slot`."""
+        torch.nn.init.zeros_(p["scalar"] if self.use_scalar else p[slot])
 
 
 def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:

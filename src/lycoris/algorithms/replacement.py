@@ -35,7 +35,7 @@ class Replace(Algorithm):
     """Replace the bias too, on layers that have one."""
 
     name: ClassVar[str] = "replace"
-    keys: ClassVar = {"w": "set_weight", "b": "bias.set_weight"}
+    tensor_names: ClassVar = {"w": "set_weight", "b": "bias.set_weight"}
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "parameter", "norm")
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Replace(Algorithm):
             raise ConfigError("replace without weight and bias replaces nothing: set one of them to True")
 
     @property
-    def moves_bias(self) -> bool:
+    def changes_bias(self) -> bool:
         return self.bias
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
@@ -54,7 +54,7 @@ class Replace(Algorithm):
             raise ConfigError(f"replace with weight=False replaces biases, and this {g.kind} has none; leave it out")
         return weight | bias
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         base = below.affine()
         if "w" in p:
             p["w"].copy_(below.geometry.transpose_stored(base.weight))
@@ -63,21 +63,21 @@ class Replace(Algorithm):
             if base.bias is not None:
                 p["b"].copy_(base.bias)
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         weight = g.transpose_stored(p["w"]).to(base.weight.dtype) if "w" in p else base.weight
         return Affine(weight, p["b"].to(base.weight.dtype) if "b" in p else base.bias)
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         return run_adapted(self, p, below, x, call)
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return {name: run.of(tensor, self._axis(name, g)) for name, tensor in p.items()}
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # Of rows without a part only the base weight tells what they are.
         slots = {frozenset(part.entry.tensors) for part in parts}
         if len(slots) > 1 or not covers(parts, g):
@@ -106,9 +106,9 @@ class Replace(Algorithm):
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        if cls.keys["w"] in shapes:
-            return axis_size(shapes, cls.keys["w"], 0), column_count(shapes, cls.keys["w"])
-        return axis_size(shapes, cls.keys["b"], 0), 0
+        if cls.tensor_names["w"] in shapes:
+            return axis_size(shapes, cls.tensor_names["w"], 0), column_count(shapes, cls.tensor_names["w"])
+        return axis_size(shapes, cls.tensor_names["b"], 0), 0
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

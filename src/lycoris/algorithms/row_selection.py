@@ -39,20 +39,20 @@ class Part(NamedTuple):
 class RowHooks:
     """How an algorithm's tensors follow the rows of the weight. By default all rows belong together."""
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         """Return how many consecutive rows belong together: `cut` and `take` never split a block of so many."""
         return g.out_features
 
-    def cut(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
         """Return the settings under which the tensors of `take` do to these rows what this does to them."""
         return self
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         """Return the tensors of some rows, exact and differentiable; mostly views of those of all rows."""
         return dict(p)
 
     @classmethod
-    def join(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         """Return one exact adapter for a layer that has the rows of all parts; rows without a part are not changed.
 
         All parts are of this class. None where no tensors of this algorithm can express that.

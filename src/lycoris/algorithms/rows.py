@@ -77,16 +77,16 @@ def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) 
     if whole := slices.rejoin(ordered, g):
         return Step(on(whole, g, where))
     separate = [part._replace(entry=apart(part.entry, where, dense=dense).entry) for part in ordered]
-    parts = [part._replace(entry=_fold_gate(_computable(part.entry))) for part in separate]
+    parts = [part._replace(entry=_fold_scalar(_computable(part.entry))) for part in separate]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
-        own = kinds.pop().join(parts, g)
+        own = kinds.pop().concat_rows(parts, g)
         if own is not None:
             return Step(on(Entry(own[0], g, own[1]), g, where))
     plain = [part._replace(entry=_plain(part.entry, "joined with others", where, dense)) for part in parts]
     if any(part.entry.algorithm.name == "full" for part in plain):
         plain = [part._replace(entry=conversion.dense(part.entry)) for part in plain]
-    algorithm, tensors = type(plain[0].entry.algorithm).join(plain, g) or (None, {})
+    algorithm, tensors = type(plain[0].entry.algorithm).concat_rows(plain, g) or (None, {})
     assert algorithm is not None, "LoRA and Full join whatever there is"
     joined = on(Entry(algorithm, g, tensors), g, where)
     return Step(joined, _describe_change([part.entry for part in parts], joined))
@@ -139,7 +139,7 @@ def _then_on(step: Step, g: Geometry, where: str) -> Step:
 def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
     entry, told = _separate(_computable(slices.own_rows(entry) or entry), where, dense)
     algorithm, g, _ = entry
-    if run.splits(algorithm.grain(g)):
+    if run.splits(algorithm.row_block_size(g)):
         few = run.rows < run.total
         what = f"cut to {run.rows} of its {g.out_features} rows" if few else "given its rows in another order"
         plain = _plain(entry, what, where, dense)
@@ -156,29 +156,29 @@ def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
 def _separate(entry: Entry, where: str, dense: bool) -> Step:
     """DoRA over a slice as DoRA over an adapter of the layer's own."""
     algorithm, g, tensors = entry
-    if not isinstance(algorithm, DoRA) or not isinstance(algorithm.over, Slice):
+    if not isinstance(algorithm, DoRA) or not isinstance(algorithm.inner, Slice):
         return Step(entry)
-    step = apart(Entry(algorithm.over, g, _without(tensors, "magnitude")), where, dense=dense)
+    step = apart(Entry(algorithm.inner, g, _without(tensors, "magnitude")), where, dense=dense)
     inner = step.entry
     assert isinstance(inner.algorithm, Additive)
     own = inner.tensors | {"magnitude": tensors["magnitude"]}
-    return Step(Entry(replace(algorithm, over=inner.algorithm), g, own), step.note)
+    return Step(Entry(replace(algorithm, inner=inner.algorithm), g, own), step.note)
 
 
 def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {own: tensor for own, tensor in tensors.items() if own != name}
 
 
-def _fold_gate(entry: Entry) -> Entry:
-    """Without a gate of its own, which parts of a layer could not share."""
+def _fold_scalar(entry: Entry) -> Entry:
+    """Without a scalar of its own, which parts of a layer could not share."""
     algorithm, g, tensors = entry
     if isinstance(algorithm, DoRA):
-        inner = _fold_gate(Entry(algorithm.over, g, tensors))
+        inner = _fold_scalar(Entry(algorithm.inner, g, tensors))
         assert isinstance(inner.algorithm, Additive)
-        return Entry(replace(algorithm, over=inner.algorithm), g, inner.tensors)
-    if not isinstance(algorithm, Ranked) or not algorithm.gate:
+        return Entry(replace(algorithm, inner=inner.algorithm), g, inner.tensors)
+    if not isinstance(algorithm, Ranked) or not algorithm.use_scalar:
         return entry
-    return Entry(replace(algorithm, gate=False), g, algorithm.export_tensors(tensors, g))
+    return Entry(replace(algorithm, use_scalar=False), g, algorithm.export_tensors(tensors, g))
 
 
 def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
@@ -191,5 +191,5 @@ def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
 def _describe_change(before: Sequence[Entry], after: Entry) -> str:
     names = " and ".join(sorted({entry.algorithm.name for entry in before}))
     rank = after.tensors["down"].shape[0] if after.algorithm.name == "lora" else None
-    masks = "; timestep masks are lost" if any(entry.algorithm.rank_masked for entry in before) else ""
+    masks = "; timestep masks are lost" if any(entry.algorithm.uses_rank_mask for entry in before) else ""
     return f"{names} became {'a dense difference' if rank is None else f'a LoRA of rank {rank}'}, exact{masks}"

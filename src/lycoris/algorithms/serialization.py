@@ -19,9 +19,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class FileHooks:
     """Names, alpha and shapes of an algorithm's tensors in a file. The defaults store every slot as it is."""
 
-    keys: ClassVar[Mapping[str, str]]
+    tensor_names: ClassVar[Mapping[str, str]]
     """Slot name → tensor name in adapter files, as LyCORIS, kohya and ComfyUI spell it."""
-    marks: ClassVar[tuple[str, ...]] = ()
+    stored_settings: ClassVar[tuple[str, ...]] = ()
     """Names among `keys` that hold a setting and are no slots."""
     rank_tensors: ClassVar[tuple[str, ...]] = ()
     """Slots whose first axis in a file is the rank that alpha is divided by; the first one present tells it."""
@@ -62,11 +62,11 @@ class FileHooks:
         """Return the tensors that go into a file, by slot name; trained scalars are multiplied into a factor."""
         return dict(p)
 
-    def stored_alpha(self, g: Geometry) -> float | None:
+    def export_alpha(self, g: Geometry) -> float | None:
         """Return the alpha to store, so that a reader that divides it by the rank gets `scale`. None: store none."""
         return None
 
-    def complete(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
+    def fill_missing(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
         """Return a file's tensors together with those that it may leave out because the base weight determines them.
 
         Raises:

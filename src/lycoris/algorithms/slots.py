@@ -10,7 +10,7 @@ from torch import Tensor
 Params = Mapping[str, Tensor]
 """An adapter's tensors by slot name."""
 
-Role = Literal["in", "out", "core", "gate", "length", "delta", "rotation", "frozen"]
+Role = Literal["in", "out", "core", "scale", "magnitude", "delta", "rotation", "frozen"]
 
 
 class Slot(NamedTuple):
@@ -20,8 +20,8 @@ class Slot(NamedTuple):
 
     - "in", "out": the factors on the input and the output side. The first axis of every "in" tensor is the rank.
     - "core": a factor between them, such as a Tucker core.
-    - "gate": multiplies other tensors or channels.
-    - "length": a norm. Kept in float32 or wider, because rounding it would change the layer by itself.
+    - "scale": multiplies other tensors or channels.
+    - "magnitude": a norm. Kept in float32 or wider, because rounding it would change the layer by itself.
     - "delta": a change that is stored densely.
     - "rotation": generates orthogonal matrices.
     - "frozen": saved with the adapter and not trained.

@@ -11,22 +11,24 @@ from torch import Tensor
 from lycoris.algorithms import ALGORITHMS, DoRA
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.serialization import Shapes
 from lycoris.algorithms.slices import Slice
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Geometry
 
-MAGNITUDE = DoRA.keys["magnitude"]
+MAGNITUDE = DoRA.tensor_names["magnitude"]
 ALPHA = "alpha"
-RANK_TENSORS = tuple(dict.fromkeys(each.keys[slot] for each in ALGORITHMS.values() for slot in each.rank_tensors))
+RANK_TENSORS = tuple(
+    dict.fromkeys(each.tensor_names[slot] for each in ALGORITHMS.values() for slot in each.rank_tensors)
+)
 """Names in files of the factors whose first axis is the rank."""
 EMPTY = ("b", "diff_b")
 """Slots whose zeros say nothing."""
 
 
 def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
-    """A layer's tensors under the names that adapter files use, with `alpha`, gates folded in.
+    """A layer's tensors under the names that adapter files use, with `alpha`, scalars folded in.
 
     Raises `FileError` for a slice: its tensors are those of a layer with more rows.
     """
@@ -35,12 +37,12 @@ def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) ->
     if g.stack:
         one = replace(g, stack=0)
         each = [write_tensors(algorithm, {name: t[at] for name, t in p.items()}, one) for at in range(g.stack)]
-        shared = {ALPHA, *(algorithm.keys[mark] for mark in algorithm.marks)}
+        shared = {ALPHA, *(algorithm.tensor_names[mark] for mark in algorithm.stored_settings)}
         return {key: t if key in shared else torch.stack([of[key] for of in each]) for key, t in each[0].items()}
-    inner = below_lengths(algorithm)
+    inner = unwrap_dora(algorithm)
     stored = inner.export_tensors({name: tensor for name, tensor in p.items() if name != "magnitude"}, g)
-    tensors = {inner.keys[name]: tensor for name, tensor in stored.items()}
-    alpha = inner.stored_alpha(g)
+    tensors = {inner.tensor_names[name]: tensor for name, tensor in stored.items()}
+    alpha = inner.export_alpha(g)
     if alpha is not None:
         tensors[ALPHA] = torch.tensor(alpha, dtype=torch.float32)
     if isinstance(algorithm, DoRA):
@@ -59,7 +61,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
     rest = dict(tensors)
     alpha, magnitude = rest.pop(ALPHA, None), rest.pop(MAGNITUDE, None)
     kind = _recognize(rest, g, where)
-    slot_of = {suffix: slot for slot, suffix in kind.keys.items()}
+    slot_of = {suffix: slot for slot, suffix in kind.tensor_names.items()}
     p = {slot_of[suffix]: tensor for suffix, tensor in rest.items()}
     scale = None if alpha is None else number(alpha, f"{where}.alpha", infinite=not kind.uses_alpha(p))
     try:
@@ -72,7 +74,9 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
             raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
         p["magnitude"] = magnitude
         algorithm = DoRA.read(algorithm, p, g)
-    return algorithm, _fit_shapes(algorithm, {name: t for name, t in p.items() if name not in kind.marks}, g, where)
+    return algorithm, _fit_shapes(
+        algorithm, {name: t for name, t in p.items() if name not in kind.stored_settings}, g, where
+    )
 
 
 def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
@@ -91,19 +95,19 @@ def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple
 
 def match_algorithms(shapes: Shapes) -> list[type[Algorithm]]:
     """Return the algorithms that have all of a layer's tensors, without `alpha`, by name and claim them by shape."""
-    fitting = [kind for kind in ALGORITHMS.values() if shapes and shapes.keys() <= set(kind.keys.values())]
+    fitting = [kind for kind in ALGORITHMS.values() if shapes and shapes.keys() <= set(kind.tensor_names.values())]
     return [kind for kind in fitting if kind.claims(shapes)]
 
 
 def find_layer_size(shapes: Shapes) -> tuple[int, int]:
     """Return (O, I·ΠK) of the layer that an adapter's tensors belong to, from their shapes in a file; 0 for unknown."""
-    having = [kind for kind in ALGORITHMS.values() if shapes.keys() & set(kind.keys.values())]
+    having = [kind for kind in ALGORITHMS.values() if shapes.keys() & set(kind.tensor_names.values())]
     sizes = [kind.layer_size(shapes) for kind in having if kind.claims(_own_shapes(kind, shapes))]
     return max(sizes, key=lambda size: (all(size), any(size)), default=(0, 0))
 
 
 def _own_shapes(kind: type[Algorithm], shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if name in kind.keys.values()}
+    return {name: shape for name, shape in shapes.items() if name in kind.tensor_names.values()}
 
 
 def _recognize(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[Algorithm]:
@@ -114,15 +118,15 @@ def _recognize(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
         return fitting[0]
     if fitting:
         raise FileError(f"{where}: the file has {fitting[0].name} for a {g.kind}, which it does not serve")
-    partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.keys.values())]
+    partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.tensor_names.values())]
     why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here has just these"
     told = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
     raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
 
 
 def _fit_shapes(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:
-    inner = below_lengths(algorithm)
-    names = dict(inner.keys) | DoRA.keys
+    inner = unwrap_dora(algorithm)
+    names = dict(inner.tensor_names) | DoRA.tensor_names
     try:
         slots = algorithm.slots(g)
     except ConfigError as error:

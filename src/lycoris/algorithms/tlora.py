@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lycoris.algorithms.additive import Additive, low_rank_work
-from lycoris.algorithms.call import Call, one_mask
+from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked
 from lycoris.algorithms.serialization import Shapes, axis_size, column_count
@@ -34,7 +34,7 @@ class TLoRA(Ranked, Additive):
     """ΔW = p·diag(λ ⊙ keep)·q - p0·diag(λ0 ⊙ keep)·q0.
 
     q, λ, p start as singular vectors and values of the layer's own weight; the copies with a 0 stay as they were, so
-    that ΔW starts at exactly zero under any mask. `keep` comes from a schedule over diffusion timesteps
+    that ΔW starts at exactly zero under any mask. `rank_mask` comes from a schedule over diffusion timesteps
     (`lycoris.targeting.rank_schedule`). The frozen copies are saved with the rest: a file does not depend on which base
     it meets.
     """
@@ -46,7 +46,7 @@ class TLoRA(Ranked, Additive):
 
     name: ClassVar[str] = "tlora"
     always: ClassVar[str] = "masks may differ from sample to sample, and a weight cannot"
-    keys: ClassVar = {
+    tensor_names: ClassVar = {
         "q": "q_layer.weight",
         "p": "p_layer.weight",
         "lam": "lambda_layer",
@@ -55,26 +55,26 @@ class TLoRA(Ranked, Additive):
         "lam0": "base_lambda",
     }
     rank_tensors: ClassVar = ("q",)
-    GATE_FOLDS_INTO: ClassVar = ()
+    SCALAR_FOLDS_INTO: ClassVar = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vectors not in ("principal", "middle", "last"):
             raise ConfigError(f"vectors of tlora must be principal, middle or last, not {self.vectors!r}")
-        if self.gate:
-            raise ConfigError("tlora has no gate: it starts at zero effect and trains its singular values")
+        if self.use_scalar:
+            raise ConfigError("tlora has no scalar: it starts at zero effect and trains its singular values")
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         r, ones = self.rank, (1,) * len(g.kernel)
         q, p, lam = (r, *g.shape[1:]), (g.out_features, r, *ones), (1, r)
-        trained = {"q": Slot(q, "in"), "p": Slot(p, "out"), "lam": Slot(lam, "gate")}
+        trained = {"q": Slot(q, "in"), "p": Slot(p, "out"), "lam": Slot(lam, "scale")}
         return trained | {"q0": Slot(q, "frozen"), "p0": Slot(p, "frozen"), "lam0": Slot(lam, "frozen")}
 
     @property
-    def rank_masked(self) -> bool:
+    def uses_rank_mask(self) -> bool:
         return True
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
+    def initialize(self, p: Params, below: LayerBelow) -> None:
         g = below.geometry
         weight = _matrix(below) if self.data_init else None
         if weight is None:
@@ -84,7 +84,7 @@ class TLoRA(Ranked, Additive):
             p[name].copy_(start)
             p[f"{name}0"].copy_(start)
 
-    def complete(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
+    def fill_missing(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
         """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
         tensors = dict(p)
         if "q0" not in tensors:
@@ -118,40 +118,40 @@ class TLoRA(Ranked, Additive):
         shapes = {name: slot.shape for name, slot in self.slots(g).items()}
         return {name: value.reshape(shapes[name]) for name, value in (("q", q), ("p", p), ("lam", lam))}
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
-        kept = 1.0 if keep is None else self.fit_keep(one_mask(keep)).to(p["lam"])
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
+        kept = 1.0 if rank_mask is None else self.fit_rank_mask(require_one_mask(rank_mask)).to(p["lam"])
         trained = (p["p"].flatten(1) * (p["lam"] * kept)) @ p["q"].flatten(1)
         start = (p["p0"].flatten(1) * (p["lam0"] * kept)) @ p["q0"].flatten(1)
         return Affine((trained - start).reshape(g.shape), None)
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
         out = torch.cat([p["p"].flatten(1) * p["lam"], p["p0"].flatten(1) * -p["lam0"]], dim=1)
         return out, torch.cat([p["q"], p["q0"]])
 
-    def grain(self, g: Geometry) -> int:
+    def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def take(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
         return dict(p) | {name: run.of(p[name]) for name in ("p", "p0") if name in p}
 
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
+    def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
         # Masks may differ from sample to sample: they meet the activations.
         return p
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         return low_rank_work(g, 2 * self.rank)
 
-    def building(self, g: Geometry) -> int:
+    def delta_macs(self, g: Geometry) -> int:
         return 2 * self.rank * g.size
 
-    def saved_numbers(self, g: Geometry) -> int:
+    def saved_elements(self, g: Geometry) -> int:
         return (3 if g.kind == "conv" else 2) * self.rank
 
     def max_rank(self, g: Geometry) -> int:
         return min(2 * self.rank, g.out_features, g.fan_in)
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
-        mask: Tensor | None = None if call.keep is None else self.fit_keep(call.keep).to(p["lam"])
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+        mask: Tensor | None = None if call.rank_mask is None else self.fit_rank_mask(call.rank_mask).to(p["lam"])
         # On strided input matmul picks its kernel, and with it the last bit, by whether the weight is trained.
         x = x.contiguous() if g.kind == "linear" else x
 
@@ -164,15 +164,17 @@ class TLoRA(Ranked, Additive):
         # where the tensors are small.
         return y + (chain(p["q"], p["lam"], p["p"]) + chain(p["q0"], -p["lam0"], p["p0"]))
 
-    def fit_keep(self, keep: Tensor) -> Tensor:
+    def fit_rank_mask(self, rank_mask: Tensor) -> Tensor:
         """The mask (..., r): longer ones are cut, ranks beyond a shorter one count."""
-        keep = keep[..., : self.rank]
-        missing = self.rank - keep.shape[-1]
-        return torch.cat([keep, keep.new_ones(*keep.shape[:-1], missing)], dim=-1) if missing else keep
+        rank_mask = rank_mask[..., : self.rank]
+        missing = self.rank - rank_mask.shape[-1]
+        return (
+            torch.cat([rank_mask, rank_mask.new_ones(*rank_mask.shape[:-1], missing)], dim=-1) if missing else rank_mask
+        )
 
     @classmethod
     def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
-        return axis_size(shapes, cls.keys["p"], 0), column_count(shapes, cls.keys["q"])
+        return axis_size(shapes, cls.tensor_names["p"], 0), column_count(shapes, cls.tensor_names["q"])
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:

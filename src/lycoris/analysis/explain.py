@@ -270,13 +270,13 @@ def _layer(
         geometry=g,
         algorithm=algorithm,
         rank=algorithm.max_rank(g),
-        flops=2 * cost.work,
-        training_flops=2 * cost.training,
+        flops=2 * cost.forward_macs,
+        training_flops=2 * cost.training_macs,
         base_flops=2 * g.size if matrix else 0,
-        kept=cost.kept * dtype.itemsize + cost.flags,
+        kept=cost.saved_elements * dtype.itemsize + cost.mask_bytes,
         input=g.channels_in * dtype.itemsize if cost.needs_input and g.kind == "linear" else 0,
         way=cost.path,
-        why=cost.why,
+        why=cost.reason,
         **sizes,
     )
 
@@ -305,7 +305,7 @@ def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, A
 def _cost(algorithm: Algorithm, g: Geometry, alone: bool, tokens: int) -> Cost:
     if g.kind != "parameter":
         return algorithm.cost(g, tokens, alone=alone)
-    build = max(1, g.stack) * (algorithm.building(g) + g.size) / tokens
+    build = max(1, g.stack) * (algorithm.delta_macs(g) + g.size) / tokens
     return Cost("dense", "a parameter has no input of its own: its weight is built in each pass", build, 3 * build)
 
 

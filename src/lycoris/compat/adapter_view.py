@@ -15,7 +15,7 @@ from lycoris.algorithms import DoRA, conversion
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.call import Call
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.compat.assignable import Fact, Fixed
@@ -51,7 +51,7 @@ class AdapterView(nn.Module):
     @Fact
     def inner(self) -> Algorithm:
         """The algorithm, without the lengths of DoRA."""
-        return below_lengths(self.algorithm)
+        return unwrap_dora(self.algorithm)
 
     @Fact
     def geometry(self) -> Geometry:
@@ -200,7 +200,7 @@ class AdapterView(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Under the names that they have in files; `scalar` for a trained gate."""
+        """Under the names that they have in files; `scalar` for a trained scalar."""
         names = file_names(self.algorithm)
         for slot, tensor in self.adapter.named_parameters():
             yield f"{prefix}{'.' if prefix else ''}{names[slot]}", tensor
@@ -249,20 +249,20 @@ class AdapterView(nn.Module):
         return (weight if shape is None else weight.reshape(shape)).to(device), bias
 
     def _change(self) -> Tensor:
-        """ΔW of an algorithm with factors, with its gate and without its scale, as the layer stores its weight."""
+        """ΔW of an algorithm with factors, with its scalar and without its scale, as the layer stores its weight."""
         assert isinstance(self.inner, Additive)
         own = {name: tensor for name, tensor in self.adapter.tensors().items() if name != "magnitude"}
-        return self.geometry.transpose_stored(self.inner.delta(own, self.geometry).weight * self.inner.gate_of(own))
+        return self.geometry.transpose_stored(self.inner.delta(own, self.geometry).weight * self.inner.read_scalar(own))
 
     def bypass_forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What the layer gives with this adapter at a strength."""
-        call = Call(scale, self.adapter.call.keep)
+        call = Call(scale, self.adapter.call.rank_mask)
         return self.algorithm.forward(self.adapter.tensors(), self._find_unmerged(), x, call)
 
     def bypass_forward_diff(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """What this adapter adds to the layer's output."""
         if isinstance(self.algorithm, Additive):
-            nothing, call = torch.zeros_like(self._below()(x)), Call(scale, self.adapter.call.keep)
+            nothing, call = torch.zeros_like(self._below()(x)), Call(scale, self.adapter.call.rank_mask)
             return self.algorithm.add(nothing, self.adapter.tensors(), self.geometry, x, call)
         return self.bypass_forward(x, scale) - self._below()(x)
 

@@ -89,7 +89,7 @@ class LycorisBaseModule(AdapterView):
         algorithm.check(geometry)
         check_trainable({lora_name: org_module}, {lora_name: (algorithm,)})
         adapter = Adapter(algorithm, geometry, **base_weights.home(org_module))
-        adapter.initialise(attach.top(org_module))
+        adapter.initialize(attach.top(org_module))
         bypass: bool | None = parse_optional(given.get("bypass_mode"), "bypass_mode", bool)
         self._become(lora_name, adapter, site(org_module, ""), bypass, single=True)
         self.multiplier = multiplier
@@ -129,7 +129,7 @@ class LycorisBaseModule(AdapterView):
 
     def _follow_masks(self) -> None:
         # Of a network's modules the network itself is told of masks.
-        if self.algorithm.rank_masked and (self._single or self._alone is not None):
+        if self.algorithm.uses_rank_mask and (self._single or self._alone is not None):
             timestep_masks.follow(self)
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -151,18 +151,18 @@ class LycorisBaseModule(AdapterView):
         if self._member is not None:
             self._member[0].set_strength_at(self._member[1], multiplier)
         elif not self._on_its_own:
-            self.adapter.set_call(finite(multiplier), self.adapter.call.keep)
+            self.adapter.set_call(finite(multiplier), self.adapter.call.rank_mask)
 
     def _check_unmerged(self) -> None:
         if self.adapter.merged:
             raise AttachError(f"{self.lora_name or 'this module'} is merged; restore it to change its multiplier")
 
-    def set_keep(self, keep: Tensor | None) -> None:
-        """Which ranks count, for algorithms that follow the timestep; see `AdapterSet.set_keep`."""
+    def set_rank_mask(self, keep: Tensor | None) -> None:
+        """Which ranks count, for algorithms that follow the timestep; see `AdapterSet.set_rank_mask`."""
         if self._alone is not None and self._on_its_own:
-            self._alone.set_keep(keep)
+            self._alone.set_rank_mask(keep)
         elif not self._by_network:
-            fit = None if keep is None else self.algorithm.fit_keep(one_if_equal(keep))
+            fit = None if keep is None else self.algorithm.fit_rank_mask(one_if_equal(keep))
             self.adapter.set_call(self.multiplier, fit)
 
     def apply_to(self, **_: Any) -> None:
@@ -190,7 +190,7 @@ class LycorisBaseModule(AdapterView):
         and `AttachError` for a second merge."""
         self._told_twice = warn_of_both(multiplier, self.multiplier, told=self._told_twice)
         if self._parameter is not None:
-            if self.algorithm.rank_masked:
+            if self.algorithm.uses_rank_mask:
                 warnings.warn(
                     "merging adapters that were trained with a timestep schedule into a parameter: all ranks count "
                     "from here on, whatever the timestep",
@@ -242,14 +242,14 @@ class LycorisBaseModule(AdapterView):
         """The set of this module alone, with what is in force."""
         if self._by_network:
             raise ConfigError(f"{self.lora_name} is applied by its network; merge and restore that")
-        strength, keep = self.multiplier, self.adapter.call.keep
+        strength, keep = self.multiplier, self.adapter.call.rank_mask
         if self._alone is None:
             self._alone = AdapterSet(self.org_module[0], {self.adapter.attribute: (self.adapter,)}, name=None)
         if not self._on_its_own:
             self._follow_masks()
             mask = timestep_masks.get_timestep_mask()
             self._alone.set_strength(strength)
-            self._alone.set_keep(keep if mask is None else mask)
+            self._alone.set_rank_mask(keep if mask is None else mask)
         return self._alone
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -277,7 +277,7 @@ class LycorisBaseModule(AdapterView):
         algorithm = cls._algorithm(geometry, dim, alpha, own)
         algorithm.check(geometry)
         adapter = Adapter(algorithm, geometry, **parameter.home)
-        adapter.initialise(BareWeight(geometry, getattr(org_module, attr).detach()))
+        adapter.initialize(BareWeight(geometry, getattr(org_module, attr).detach()))
         made = cls.__new__(cls)
         made._become("", adapter, Site("", org_module, "", geometry), False, single=True)
         made.multiplier, made._parameter = multiplier, parameter

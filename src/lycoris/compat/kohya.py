@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.algorithms import OFT
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.ranked import Ranked
 from lycoris.compat import block_classes
 from lycoris.compat.inside import log_layers
@@ -174,10 +174,10 @@ def _remarks_on(
     paths = (path for model in models for path in servable(model, (*USUAL, "norm")))
     yield from patterns.find_unmatched(paths, [each.path for each in placements])
     unranked = {
-        below_lengths(algorithm).name
+        unwrap_dora(algorithm).name
         for each in placements
         for algorithm in each.algorithms
-        if patterns.rank_for(each.path) and not isinstance(below_lengths(algorithm), Ranked | OFT)
+        if patterns.rank_for(each.path) and not isinstance(unwrap_dora(algorithm), Ranked | OFT)
     }
     for name in sorted(unranked):
         yield Remark(f"network_reg_dims has no effect on {name}, which has no rank", "unmatched")

@@ -179,7 +179,7 @@ class LycorisNetworkKohya(LycorisNetwork):
                     "all adapters of this network"
                 )
             self._keep(*meant)
-        if self.for_inference and not any(part.adapters.rank_masked for part in self.parts):
+        if self.for_inference and not any(part.adapters.uses_rank_mask for part in self.parts):
             self._merge_for_good()
         else:
             self._merge(1.0)
@@ -329,7 +329,7 @@ class LycorisNetworkKohya(LycorisNetwork):
     def _plus_keys(self, module: LycorisBaseModule) -> list[str]:
         algorithm = module.inner
         slots = next((slots for kind, slots in self.plus.items() if isinstance(algorithm, kind)), ())
-        return [algorithm.keys[slot] for slot in slots]
+        return [algorithm.tensor_names[slot] for slot in slots]
 
     def _have_plus(self) -> str:
         return ", ".join(kind.__name__ for kind in self.plus)

@@ -7,7 +7,7 @@ import torch
 from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import OFT, TLoRA
 from lycoris.algorithms.additive import Additive
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.ranked import Ranked
 
 
@@ -15,18 +15,18 @@ from lycoris.algorithms.ranked import Ranked
 def shrink(adapter: Adapter, most: float) -> tuple[bool | None, float | None]:
     """Whether the norm was above `most`, and what it is now; (None, None) for an algorithm without such a norm.
 
-    ΔW is shrunk through the gate, or through one factor, so exactly. T-LoRA is the difference of two products, one of
+    ΔW is shrunk through the scalar, or through one factor, so exactly. T-LoRA is the difference of two products, one of
     them frozen: no tensor of it scales ΔW. IA3, GLoRA and `full` have no such norm in existing trainers either.
     """
-    algorithm = below_lengths(adapter.algorithm)
+    algorithm = unwrap_dora(adapter.algorithm)
     tensors = adapter.tensors()
     if isinstance(algorithm, OFT):
         part, norm = tensors["blocks"], tensors["blocks"].norm()
     elif isinstance(algorithm, Additive) and isinstance(algorithm, Ranked) and not isinstance(algorithm, TLoRA):
         own = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
-        scale = algorithm.gate_of(own) * algorithm.scale(adapter.geometry)
+        scale = algorithm.read_scalar(own) * algorithm.scale(adapter.geometry)
         norm = (algorithm.delta(own, adapter.geometry).weight * scale).norm()
-        part = own["gate"] if "gate" in own else next(own[n] for n in algorithm.GATE_FOLDS_INTO if n in own)
+        part = own["scalar"] if "scalar" in own else next(own[n] for n in algorithm.SCALAR_FOLDS_INTO if n in own)
     else:
         return None, None
     if norm <= most:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lycoris.algorithms import BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, TLoRA
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import ALPHA
 from lycoris.compat.assignable import Fact
 from lycoris.compat.base_module import LycorisBaseModule, settings
@@ -51,7 +51,7 @@ class _Built(LycorisBaseModule):
     """One whose ΔW is built from factors."""
 
     def get_weight(self, shape: Sequence[int] | None = None) -> Tensor:
-        """scale·ΔW, with the gate and without dropout; of DoRA, that of the algorithm that it is over."""
+        """scale·ΔW, with the scalar and without dropout; of DoRA, that of the algorithm that it is over."""
         weight = self._change() * self.scale
         return weight if shape is None else weight.reshape(*shape)
 
@@ -68,7 +68,7 @@ class LoConModule(_Built):
     weight_list_det = ("lora_up.weight",)
 
     def make_weight(self, device: Any = None) -> Tensor:
-        """up·down, with the gate, without the scale and without dropout."""
+        """up·down, with the scalar, without the scale and without dropout."""
         return self._change().to(device)
 
 
@@ -150,7 +150,7 @@ class DiagOFTModule(LycorisBaseModule):
 
     def get_r(self) -> Tensor:
         """The rotation of each block."""
-        bound = self.inner.stored_alpha(self.geometry) or 0.0
+        bound = self.inner.export_alpha(self.geometry) or 0.0
         return get_r(self.adapter.tensors()["blocks"], self.I, bound * self.geometry.out_features)
 
 
@@ -290,14 +290,14 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
     """The class of modules that have an algorithm."""
-    inner = type(below_lengths(algorithm))
+    inner = type(unwrap_dora(algorithm))
     return CLASSES.get(inner) or _build_class(inner)
 
 
 @cache
 def _build_class(algorithm: type[Algorithm]) -> type[LycorisBaseModule]:
     """A class for an algorithm that lycoris-lora 4.1.3 did not have."""
-    names = tuple(algorithm.keys.values())
+    names = tuple(algorithm.tensor_names.values())
     listed: dict[str, Any] = {"name": algorithm.name, "algo": algorithm.name, "weight_list": (*names, *_LENGTHS)}
     listed |= {"weight_list_det": names[:1], "__doc__": algorithm.__doc__, "__module__": __name__}
     return type(f"{algorithm.__name__}Module", (LycorisBaseModule,), listed)

@@ -15,7 +15,7 @@ from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import DoRA
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.legacy_options import read_preset, rename_options, tell
 from lycoris.compat.quantized import check_trainable
 from lycoris.errors import ConfigError, FileError
@@ -126,14 +126,14 @@ def with_dropout(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
     lacking: set[str] = set()
 
     def dropping(entry: Entry) -> Entry:
-        algorithm = below_lengths(entry.algorithm)
+        algorithm = unwrap_dora(entry.algorithm)
         own = {name: value for name, value in drop.items() if hasattr(algorithm, name)}
         if "rank_dropout" not in own:
             own.pop("rank_dropout_scale", None)
         lacking.update(f"{algorithm.name} has no {name}" for name in drop if not hasattr(algorithm, name))
         if isinstance(entry.algorithm, DoRA):
-            over = replace(entry.algorithm.over, **own)
-            return entry._replace(algorithm=replace(entry.algorithm, over=over))
+            over = replace(entry.algorithm.inner, **own)
+            return entry._replace(algorithm=replace(entry.algorithm, inner=over))
         return entry._replace(algorithm=replace(algorithm, **own))
 
     entries = {path: tuple(map(dropping, stack)) for path, stack in bundle.entries.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import OFT, DoRA, Full
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.assignable import Constant
 from lycoris.errors import ConfigError
 from lycoris.layers import sharding
@@ -68,18 +68,18 @@ def write(name: str, own: Tensor, value: Tensor) -> None:
 
 def file_names(algorithm: Algorithm) -> dict[str, str]:
     """Slot → name as in files, for what a file has no name for too."""
-    return {**below_lengths(algorithm).keys, **DoRA.keys, "gate": "scalar"}
+    return {**unwrap_dora(algorithm).tensor_names, **DoRA.tensor_names, "scalar": "scalar"}
 
 
 def by_old_name(adapter: Adapter, name: str) -> Any:
     """A tensor by its name in files; None for other names. Of `lora_up.weight` the first part is asked for."""
-    algorithm = below_lengths(adapter.algorithm)
+    algorithm = unwrap_dora(adapter.algorithm)
     if name == "alpha":
-        alpha = algorithm.stored_alpha(adapter.geometry)
+        alpha = algorithm.export_alpha(adapter.geometry)
         return None if alpha is None else Constant.of(name, alpha)
     tensors = adapter.tensors()
     if name == "scalar":
-        return tensors["gate"] if "gate" in tensors else Constant.of(name, 1.0)
+        return tensors["scalar"] if "scalar" in tensors else Constant.of(name, 1.0)
     for slot, key in file_names(adapter.algorithm).items():
         if slot in tensors and key == name:
             return tensors[slot]
@@ -111,7 +111,7 @@ def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
         write(name, own, value)
         return True
     known = {key.removesuffix(".weight") for key in file_names(adapter.algorithm).values()}
-    known |= {"weight", "bias"} if isinstance(below_lengths(adapter.algorithm), Full) else set()
+    known |= {"weight", "bias"} if isinstance(unwrap_dora(adapter.algorithm), Full) else set()
     if name in OF_ALGORITHM:
         raise ConfigError(f"{name} belongs to {adapter.algorithm}, which does not change; make a new module with it")
     if name in known:

@@ -26,7 +26,7 @@ CONFIG_KEYS = ("max_rank", "min_rank", "alpha")
 class Masked(Protocol):
     """What a mask reaches: a set of adapters, or a module by itself."""
 
-    def set_keep(self, keep: Tensor | None) -> None: ...
+    def set_rank_mask(self, keep: Tensor | None) -> None: ...
 
 
 _masks: dict[int, Tensor] = {}
@@ -62,9 +62,9 @@ def clear_timestep_mask(group_id: int = 0) -> None:
 
 def track(adapters: AdapterSet) -> None:
     """Let masks and pipelines reach these adapters."""
-    if adapters in _tracked or not adapters.rank_masked:
+    if adapters in _tracked or not adapters.uses_rank_mask:
         return
-    adapters.set_keep(get_timestep_mask())
+    adapters.set_rank_mask(get_timestep_mask())
     own = adapters.schedule
     if not takes_timestep(adapters.model):
         if own is not None:
@@ -81,7 +81,7 @@ def track(adapters: AdapterSet) -> None:
 
 def follow(module: Masked) -> None:
     """Let masks reach a module by itself, applied or not."""
-    module.set_keep(get_timestep_mask())
+    module.set_rank_mask(get_timestep_mask())
     _tracked.add(module)
 
 
@@ -96,7 +96,7 @@ def untrack(adapters: AdapterSet) -> None:
             adapters.schedule = hook.own
             del hooks[key]
     adapters.unfollow()
-    adapters.set_keep(None)
+    adapters.set_rank_mask(None)
 
 
 class _Follow:
@@ -120,7 +120,7 @@ def _check_group(group_id: int) -> None:
 
 def _push() -> None:
     for masked in list(_tracked):
-        masked.set_keep(get_timestep_mask())
+        masked.set_rank_mask(get_timestep_mask())
 
 
 def _follow_pipeline(adapters: AdapterSet, own: RankSchedule | None) -> None:
@@ -153,7 +153,7 @@ def pipeline_schedule(pipeline: Any, adapters: AdapterSet) -> RankSchedule:
 
 
 def _ranks(adapters: AdapterSet) -> set[int]:
-    masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.rank_masked]
+    masked = [a.algorithm for stack in adapters.stacks.values() for a in stack if a.algorithm.uses_rank_mask]
     return {algorithm.rank for algorithm in masked}  # type: ignore[attr-defined]  # what is masked has ranks
 
 

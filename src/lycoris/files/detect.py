@@ -298,7 +298,7 @@ def _group_by_component(
 
 def _modernize(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
     """Old rotations have the shape of what generates them today."""
-    return {OFT.keys["blocks"] if suffix == "oft_diag" else suffix: shape for suffix, shape in shapes.items()}
+    return {OFT.tensor_names["blocks"] if suffix == "oft_diag" else suffix: shape for suffix, shape in shapes.items()}
 
 
 MOST = 0.9
@@ -340,8 +340,8 @@ def _algorithm(tensors: Mapping[str, Shape]) -> str:
 
 
 LENGTHS = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})
-BIASES = frozenset({"diff_b", "bias", "lora_up.bias", Replace.keys["b"]})
-WHOLE = frozenset({"weight", "bias", "scale", *Replace.keys.values()})
+BIASES = frozenset({"diff_b", "bias", "lora_up.bias", Replace.tensor_names["b"]})
+WHOLE = frozenset({"weight", "bias", "scale", *Replace.tensor_names.values()})
 """Tensors that stand in place of a layer's own, when there are no others; IA³ has one more."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import DoRA, LoHa, LoRA
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import RANK_TENSORS, match_algorithms
 from lycoris.errors import FileError
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
@@ -192,12 +192,12 @@ def compact(entry: Entry) -> Entry:
 
     A layer that does nothing at all stays as it is.
     """
-    own = below_lengths(entry.algorithm)
+    own = unwrap_dora(entry.algorithm)
     pairs = _PAIRS.get(type(own), {})
     if not pairs or not all(name in entry.tensors and name_in in entry.tensors for name, name_in in pairs.items()):
         return entry
     assert isinstance(own, LoRA | LoHa)
-    if entry.geometry.stack or own.gate or entry.tensors.keys() & {"mid", "t1", "t2"}:
+    if entry.geometry.stack or own.use_scalar or entry.tensors.keys() & {"mid", "t1", "t2"}:
         return entry
     outs = [entry.tensors[name].flatten(1) for name in pairs]
     used = torch.stack([out.ne(0).any(dim=0) for out in outs]).all(dim=0)
@@ -208,5 +208,5 @@ def compact(entry: Entry) -> Entry:
     for name, name_in in pairs.items():
         tensors[name], tensors[name_in] = tensors[name][:, used].contiguous(), tensors[name_in][used].contiguous()
     smaller = replace(own, rank=rank, alpha=own.scale(entry.geometry) * rank, rs_lora=False)
-    whole = replace(entry.algorithm, over=smaller) if isinstance(entry.algorithm, DoRA) else smaller
+    whole = replace(entry.algorithm, inner=smaller) if isinstance(entry.algorithm, DoRA) else smaller
     return Entry(whole, entry.geometry, tensors)

@@ -35,7 +35,7 @@ from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
 from lycoris.ops.finite import is_finite
 
-DOWN = LoRA.keys["down"]
+DOWN = LoRA.tensor_names["down"]
 
 
 def read(

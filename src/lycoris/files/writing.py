@@ -300,8 +300,8 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
         raise FileError(f"{layer} has no place in {dialect.name} files, which hold attention's projections only")
     kinds, told, lost = {algorithm.name}, algorithm.name, False
     if isinstance(algorithm, DoRA):
-        kinds |= {algorithm.over.name}
-        told = f"dora over {algorithm.over.name}, lengths on the {algorithm.axis}put"
+        kinds |= {algorithm.inner.name}
+        told = f"dora over {algorithm.inner.name}, lengths on the {algorithm.axis}put"
         lost = algorithm.axis not in dialect.lengths
     if lost or (dialect.algorithms is not None and not kinds <= dialect.algorithms):
         held = ", ".join(sorted(dialect.algorithms or ()))
@@ -325,8 +325,8 @@ def _magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> di
 
 def _apply_scale(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
     """Tensors with the scale where a dialect has it."""
-    up, down = LoRA.keys["up"], LoRA.keys["down"]
-    values = [TLoRA.keys["lam"], TLoRA.keys["lam0"]]
+    up, down = LoRA.tensor_names["up"], LoRA.tensor_names["down"]
+    values = [TLoRA.tensor_names["lam"], TLoRA.tensor_names["lam0"]]
     if dialect.scale == "alpha" or not tensors.keys() & {up, *values}:
         return tensors
     scale = entry.algorithm.scale(entry.geometry)

@@ -205,7 +205,7 @@ def load(
 
 
 def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
-    wanted = adapters.rank_masked and getattr(pipe, "_tlora_config", None)
+    wanted = adapters.uses_rank_mask and getattr(pipe, "_tlora_config", None)
     return pipeline_schedule(pipe, adapters) if wanted else None
 
 
@@ -289,7 +289,7 @@ def _report(
     sets: Mapping[str, AdapterSet],
 ) -> Report:
     remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
-    masked = {name: made for name, made in sets.items() if made.rank_masked}
+    masked = {name: made for name, made in sets.items() if made.uses_rank_mask}
     untold = {
         name: WITHOUT_SCHEDULE
         if takes_timestep(made.model)

@@ -74,7 +74,7 @@ def algorithm(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -
     made = cls.from_options(values | {"rank": rank, "alpha": alpha})
     if isinstance(made, Additive) and (options.get("dora_wd") or options.get("weight_decompose")):
         on_out = options.get("wd_on_output", options.get("wd_on_out", True))
-        return DoRA(over=made, axis="out" if on_out else "in")
+        return DoRA(inner=made, axis="out" if on_out else "in")
     return made
 
 

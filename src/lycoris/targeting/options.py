@@ -49,7 +49,7 @@ ALL = tuple(name for name, _ in ALGORITHMS)
 
 OPTIONS: Mapping[str, Option] = {
     "use_tucker": Option("tucker", FACTORED, bool),
-    "use_scalar": Option("gate", (*FACTORED, "glora"), bool),
+    "use_scalar": Option("use_scalar", (*FACTORED, "glora"), bool),
     "rs_lora": Option("rs_lora", RANKED, bool),
     "factor": Option("factor", ("lokr",), int),
     "full_matrix": Option("full_matrix", ("lokr",), bool),

@@ -231,7 +231,7 @@ def place(
             left_out.append(LeftOut(path, f"{geometry}: {why}"))
             skipped += [path] if geometry.kind in USUAL else []
             continue
-        waste = [each for algorithm in algorithms if (each := algorithm.waste(geometry))]
+        waste = [each for algorithm in algorithms if (each := algorithm.find_excess(geometry))]
         if waste and strict:
             raise PlanError(f"{where}: {waste[0]}")
         wasted += [Remark(f"{where}: {each}") for each in waste]

@@ -75,13 +75,13 @@ def check_start_changes_nothing(algorithm: Algorithm, case: LayerCase) -> None:
     model, x = OneLayer(case.layer()), case.input()
     before = model(x)
     adapt(model, algorithm, random=False)
-    assert torch.equal(model.eval()(x), before), "initialise has to leave the output as it is"
+    assert torch.equal(model.eval()(x), before), "initialize has to leave the output as it is"
     assert torch.equal(model.train()(x), before), "in training, too, a new adapter has to leave the output as it is"
     assert model(x).stride() == before.stride(), "the output has to keep its memory layout"
 
 
 def check_start_sets_every_value(algorithm: Algorithm, case: LayerCase) -> None:
-    """`initialise` fills every element of every tensor, which come from uninitialized memory."""
+    """`initialize` fills every element of every tensor, which come from uninitialized memory."""
     model = OneLayer(case.layer())
     ((_, layer, attribute, geometry),) = sites(model)
     for below in (attach.top(layer, attribute), BareWeight(geometry, attach.top(layer, attribute).affine().weight)):
@@ -89,9 +89,9 @@ def check_start_sets_every_value(algorithm: Algorithm, case: LayerCase) -> None:
         with torch.no_grad():
             for tensor in adapter.tensors().values():
                 tensor.fill_(float("nan"))
-        adapter.initialise(below)
+        adapter.initialize(below)
         wrong = [name for name, tensor in adapter.tensors().items() if not torch.isfinite(tensor).all()]
-        assert not wrong, f"initialise leaves values of {', '.join(wrong)} unset"
+        assert not wrong, f"initialize leaves values of {', '.join(wrong)} unset"
 
 
 def check_forward_equals_merged(algorithm: Algorithm, case: LayerCase) -> None:
@@ -250,7 +250,7 @@ def dense_output(model: OneLayer, x: Tensor) -> Tensor:
 def merge(adapters: AdapterSet) -> None:
     """Merge, expecting the warning about timesteps exactly where the adapters follow them."""
     with warnings.catch_warnings():
-        if adapters.rank_masked:
+        if adapters.uses_rank_mask:
             warnings.filterwarnings("ignore", message=".*timestep schedule")
         else:
             warnings.simplefilter("error")

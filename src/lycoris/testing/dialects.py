@@ -26,7 +26,7 @@ USUAL: tuple[Algorithm, ...] = (
     LoHa(rank=2, alpha=1.0),
     LoKr(rank=1, alpha=0.5, factor=2),
     Full(bias=False),
-    DoRA(over=LoRA(rank=2)),
+    DoRA(inner=LoRA(rank=2)),
 )
 """Settings that differ in what a format has to store."""
 

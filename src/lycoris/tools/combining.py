@@ -118,11 +118,11 @@ def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
         stronger = replace(algorithm, alpha=algorithm.rank * strength * algorithm.scale(entry.geometry), rs_lora=False)
         if math.isclose(stronger.scale(entry.geometry), strength * algorithm.scale(entry.geometry), rel_tol=1e-12):
             return entry._replace(algorithm=stronger)
-        # As a gate, which files hold folded into a factor.
-        gated, gate = replace(algorithm, gate=True), torch.tensor(strength, dtype=torch.float64)
+        # As a scalar, which files hold folded into a factor.
+        gated, scalar = replace(algorithm, use_scalar=True), torch.tensor(strength, dtype=torch.float64)
         wide = {name: _widen(tensor) for name, tensor in tensors.items()}
-        wide["gate"] = wide["gate"] * gate if "gate" in wide else gate
-        return Entry(replace(algorithm, gate=False), entry.geometry, gated.export_tensors(wide, entry.geometry))
+        wide["scalar"] = wide["scalar"] * scalar if "scalar" in wide else scalar
+        return Entry(replace(algorithm, use_scalar=False), entry.geometry, gated.export_tensors(wide, entry.geometry))
     raise FileError(
         f"{where}: no {algorithm.name} does at strength 1 what this one does at {strength}; merge it into the base "
         "model instead"
@@ -141,7 +141,7 @@ def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
             f"{where}: {' and '.join(bound)} depends on the base model's weights, and so does its sum with others; "
             "merge them into the base model one after the other instead"
         )
-    masked = sorted({term.entry.algorithm.name for term in terms if term.entry.algorithm.rank_masked})
+    masked = sorted({term.entry.algorithm.name for term in terms if term.entry.algorithm.uses_rank_mask})
     if masked:
         raise FileError(f"{where}: the ranks of {masked[0]} follow the timestep, which its sum with others would lose")
     scaled = [scale_entry(term.entry, term.strength, where) for term in terms]

@@ -123,7 +123,7 @@ def _below_magnitude(entry: Entry) -> Entry:
     if not isinstance(entry.algorithm, DoRA):
         return entry
     tensors = {name: tensor for name, tensor in entry.tensors.items() if name != MAGNITUDE_SLOT}
-    return Entry(entry.algorithm.over, entry.geometry, tensors)
+    return Entry(entry.algorithm.inner, entry.geometry, tensors)
 
 
 def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | None) -> Entry:
@@ -135,7 +135,7 @@ def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | Non
     wanted = conversion.adapt_affine(entry, below).weight
     assert isinstance(inner.algorithm, LoRA)
     magnitude = entry.tensors[MAGNITUDE_SLOT]
-    unit = Entry(replace(entry.algorithm, over=inner.algorithm), entry.geometry, dict(inner.tensors))
+    unit = Entry(replace(entry.algorithm, inner=inner.algorithm), entry.geometry, dict(inner.tensors))
     ones = unit._replace(tensors={**unit.tensors, MAGNITUDE_SLOT: torch.ones_like(magnitude, dtype=wanted.dtype)})
     directions = conversion.adapt_affine(ones, below).weight
     axis = 0 if entry.algorithm.axis == "out" else 1
@@ -176,7 +176,7 @@ def _reason_to_leave(layer: Layer, stack: Stack, weights: BaseWeights | None) ->
         return "norms have no rank"
     if entry.geometry.stack:
         return "stacked matrices"
-    if entry.algorithm.rank_masked:
+    if entry.algorithm.uses_rank_mask:
         return f"the ranks of {entry.algorithm.name} follow the timestep, in an order that a truncation would lose"
     if isinstance(entry.algorithm, DoRA) and not conversion.needs_base(_below_magnitude(entry)):
         return "" if weights is not None and not layer.component else "dora needs the base model's weights for that"

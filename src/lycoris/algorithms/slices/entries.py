@@ -43,7 +43,7 @@ def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
 def fused_entry(entry: Entry) -> Entry:
     """The adapter that an entry is a slice of; every other entry itself."""
     own, g, tensors = entry
-    return Entry(own.over, own.fused_geometry(g), tensors) if isinstance(own, Slice) else entry
+    return Entry(own.inner, own.fused_geometry(g), tensors) if isinstance(own, Slice) else entry
 
 
 def own_rows(entry: Entry) -> Entry | None:
@@ -63,12 +63,12 @@ def cut_entry(entry: Entry, run: Run) -> Entry:
     algorithm, g, p = entry
 
     def take(one: Params) -> dict[str, Tensor]:
-        return algorithm.take(one, replace(g, stack=0), run)
+        return algorithm.select_rows(one, replace(g, stack=0), run)
 
     given = {id(tensor) for tensor in p.values()}
     taken = torch.func.vmap(take)(dict(p)) if g.stack else take(p)
     own = {name: tensor if id(tensor) in given else tensor.clone() for name, tensor in taken.items()}
-    return Entry(algorithm.cut(g, run), replace(g, shape=(run.rows, *g.shape[1:])), own)
+    return Entry(algorithm.restrict_to_rows(g, run), replace(g, shape=(run.rows, *g.shape[1:])), own)
 
 
 def rejoin(parts: Sequence[Part], g: Geometry) -> Entry | None:
@@ -87,5 +87,5 @@ def _continues(part: Part, first: Entry, g: Geometry) -> bool:
     if not isinstance(own, Slice) or not isinstance(other, Slice):
         return False
     place = Run(part.start, part.entry.geometry.out_features, g.out_features)
-    alike = own.over == other.over and own.bias == other.bias and own.rows(part.entry.geometry) == place
+    alike = own.inner == other.inner and own.bias == other.bias and own.rows(part.entry.geometry) == place
     return alike and same(part.entry.tensors, first.tensors)

@@ -41,7 +41,7 @@ class Slice(Algorithm):
     and masks are those of `over`, drawn by each layer for itself.
     """
 
-    over: Algorithm
+    inner: Algorithm
     """The algorithm on the fused layer."""
     start: int = 0
     """The fused layer's row that is the first one here."""
@@ -51,9 +51,9 @@ class Slice(Algorithm):
     """Whether the fused layer has a bias; None: as this layer."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.over, Algorithm) or isinstance(self.over, Slice):
-            raise ConfigError(f"a slice is of the rows of an algorithm such as LoKr(), not of {self.over!r}")
-        object.__setattr__(self, "module_dropout", self.over.module_dropout)
+        if not isinstance(self.inner, Algorithm) or isinstance(self.inner, Slice):
+            raise ConfigError(f"a slice is of the rows of an algorithm such as LoKr(), not of {self.inner!r}")
+        object.__setattr__(self, "module_dropout", self.inner.module_dropout)
         super().__post_init__()
         if self.start < 0 or self.others < 0:
             raise ConfigError(f"start and others of a slice count rows from 0, not {self.start} and {self.others}")
@@ -63,17 +63,17 @@ class Slice(Algorithm):
         """The slice with these rows."""
         start, others = run.start, run.total - run.rows
         if isinstance(over, Additive):
-            return AdditiveSlice(over=over, start=start, others=others, bias=bias)
-        return Slice(over=over, start=start, others=others, bias=bias)
+            return AdditiveSlice(inner=over, start=start, others=others, bias=bias)
+        return Slice(inner=over, start=start, others=others, bias=bias)
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """That of the algorithm, which is what a file calls it."""
-        return self.over.name
+        return self.inner.name
 
     @property
-    def keys(self) -> Mapping[str, str]:  # type: ignore[override]
-        return self.over.keys
+    def tensor_names(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.inner.tensor_names
 
     def fused_geometry(self, g: Geometry) -> Geometry:
         """F, for a layer that has the slice."""
@@ -90,35 +90,35 @@ class Slice(Algorithm):
 
     def check(self, g: Geometry) -> None:
         super().check(g)
-        self.over.check(self.fused_geometry(g))
+        self.inner.check(self.fused_geometry(g))
         if g.kind == "conv" and g.groups > 1:
             raise ConfigError(f"a slice of a convolution needs all of its input, and this one has {g.groups} groups")
         if self.start >= self.rows(g).total:
             raise ConfigError(f"row {self.start} of a slice is beyond the {self.rows(g).total} of the fused layer")
         if self.others and not isinstance(self, Additive) and not self.is_own(g):
-            grain = self.over.grain(self.fused_geometry(g))
+            grain = self.inner.row_block_size(self.fused_geometry(g))
             raise ConfigError(
                 f"rows {self.start} to {self.start + g.out_features} split a block of {grain} rows, which "
-                f"{self.over.name} mixes with each other"
+                f"{self.inner.name} mixes with each other"
             )
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
-        return self.over.slots(self.fused_geometry(g))
+        return self.inner.slots(self.fused_geometry(g))
 
-    def initialise(self, p: Params, below: LayerBelow) -> None:
-        self.over.initialise(p, _Fused(self, below))
+    def initialize(self, p: Params, below: LayerBelow) -> None:
+        self.inner.initialize(p, _Fused(self, below))
         if self.is_own(below.geometry) and not self.rows(below.geometry).wraps:
             # Once more through views: what follows from the weight is then, to the last bit, what a pass computes.
             cut, own = self.own(p, below.geometry)
-            cut.initialise(own, below)
+            cut.initialize(own, below)
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         if self.is_own(g):
             cut, own = self.own(p, g)
-            return cut.transform(own, base, g, keep)
+            return cut.transform(own, base, g, rank_mask)
         back = _back(self.rows(g))
         there = Affine(back.of(base.weight), None if base.bias is None else back.of(base.bias))
-        weight, bias = self.over.transform(p, there, self.fused_geometry(g), keep)
+        weight, bias = self.inner.transform(p, there, self.fused_geometry(g), rank_mask)
         return Affine(self.rows(g).of(weight), None if bias is None else self.rows(g).of(bias))
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
@@ -126,7 +126,7 @@ class Slice(Algorithm):
         form = _form(self, g)
         if form.is_own:
             return form.algorithm.forward(self._own(p, g, form), below, x, call)
-        return self.rows(g).of(self.over.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
+        return self.rows(g).of(self.inner.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
 
     def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
         """The rows by themselves, where that `is_own`."""
@@ -134,14 +134,14 @@ class Slice(Algorithm):
         return form.algorithm, self._own(p, g, form)
 
     def _own(self, p: Params, g: Geometry, form: _Form) -> dict[str, Tensor]:
-        own = self.over.take(p, form.fused, form.run)
+        own = self.inner.select_rows(p, form.fused, form.run)
         return own if g.has_bias else {name: tensor for name, tensor in own.items() if name not in BIASES}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
         raise ConfigError("tensors do not tell of which rows they are a slice")
 
-    def complete(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
+    def fill_missing(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
         # Another tensor that is not there is one of another setting, which is refused by those who ask for it.
         if any(name not in p and slot.role == "frozen" for name, slot in self.slots(below.geometry).items()):
             raise FileError(
@@ -151,44 +151,44 @@ class Slice(Algorithm):
         return dict(p)
 
     def scale(self, g: Geometry) -> float:
-        return self.over.scale(self.fused_geometry(g))
+        return self.inner.scale(self.fused_geometry(g))
 
     def constants(self, g: Geometry) -> tuple[float, ...]:
-        return (*self.over.constants(self.fused_geometry(g)), self.start, self.others)
+        return (*self.inner.constants(self.fused_geometry(g)), self.start, self.others)
 
-    def stored_alpha(self, g: Geometry) -> float | None:
-        return self.over.stored_alpha(self.fused_geometry(g))
+    def export_alpha(self, g: Geometry) -> float | None:
+        return self.inner.export_alpha(self.fused_geometry(g))
 
-    def fit_keep(self, keep: Tensor) -> Tensor:
-        return self.over.fit_keep(keep)
-
-    @property
-    def moves_bias(self) -> bool:
-        return self.over.moves_bias
+    def fit_rank_mask(self, rank_mask: Tensor) -> Tensor:
+        return self.inner.fit_rank_mask(rank_mask)
 
     @property
-    def rank_masked(self) -> bool:
-        return self.over.rank_masked
+    def changes_bias(self) -> bool:
+        return self.inner.changes_bias
 
     @property
-    def drops(self) -> bool:
-        return self.over.drops
+    def uses_rank_mask(self) -> bool:
+        return self.inner.uses_rank_mask
 
-    def draw(self, call: Call, x: Tensor) -> Call:
-        return self.over.draw(call, x)
+    @property
+    def has_dropout(self) -> bool:
+        return self.inner.has_dropout
+
+    def sample_dropout(self, call: Call, x: Tensor) -> Call:
+        return self.inner.sample_dropout(call, x)
 
     def max_rank(self, g: Geometry) -> int | None:
-        most = self.over.max_rank(self.fused_geometry(g))
+        most = self.inner.max_rank(self.fused_geometry(g))
         return None if most is None else min(most, g.out_features, g.fan_in)
 
-    def building(self, g: Geometry) -> int:
-        return _form(self, g).algorithm.building(g)
+    def delta_macs(self, g: Geometry) -> int:
+        return _form(self, g).algorithm.delta_macs(g)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         return _form(self, g).algorithm.cost(g, tokens, alone=alone)
 
     def __str__(self) -> str:
-        return f"{self.over}, rows from {self.start} on of a fused layer"
+        return f"{self.inner}, rows from {self.start} on of a fused layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,16 +199,16 @@ class AdditiveSlice(Slice, Additive):
     computes the least whole blocks around them and leaves the rest.
     """
 
-    over: Additive
+    inner: Additive
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "dropout", self.over.dropout)
+        object.__setattr__(self, "dropout", self.inner.dropout)
 
-    def transform(self, p: Params, base: Affine, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         if self.is_own(g):
-            return Slice.transform(self, p, base, g, keep)
-        return Additive.transform(self, p, base, g, keep)
+            return Slice.transform(self, p, base, g, rank_mask)
+        return Additive.transform(self, p, base, g, rank_mask)
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         if self.is_own(below.geometry):
@@ -218,52 +218,52 @@ class AdditiveSlice(Slice, Additive):
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         return (Slice if self.is_own(g) else Additive).cost(self, g, tokens, alone=alone)
 
-    def delta(self, p: Params, g: Geometry, keep: Tensor | None = None) -> Affine:
+    def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
         over, around, inside = self._around(g)
-        weight, bias = over.delta(self._take_rows(p, g), around, keep)
+        weight, bias = over.delta(self._take_rows(p, g), around, rank_mask)
         return Affine(inside.of(weight), None if bias is None or not g.has_bias else inside.of(bias))
 
-    def pair(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
         over, around, inside = self._around(g)
-        pair = over.pair(self._take_rows(p, g), around)
+        pair = over.low_rank_factors(self._take_rows(p, g), around)
         return None if pair is None else (inside.of(pair[0]), pair[1])
 
-    def gram(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+    def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
         over, around, inside = self._around(g)
         if axis != 0 and inside.rows < inside.total:
             return None  # the squares of the rows around would be among those of a column
-        gram = over.gram(self._take_rows(p, g), inside.spread(weight), around, axis)
+        gram = over.gram_terms(self._take_rows(p, g), inside.spread(weight), around, axis)
         if gram is None or axis != 0:
             return gram
         return inside.of(gram[0]), inside.of(gram[1])
 
-    def work(self, g: Geometry) -> int | None:
+    def product_macs(self, g: Geometry) -> int | None:
         over, around, _ = self._around(g)
-        return over.work(around)
+        return over.product_macs(around)
 
-    def building(self, g: Geometry) -> int:
+    def delta_macs(self, g: Geometry) -> int:
         over, around, _ = self._around(g)
-        return over.building(around)
+        return over.delta_macs(around)
 
-    def saved_numbers(self, g: Geometry) -> int:
+    def saved_elements(self, g: Geometry) -> int:
         over, around, _ = self._around(g)
-        return over.saved_numbers(around)
+        return over.saved_elements(around)
 
-    def product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
+    def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
         over, around, inside = self._around(g)
         shape = list(y.shape)
         shape[g.channel_axis] = around.out_features
-        added = over.product(y.new_zeros(shape), self._take_rows(p, g), around, x, gain, call)
+        added = over.add_product(y.new_zeros(shape), self._take_rows(p, g), around, x, gain, call)
         return y + inside.of(added, g.channel_axis)
 
-    def mask_ranks(self, p: Params, g: Geometry, keep: Tensor | None) -> Params:
-        return self.over.mask_ranks(p, self.fused_geometry(g), keep)
+    def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
+        return self.inner.mask_ranks(p, self.fused_geometry(g), rank_mask)
 
     def delta_bias(self, p: Params) -> Tensor | None:
         return None  # a change of the bias is in rows, which can always be cut
 
-    def gate_of(self, p: Params) -> Tensor | float:
-        return self.over.gate_of(p)
+    def read_scalar(self, p: Params) -> Tensor | float:
+        return self.inner.read_scalar(p)
 
     def _around(self, g: Geometry) -> tuple[Additive, Geometry, Run]:
         """What computes the rows around, the layer of these, and where the slice is among them."""
@@ -274,7 +274,7 @@ class AdditiveSlice(Slice, Additive):
     def _take_rows(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         """The tensors of the rows around."""
         form = _form(self, g)
-        return self.over.take(p, form.fused, form.outer)
+        return self.inner.select_rows(p, form.fused, form.outer)
 
 
 class _Form(NamedTuple):
@@ -298,9 +298,9 @@ class _Form(NamedTuple):
 @lru_cache(maxsize=4096)
 def _known_form(own: Slice, g: Geometry) -> _Form:
     fused, run = own.fused_geometry(g), own.rows(g)
-    outer = run.around(own.over.grain(fused))
+    outer = run.around(own.inner.row_block_size(fused))
     shape = (outer.rows, *fused.shape[1:])
-    cut = own.over.cut(fused, outer)
+    cut = own.inner.restrict_to_rows(fused, outer)
     return _Form(fused, run, outer, outer == run, run.inside(outer), cut, replace(fused, shape=shape))
 
 
@@ -363,11 +363,11 @@ def _back(run: Run) -> Run:
 
 def cut_additive(over: Additive, g: Geometry, run: Run) -> Additive:
     """The settings for some rows, whatever block they split."""
-    cut = Slice.of(over, run, g.has_bias) if run.splits(over.grain(g)) else over.cut(g, run)
+    cut = Slice.of(over, run, g.has_bias) if run.splits(over.row_block_size(g)) else over.restrict_to_rows(g, run)
     assert isinstance(cut, Additive)
     return cut
 
 
 def take_additive(over: Additive, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
     """The tensors for `cut_additive`."""
-    return dict(p) if run.splits(over.grain(g)) else over.take(p, g, run)
+    return dict(p) if run.splits(over.row_block_size(g)) else over.select_rows(p, g, run)

@@ -75,7 +75,7 @@ def start_tensors(algorithm: Algorithm, weight: Tensor) -> dict[str, Tensor]:
     g = geometry(weight.shape)
     algorithm.check(g)
     tensors = {name: torch.empty(slot.shape) for name, slot in algorithm.slots(g).items()}
-    algorithm.initialise(tensors, BareWeight(g, weight))
+    algorithm.initialize(tensors, BareWeight(g, weight))
     return tensors
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.algorithms.base import Algorithm
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, warn_of_unknown
 from lycoris.compat.kohya_network import Ratios
 from lycoris.compat.parts import Part, with_dropout
@@ -104,7 +104,7 @@ def read(
     """
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
     bundle = files.resolve(tensors, unet, prefix=PREFIX, shared=False)
-    others = sorted({below_lengths(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
+    others = sorted({unwrap_dora(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     adapters = AdapterSet.load(unet, with_dropout(bundle, options), name=None)

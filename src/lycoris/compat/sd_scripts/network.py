@@ -14,7 +14,7 @@ from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.inside import Make, Sizes, log_plan, parse_dropout, plan_inside, with_excludes
 from lycoris.compat.kohya import OWN, Component, components, read_network, set_up
 from lycoris.compat.kohya_network import Rate
@@ -138,7 +138,7 @@ def read(
     """
     models = name_components(text_encoder, unet, detect_architecture(unet))
     network, tensors = read_network(SdScriptsNetwork, models, multiplier, file, weights_sd, for_inference, options)
-    have = {below_lengths(module.algorithm).name for module in network.loras}
+    have = {unwrap_dora(module.algorithm).name for module in network.loras}
     if others := sorted(have - {name}):
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
     return network, tensors

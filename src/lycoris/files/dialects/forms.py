@@ -31,11 +31,11 @@ REFUSED: Mapping[str, str] = {
 }
 """Tensors that are known, and for which there is no place; each with the reason."""
 
-UP, DOWN = LoRA.keys["up"], LoRA.keys["down"]
-DIFF, DIFF_B = Full.keys["diff"], Full.keys["diff_b"]
-SCALE_OF_NORM, SHIFT_OF_NORM = Norm.keys["w"], Norm.keys["b"]
-WEIGHT, BIAS = Replace.keys["w"], Replace.keys["b"]
-BLOCKS = OFT.keys["blocks"]
+UP, DOWN = LoRA.tensor_names["up"], LoRA.tensor_names["down"]
+DIFF, DIFF_B = Full.tensor_names["diff"], Full.tensor_names["diff_b"]
+SCALE_OF_NORM, SHIFT_OF_NORM = Norm.tensor_names["w"], Norm.tensor_names["b"]
+WEIGHT, BIAS = Replace.tensor_names["w"], Replace.tensor_names["b"]
+BLOCKS = OFT.tensor_names["blocks"]
 
 
 def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:

@@ -32,7 +32,7 @@ def as_trained(
     entry = stack[0]
     if SCALES in header or not isinstance(entry.algorithm, LoRA):
         return stack, ""
-    alpha, rank = entry.algorithm.stored_alpha(entry.geometry), entry.algorithm.rank
+    alpha, rank = entry.algorithm.export_alpha(entry.geometry), entry.algorithm.rank
     assert alpha is not None
     settings = settings_of(header)
     if _text(settings.get("algo")) == "dylora":

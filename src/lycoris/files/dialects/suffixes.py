@@ -64,7 +64,7 @@ ODD = (
 )
 """Tensors that `lycoris.files.dialects.forms` puts into other words, or refuses, before an algorithm sees them."""
 
-OWN = frozenset({ALPHA, *ODD, *(name for algorithm in ALGORITHMS.values() for name in algorithm.keys.values())})
+OWN = frozenset({ALPHA, *ODD, *(name for algorithm in ALGORITHMS.values() for name in algorithm.tensor_names.values())})
 
 _CANONICAL: Mapping[str, str] = MappingProxyType(
     {name: name for name in OWN} | {other: name for name, others in VARIANTS.items() for other in others}

@@ -20,7 +20,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
 from lycoris.algorithms import IA3, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.errors import FileError
 from lycoris.files import placing
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
@@ -145,7 +145,7 @@ def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple
         return "", f"a stack of {' and '.join(entry.algorithm.name for entry in stack)}"
     name = _type_of(algorithm)
     if not name:
-        inner = f" over {algorithm.over.name}, axis {algorithm.axis!r}" if isinstance(algorithm, DoRA) else ""
+        inner = f" over {algorithm.inner.name}, axis {algorithm.axis!r}" if isinstance(algorithm, DoRA) else ""
         return "", f"{algorithm.name}{inner}"
     why = unlike(name, g)
     if isinstance(algorithm, DoRA) and g.groups > 1:
@@ -171,7 +171,7 @@ def _scales_bias(stack: tuple[Entry, ...], place: Site) -> bool:
 
 def _type_of(algorithm: Algorithm) -> str:
     kinds = ((LoRA, "LORA"), (DyLoRA, "LORA"), (LoHa, "LOHA"), (LoKr, "LOKR"), (IA3, "IA3"))
-    if isinstance(algorithm, DoRA) and algorithm.axis == "out" and type(algorithm.over) in (LoRA, DyLoRA):
+    if isinstance(algorithm, DoRA) and algorithm.axis == "out" and type(algorithm.inner) in (LoRA, DyLoRA):
         return "LORA"
     return next((name for kind, name in kinds if type(algorithm) is kind), "")
 
@@ -198,9 +198,9 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
 
 def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
-    inner: Any = below_lengths(algorithm)
+    inner: Any = unwrap_dora(algorithm)
     # The Tucker core goes into `down`; a gate into `up`.
-    up, down = inner.pair(inner.export_tensors({name: t for name, t in p.items() if name != "magnitude"}, g), g)
+    up, down = inner.low_rank_factors(inner.export_tensors({name: t for name, t in p.items() if name != "magnitude"}, g), g)
     scale, rank = inner.scale(g), inner.rank
     if g.groups > 1:
         up, down, rank = up, _by_group(down, g), rank * g.groups

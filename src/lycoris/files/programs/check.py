@@ -146,5 +146,5 @@ def _name_stack(stack: tuple[Entry, ...]) -> str:
     names = []
     for entry in stack:
         own = entry.algorithm
-        names.append(f"dora over {own.over.name}, axis {own.axis}" if isinstance(own, DoRA) else own.name)
+        names.append(f"dora over {own.inner.name}, axis {own.axis}" if isinstance(own, DoRA) else own.name)
     return " + ".join(names)

@@ -271,7 +271,7 @@ def limited_without_outputs(case: Case) -> bool:
     """Rotations that are cut by a limit which was meant to be multiplied by the number of outputs."""
     if case.name not in ("diag-oft", "boft"):
         return False
-    limit, blocks = case.entry.algorithm.stored_alpha(case.entry.geometry), case.entry.tensors["blocks"]
+    limit, blocks = case.entry.algorithm.export_alpha(case.entry.geometry), case.entry.tensors["blocks"]
     norm = float((blocks - blocks.mT).double().norm())
     return limit is not None and 0 < limit < norm
 
@@ -282,7 +282,7 @@ def lone_bias(case: Case) -> bool:
     return "diff_b" in names and "diff" not in names
 
 
-def moves_bias(case: Case) -> bool:
+def changes_bias(case: Case) -> bool:
     return bool(case.entry.tensors.keys() & {"diff_b", "b"})
 
 
@@ -295,7 +295,7 @@ def half_norm(case: Case) -> bool:
     """A norm's scale without its shift, or its shift without its scale."""
     if case.name != "norm":
         return False
-    keys = case.entry.algorithm.keys
+    keys = case.entry.algorithm.tensor_names
     return len((case.stored.keys() or {keys[name] for name in case.entry.tensors}) & set(keys.values())) == 1
 
 
@@ -335,7 +335,7 @@ def starts_elsewhere(case: Case) -> bool:
     base = case.base.widen(torch.float64)
     short = {name: tensor for name, tensor in case.entry.tensors.items() if not name.endswith("0")}
     principal = type(case.entry.algorithm).infer(short, case.entry.geometry, None)
-    again = principal.complete(short, BareWeight(case.entry.geometry, base.weight))
+    again = principal.fill_missing(short, BareWeight(case.entry.geometry, base.weight))
     own, other = (
         adapt_affine(case.entry._replace(tensors=tensors), base).weight - base.weight
         for tensors in (case.entry.tensors, again)
@@ -380,7 +380,7 @@ def bias_only(case: Case) -> bool:
 
 def any_bias(case: Case) -> bool:
     """A change of the bias, be it alone, with one of the weight, or beside another algorithm."""
-    return moves_bias(case) or beside(case)
+    return changes_bias(case) or beside(case)
 
 
 def embedding(case: Case) -> bool:

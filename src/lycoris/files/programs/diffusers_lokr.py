@@ -6,7 +6,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.files.peft.factors import factorize_like_peft
 
 
@@ -25,12 +25,12 @@ def together(bundle: Bundle) -> str:
 
 
 def _is_lokr(entry: Entry) -> bool:
-    return isinstance(below_lengths(entry.algorithm), LoKr)
+    return isinstance(unwrap_dora(entry.algorithm), LoKr)
 
 
 def _sizes(entry: Entry) -> tuple[int, int, int, int]:
     """Rows and columns of w1 and w2."""
-    lokr, g = below_lengths(entry.algorithm), entry.geometry
+    lokr, g = unwrap_dora(entry.algorithm), entry.geometry
     assert isinstance(lokr, LoKr)
     ol, im, *_ = lokr.layout_for(g)
     return ol, im, g.out_features // ol, g.in_features // im

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from lycoris.adapters.bundle import Bundle
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.errors import FileError, PlanError
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.dialects import DIALECTS
@@ -73,7 +73,7 @@ def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bun
 
     Raises `FileError` for a layer that no LoRA can stand for.
     """
-    found = {layer: below_lengths(stack[0].algorithm).name for layer, stack in bundle.entries.items()}
+    found = {layer: unwrap_dora(stack[0].algorithm).name for layer, stack in bundle.entries.items()}
     if len({"lora" if name == "dylora" else name for name in found.values()}) < 2:
         return bundle
     entries = dict(bundle.entries)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lycoris.algorithms import LoKr
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.files.programs.program import Case
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import factorize
@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def loads_otherwise(case: Case) -> bool:
     """A LoKr of which it makes tensors of other names or shapes, so that loading stops."""
-    if not isinstance(below_lengths(case.entry.algorithm), LoKr):
+    if not isinstance(unwrap_dora(case.entry.algorithm), LoKr):
         return False
     own = {name: tuple(tensor.shape) for name, tensor in case.entry.tensors.items() if name[:2] in ("w1", "w2", "t2")}
     return _shapes_made(own, case.entry.geometry) != own

@@ -11,7 +11,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
 from lycoris.algorithms import ALGORITHMS, DoRA
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import ALPHA
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
@@ -297,7 +297,7 @@ class Part:
         if "bias_indices" in stored and self.program.takes is None:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         verdict = self._by_the_table(layer, written, stack)
-        own = below_lengths(stack[0].algorithm).name
+        own = unwrap_dora(stack[0].algorithm).name
         if (
             self.taken_for
             and verdict.reads != "not at all"

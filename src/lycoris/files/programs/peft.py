@@ -10,7 +10,7 @@ from lycoris.errors import FileError
 from lycoris.files.peft.layers import unlike
 from lycoris.files.peft.writing import encode_peft, refusal
 from lycoris.files.programs import keys
-from lycoris.files.programs.conditions import all_of, dora, is_a, moves_bias
+from lycoris.files.programs.conditions import all_of, changes_bias, dora, is_a
 from lycoris.files.programs.program import NAMES, Case, Program, Row
 from lycoris.layers.geometry import Kind
 
@@ -28,7 +28,7 @@ def _why(case: Case) -> str:
 def fits_lora(case: Case) -> bool:
     """Whether a LoRA in its place would be written."""
     g = case.entry.geometry
-    return g.kind in ("linear", "conv") and not (unlike("LORA", g) or moves_bias(case) or case.beside)
+    return g.kind in ("linear", "conv") and not (unlike("LORA", g) or changes_bias(case) or case.beside)
 
 
 def counterpart(case: Case) -> str:

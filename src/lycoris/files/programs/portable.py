@@ -20,7 +20,7 @@ from lycoris.algorithms import OFT, DoRA, Full, LoKr, LoRA, Norm
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import dense, low_rank
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.lokr import Layout
 from lycoris.errors import FileError, unknown
 from lycoris.files.programs import PROGRAMS, Place, Remedy
@@ -241,17 +241,17 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 
 
 def _unwrap_dora(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
-    """The algorithm itself, or what DoRA is over, with its gate folded in."""
-    algorithm = below_lengths(entry.algorithm)
+    """The algorithm itself, or what DoRA is over, with its scalar folded in."""
+    algorithm = unwrap_dora(entry.algorithm)
     if not isinstance(algorithm, kind):
         raise FileError(f"this export is for {kind.name}, not for {algorithm.name}")
     p = dict(entry.tensors)
-    if "gate" in p:
+    if "scalar" in p:
         p = algorithm.export_tensors({name: widen(tensor) for name, tensor in p.items()}, entry.geometry)
-    return replace(algorithm, gate=False), p
+    return replace(algorithm, use_scalar=False), p
 
 
 def _rewrap_dora(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
     """The same entry with other tensors, under its lengths again if it had them."""
-    whole: Algorithm = replace(entry.algorithm, over=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
+    whole: Algorithm = replace(entry.algorithm, inner=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
     return Entry(whole, entry.geometry, p)

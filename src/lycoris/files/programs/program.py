@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import DoRA, Replace
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.dora import below_lengths
+from lycoris.algorithms.dora import unwrap_dora
 from lycoris.files.programs.keys import ALL, LOOKED_AT, Keys, Known
 from lycoris.files.programs.routes import Route
 from lycoris.files.programs.taking import Place, Takes
@@ -90,7 +90,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         """Of the algorithm, under DoRA's lengths if it has them; a file of DyLoRA is one of LoRA."""
         algorithm = self.entry.algorithm
-        name = below_lengths(algorithm).name
+        name = unwrap_dora(algorithm).name
         return "lora" if name == "dylora" else name
 
     @property
