@@ -130,15 +130,15 @@ def test_rebuilt_is_the_same_and_keeps_no_weight(layer: nn.Module, based: bool) 
 
     kept = Kept(x, layer.weight)
     with kept.during():
-        fast = rebuilt_weight.rebuilt(build, g, x, *base, factors)
+        fast = rebuilt_weight.apply_rebuilt(build, g, x, *base, factors)
     assert g.size not in kept.sizes()
-    same(fast, rebuilt_weight.reference(build, g, x, *base, factors), inputs)
+    same(fast, rebuilt_weight.apply_by_autograd(build, g, x, *base, factors), inputs)
 
 
 def test_rebuilt_passes_gradcheck() -> None:
     g = replace(describe(nn.Linear(4, 3)), has_bias=False)
     a, b, x, weight = parameter(3, 2), parameter(2, 4), parameter(5, 4), parameter(3, 4)
     assert torch.autograd.gradcheck(
-        lambda *t: rebuilt_weight.rebuilt(lambda p, q: torch.tanh(p @ q), g, t[2], t[3], None, list(t[:2])),
+        lambda *t: rebuilt_weight.apply_rebuilt(lambda p, q: torch.tanh(p @ q), g, t[2], t[3], None, list(t[:2])),
         (a, b, x, weight),
     )

@@ -1,4 +1,4 @@
-"""Algorithms that add something to the weight whatever the weight is, and the settings of those that have a rank.
+"""Algorithms that add a change to the weight which does not depend on the weight.
 
 Legend: see `lycoris.algorithms.base`; r' is the rank of ΔW as a low-rank matrix, T the number of tokens (positions).
 """
@@ -16,60 +16,76 @@ from lycoris.algorithms.base import Algorithm, in_dtype_of
 from lycoris.algorithms.call import Call, apply_dropout, require_one_mask
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.rebuilt_weight import Build, rebuilt
+from lycoris.algorithms.rebuilt_weight import Build, apply_rebuilt
 from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.low_rank import add_product
 
 TOKENS = 1024
-"""Taken for the number of tokens where it is not known: when planning, and in compiled graphs, which must not depend
-on it."""
+"""Number of tokens assumed where it is not known: in plans, and in compiled graphs, which must not depend on it."""
 
 
 class Path(NamedTuple):
     """How a layer's adapter is computed, and why."""
 
     name: str
-    """factored or dense."""
+    """"factored": ΔW is applied as a product of factors and never built. "dense": ΔW is built."""
     reason: str
+    """The multiplications of both, or why there is no choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Additive(Algorithm):
-    """V = W + scale·ΔW, with ΔW from the adapter's own tensors alone."""
+    """V = W + scale · ΔW and b' = b + scale · Δb, with ΔW and Δb from the adapter's own tensors alone.
+
+    A subclass gives `delta`, the definition, and as much of this as it can:
+
+    - `low_rank_factors` or `add_product`, with `product_macs`: forward without building ΔW.
+    - `gram_terms`: the norms that DoRA needs without building V.
+    - `scale_rows`: DoRA's scaling of rows inside the factors.
+
+    Where ΔW has to be built, it is built again in backward and not kept.
+    """
 
     dropout: float = 0.0
-    """Probability that an input of the adapter, not of the layer, is zeroed in training; the others are scaled up."""
+    """Probability in [0, 1) that an element of the adapter's input, not of the layer's, is zeroed in training; the
+    others are divided by 1 - p."""
 
     always: ClassVar[str] = ""
-    """Why the factored product is taken wherever there is one, whatever it costs; "" where cost decides."""
+    """Why the factored product is used wherever there is one; "" to let the number of multiplications decide."""
 
     @abstractmethod
     def delta(self, p: Params, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
-        """ΔW (and Δb), without the scale."""
+        """Return ΔW (O, I, *K) and Δb (O) or None, without the scale.
+
+        `p` has its ranks masked already; `rank_mask` (r) is for algorithms that override `mask_ranks`.
+        """
 
     def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
-        """ΔW as out·into, shapes (O, r') and (r', I, *K); None for an algorithm that has no such form."""
+        """Return factors (O, r') and (r', I, *K) whose product is ΔW without the scale; None where there are none."""
         return None
 
     def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
-        """⟨W, ΔW⟩ and ‖ΔW‖² over all axes but one, flat, without the scale; None where only building ΔW gives them."""
+        """Return ⟨W, ΔW⟩ and ‖ΔW‖² over all axes but `axis`, flat and without the scale.
+
+        None where they cannot be had without building ΔW.
+        """
         return None
 
     def scale_rows(self, p: Params, length: Tensor) -> Params | None:
-        """Tensors whose ΔW has each row multiplied by a number of `length` (O), or all of it by one (a 0-d tensor).
+        """Return tensors whose ΔW is this ΔW with its rows multiplied by `length`: (O), or a 0-d tensor for all rows.
 
-        None where no tensors give that.
+        None where no tensors of this algorithm can express that.
         """
         return None
 
     def product_macs(self, g: Geometry) -> int | None:
-        """Multiplications per token of the factored product; None where there is none for this layer."""
+        """Return the multiplications per token of the factored product; None where this layer has none."""
         return None
 
     def saved_elements(self, g: Geometry) -> int:
-        """Numbers per token that the factored product keeps for backward, beside x."""
+        """Return the elements per token that the factored product saves for backward in addition to x."""
         return 0
 
     def check(self, g: Geometry) -> None:
@@ -110,18 +126,18 @@ class Additive(Algorithm):
         plain = None if drops else below.plain(x)
         if plain is None or plain.weight.dtype not in (torch.float32, torch.float64):
             return self.add(below(x), p, g, x, call)
-        y = rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
+        y = apply_rebuilt(self._builder(p, g, call), g, x, *plain, list(p.values()))
         return self._add_bias(y, p, g, call)
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
-        """y and what the adapter adds to the layer's output: μ·scale·ΔW applied to x."""
+        """Return y + μ · scale · ΔW(x), with dropout on x in training."""
         if self.dropout and call.dropout_scale is not None:
             x = apply_dropout(x, call.dropout_scale * self.dropout)
         if self._is_factored(g, _tokens(g, x), alone=True):
             return self._add_change(y, p, g, x, call)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        change = rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
+        change = apply_rebuilt(self._builder(p, g, call), g, x, None, None, list(p.values()))
         return self._add_bias(y + change.to(y.dtype), p, g, call)
 
     def _add_change(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
@@ -131,17 +147,27 @@ class Additive(Algorithm):
         return self._add_bias(self.add_product(y, p, g, x, self._gain(p, g, call), call), p, g, call)
 
     def add_product(self, y: Tensor, p: Params, g: Geometry, x: Tensor, gain: Tensor | float, call: Call) -> Tensor:
-        """y + gain·ΔW applied to x, factored. Called only where `work` is not None; ranks are masked already."""
+        """Return y + gain · ΔW(x) by the factors. Called only where `product_macs` is not None, with ranks masked
+        already.
+
+        The default applies `low_rank_factors`.
+        """
         pair = self.low_rank_factors(p, g)
-        assert pair is not None, f"{self.name} says that it has a factored product, and gives no factors"
+        assert pair is not None, (
+            f"{self.name} has product_macs and no low_rank_factors: give both, or override add_product"
+        )
         out, into = pair
         return add_mixed(y, g, amplify(g.op(x, into), gain), out)
 
     def path(self, g: Geometry, tokens: int | None = None, *, alone: bool = False) -> Path:
-        """Whether the factored product or building ΔW costs less, forward and backward, for a number of tokens.
+        """Return the path that takes fewer multiplications in forward and backward together.
 
-        Dense, in W's own precision, one product with W + ΔW takes the place of the layer's, and its gradient is one
-        more. `alone` is for a layer that has to run by itself (low precision, quantised, stacked): two more.
+        The dense path replaces the layer's product by one with W + ΔW, and its backward takes one product more.
+
+        Args:
+            tokens: number of tokens (positions); None: `TOKENS`.
+            alone: the layer has to run by itself, because it is quantized, of low precision, or has adapters below.
+                The dense path then takes two products more.
         """
         tokens = TOKENS if tokens is None else tokens
         work, name = self.product_macs(g), "factored" if self._is_factored(g, tokens, alone) else "dense"
@@ -161,19 +187,19 @@ class Additive(Algorithm):
         return 3 * work * tokens <= self._dense_training(g, tokens, alone)
 
     def _dense_training(self, g: Geometry, tokens: int, alone: bool) -> int:
-        """Multiplications of a training step that builds ΔW."""
+        """Return the multiplications of a training step that builds ΔW."""
         return (3 if alone else 1) * _product(g) * tokens + 4 * self.delta_macs(g)
 
     def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
-        """The tensors with ranks weighted by a mask that all samples share."""
+        """Return the tensors with each rank multiplied by its entry of a mask (r) or (1, r); None: as they are."""
         return p
 
     def delta_bias(self, p: Params) -> Tensor | None:
-        """Δb, without the scale."""
+        """Return Δb (O) without the scale; None where there is none."""
         return None
 
     def read_scalar(self, p: Params) -> Tensor | float:
-        """A trained scalar that multiplies ΔW."""
+        """Return the trained scalar that multiplies ΔW; 1.0 where there is none."""
         return p.get("scalar", 1.0)
 
     def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
@@ -201,19 +227,19 @@ class Additive(Algorithm):
 
 
 def amplify(h: Tensor, gain: Tensor | float) -> Tensor:
-    """gain·h in the precision of h, without a step where that is h."""
+    """Return gain · h in the dtype of h, and h itself where gain is 1."""
     if isinstance(gain, Tensor):
         return h * gain.to(h.dtype)
     return h if gain == 1.0 else h * gain
 
 
 def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
-    """y + out applied to the channels of h."""
+    """Return y + out(h), with `out` (O, r) applied to the channels of h."""
     return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
 
 
 def _product(g: Geometry) -> int:
-    """Multiplications per token of applying a weight; of an embedding, rows are looked up."""
+    """Return the multiplications per token of applying a weight; 0 for an embedding, which looks rows up."""
     return 0 if g.kind == "embedding" else g.size
 
 
@@ -226,6 +252,9 @@ def _tokens(g: Geometry, x: Tensor) -> int:
 
 
 def low_rank_work(g: Geometry, rank: int) -> int | None:
-    """Multiplications per token of a low-rank product; None on grouped convolutions, whose columns are few."""
+    """Return the multiplications per token of a product with factors of a rank.
+
+    None on grouped convolutions, where building ΔW is always cheaper: their rows have few columns.
+    """
     looked_up = g.kind == "embedding"
     return None if g.groups > 1 else rank * (g.out_features + g.fan_in * (not looked_up))

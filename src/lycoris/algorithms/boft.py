@@ -1,4 +1,4 @@
-"""BOFT: rotations of all rows as a butterfly of small blocks (arXiv:2311.06243)."""
+"""BOFT: trained rotations of all of the weight's rows, as a butterfly of small blocks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ from lycoris.ops.shape import unflatten
 
 @dataclass(frozen=True, kw_only=True)
 class BOFT(OFT):
-    """V = R_m-1 ··· R_0·W, each R_i of orthogonal blocks over rows that are 2^i·block_size/2 apart; then times
-    `rescale`. With m = log2(O / block_size) + 1 stages every row can reach every other.
+    """Rotates all rows of the weight by a butterfly of small blocks (BOFT, arXiv:2311.06243 section 4).
 
-    The bias is not turned. Forward turns the layer's output, neighbouring stages as one, and keeps it for backward:
-    once in float32 on a CPU, elsewhere before each of the joined stages.
+        V = rescale · R_{m-1} ··· R_0 · W, with each R_i made of orthogonal blocks, as in `OFT`, over rows that are
+        2^i · s / 2 apart
+
+    With m = log2(O / s) + 1 stages every row reaches every other. Tensors: `blocks` (m, O / s, s, s), which start at
+    zero, and with `rescale` also `rescale` (O, 1, ...), which starts at one.
+
+    The bias is not rotated. Forward rotates the layer's output, several neighboring stages at a time, and saves it for
+    backward: once in float32 on a CPU, elsewhere before each group of stages.
     """
 
     block_size: int = 32
-    """Rows turned together in a stage; even, and the layer's outputs are it times a power of two."""
+    """Rows that are rotated together in a stage, s; even, and the layer's outputs have to be s times a power of two."""
 
     name: ClassVar[str] = "boft"
 
@@ -90,5 +95,5 @@ class BOFT(OFT):
         work, once, many = butterfly_work(o, m, s), m * o * s**2 / tokens, stages_to_join(m, s)
         # In float32 a CPU keeps the first of them only.
         kept = o * -(-m // many)
-        why = f"the output is turned by {m} stages, {many} at a time"
-        return Cost("turned", why, work + once, 3 * (work + once), kept, needs_input=False)
+        why = f"the output is rotated by {m} stages, {many} at a time"
+        return Cost("rotated", why, work + once, 3 * (work + once), kept, needs_input=False)

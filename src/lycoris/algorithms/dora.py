@@ -1,4 +1,4 @@
-"""DoRA: a trained length for each row or column of the adapted weight (arXiv:2402.09353)."""
+"""DoRA: a trained magnitude for each row or column of the adapted weight."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ EPSILON = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Algorithm):
-    """V' = m · V / ‖V‖ with V = W + scale·ΔW of the algorithm underneath; m starts as ‖W‖, so V' starts as W.
+    """Trains the magnitude of each row or column of the adapted weight apart from its direction (arXiv:2402.09353).
 
-    A small ε is added to each norm, which runs over all other axes of the weight and is differentiated through. The
-    bias stays as it is. Forward takes ‖V‖² = ‖W‖² + 2⟨W, Δ⟩ + ‖Δ‖² from the factors of Δ and never builds V.
+        V' = m · V / (‖V‖ + ε), with V = W + scale · ΔW of the inner algorithm (equation 5 there)
+
+    Tensors: those of the inner algorithm and `magnitude` m, (O, 1, ...) or (1, I, 1, ...), which starts as ‖W‖ + ε so
+    that V' starts as W. The norm runs over all other axes and is differentiated through, unlike in section 4.3 there.
+    The bias is not changed. Forward computes ‖V‖² = ‖W‖² + 2⟨W, Δ⟩ + ‖Δ‖² from the factors of Δ and never builds V.
     """
 
     inner: Additive
-    """The algorithm whose weight gets the lengths: any that adds a change which does not follow the timestep."""
+    """The algorithm that gives V: any that adds a change which does not depend on the timestep."""
     axis: Axis = "out"
-    """One length per output row (LyCORIS' default), or per input column (`wd_on_output: false`)."""
+    """One magnitude per output row (the default of LyCORIS and PEFT), or per input column (`wd_on_output: false`)."""
 
     name: ClassVar[str] = "dora"
     tensor_names: ClassVar = {"magnitude": "dora_scale"}
@@ -53,7 +56,7 @@ class DoRA(Algorithm):
             )
         super().__post_init__()
         if self.inner.uses_rank_mask:
-            raise ConfigError(f"DoRA cannot go over {self.inner.name}: its lengths would change with the timestep")
+            raise ConfigError(f"DoRA cannot go over {self.inner.name}: its magnitudes would change with the timestep")
         if self.inner.changes_bias:
             raise ConfigError(f"DoRA leaves the bias as it is; give it {type(self.inner).__name__}(bias=False)")
         if self.axis not in ("out", "in"):
@@ -67,7 +70,7 @@ class DoRA(Algorithm):
         return self.inner.slots(g) | {"magnitude": Slot(shape, "magnitude")}
 
     def initialize(self, p: Params, below: LayerBelow) -> None:
-        self.inner.initialize(_without_length(p), below)
+        self.inner.initialize(_without_magnitude(p), below)
         p["magnitude"].copy_(self._norm(p, below.affine().weight, below.geometry).view_as(p["magnitude"]))
 
     @property
@@ -83,14 +86,14 @@ class DoRA(Algorithm):
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
         inner = self.inner.cost(g, tokens, alone=True)
-        # Without tensors that take the lengths in, what the algorithm underneath adds is kept as well.
+        # Without tensors that the magnitude folds into, the output of the inner algorithm is saved as well.
         apart = 1 if type(self.inner).scale_rows is Additive.scale_rows else 0
-        # The bent input is kept by what is underneath, and once more by a convolution.
+        # The scaled input is saved by the inner algorithm, and once more by a convolution.
         bent = (not inner.mask_bytes) + (g.kind == "conv")
         kept = g.out_features * (1 + apart) if self.axis == "out" else g.channels_in * bent
         once = (self.inner.delta_macs(g) + g.size) / tokens
         work = inner.forward_macs + once + (g.out_features if self.axis == "out" else 2 * g.channels_in)
-        why = f"lengths on the {self.axis}put, taken from the weight each pass; {inner.reason}"
+        why = f"magnitudes on the {self.axis}put, whose norms are computed in each pass; {inner.reason}"
         training, needs_input = (
             inner.training_macs + 3 * (work - inner.forward_macs),
             inner.needs_input or self.axis == "in",
@@ -101,7 +104,7 @@ class DoRA(Algorithm):
         return self.inner.find_excess(g)
 
     def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
-        # In the lengths' own precision: in half precision the ratio would not be 1 at the start.
+        # In the magnitude's precision: in half precision the ratio would not be 1 at the start.
         wide = base.weight.to(torch.promote_types(base.weight.dtype, p["magnitude"].dtype))
         below = self.inner.transform(p, Affine(wide, base.bias), g, rank_mask)
         norm = torch.linalg.vector_norm(below.weight, dim=self._others(g), keepdim=True) + EPSILON
@@ -112,7 +115,7 @@ class DoRA(Algorithm):
         rank_mask = None if call.rank_mask is None else require_one_mask(call.rank_mask)
         with torch.autocast(x.device.type, enabled=False):
             length = p["magnitude"].flatten() / self._norm(p, below.affine().weight, g, rank_mask)
-        own: Params = _without_length(p)
+        own: Params = _without_magnitude(p)
         # Once, before anything else is done to the tensors: a mask may stop gradients.
         own, call = self.inner.mask_ranks(own, g, call.rank_mask), replace(call, rank_mask=None)
         if self.axis == "in":
@@ -127,7 +130,7 @@ class DoRA(Algorithm):
         return torch.addcmul(y, self.inner.add(torch.zeros_like(y), own, g, x, call), g.channels(length.to(y.dtype)))
 
     def _norm(self, p: Params, weight: Tensor, g: Geometry, rank_mask: Tensor | None = None) -> Tensor:
-        """‖V‖ + ε by row or column, flat, in at least float32."""
+        """Return ‖V‖ + ε by row or column, flat, in at least float32."""
         axis, wide = self._magnitude_axis(), torch.promote_types(weight.dtype, p["magnitude"].dtype)
         scale = self.inner.read_scalar(p) * self.inner.scale(g)
         gram = self.inner.gram_terms(self.inner.mask_ranks(p, g, rank_mask), weight, g, axis)
@@ -139,7 +142,7 @@ class DoRA(Algorithm):
         return total.clamp_min(torch.finfo(wide).tiny).sqrt() + EPSILON
 
     def _built_norm(self, p: Params, weight: Tensor, g: Geometry, rank_mask: Tensor | None) -> Tensor:
-        """The same by building V, once more in backward instead of keeping it."""
+        """Return the same norms by building V, which backward builds again instead of saving it."""
         names = list(p)
 
         def norm(*tensors: Tensor) -> Tensor:
@@ -159,14 +162,14 @@ class DoRA(Algorithm):
         return [axis for axis in range(len(g.shape)) if axis != self._magnitude_axis()]
 
     def row_block_size(self, g: Geometry) -> int:
-        # The length of a column runs over all rows, and only the base weight tells what is whose.
+        # The norm of a column runs over all rows, and only the base weight says what each contributes.
         return g.out_features if self.axis == "in" else 1
 
     def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
         return replace(self, inner=cut_additive(self.inner, g, run))
 
     def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
-        own = take_additive(self.inner, _without_length(p), g, run)
+        own = take_additive(self.inner, _without_magnitude(p), g, run)
         return own | {"magnitude": run.of(p["magnitude"]) if self.axis == "out" else p["magnitude"]}
 
     @classmethod
@@ -175,21 +178,21 @@ class DoRA(Algorithm):
         for part in parts:
             own, entry = part.entry.algorithm, part.entry
             assert isinstance(own, cls)
-            if own.axis == "in" or type(own.inner) is not type(_over(parts[0])) or not covers(parts, g):
+            if own.axis == "in" or type(own.inner) is not type(_inner(parts[0])) or not covers(parts, g):
                 return None
-            inner.append(part._replace(entry=Entry(own.inner, entry.geometry, _without_length(entry.tensors))))
-        joined = type(_over(parts[0])).concat_rows(inner, g)
+            inner.append(part._replace(entry=Entry(own.inner, entry.geometry, _without_magnitude(entry.tensors))))
+        joined = type(_inner(parts[0])).concat_rows(inner, g)
         if joined is None or not isinstance(joined[0], Additive):
             return None
         return cls(inner=joined[0]), joined[1] | {"magnitude": joined_rows(parts, g, "magnitude")}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
-        raise ConfigError("dora_scale alone says nothing: it belongs beside the tensors of another algorithm")
+        raise ConfigError("dora_scale alone is no adapter: it belongs to the tensors of another algorithm")
 
     @classmethod
     def read(cls, over: Additive, p: Params, g: Geometry) -> Self:
-        """DoRA over what the other tensors of a file are; the shape of `magnitude` tells the axis."""
+        """Return DoRA over an algorithm that was read from a file; the shape of `magnitude` gives the axis."""
         sizes = p["magnitude"].shape
         return cls(inner=over, axis="out" if sizes[:1] == (sizes.numel(),) == (g.out_features,) else "in")
 
@@ -206,16 +209,16 @@ class DoRA(Algorithm):
         return self.inner.export_alpha(g)
 
 
-def _without_length(p: Params) -> dict[str, Tensor]:
-    """The tensors of the algorithm underneath."""
+def _without_magnitude(p: Params) -> dict[str, Tensor]:
+    """Return the tensors of the inner algorithm."""
     return {name: tensor for name, tensor in p.items() if name != "magnitude"}
 
 
-def _over(part: Part) -> Additive:
+def _inner(part: Part) -> Additive:
     assert isinstance(part.entry.algorithm, DoRA)
     return part.entry.algorithm.inner
 
 
 def unwrap_dora(algorithm: Algorithm) -> Algorithm:
-    """What DoRA is over; every other algorithm itself."""
+    """Return the inner algorithm of DoRA, and any other algorithm as it is."""
     return algorithm.inner if isinstance(algorithm, DoRA) else algorithm

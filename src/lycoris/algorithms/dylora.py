@@ -1,4 +1,4 @@
-"""DyLoRA: a LoRA trained at many ranks at once, so that its first ranks work without the others (arXiv:2210.07558)."""
+"""DyLoRA: a LoRA trained at many ranks at once, so that its first ranks work without the others."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from lycoris.ops.factorization import nearest_divisor
 
 @dataclass(frozen=True, kw_only=True)
 class DyLoRA(LoRA):
-    """ΔW = up · down. A training step uses the first n ranks, n a random multiple of `block_size`, at scale alpha / n
-    (alpha / √n with `rs_lora`), and trains the last block of them; evaluation uses all r at alpha / r.
+    """A LoRA whose first n ranks work without the others, for every n (arXiv:2210.07558 section 3, algorithm 1).
 
-    A file of it is a LoRA file: cutting it to its first n ranks and keeping alpha gives what was trained at rank n.
+        training:   ΔW = alpha / n · up[:, :n] · down[:n], with n a random multiple of `block_size`
+        evaluation: ΔW = alpha / r · up · down
+
+    A step trains the last block of the n ranks only. With `rs_lora` the scales are alpha / √n and alpha / √r.
+
+    A file of it is a LoRA file: cut to its first n ranks, with alpha as it is, it is what was trained at rank n.
     """
 
     block_size: int = 4
-    """Ranks that are trained together; divides the rank."""
+    """Ranks that are trained together; it has to divide the rank."""
 
     name: ClassVar[str] = "dylora"
     tensor_names: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight"}

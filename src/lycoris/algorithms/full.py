@@ -1,4 +1,4 @@
-"""Full: ΔW and Δb stored whole, what plain fine-tuning would learn."""
+"""Full: dense changes of the weight and the bias."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from lycoris.ops.blocks import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Additive):
-    """V = W + diff, b' = b + diff_b."""
+    """A dense change of the weight and the bias: everything that full fine-tuning can learn.
+
+        V = W + diff, b' = b + diff_b
+
+    Tensors: `diff`, in the shape of the layer's parameter, and `diff_b` (O). Both start at zero. There is no scale.
+    """
 
     weight: bool = True
     """Train the weight."""

@@ -1,4 +1,4 @@
-"""GLoRA: a low-rank change of the weight beside one that depends on it (arXiv:2306.07967)."""
+"""GLoRA: a low-rank change that is multiplied with the weight, and one that is added to it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from lycoris.ops.rounding import widen
 
 @dataclass(frozen=True, kw_only=True)
 class GLoRA(Ranked):
-    """V = W + scale·(W·A + B) with A = a1·a2 on the input channels and B = b1·b2.
+    """A change that depends on the weight, and one that does not (GLoRA, arXiv:2306.07967 section 3, without biases).
 
-    On a layer whose weight is at hand it runs as a LoRA of rank 2r with the factors (W·a1, b1) and (a2, b2); elsewhere
-    A bends the input of the layer.
+        V = W + scale · (W · A + B), with A = a1 · a2 and B = b1 · b2
+
+    Tensors: `a1` (I, r), `a2` (r, I), `b1` (O, r), `b2` (r, I, *K). `a2` and `b2` start at zero.
+
+    Where the weight can be read cheaply it runs as a LoRA of rank 2r with factors (W·a1, b1) and (a2, b2). Elsewhere A
+    changes the layer's input, x + scale · A(x), and B adds to its output.
     """
 
     name: ClassVar[str] = "glora"

@@ -1,4 +1,4 @@
-"""(IA)³: one trained factor per output or input channel (arXiv:2205.05638)."""
+"""(IA)³: one trained factor per output or input channel."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ from lycoris.ops.channel_scale import bend
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Algorithm):
-    """V = W·(1 + w), with one w per output row, or per input column; the bias stays as it is."""
+    """Scales the output channels of a layer, or its input channels (arXiv:2205.05638 section 3.3).
+
+        V[o, i, k] = W[o, i, k] · (1 + w[o]), or with `on_input` W[o, i, k] · (1 + w[i])
+
+    Tensors: `w`, of O or I elements in a shape that broadcasts over the layer's output; starts at zero. The bias is not
+    scaled.
+    """
 
     on_input: bool = False
-    """Scale the inputs of the layer instead of its outputs, as is usual for the second layer of a feed-forward."""
+    """Scale the layer's input and not its output, as is usual for the second layer of a feed-forward."""
 
     name: ClassVar[str] = "ia3"
     tensor_names: ClassVar = {"w": "weight", "on_input": "on_input"}

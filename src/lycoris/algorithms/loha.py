@@ -1,4 +1,4 @@
-"""LoHa: ΔW is the elementwise product of two low-rank matrices (FedPara, arXiv:2108.06098)."""
+"""LoHa: ΔW is the elementwise (Hadamard) product of two low-rank matrices."""
 
 from __future__ import annotations
 
@@ -27,17 +27,22 @@ from lycoris.ops.tucker import tucker
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Ranked, Additive):
-    """ΔW = (w1_a·w1_b) ⊙ (w2_a·w2_b), of rank up to r²; with Tucker cores each factor is a Tucker-2 kernel.
+    """ΔW is the elementwise product of two low-rank matrices, of rank up to r² (FedPara, arXiv:2108.06098 section 2).
 
-    A product of two rank-r matrices, element by element, is one matrix of rank r² whose factors are the Khatri-Rao
-    products of theirs. So it runs as a LoRA of rank r² wherever that is cheaper than building ΔW.
+        ΔW = (w1_a · w1_b) ⊙ (w2_a · w2_b)
+
+    Tensors: `w1_a`, `w2_a` (O, r) and `w1_b`, `w2_b` (r, I·ΠK). With Tucker cores each of the two matrices is a kernel
+    of factors `wN_a` (r, O), `wN_b` (r, I) and core `tN` (r, r, *K) (proposition 3 there). `w2_a` starts at zero.
+
+    The product of two rank-r matrices is a matrix of rank r², whose factors are the Khatri-Rao products of theirs. So
+    this runs as a LoRA of rank r² wherever that takes fewer multiplications than building ΔW.
     """
 
     tucker: bool = False
-    """On convolutions with a real kernel, put the kernel into cores `t1`, `t2` of r x r."""
+    """On convolutions with a kernel larger than 1, store it in the cores `t1` and `t2` (r, r, *K)."""
     stable_init: bool = False
-    """Draw the factors so that each of the two matrices has entries of variance 1/√(I·ΠK), and so their product of
-    1/(I·ΠK), at any rank. False: N(0, 0.1²) and N(0, 1) as in existing files, where it grows with the rank."""
+    """Start with entries of variance 1/(I·ΠK) in the product at any rank. False: factors from N(0, 0.1²) and N(0, 1) as
+    in lycoris-lora, with which the variance grows with the rank."""
 
     name: ClassVar[str] = "loha"
     tensor_names: ClassVar = {

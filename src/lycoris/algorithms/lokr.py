@@ -1,4 +1,4 @@
-"""LoKr: ΔW is a Kronecker product (arXiv:2309.14859)."""
+"""LoKr: ΔW is a Kronecker product of two factors."""
 
 from __future__ import annotations
 
@@ -28,40 +28,46 @@ from lycoris.ops.tucker import tucker
 
 
 class Layout(NamedTuple):
-    """How the two factors of one layer are stored. w1 is (ol, im), w2 is (ok, in, *K); O = ol·ok, I = im·in."""
+    """Sizes of the two factors of one layer: w1 is (ol, im), w2 is (ok, in, *K), with O = ol·ok and I = im·in."""
 
     ol: int
     im: int
     w1_split: bool = False
-    """w1 = w1_a·w1_b of rank r."""
+    """Whether w1 is stored as w1_a · w1_b of rank r."""
     w2_split: bool = True
-    """w2 = w2_a·w2_b of rank r."""
+    """Whether w2 is stored as w2_a · w2_b of rank r."""
     alpha: float | None = None
-    """The alpha that a file has beside two factors that are not split: without effect, and written again."""
+    """Alpha of a file whose factors are not split: it has no effect, and is written again as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Ranked, Additive):
-    """ΔW[a·ok + c, b·in + d, k] = w1[a, b] · w2[c, d, k]. Each factor is whole or itself a product of rank r.
+    """ΔW is the Kronecker product of two factors (KronA, arXiv:2212.10650; LoKr, arXiv:2309.14859 section 3).
 
-    When both factors are whole the scale is 1, whatever alpha says: files and trainers agree on that.
+        ΔW = w1 ⊗ w2, that is ΔW[a·ok + c, b·in + d, k] = w1[a, b] · w2[c, d, k]
+
+    Tensors: `w1` (ol, im) and `w2` (ok, in, *K) with O = ol·ok and I = im·in, or of either its factors `wN_a`, `wN_b`
+    of rank r, or of w2 a Tucker kernel with core `t2`. `w2`, or `w2_b`, starts at zero.
+
+    When neither factor is split into low-rank ones, the scale is 1 whatever alpha is: files and trainers agree on that.
     """
 
     factor: int = -1
-    """Size wanted for the smaller factor of each dimension; -1: as near to the square root as divides it."""
+    """Size of w1 in each dimension, or the nearest below that divides it; -1: the divisor nearest to the square
+    root."""
     decompose_both: bool = False
-    """Also split w1, where rank is below half its larger side."""
+    """Also split w1 into low-rank factors, where the rank is below half of its larger side."""
     full_matrix: bool = False
-    """Keep both factors whole. A rank of at least half of w2's larger side means the same for w2."""
+    """Split neither factor. A rank of at least half of w2's larger side has the same effect on w2."""
     unbalanced: bool = False
-    """Give w1 the larger of the two output factors."""
+    """Give w1 the larger of the two factors of O instead of the smaller."""
     tucker: bool = False
-    """On convolutions with a real kernel, split w2 with a core `t2` of r x r."""
+    """On convolutions with a kernel larger than 1, split w2 with a Tucker core `t2` (r, r, *K)."""
     stable_init: bool = False
-    """Draw the factors so that each of the two has entries of variance 1 over its columns, and so their product of
-    1/(I·ΠK), however they are split and at any rank. False: each tensor as PyTorch initializes a linear layer."""
+    """Start with entries of variance 1/(I·ΠK) in the product, however the factors are split and at any rank. False:
+    each tensor as PyTorch initializes a linear layer."""
     layout: Layout | None = None
-    """Storage read from a file; None: what the options above say."""
+    """Sizes as a file has them, which override the settings above; None: from those settings."""
 
     name: ClassVar[str] = "lokr"
     tensor_names: ClassVar = {
@@ -84,7 +90,7 @@ class LoKr(Ranked, Additive):
             raise ConfigError("lokr cannot have both full_matrix and decompose_both: choose one")
 
     def layout_for(self, g: Geometry) -> Layout:
-        """The storage of a layer's factors."""
+        """Return the sizes of a layer's factors, and which of them are split."""
         if self.layout is not None:
             return self.layout
         im, inner = factorize(g.in_features, self.factor)
@@ -140,7 +146,7 @@ class LoKr(Ranked, Additive):
         return float(self.rank) if layout.alpha is None else layout.alpha
 
     def _factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor]:
-        """(w1, w2) whole: (ol, im) and (ok, in, *K)."""
+        """Return w1 (ol, im) and w2 (ok, in, *K), multiplied out where they are split."""
         w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
         if "w2" in p:
             return w1, p["w2"]
@@ -222,7 +228,7 @@ class LoKr(Ranked, Additive):
         return (min(w1, self.rank) if w1_split else w1) * (min(w2, self.rank) if w2_split else w2)
 
     def _applied_split(self, g: Geometry) -> bool:
-        """Whether a w2 of low rank is applied as two factors; else it is built first."""
+        """Tell whether a split w2 is applied as two factors; otherwise it is multiplied out first."""
         ol, im, _, w2_split, _ = self.layout_for(g)
         return w2_split and g.kind == "linear" and 2 * self.rank < min(g.out_features // ol, g.in_features // im)
 
@@ -284,7 +290,7 @@ class LoKr(Ranked, Additive):
 
 
 def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """A matrix as two factors: as it is stored, unless it has fewer rows or columns than that has ranks."""
+    """Return a matrix as two factors of the lowest rank: its own, or itself and an identity."""
     rows, columns = w.shape
     if split is not None and split[0].shape[1] <= min(rows, columns):
         return split
@@ -293,7 +299,7 @@ def _thinnest(w: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, T
 
 
 def _convolve_kronecker(x: Tensor, w1: Tensor, w2: Tensor, g: Geometry) -> Tensor:
-    """(w1 ⊗ w2) convolved with x (B, im·in, *S): w2 as a convolution on each group, w1 across the groups."""
+    """Convolve x (B, im·in, *S) with w1 ⊗ w2: w2 on each group of channels, w1 across the groups."""
     batched = x.dim() == len(g.kernel) + 2
     x = x if batched else x.unsqueeze(0)
     im, inner = w1.shape[1], w2.shape[1]

@@ -1,4 +1,4 @@
-"""LoRA and, on convolutions, LoCon: ΔW = up · down, with an optional Tucker core (arXiv:2106.09685, 2309.14859)."""
+"""LoRA and, on convolutions, LoCon: ΔW is a product of two low-rank factors, optionally with a Tucker core."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ from lycoris.ops.tucker import tucker
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Ranked, Additive):
-    """ΔW[o, i, k] = Σ_r up[o, r] · down[r, i, k]; with a Tucker core Σ_pq up[o, p] · mid[p, q, k] · down[q, i]."""
+    """ΔW = up · down, of rank r (LoRA, arXiv:2106.09685 section 4.1; LoCon on convolutions, arXiv:2309.14859 section
+    3).
+
+        ΔW[o, i, k] = Σ_r up[o, r] · down[r, i, k]
+        with a Tucker core: ΔW[o, i, k] = Σ_pq up[o, p] · mid[p, q, k] · down[q, i]
+
+    Tensors: `up` (O, r), `down` (r, I, *K), with a core `mid` (r, r, *K) and `down` (r, I). `up` starts at zero.
+    """
 
     tucker: bool = False
-    """On convolutions with a real kernel, put the kernel into a core of r x r instead of into `down`."""
+    """On convolutions with a kernel larger than 1, store the kernel in a core (r, r, *K) and not in `down`."""
 
     name: ClassVar[str] = "lora"
     tensor_names: ClassVar = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}

@@ -1,4 +1,4 @@
-"""Norm: deltas of the scale and shift of a normalisation layer, which few parameters hold and styles often need."""
+"""Norm: changes of the scale and shift of a normalization layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from lycoris.ops.blocks import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Algorithm):
-    """V = W + w, b' = b + b, for LayerNorm, GroupNorm, RMSNorm and the norms that model libraries define themselves.
+    """Changes the scale and the shift of a norm: LayerNorm, GroupNorm, RMSNorm, and those of model libraries.
 
-    The layer runs once, with the new scale and shift.
+        V = W + w, b' = b + b
+
+    Tensors: `w` and, where the norm has a bias, `b`, in the shapes of the norm's parameters. Both start at zero.
+    Forward runs the layer once, with the new scale and shift.
     """
 
     name: ClassVar[str] = "norm"

@@ -1,4 +1,4 @@
-"""Diag-OFT: the weight's rows turned, block by block, by trained rotations (arXiv:2306.07280)."""
+"""Diag-OFT: trained rotations of blocks of the weight's rows."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from lycoris.ops.rotation import cayley, limit_norm, scaled_turn, turn_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class OFT(Algorithm):
-    """V = Rᵀ·W with R of blocks (I + Q)(I - Q)⁻¹, Q = B - Bᵀ, over consecutive rows of W; then times `rescale`.
+    """Rotates blocks of consecutive rows of the weight (OFT, arXiv:2306.07280 section 4, as diag-oft in lycoris-lora).
 
-    The bias is not turned. Forward turns the layer's output, and keeps it for backward.
+        V = rescale · Rᵀ · W, with R block-diagonal of blocks (I + Q)(I - Q)⁻¹ (Cayley transform) and Q = B - Bᵀ
+
+    Tensors: `blocks` B (O / s, s, s), and with `rescale` also `rescale` (O, 1, ...), which starts at one. B starts at
+    zero. The bias is not rotated. Forward rotates the layer's output, which is saved for backward.
     """
 
     block_size: int = 32
-    """Rows turned together; divides the layer's outputs."""
+    """Rows that are rotated together, s; at least 2, and it has to divide the layer's outputs."""
     constraint: float = 0.0
-    """Q of all blocks together is kept within a Frobenius norm of constraint·O; 0: no limit."""
+    """Limits the Frobenius norm of Q over all blocks to constraint · O (COFT); 0: no limit."""
     rescale: bool = False
-    """Also train a length per row."""
+    """Also train a factor per row."""
 
     name: ClassVar[str] = "diag-oft"
     tensor_names: ClassVar = {"blocks": "oft_blocks", "rescale": "rescale"}
@@ -45,7 +48,7 @@ class OFT(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_size < 2:
-            raise ConfigError(f"block_size of {self.name} must be at least 2, not {self.block_size}: 1 turns nothing")
+            raise ConfigError(f"block_size of {self.name} must be at least 2, not {self.block_size}: 1 rotates nothing")
         if not 0 <= self.constraint < float("inf"):
             raise ConfigError(f"constraint of {self.name} must be a finite number from 0, not {self.constraint}")
 
@@ -102,7 +105,7 @@ class OFT(Algorithm):
 
     @classmethod
     def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
-        # A block of zeros turns nothing, and a length of 1 stretches nothing.
+        # A block of zeros rotates nothing, and a factor of 1 changes nothing.
         size = parts[0].entry.tensors["blocks"].shape[-1]
         sizes = {part.entry.tensors["blocks"].shape[-1] for part in parts}
         if cls is not OFT or sizes != {size} or any(at % size for at in (g.out_features, *(p.start for p in parts))):
@@ -128,8 +131,8 @@ class OFT(Algorithm):
         if g.groups > 1:
             return super().cost(g, tokens, alone=alone)
         work, once = g.out_features * self.block_size, g.out_features * self.block_size**2 / tokens
-        why = "the output is turned, block by block"
-        return Cost("turned", why, work + once, 3 * (work + once), g.out_features, needs_input=False)
+        why = "the output is rotated, block by block"
+        return Cost("rotated", why, work + once, 3 * (work + once), g.out_features, needs_input=False)
 
     def export_alpha(self, g: Geometry) -> float | None:
         return float(self.constraint)
@@ -145,5 +148,5 @@ class OFT(Algorithm):
 
 
 def length_slot(wanted: bool, g: Geometry) -> dict[str, Slot]:
-    """The slot of a trained length per row."""
+    """Return the slot of a trained factor per row, if it is wanted."""
     return {"rescale": Slot((g.out_features, *(1,) * (len(g.shape) - 1)), "magnitude")} if wanted else {}

@@ -25,23 +25,26 @@ from lycoris.ops.rounding import widen
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Algorithm):
-    """Settings of an algorithm with a rank and the scale convention alpha / rank."""
+    """Settings of an algorithm with a rank, whose ΔW is multiplied by alpha / rank.
+
+    Adds the trained scalar, dropout of whole ranks, and the alpha that goes into files.
+    """
 
     rank: int = 4
-    """Width of the factorisation, at least 1."""
+    """Rank of the factors, at least 1."""
     alpha: float | None = None
-    """ΔW is multiplied by alpha / rank. None: alpha is the rank, so the scale is 1."""
+    """ΔW is multiplied by alpha / rank. None: alpha equals the rank, so the scale is 1."""
     rs_lora: bool = False
     """Divide alpha by √rank instead, so that the scale does not vanish at high rank (arXiv:2312.03732)."""
     use_scalar: bool = False
-    """Train a scalar, starting at 0, that multiplies ΔW; no factor then needs to start at zero."""
+    """Also train a scalar that multiplies ΔW and starts at 0, so that no factor has to start at zero."""
     rank_dropout: float = 0.0
-    """Probability that a training step leaves a rank out."""
+    """Probability in [0, 1) that a training step leaves a rank out."""
     rank_dropout_scale: bool = False
-    """Divide what the ranks that are left give by their share, so that its size stays the same on average."""
+    """Divide by the share of ranks that are left, so that the expected size of ΔW stays the same."""
 
     SCALAR_FOLDS_INTO: ClassVar[tuple[str, ...]]
-    """Slots that can take the scalar when a file is written; the first one present does."""
+    """Slots that the scalar can be multiplied into when a file is written; the first one present is used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +102,7 @@ class Ranked(Algorithm):
 
     @classmethod
     def common_scale(cls, parts: Sequence[Part]) -> float | None:
-        """The scale of all parts, None where they differ."""
+        """Return the scale that all parts share; None where they differ."""
         scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
         return scales.pop() if len(scales) == 1 else None
 
@@ -107,12 +110,13 @@ class Ranked(Algorithm):
         return {"scalar": Slot((1,), "scale")} if self.use_scalar else {}
 
     def _start_at_zero(self, p: Params, slot: str) -> None:
-        """Make ΔW zero at the start: through the scalar if there is one, else through `slot`."""
+        """Zero the scalar if there is one, else the tensor in `slot`."""
         torch.nn.init.zeros_(p["scalar"] if self.use_scalar else p[slot])
 
 
 def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
-    """The input factors (r, ...) of all parts one after the other, equal ones once; where those of each begin."""
+    """Concatenate the input factors (r, ...) of all parts, equal ones once; also return where those of each part
+    start."""
     starts: list[int] = []
     kept: list[tuple[int, list[Tensor]]] = []
     rank = 0
@@ -135,10 +139,12 @@ def side_by_side(
     gains: Sequence[float] = (),
     starts: Sequence[int] = (),
 ) -> Tensor:
-    """Factors with a row for each row of their layer and a column for each rank, on the diagonal of the whole one.
+    """Place the output factors of all parts on the block diagonal of one factor for the joined layer.
 
-    `axis` is where the rows are: 0 for (O, r, ...), 1 for (r, O). `gains` multiplies the parts. `starts` is the first
-    rank of each part, as `shared_inputs` has it; (): one after the other.
+    Args:
+        axis: where the rows are: 0 for (O, r, ...), 1 for (r, O).
+        gains: a factor for each part; (): none.
+        starts: first rank of each part, from `shared_inputs`; (): one after the other.
     """
     tensors = [part.entry.tensors[slot] for part in parts]
     ranks = [tensor.shape[1 - axis] for tensor in tensors]
@@ -155,9 +161,9 @@ def side_by_side(
 
 
 def joined_outputs(parts: Sequence[Part], g: Geometry, slots: Sequence[str], axis: int = 0) -> dict[str, Tensor] | None:
-    """Tensors of parts that differ in these slots alone, which have a row for each of a layer's: the rows together.
+    """Concatenate the rows of these slots, for parts that are equal in all others.
 
-    None where they differ in more, as adapters do that were not cut from one.
+    None where they differ in other slots, as adapters do that were not split from one.
     """
     tensors = [part.entry.tensors for part in parts]
     rest = [{name: t for name, t in each.items() if name not in slots} for each in tensors]

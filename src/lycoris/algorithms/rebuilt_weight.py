@@ -1,6 +1,6 @@
-"""A layer whose weight is built from small tensors, built again in backward instead of being kept.
+"""Apply a weight that is built from small tensors, and build it again in backward instead of saving it.
 
-`reference` is the same function by plain autograd, which keeps every intermediate of the size of the weight.
+`apply_by_autograd` is the same function by plain autograd, which saves every intermediate of the size of the weight.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from torch import Tensor
 from lycoris.layers.geometry import Geometry
 
 Build = Callable[..., Tensor]
-"""Small tensors → the change ΔW of a weight, in any floating-point precision."""
+"""Maps small tensors to ΔW, in any floating-point dtype."""
 
 
-def rebuilt(
+def apply_rebuilt(
     build: Build, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """op(x, W + build(*factors), b); `weight` None stands for W = 0. Computes in the precision of `x`.
+    """Return op(x, W + build(*factors), b), computed in the dtype of `x`.
 
-    Keeps `x`, W and the factors for backward, nothing else.
+    Saves `x`, W and the factors for backward, and nothing else.
+
+    Args:
+        build: gives ΔW (O, I, *K) from the factors.
+        weight: W (O, I, *K); None: zero.
+        bias: (O), or None.
     """
     trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     if torch.compiler.is_compiling() or not trained or g.kind not in ("linear", "conv"):
-        return reference(build, g, x, weight, bias, factors)
+        return apply_by_autograd(build, g, x, weight, bias, factors)
     if g.kind == "linear":
         return _Rebuilt.apply(build, g, x, weight, bias, *factors)  # type: ignore[no-untyped-call]
     batched = x.dim() == len(g.kernel) + 2
@@ -39,10 +44,10 @@ def rebuilt(
     return y if batched else y.squeeze(0)
 
 
-def reference(
+def apply_by_autograd(
     build: Build, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """The same by plain autograd."""
+    """Return the result of `apply_rebuilt` by plain autograd."""
     return g.op(x, _sum(build(*factors), weight, x if x.is_floating_point() else None), bias)
 
 
@@ -52,7 +57,7 @@ def _sum(change: Tensor, weight: Tensor | None, like: Tensor | None) -> Tensor:
 
 
 class _Rebuilt(torch.autograd.Function):
-    """On a linear layer, or a convolution that pads evenly with zeros."""
+    """`apply_rebuilt` on a linear layer, or on a convolution with even zero padding."""
 
     @staticmethod
     def forward(

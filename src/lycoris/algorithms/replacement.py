@@ -1,4 +1,4 @@
-"""Replace: a layer's weight and bias stored whole, put in place of its own."""
+"""Replace: a weight and a bias that take the place of the layer's own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from lycoris.ops.blocks import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Replace(Algorithm):
-    """V = R, b' = r: the stored weight R (O, I, *K) and bias r (O) instead of the layer's own.
+    """Replaces the weight and the bias of a layer.
 
-    Few-step and control adapters have the weights of norms so. Strength is W + μ(R - W), as everywhere; programs that
-    know such tensors mostly put R there at any strength but 0. The layer runs once, with the new weight and bias.
+        V = w, b' = b
+
+    Tensors: `w`, in the shape of the layer's parameter, and `b` (O). They start as the layer's own. Few-step and
+    control adapters store norms this way. Strength is W + μ(w - W), as everywhere; most programs that know such tensors
+    put w in place at any strength but 0. Forward runs the layer once, with the new weight and bias.
     """
 
     weight: bool = True

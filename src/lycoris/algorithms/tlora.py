@@ -1,4 +1,4 @@
-"""T-LoRA: a LoRA in orthogonal form, of which only the first ranks count at noisy timesteps (arXiv:2507.05964)."""
+"""T-LoRA: a LoRA in orthogonal form, of which only the first ranks are used at noisy timesteps."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ TINY = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class TLoRA(Ranked, Additive):
-    """ΔW = p·diag(λ ⊙ keep)·q - p0·diag(λ0 ⊙ keep)·q0.
+    """A LoRA in orthogonal form, with fewer ranks at noisier timesteps (arXiv:2507.05964 sections 3.2 and 3.3).
 
-    q, λ, p start as singular vectors and values of the layer's own weight; the copies with a 0 stay as they were, so
-    that ΔW starts at exactly zero under any mask. `rank_mask` comes from a schedule over diffusion timesteps
-    (`lycoris.targeting.rank_schedule`). The frozen copies are saved with the rest: a file does not depend on which base
-    it meets.
+        ΔW = p · diag(λ ⊙ m) · q - p0 · diag(λ0 ⊙ m) · q0, with the rank mask m of the timestep
+
+    Tensors: `q` (r, I, *K), `p` (O, r), `lam` (1, r), and frozen copies `q0`, `p0`, `lam0` of their start. They start
+    as singular vectors and values of the layer's own weight, so that ΔW starts at exactly zero under any mask.
+    `rank_mask` comes from a schedule over diffusion timesteps (`lycoris.targeting.rank_schedule`). The frozen copies
+    are saved with the rest: a file does not depend on which base it meets.
     """
 
     vectors: Vectors = "principal"
-    """Which singular triplets to start from: the largest, those around the middle, or the smallest."""
+    """Which singular triplets to start from: "principal" (largest), "middle" or "last" (smallest)."""
     data_init: bool = True
-    """Decompose the layer's own weight. False: a random matrix of standard deviation 1/r."""
+    """Decompose the layer's own weight. False: decompose a random matrix of standard deviation 1/r."""
 
     name: ClassVar[str] = "tlora"
     always: ClassVar[str] = "masks may differ from sample to sample, and a weight cannot"

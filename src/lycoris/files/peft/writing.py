@@ -200,7 +200,9 @@ def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     algorithm, g, p = stack[0]
     inner: Any = unwrap_dora(algorithm)
     # The Tucker core goes into `down`; a gate into `up`.
-    up, down = inner.low_rank_factors(inner.export_tensors({name: t for name, t in p.items() if name != "magnitude"}, g), g)
+    up, down = inner.low_rank_factors(
+        inner.export_tensors({name: t for name, t in p.items() if name != "magnitude"}, g), g
+    )
     scale, rank = inner.scale(g), inner.rank
     if g.groups > 1:
         up, down, rank = up, _by_group(down, g), rank * g.groups
