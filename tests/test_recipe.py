@@ -57,7 +57,7 @@ def planned(**config: Any) -> dict[str, Algorithm]:
         ({"algo": "lokr", "full_matrix": "perhaps"}, r"full_matrix must be true or false, not 'perhaps'"),
         ({"algo": "lokr", "full_matrix": True, "decompose_both": True}, r"both full_matrix and decompose_both"),
         ({"algo": "tlora", "sig_type": "first"}, r"vectors of tlora must be principal"),
-        ({"dropout": 1.0}, r"dropout of lora is a probability from 0 up to, but not, 1, not 1\.0"),
+        ({"dropout": 1.0}, r"dropout of lora is a probability of at least 0 and below 1, not 1\.0"),
         ({"preset": "attn"}, r"unknown preset 'attn'; did you mean 'attn-"),
         ({"apply_preset": ["Attention"]}, r"a preset must be an object.*\['Attention'\]"),
         ({"apply_preset": {"target_modul": []}}, r"unknown preset key 'target_modul'; did you mean 'target_module'"),

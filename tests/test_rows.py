@@ -75,7 +75,7 @@ def test_cut(name: str, kind: str, cut: slice) -> None:
     if whole is None:
         return
     try:
-        step = rows.take(whole, cut, "layer")
+        step = rows.take_rows(whole, cut, "layer")
     except FileError as error:
         refused(error, whole)
         return
@@ -114,7 +114,7 @@ def test_joined(name: str, kind: str, missing: int | None) -> None:
     parts = [Part(starts[i], one) for i, (one, _) in enumerate(made) if one is not None and i != missing]
     weight = torch.cat([w for _, w in made])
     try:
-        joined = rows.join(parts, layer(kind), "layer")
+        joined = rows.join_rows(parts, layer(kind), "layer")
     except FileError as error:
         refused(error, *(part.entry for part in parts))
         return
@@ -135,8 +135,8 @@ def test_cut_apart_and_joined_again(name: str) -> None:
     if whole is None:
         return
     try:
-        parts = [Part(at, rows.take(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
-        joined = rows.join(parts, whole.geometry, "layer").entry
+        parts = [Part(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
+        joined = rows.join_rows(parts, whole.geometry, "layer").entry
     except FileError as error:
         refused(error, whole)
         return
@@ -148,12 +148,12 @@ def test_lokr_of_one_second_factor_stays_a_lokr() -> None:
         LoKr(full_matrix=True, factor=4, unbalanced=True), layer("linear"), torch.randn(24, 10, dtype=torch.float64)
     )
     assert whole is not None
-    parts = [Part(at, rows.take(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
+    parts = [Part(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
     assert all(isinstance(part.entry.algorithm, LoKr) for part in parts)
-    step = rows.join(parts, whole.geometry, "layer")
+    step = rows.join_rows(parts, whole.geometry, "layer")
     assert isinstance(step.entry.algorithm, LoKr)
     assert not step.note
-    unaligned = rows.take(whole, slice(0, 7), "layer")
+    unaligned = rows.take_rows(whole, slice(0, 7), "layer")
     assert not isinstance(unaligned.entry.algorithm, LoKr)
     assert "lokr became" in unaligned.note
 
@@ -162,10 +162,10 @@ def test_joined_ranks_of_one_scale_keep_the_scale_in_alpha() -> None:
     g = layer("linear", 8)
     weight = torch.randn(8, 10, dtype=torch.float64)
     parts = [Part(at, one) for at in (0, 8, 16) if (one := entry(LoRA(rank=3, alpha=1.5), g, weight)) is not None]
-    joined = rows.join(parts, layer("linear"), "layer").entry
+    joined = rows.join_rows(parts, layer("linear"), "layer").entry
     assert joined.algorithm == LoRA(rank=9, alpha=4.5)
     other = [*parts[:2], parts[2]._replace(entry=parts[2].entry._replace(algorithm=LoRA(rank=3, alpha=1.0)))]
-    assert rows.join(other, layer("linear"), "layer").entry.algorithm == LoRA(rank=9)
+    assert rows.join_rows(other, layer("linear"), "layer").entry.algorithm == LoRA(rank=9)
 
 
 @given(st.data())
@@ -181,7 +181,7 @@ def test_any_layout_of_lokr(data: st.DataObject) -> None:
     assert whole is not None
     start = data.draw(st.integers(0, o - 1))
     cut = slice(start, data.draw(st.integers(start + 1, o)))
-    step = rows.take(whole, cut, "layer")
+    step = rows.take_rows(whole, cut, "layer")
     assert relative(change(step.entry, weight[cut]), change(whole, weight)[cut]) < EXACT
 
 
@@ -221,9 +221,9 @@ def test_low_precision_loses_nothing(name: str, kind: str, dtypes: tuple[torch.d
     expected = changes([part._replace(entry=wide(part.entry)) for part in parts], weight)
     first, own = parts[1].entry, expected[parts[1].rows]
     try:
-        cut = rows.take(first, slice(2, 8), "layer").entry
+        cut = rows.take_rows(first, slice(2, 8), "layer").entry
         turned = rows.swap_halves(first, "layer").entry
-        joined = rows.join(parts, layer(kind), "layer").entry
+        joined = rows.join_rows(parts, layer(kind), "layer").entry
     except FileError as error:
         refused(error, *(part.entry for part in parts))
         return
@@ -238,10 +238,10 @@ def test_only_what_is_computed_becomes_wider() -> None:
     made = entry(LoRA(rank=3, alpha=1.5), g, torch.randn(8, 10, dtype=torch.float64))
     assert made is not None
     parts = [Part(at, stored(made, torch.bfloat16)) for at in (0, 8, 16)]
-    joined = rows.join(parts, layer("linear"), "layer").entry
+    joined = rows.join_rows(parts, layer("linear"), "layer").entry
     assert {tensor.dtype for tensor in joined.tensors.values()} == {torch.bfloat16}
     other = [*parts[:2], parts[2]._replace(entry=stored(made, torch.float16))]
-    joined = rows.join(other, layer("linear"), "layer").entry
+    joined = rows.join_rows(other, layer("linear"), "layer").entry
     assert {tensor.dtype for tensor in joined.tensors.values()} == {torch.float32}
 
 
@@ -251,11 +251,11 @@ def test_rotations_are_joined_with_rows_that_nothing_turns(missing: int) -> None
     kinds = (OFT(block_size=4, constraint=0.02), OFT(block_size=4, rescale=True), OFT(block_size=4))
     made = [entry(kind, layer("linear", 8), weight[:8]) for kind in kinds]
     parts = [Part(8 * at, one) for at, one in enumerate(made) if one is not None and at != missing]
-    step = rows.join(parts, layer("linear"), "layer")
+    step = rows.join_rows(parts, layer("linear"), "layer")
     assert not step.note
     assert relative(change(step.entry, weight), changes(parts, weight)) < EXACT
     with pytest.raises(FileError, match="diag-oft cannot be joined with others without the base"):
-        rows.join([part._replace(start=part.start + 2) for part in parts[:1]], layer("linear"), "layer")
+        rows.join_rows([part._replace(start=part.start + 2) for part in parts[:1]], layer("linear"), "layer")
 
 
 def test_a_weight_and_its_bias_do_not_part() -> None:
@@ -265,9 +265,9 @@ def test_a_weight_and_its_bias_do_not_part() -> None:
     assert beside is not None
     for parts in ([Part(0, whole), Part(8, whole)], [Part(0, beside)]):
         with pytest.raises(FileError, match=r"layer: its full changes a bias, and this linear .* has none"):
-            rows.join(parts, bare, "layer")
+            rows.join_rows(parts, bare, "layer")
         with pytest.raises(FileError, match="layer: its full changes a bias"):
-            rows.on(parts[0].entry, replace(layer("linear", 8), has_bias=False), "layer")
+            rows.place_on(parts[0].entry, replace(layer("linear", 8), has_bias=False), "layer")
     quiet = whole._replace(tensors=whole.tensors | {"diff_b": torch.zeros(8)})
-    joined = rows.join([Part(0, quiet)], bare, "layer").entry
+    joined = rows.join_rows([Part(0, quiet)], bare, "layer").entry
     assert joined.tensors.keys() == {"diff"} == joined.algorithm.slots(bare).keys()

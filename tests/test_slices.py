@@ -26,7 +26,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.layer_below import BareWeight
 from lycoris.algorithms.row_selection import Part
-from lycoris.algorithms.rows import apart, join, share
+from lycoris.algorithms.rows import join_rows, separate_slice, share_rows
 from lycoris.algorithms.slices import AdditiveSlice, Slice, fused_entry
 from lycoris.algorithms.tensors import write_tensors
 from lycoris.analysis.memory import memory
@@ -87,7 +87,7 @@ def parted(entry: Entry, parts: Parts) -> Bundle:
     for name, size in SIZES.items():
         geometry = describe(getattr(parts, name))
         assert geometry is not None
-        entries[name] = (share(entry, slice(start, start + size), geometry, name).entry,)
+        entries[name] = (share_rows(entry, slice(start, start + size), geometry, name).entry,)
         start += size
     return Bundle(entries)
 
@@ -138,7 +138,7 @@ def test_slices_are_one_adapter(name: str) -> None:
     assert len(several.state_dict()) == len(one.state_dict())
     entries = several.bundle().entries
     starts = dict(zip(SIZES, (0, 8, 13, 20), strict=True))
-    joined = join(
+    joined = join_rows(
         [Part(starts[part], stack[0]) for part, stack in entries.items()], one.stacks["fused"][0].geometry, ""
     )
     assert not joined.note
@@ -156,7 +156,7 @@ def test_a_slice_merges_and_has_a_form_of_its_own(name: str) -> None:
     several.merge()
     assert relative(parts(x), y) < EXACT
     several.detach()
-    own = {part: (apart(entry, part).entry,) for part, (entry,) in several.bundle().entries.items()}
+    own = {part: (separate_slice(entry, part).entry,) for part, (entry,) in several.bundle().entries.items()}
     assert not any(isinstance(entry.algorithm, Slice) for (entry,) in own.values())
     alone = AdapterSet.load(parts, Bundle(own)).attach()
     assert relative(parts(x), y) < EXACT
@@ -167,9 +167,9 @@ def test_blocks_that_are_mixed_are_sliced_where_parts_end() -> None:
     whole = Whole()
     geometry = Geometry(kind="linear", shape=(8, 10))
     entry = entry_of(OFT(block_size=4), whole.fused)
-    assert isinstance(share(entry, slice(8, 16), geometry, "part").entry.algorithm, Slice)
+    assert isinstance(share_rows(entry, slice(8, 16), geometry, "part").entry.algorithm, Slice)
     with pytest.raises(FileError, match="part: its diag-oft cannot be cut to 8 of its 36 rows"):
-        share(entry, slice(6, 14), geometry, "part")
+        share_rows(entry, slice(6, 14), geometry, "part")
 
 
 def test_what_a_start_follows_from_is_the_fused_weight() -> None:
@@ -177,7 +177,7 @@ def test_what_a_start_follows_from_is_the_fused_weight() -> None:
     entry = entry_of(TLoRA(rank=2), whole.fused)
     bare = entry._replace(tensors={name: t for name, t in entry.tensors.items() if not name.endswith("0")})
     with pytest.raises(FileError, match="part: what its tlora started from is left out"):
-        share(bare, slice(0, 8), Geometry(kind="linear", shape=(8, 10)), "part")
+        share_rows(bare, slice(0, 8), Geometry(kind="linear", shape=(8, 10)), "part")
 
 
 def test_copies_and_pickles_share_as_the_model_does() -> None:

@@ -54,7 +54,7 @@ def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
 def fit_tensors(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
     if not isinstance(adapter.algorithm, Slice):
-        entry = rows.apart(entry, place.path).entry
+        entry = rows.separate_slice(entry, place.path).entry
     # Of what makes a start, a file does not tell all.
     alike = type(entry.algorithm) is type(adapter.algorithm)
     own = entry._replace(algorithm=adapter.algorithm) if alike else entry

@@ -1,10 +1,10 @@
-"""The same change of a layer in a simpler form: as a LoRA through an algorithm's own factors, or stored whole.
+"""Convert an adapter to a LoRA of its own factors, or to a dense difference.
 
-Both are exact, at every strength. Some changes depend on the weight below and are then tied to it: those of DoRA,
-GLoRA, IA³ and the rotations, and those of T-LoRA where a file leaves out what it started from. A change that follows
-the timestep is recast with all of its ranks in force.
+Both are exact, at every strength. Some changes depend on the weight below, and the result holds for that weight only:
+those of DoRA, GLoRA, (IA)³ and the rotations, and those of T-LoRA where a file leaves out its start. A change that
+depends on the timestep is converted with all of its ranks.
 
-Legend: O out features, I in features per group, K kernel dimensions, r' rank of the LoRA that is made.
+Legend: O out features, I in features per group, K kernel dimensions, r' rank of the resulting LoRA.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from lycoris.layers.geometry import Affine, Geometry
 
 
 def needs_base(entry: Entry) -> bool:
-    """Whether what an entry does to a layer depends on the weight below it."""
+    """Tell whether the change that an entry makes depends on the weight below."""
     if isinstance(entry.algorithm, Norm):
         return False
     return not isinstance(entry.algorithm, Additive) or not has_start(entry)
 
 
 def has_start(entry: Entry) -> bool:
-    """Whether an entry has all of its tensors: a file may leave out frozen ones that the base weight determines."""
+    """Tell whether an entry has all of its tensors. A file may leave out frozen ones that the base weight
+    determines."""
     return entry.tensors.keys() >= entry.algorithm.slots(entry.geometry).keys()
 
 
 def adapt_affine(entry: Entry, base: Affine) -> Affine:
-    """Weight (O, I, *K) and bias that an entry makes of those below, at strength 1, in the precision of the base.
+    """Return the weight (O, I, *K) and bias (O) that an entry makes of those below, at strength 1.
 
-    Of a stacked parameter the weight is (E, O, I).
+    Computed in the dtype of the base. For a stacked parameter the weight is (E, O, I).
     """
     algorithm, g = entry.algorithm, _one(entry.geometry)
     p = _cast_tensors(_complete_tensors(entry, base), base.weight.dtype)
@@ -52,10 +53,17 @@ def adapt_affine(entry: Entry, base: Affine) -> Affine:
 
 
 def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) -> Entry | None:
-    """The entry as a LoRA of rank r', or None where it has no such factors or they hold no fewer numbers than ΔW:
-    r'·(O + I·ΠK) ≥ O·I·ΠK. `always` takes them whatever they hold. A plain LoRA is returned as it is.
+    """Return the entry as a LoRA of rank r', through the factors that its algorithm has.
 
-    Raises `PlanError` when the change depends on the weight below and `base` is None.
+    Args:
+        base: weight and bias below; None where they are not at hand.
+        always: convert even where the factors have as many elements as ΔW, r'·(O + I·ΠK) ≥ O·I·ΠK.
+
+    Returns:
+        The LoRA; a LoRA is returned as it is. None where there are no factors, or where they would not be smaller.
+
+    Raises:
+        PlanError: the change depends on the weight below, and `base` is None.
     """
     entry = own_rows(entry) or entry
     algorithm, g = entry.algorithm, entry.geometry
@@ -80,11 +88,15 @@ def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) 
 
 
 def dense(entry: Entry, base: Affine | None = None) -> Entry:
-    """The entry as a difference stored whole. Full and Norm are returned as they are.
+    """Return the entry as a dense difference of the weight; Full and Norm are returned as they are.
 
     Computed in float64 where the change is a small difference of two weights, else in at least float32.
 
-    Raises `PlanError` when the change depends on the weight below and `base` is None.
+    Args:
+        base: weight and bias below; None where they are not at hand.
+
+    Raises:
+        PlanError: the change depends on the weight below, and `base` is None.
     """
     entry = own_rows(entry) or entry
     algorithm, g = entry.algorithm, entry.geometry
@@ -105,7 +117,7 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
-    """What stands in place of a weight and a bias, as differences from those."""
+    """Return a replacement as a difference from the weight and bias that it replaces."""
     g, made = entry.geometry, adapt_affine(entry, base)
     found = {}
     if "w" in entry.tensors:

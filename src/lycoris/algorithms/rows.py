@@ -1,8 +1,8 @@
-"""Adapters of some of a layer's rows: what a fused projection's adapter is for queries alone, and back.
+"""Split the adapter of a fused layer, and join those of split layers; all of it is exact.
 
-Every step says whether the algorithm stayed what it was. `share` keeps the one adapter for all layers that have its
-rows; see `lycoris.algorithms.slices`. `take` gives a layer an adapter of its own; one that cannot say it in its own
-tensors becomes a LoRA of its factors or a dense difference, both exact.
+`share_rows` keeps one adapter for all layers that have rows of it; see `lycoris.algorithms.slices`. `take_rows` gives a
+layer an adapter with tensors of its own. An algorithm whose tensors cannot express the result becomes a LoRA of its
+factors or a dense difference, and the step says so.
 """
 
 from __future__ import annotations
@@ -27,75 +27,101 @@ from lycoris.ops.rounding import widen
 
 
 class Step(NamedTuple):
-    """An adapter in its new form."""
+    """An adapter after a split or a join."""
 
     entry: Entry
     note: str = ""
-    """What it had to become for that; "" when its algorithm could say it."""
+    """What its algorithm had to become; "" when it stayed the same."""
 
 
-def take(entry: Entry, rows: slice, where: str, *, dense: bool = True) -> Step:
-    """What an adapter does to a range of its layer's rows. Raises `FileError` where only the base weight tells.
+def take_rows(entry: Entry, rows: slice, where: str, *, dense: bool = True) -> Step:
+    """Return the adapter of a range of its layer's rows, with tensors of its own.
 
-    Here and below, `dense` allows a dense difference where that holds fewer numbers than a LoRA.
+    Args:
+        where: the layer's name, for errors.
+        dense: allow a dense difference where it has fewer elements than a LoRA.
+
+    Raises:
+        FileError: the result depends on the base weight.
     """
     return _at(entry, _run(entry, rows), where, dense)
 
 
-def share(entry: Entry, rows: slice, g: Geometry, where: str, *, dense: bool = True) -> Step:
-    """The same by the adapter's own tensors, shared with the layers that have its other rows, on a layer of that shape.
+def share_rows(entry: Entry, rows: slice, g: Geometry, where: str, *, dense: bool = True) -> Step:
+    """Return the adapter of a range of rows that uses the same tensors as the adapters of the other rows.
 
-    Where no slice can say it: as `take` does. Raises `FileError` as `take` and `on` do.
+    Where no slice can express that, it is what `take_rows` returns.
+
+    Args:
+        g: the layer that the rows go to.
+
+    Raises:
+        FileError: see `take_rows` and `place_on`.
     """
-    return _share_rows(entry, _run(entry, rows), g, where) or _then_on(take(entry, rows, where, dense=dense), g, where)
+    return _share_rows(entry, _run(entry, rows), g, where) or _then_on(
+        take_rows(entry, rows, where, dense=dense), g, where
+    )
 
 
 def swap_halves(entry: Entry, where: str, *, dense: bool = True) -> Step:
-    """An adapter with the two halves of its layer's rows exchanged."""
+    """Return the adapter with the two halves of its layer's rows exchanged, with tensors of its own.
+
+    Some formats store the shift and the scale of an adaptive norm in the other order. See `take_rows`.
+    """
     return _at(entry, _halves(entry), where, dense)
 
 
-def share_swapped(entry: Entry, where: str, *, dense: bool = True) -> Step:
-    """The same by the adapter's own tensors, as `share` does it."""
+def share_swapped_halves(entry: Entry, where: str, *, dense: bool = True) -> Step:
+    """Return the adapter with the two halves of its layer's rows exchanged, with the same tensors where that is
+    possible."""
     return _share_rows(entry, _halves(entry), entry.geometry, where) or swap_halves(entry, where, dense=dense)
 
 
-def apart(entry: Entry, where: str, *, dense: bool = True) -> Step:
-    """A slice as an adapter of its layer's own, as `take` gives it; every other entry as it is."""
+def separate_slice(entry: Entry, where: str, *, dense: bool = True) -> Step:
+    """Return a slice as an adapter with tensors of its own, as `take_rows` does, and any other entry as it is."""
     if not isinstance(entry.algorithm, Slice):
         return Step(entry)
     whole = slices.fused_entry(entry)
     return _then_on(_at(whole, entry.algorithm.rows(entry.geometry), where, dense), entry.geometry, where)
 
 
-def join(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) -> Step:
-    """One adapter for a layer whose rows are those of several. Raises `FileError` where only the base weight tells.
+def join_rows(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) -> Step:
+    """Return one adapter for a layer that has the rows of several.
 
-    Parts of different precision become what holds them all, and where numbers have to be multiplied at least float32.
+    Parts of different dtypes are promoted to one that holds them all, and to at least float32 where values have to be
+    multiplied.
+
+    Args:
+        parts: in any order; rows that no part has are not changed.
+        g: the joined layer.
+
+    Raises:
+        FileError: the result depends on the base weight.
     """
     ordered = sorted(parts, key=lambda part: part.start)
     if whole := slices.rejoin(ordered, g):
-        return Step(on(whole, g, where))
-    separate = [part._replace(entry=apart(part.entry, where, dense=dense).entry) for part in ordered]
+        return Step(place_on(whole, g, where))
+    separate = [part._replace(entry=separate_slice(part.entry, where, dense=dense).entry) for part in ordered]
     parts = [part._replace(entry=_fold_scalar(_computable(part.entry))) for part in separate]
     kinds = {type(part.entry.algorithm) for part in parts}
     if len(kinds) == 1:
         own = kinds.pop().concat_rows(parts, g)
         if own is not None:
-            return Step(on(Entry(own[0], g, own[1]), g, where))
+            return Step(place_on(Entry(own[0], g, own[1]), g, where))
     plain = [part._replace(entry=_plain(part.entry, "joined with others", where, dense)) for part in parts]
     if any(part.entry.algorithm.name == "full" for part in plain):
         plain = [part._replace(entry=conversion.dense(part.entry)) for part in plain]
     algorithm, tensors = type(plain[0].entry.algorithm).concat_rows(plain, g) or (None, {})
     assert algorithm is not None, "LoRA and Full join whatever there is"
-    joined = on(Entry(algorithm, g, tensors), g, where)
+    joined = place_on(Entry(algorithm, g, tensors), g, where)
     return Step(joined, _describe_change([part.entry for part in parts], joined))
 
 
-def on(entry: Entry, g: Geometry, where: str) -> Entry:
-    """The entry on a layer of its shape, which may have no bias.
+def place_on(entry: Entry, g: Geometry, where: str) -> Entry:
+    """Return the entry for a layer of the same shape, without a change of the bias where the layer has none.
 
-    Raises `FileError` where it changes one: half of what it does would be lost.
+    Raises:
+        FileError: it does change the bias, so that a part of it would be lost.
     """
     biases = set() if g.has_bias else entry.tensors.keys() & EMPTY
     rest = {name: tensor for name, tensor in entry.tensors.items() if name not in biases}
@@ -105,7 +131,7 @@ def on(entry: Entry, g: Geometry, where: str) -> Entry:
 
 
 def _computable(entry: Entry) -> Entry:
-    """With tensors of eight bits widened: torch compares and promotes none of them."""
+    """Widen 8-bit tensors, which torch can neither compare nor promote."""
     small = {name for name, t in entry.tensors.items() if t.is_floating_point() and t.itemsize == 1}
     return entry._replace(tensors={name: widen(t) if name in small else t for name, t in entry.tensors.items()})
 
@@ -127,13 +153,13 @@ def _share_rows(entry: Entry, run: Run, g: Geometry, where: str) -> Step | None:
     if lost:
         # Raises where these rows of the bias say something.
         own = slices.own_rows(found._replace(geometry=replace(g, has_bias=True)))
-        on(own or found, g, where)
+        place_on(own or found, g, where)
     return Step(found)
 
 
 def _then_on(step: Step, g: Geometry, where: str) -> Step:
     # A bias may be one that only other parts have.
-    return step._replace(entry=on(step.entry, g, where))
+    return step._replace(entry=place_on(step.entry, g, where))
 
 
 def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
@@ -154,11 +180,11 @@ def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
 
 
 def _separate(entry: Entry, where: str, dense: bool) -> Step:
-    """DoRA over a slice as DoRA over an adapter of the layer's own."""
+    """Return DoRA over a slice as DoRA over an adapter with tensors of its own."""
     algorithm, g, tensors = entry
     if not isinstance(algorithm, DoRA) or not isinstance(algorithm.inner, Slice):
         return Step(entry)
-    step = apart(Entry(algorithm.inner, g, _without(tensors, "magnitude")), where, dense=dense)
+    step = separate_slice(Entry(algorithm.inner, g, _without(tensors, "magnitude")), where, dense=dense)
     inner = step.entry
     assert isinstance(inner.algorithm, Additive)
     own = inner.tensors | {"magnitude": tensors["magnitude"]}
@@ -170,7 +196,7 @@ def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _fold_scalar(entry: Entry) -> Entry:
-    """Without a scalar of its own, which parts of a layer could not share."""
+    """Multiply the trained scalar into a factor: the parts of a layer cannot share one."""
     algorithm, g, tensors = entry
     if isinstance(algorithm, DoRA):
         inner = _fold_scalar(Entry(algorithm.inner, g, tensors))
@@ -182,7 +208,7 @@ def _fold_scalar(entry: Entry) -> Entry:
 
 
 def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
-    """The same as LoRA or Full."""
+    """Return the same change as LoRA or Full."""
     if conversion.needs_base(entry):
         raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base model's weights")
     return conversion.low_rank(entry, always=not dense) or conversion.dense(entry)

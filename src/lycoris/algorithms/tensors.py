@@ -24,13 +24,19 @@ RANK_TENSORS = tuple(
 )
 """Names in files of the factors whose first axis is the rank."""
 EMPTY = ("b", "diff_b")
-"""Slots whose zeros say nothing."""
+"""Slots that have no effect where they are zero."""
 
 
 def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) -> dict[str, Tensor]:
-    """A layer's tensors under the names that adapter files use, with `alpha`, scalars folded in.
+    """Return a layer's tensors under the names that files use, with `alpha`.
 
-    Raises `FileError` for a slice: its tensors are those of a layer with more rows.
+    Trained scalars are multiplied into a factor. Tensors of a stacked parameter keep their first axis.
+
+    Args:
+        p: tensors by slot name.
+
+    Raises:
+        FileError: `algorithm` is a slice, whose tensors belong to a layer with more rows.
     """
     if isinstance(algorithm, Slice):
         raise FileError(f"a slice of the {algorithm.name} of a fused layer has no names in files: write all of it")
@@ -51,10 +57,17 @@ def write_tensors(algorithm: Algorithm, p: Mapping[str, Tensor], g: Geometry) ->
 
 
 def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
-    """The algorithm and its tensors by slot name, from a layer's tensors as a file names them.
+    """Return the algorithm of a layer's tensors, and the tensors by slot name.
 
-    `where` names the layer in errors. Shapes are checked against the layer; trailing dimensions of 1 are taken as
-    the layer has them, so that a 1x1 convolution's adapter fits a linear layer of the same size.
+    Shapes are checked against the layer. Axes of size 1 are adjusted to it, so that the adapter of a 1x1 convolution
+    fits a linear layer of the same size.
+
+    Args:
+        tensors: by their names in files.
+        where: the layer's name, for errors.
+
+    Raises:
+        FileError: no algorithm has these tensors, or they do not fit the layer.
     """
     if g.stack:
         return _read_stack(tensors, g, where)
@@ -68,10 +81,10 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
         algorithm: Algorithm = kind.infer(p, g, scale)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(rest.items()))
-        raise FileError(f"{where}: these tensors make no {kind.name} for a {g}: {shapes} ({error})") from error
+        raise FileError(f"{where}: these tensors do not fit {kind.name} on a {g}: {shapes} ({error})") from error
     if magnitude is not None:
         if not isinstance(algorithm, Additive):
-            raise FileError(f"{where}: {MAGNITUDE} beside {kind.name}, which DoRA cannot go over")
+            raise FileError(f"{where}: {MAGNITUDE} next to {kind.name}, which DoRA does not support")
         p["magnitude"] = magnitude
         algorithm = DoRA.read(algorithm, p, g)
     return algorithm, _fit_shapes(
@@ -80,7 +93,7 @@ def read_tensors(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tupl
 
 
 def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple[Algorithm, dict[str, Tensor]]:
-    """Tensors with one more axis in front, for the matrices of a stacked parameter."""
+    """Read tensors with one more axis in front, for the matrices of a stacked parameter."""
     parts = {key: tensor for key, tensor in tensors.items() if tensor.dim()}
     wrong = next((key for key, tensor in parts.items() if len(tensor) != g.stack), None)
     if wrong is not None:
@@ -152,7 +165,11 @@ def _fit_shapes(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: 
 
 
 def number(tensor: Tensor, where: str, *, infinite: bool = False) -> float:
-    """The number that a tensor holds. Raises `FileError` for anything but one, real and, unless `infinite`, finite."""
+    """Return the number in a tensor of one element.
+
+    Raises:
+        FileError: it has more or fewer elements, is complex, or is not finite, unless `infinite` allows that.
+    """
     one = tensor.numel() == 1 and not tensor.is_complex()
     if not one or not (infinite or torch.isfinite(tensor.float()).all()):
         raise FileError(f"{where} must be one finite number, not {tensor.tolist()!r:.80}")

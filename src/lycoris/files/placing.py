@@ -45,7 +45,7 @@ class Places:
 
     def own(self, stack: Stack, name: str) -> Stack:
         """A stack without slices."""
-        return tuple(_take_note(rows.apart(entry, name, dense=self.dense), self, name) for entry in stack)
+        return tuple(_take_note(rows.separate_slice(entry, name, dense=self.dense), self, name) for entry in stack)
 
 
 def place(
@@ -93,7 +93,9 @@ def separate(stacks: Mapping[str, Stack], *, dense: bool = True) -> Places:
 def _swap_stack(stack: Stack, turn: bool, found: Places, name: str) -> Stack:
     if not turn:
         return stack if found.shared else found.own(stack, name)
-    turned = tuple(_take_note(rows.share_swapped(entry, name, dense=found.dense), found, name) for entry in stack)
+    turned = tuple(
+        _take_note(rows.share_swapped_halves(entry, name, dense=found.dense), found, name) for entry in stack
+    )
     return turned if found.shared else found.own(turned, name)
 
 
@@ -106,7 +108,7 @@ def _split_stack(stack: Stack, span: Span, layout: Layout, found: Places) -> dic
         geometry = layout.middle[part]
         at = slice(start, start + geometry.out_features)
         # Parts that are joined again, in another way, may turn out to be all of it.
-        steps = (rows.share(entry, at, geometry, part, dense=found.dense) for entry in stack)
+        steps = (rows.share_rows(entry, at, geometry, part, dense=found.dense) for entry in stack)
         parts[part] = tuple(_take_note(step, found, part) for step in steps)
         start = at.stop
     return parts
@@ -130,7 +132,7 @@ def _join_stacks(parts: Mapping[str, Stack], span: Span, layout: Layout, found: 
     stack = []
     for level in range(levels):
         some = [Part(starts[part], own[level]) for part, own in parts.items() if level < len(own)]
-        stack.append(_take_note(rows.join(some, geometry, name, dense=found.dense), found, name))
+        stack.append(_take_note(rows.join_rows(some, geometry, name, dense=found.dense), found, name))
     return tuple(stack)
 
 

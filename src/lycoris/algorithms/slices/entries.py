@@ -19,10 +19,12 @@ from lycoris.ops.equality import same
 
 
 def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
-    """The slice of an adapter, or of a slice, on a layer that has some of its rows; the tensors are the same objects.
+    """Return the slice of an adapter, or of a slice, for a layer that has some of its rows.
 
-    An entry of all rows in their order is the adapter itself. None where no slice can say it, or where some tensors
-    are left out.
+    The tensors are the same objects. All rows in their order give the adapter itself.
+
+    Returns:
+        None where no slice can express it, or where some tensors are left out.
     """
     algorithm, fused, tensors = fused_entry(entry)
     part: Run | None = run
@@ -41,13 +43,13 @@ def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
 
 
 def fused_entry(entry: Entry) -> Entry:
-    """The adapter that an entry is a slice of; every other entry itself."""
+    """Return the adapter that an entry is a slice of, and any other entry as it is."""
     own, g, tensors = entry
     return Entry(own.inner, own.fused_geometry(g), tensors) if isinstance(own, Slice) else entry
 
 
 def own_rows(entry: Entry) -> Entry | None:
-    """A slice as an adapter of its own, with tensors of its own; None where its rows are none by themselves."""
+    """Return a slice as an adapter with tensors of its own; None where its rows alone are no adapter."""
     own, g, _ = entry
     if not isinstance(own, Slice):
         return entry
@@ -59,7 +61,7 @@ def own_rows(entry: Entry) -> Entry | None:
 
 
 def cut_entry(entry: Entry, run: Run) -> Entry:
-    """Some rows of an adapter that split no block of its `grain`, with tensors of their own where they are others."""
+    """Return the adapter of some rows, which must not split a block of `row_block_size`; changed tensors are copies."""
     algorithm, g, p = entry
 
     def take(one: Params) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def cut_entry(entry: Entry, run: Run) -> Entry:
 
 
 def rejoin(parts: Sequence[Part], g: Geometry) -> Entry | None:
-    """The adapter that some slices are all of, in the order of its rows; None where they are not."""
+    """Return the adapter whose slices these parts are, complete and in order; None where they are not."""
     first = parts[0].entry
     if not all(_continues(part, first, g) for part in parts):
         return None
