@@ -31,7 +31,6 @@ from lycoris.layers.geometry import sites
 from lycoris.testing import layers as testing_layers
 from lycoris.testing.algorithms import adapt as adapt
 from lycoris.testing.algorithms import perturb as perturb
-from lycoris.testing.algorithms import relative as relative
 from lycoris.testing.layers import BareMatrix, LayerCase
 from lycoris.testing.layers import Experts as Experts
 from lycoris.testing.layers import HalfNorm as HalfNorm

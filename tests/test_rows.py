@@ -21,7 +21,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.layer_below import BareWeight
 from lycoris.algorithms.ranked import Ranked
-from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.row_selection import RowBlock
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
 
@@ -111,7 +111,7 @@ def test_joined(name: str, kind: str, missing: int | None) -> None:
     if any(one is None for one, _ in made):
         return
     starts = (0, 8, 20)
-    parts = [Part(starts[i], one) for i, (one, _) in enumerate(made) if one is not None and i != missing]
+    parts = [RowBlock(starts[i], one) for i, (one, _) in enumerate(made) if one is not None and i != missing]
     weight = torch.cat([w for _, w in made])
     try:
         joined = rows.join_rows(parts, layer(kind), "layer")
@@ -121,7 +121,7 @@ def test_joined(name: str, kind: str, missing: int | None) -> None:
     assert relative(change(joined.entry, weight), changes(parts, weight)) < EXACT
 
 
-def changes(parts: list[Part], weight: Tensor) -> Tensor:
+def changes(parts: list[RowBlock], weight: Tensor) -> Tensor:
     """What all of them do to the layer that they are parts of."""
     expected = torch.zeros(len(weight), weight[0].numel() + 1, dtype=torch.float64)
     for part in parts:
@@ -135,7 +135,7 @@ def test_cut_apart_and_joined_again(name: str) -> None:
     if whole is None:
         return
     try:
-        parts = [Part(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
+        parts = [RowBlock(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
         joined = rows.join_rows(parts, whole.geometry, "layer").entry
     except FileError as error:
         refused(error, whole)
@@ -148,7 +148,7 @@ def test_lokr_of_one_second_factor_stays_a_lokr() -> None:
         LoKr(full_matrix=True, factor=4, unbalanced=True), layer("linear"), torch.randn(24, 10, dtype=torch.float64)
     )
     assert whole is not None
-    parts = [Part(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
+    parts = [RowBlock(at, rows.take_rows(whole, slice(at, at + 8), "layer").entry) for at in (0, 8, 16)]
     assert all(isinstance(part.entry.algorithm, LoKr) for part in parts)
     step = rows.join_rows(parts, whole.geometry, "layer")
     assert isinstance(step.entry.algorithm, LoKr)
@@ -161,7 +161,7 @@ def test_lokr_of_one_second_factor_stays_a_lokr() -> None:
 def test_joined_ranks_of_one_scale_keep_the_scale_in_alpha() -> None:
     g = layer("linear", 8)
     weight = torch.randn(8, 10, dtype=torch.float64)
-    parts = [Part(at, one) for at in (0, 8, 16) if (one := entry(LoRA(rank=3, alpha=1.5), g, weight)) is not None]
+    parts = [RowBlock(at, one) for at in (0, 8, 16) if (one := entry(LoRA(rank=3, alpha=1.5), g, weight)) is not None]
     joined = rows.join_rows(parts, layer("linear"), "layer").entry
     assert joined.algorithm == LoRA(rank=9, alpha=4.5)
     other = [*parts[:2], parts[2]._replace(entry=parts[2].entry._replace(algorithm=LoRA(rank=3, alpha=1.0)))]
@@ -215,7 +215,7 @@ def test_low_precision_loses_nothing(name: str, kind: str, dtypes: tuple[torch.d
             return
         if len(set(dtypes)) > 1 and isinstance(made.algorithm, Ranked):
             made = made._replace(algorithm=replace(made.algorithm, alpha=1.7 * size))
-        parts.append(Part(start, stored(made, dtype)))
+        parts.append(RowBlock(start, stored(made, dtype)))
         start += size
     weight = torch.randn(SHAPES[kind], dtype=torch.float64)
     expected = changes([part._replace(entry=wide(part.entry)) for part in parts], weight)
@@ -237,7 +237,7 @@ def test_only_what_is_computed_becomes_wider() -> None:
     g = layer("linear", 8)
     made = entry(LoRA(rank=3, alpha=1.5), g, torch.randn(8, 10, dtype=torch.float64))
     assert made is not None
-    parts = [Part(at, stored(made, torch.bfloat16)) for at in (0, 8, 16)]
+    parts = [RowBlock(at, stored(made, torch.bfloat16)) for at in (0, 8, 16)]
     joined = rows.join_rows(parts, layer("linear"), "layer").entry
     assert {tensor.dtype for tensor in joined.tensors.values()} == {torch.bfloat16}
     other = [*parts[:2], parts[2]._replace(entry=stored(made, torch.float16))]
@@ -250,7 +250,7 @@ def test_rotations_are_joined_with_rows_that_nothing_turns(missing: int) -> None
     weight = torch.randn(SHAPES["linear"], dtype=torch.float64)
     kinds = (OFT(block_size=4, constraint=0.02), OFT(block_size=4, rescale=True), OFT(block_size=4))
     made = [entry(kind, layer("linear", 8), weight[:8]) for kind in kinds]
-    parts = [Part(8 * at, one) for at, one in enumerate(made) if one is not None and at != missing]
+    parts = [RowBlock(8 * at, one) for at, one in enumerate(made) if one is not None and at != missing]
     step = rows.join_rows(parts, layer("linear"), "layer")
     assert not step.note
     assert relative(change(step.entry, weight), changes(parts, weight)) < EXACT
@@ -263,11 +263,11 @@ def test_a_weight_and_its_bias_do_not_part() -> None:
     whole, beside = (entry(kind, layer("linear", 8), weight[:8]) for kind in (Full(), Full(weight=False)))
     assert whole is not None
     assert beside is not None
-    for parts in ([Part(0, whole), Part(8, whole)], [Part(0, beside)]):
+    for parts in ([RowBlock(0, whole), RowBlock(8, whole)], [RowBlock(0, beside)]):
         with pytest.raises(FileError, match=r"layer: its full changes a bias, and this linear .* has none"):
             rows.join_rows(parts, bare, "layer")
         with pytest.raises(FileError, match="layer: its full changes a bias"):
             rows.place_on(parts[0].entry, replace(layer("linear", 8), has_bias=False), "layer")
     quiet = whole._replace(tensors=whole.tensors | {"diff_b": torch.zeros(8)})
-    joined = rows.join_rows([Part(0, quiet)], bare, "layer").entry
+    joined = rows.join_rows([RowBlock(0, quiet)], bare, "layer").entry
     assert joined.tensors.keys() == {"diff"} == joined.algorithm.slots(bare).keys()

@@ -25,7 +25,7 @@ from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.layer_below import BareWeight
-from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.row_selection import RowBlock
 from lycoris.algorithms.rows import join_rows, separate_slice, share_rows
 from lycoris.algorithms.slices import AdditiveSlice, Slice, fused_entry
 from lycoris.algorithms.tensors import write_tensors
@@ -139,7 +139,7 @@ def test_slices_are_one_adapter(name: str) -> None:
     entries = several.bundle().entries
     starts = dict(zip(SIZES, (0, 8, 13, 20), strict=True))
     joined = join_rows(
-        [Part(starts[part], stack[0]) for part, stack in entries.items()], one.stacks["fused"][0].geometry, ""
+        [RowBlock(starts[part], stack[0]) for part, stack in entries.items()], one.stacks["fused"][0].geometry, ""
     )
     assert not joined.note
     assert joined.entry.algorithm == ALGORITHMS[name]

@@ -13,11 +13,11 @@ from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.oft import OFT, length_slot
-from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.factorization import butterfly_sizes
 from lycoris.ops.rotation import butterfly_work, cayley, joined_butterfly, stage, stages_to_join, turn_all
 from lycoris.ops.shape import unflatten
@@ -53,7 +53,7 @@ class BOFT(OFT):
         return {"blocks": Slot((n.bit_length(), n, s, s), "rotation")} | length_slot(self.rescale, g)
 
     @classmethod
-    def claims(cls, shapes: Shapes) -> bool:
+    def claims(cls, shapes: TensorShapes) -> bool:
         return len(shapes.get(cls.tensor_names["blocks"], ())) == 4
 
     def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
@@ -85,7 +85,7 @@ class BOFT(OFT):
     def row_block_size(self, g: Geometry) -> int:
         return g.out_features  # every row of the layer is mixed with every other
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return dict(p)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:

@@ -44,11 +44,11 @@ def adapt_affine(entry: Entry, base: Affine) -> Affine:
 
     Computed in the dtype of the base. For a stacked parameter the weight is (E, O, I).
     """
-    algorithm, g = entry.algorithm, _one(entry.geometry)
+    algorithm, g = entry.algorithm, _drop_stack(entry.geometry)
     p = _cast_tensors(_complete_tensors(entry, base), base.weight.dtype)
     if not entry.geometry.stack:
         return algorithm.transform(p, base, g)
-    each = [algorithm.transform(_at(p, n), Affine(w, None), g).weight for n, w in enumerate(base.weight)]
+    each = [algorithm.transform(_select_matrix(p, n), Affine(w, None), g).weight for n, w in enumerate(base.weight)]
     return Affine(torch.stack(each), None)
 
 
@@ -72,7 +72,7 @@ def low_rank(entry: Entry, base: Affine | None = None, *, always: bool = False) 
     if isinstance(algorithm, DyLoRA):
         alpha = algorithm.scale(g) * algorithm.rank
         return entry._replace(algorithm=LoRA(rank=algorithm.rank, alpha=alpha))
-    factors = _factors(entry, base)
+    factors = _find_factors(entry, base)
     if factors is None:
         return None
     up, down, scale = factors
@@ -103,16 +103,16 @@ def dense(entry: Entry, base: Affine | None = None) -> Entry:
     if isinstance(algorithm, Full | Norm):
         return entry
     if isinstance(algorithm, Replace):
-        return _difference(entry, _require_base(entry, base).widen(torch.float64), _wide(entry, base))
+        return _difference(entry, _require_base(entry, base).widen(torch.float64), _wide_dtype(entry, base))
     tied = needs_base(entry)
     if tied:
         below = _require_base(entry, base).widen(torch.float64)
     else:
         device = next(iter(entry.tensors.values())).device
-        below = Affine(torch.zeros(g.stacked_shape(g.shape), dtype=_wide(entry, None), device=device), None)
+        below = Affine(torch.zeros(g.stacked_shape(g.shape), dtype=_wide_dtype(entry, None), device=device), None)
     diff = adapt_affine(entry, below).weight - below.weight
     if tied:
-        diff = diff.to(_wide(entry, base))
+        diff = diff.to(_wide_dtype(entry, base))
     return Entry(Full(bias=False), g, {"diff": g.transpose_stored(diff)})
 
 
@@ -132,9 +132,9 @@ def _difference(entry: Entry, base: Affine, dtype: torch.dtype) -> Entry:
     return Entry(Norm(), g, {name: tensor.reshape(g.shape) for name, tensor in tensors.items()})
 
 
-def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] | None:
+def _find_factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] | None:
     """(O, r'), (r', I, *K) and the scale, with one more axis in front for stacks; None where there are none."""
-    algorithm, g = entry.algorithm, _one(entry.geometry)
+    algorithm, g = entry.algorithm, _drop_stack(entry.geometry)
     split: Callable[[Params, Tensor | None], tuple[Tensor, Tensor] | None]
     if isinstance(algorithm, GLoRA):
         below = _require_base(entry, base).weight
@@ -146,11 +146,11 @@ def _factors(entry: Entry, base: Affine | None) -> tuple[Tensor, Tensor, float] 
         scale = algorithm.scale(g)
     else:
         return None
-    p = _cast_tensors(_complete_tensors(entry, base), _wide(entry, base if below is not None else None))
+    p = _cast_tensors(_complete_tensors(entry, base), _wide_dtype(entry, base if below is not None else None))
     if not entry.geometry.stack:
         pair = split(p, below)
         return None if pair is None else (*pair, scale)
-    pairs = [split(_at(p, n), None if below is None else below[n]) for n in range(entry.geometry.stack)]
+    pairs = [split(_select_matrix(p, n), None if below is None else below[n]) for n in range(entry.geometry.stack)]
     found = [pair for pair in pairs if pair is not None]
     if len(found) < len(pairs):
         return None
@@ -186,10 +186,12 @@ def _complete_tensors(entry: Entry, base: Affine | None) -> dict[str, Tensor]:
     """The tensors with those added that the weight below determines."""
     if has_start(entry):
         return entry.tensors
-    weight, g = _require_base(entry, base).weight, _one(entry.geometry)
+    weight, g = _require_base(entry, base).weight, _drop_stack(entry.geometry)
     if not entry.geometry.stack:
         return entry.algorithm.fill_missing(entry.tensors, BareWeight(g, weight))
-    each = [entry.algorithm.fill_missing(_at(entry.tensors, n), BareWeight(g, w)) for n, w in enumerate(weight)]
+    each = [
+        entry.algorithm.fill_missing(_select_matrix(entry.tensors, n), BareWeight(g, w)) for n, w in enumerate(weight)
+    ]
     return {name: torch.stack([p[name] for p in each]) for name in each[0]}
 
 
@@ -202,7 +204,7 @@ def _require_base(entry: Entry, base: Affine | None) -> Affine:
     return base
 
 
-def _wide(entry: Entry, base: Affine | None) -> torch.dtype:
+def _wide_dtype(entry: Entry, base: Affine | None) -> torch.dtype:
     """At least float32, and the precision of the entry's tensors and of the base."""
     tensors = (*entry.tensors.values(), *(() if base is None else (base.weight,)))
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -212,9 +214,9 @@ def _cast_tensors(p: Params, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}
 
 
-def _at(p: Params, n: int) -> dict[str, Tensor]:
+def _select_matrix(p: Params, n: int) -> dict[str, Tensor]:
     return {name: tensor[n] for name, tensor in p.items()}
 
 
-def _one(g: Geometry) -> Geometry:
+def _drop_stack(g: Geometry) -> Geometry:
     return replace(g, stack=0) if g.stack else g

@@ -16,12 +16,12 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, covers, joined_rows
+from lycoris.algorithms.row_selection import RowBlock, covers, joined_rows
 from lycoris.algorithms.slices import cut_additive, take_additive
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.channel_scale import bend
 
 Axis = Literal["out", "in"]
@@ -165,23 +165,23 @@ class DoRA(Algorithm):
         # The norm of a column runs over all rows, and only the base weight says what each contributes.
         return g.out_features if self.axis == "in" else 1
 
-    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: RowRange) -> Self:
         return replace(self, inner=cut_additive(self.inner, g, run))
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         own = take_additive(self.inner, _without_magnitude(p), g, run)
         return own | {"magnitude": run.of(p["magnitude"]) if self.axis == "out" else p["magnitude"]}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         inner = []
         for part in parts:
             own, entry = part.entry.algorithm, part.entry
             assert isinstance(own, cls)
-            if own.axis == "in" or type(own.inner) is not type(_inner(parts[0])) or not covers(parts, g):
+            if own.axis == "in" or type(own.inner) is not type(_inner_of(parts[0])) or not covers(parts, g):
                 return None
             inner.append(part._replace(entry=Entry(own.inner, entry.geometry, _without_magnitude(entry.tensors))))
-        joined = type(_inner(parts[0])).concat_rows(inner, g)
+        joined = type(_inner_of(parts[0])).concat_rows(inner, g)
         if joined is None or not isinstance(joined[0], Additive):
             return None
         return cls(inner=joined[0]), joined[1] | {"magnitude": joined_rows(parts, g, "magnitude")}
@@ -214,7 +214,7 @@ def _without_magnitude(p: Params) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in p.items() if name != "magnitude"}
 
 
-def _inner(part: Part) -> Additive:
+def _inner_of(part: RowBlock) -> Additive:
     assert isinstance(part.entry.algorithm, DoRA)
     return part.entry.algorithm.inner
 

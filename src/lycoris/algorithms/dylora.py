@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.lora import LoRA
-from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
@@ -80,7 +80,7 @@ class DyLoRA(LoRA):
         return {"up": torch.where(columns, up, up.detach()), "down": torch.where(rows, down, down.detach())}
 
     @classmethod
-    def claims(cls, shapes: Shapes) -> bool:
+    def claims(cls, shapes: TensorShapes) -> bool:
         return False  # a file of it is one of LoRA, and is read as such
 
     @classmethod

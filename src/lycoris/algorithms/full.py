@@ -15,12 +15,12 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, joined_rows
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.row_selection import RowBlock, joined_rows
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,11 @@ class Full(Additive):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return {name: run.of(tensor, self._axis(name, g)) for name, tensor in p.items()}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         slots = {name for part in parts for name in part.entry.tensors}
         having = {name: [part for part in parts if name in part.entry.tensors] for name in sorted(slots)}
         joined = {name: joined_rows(some, g, name, cls._axis(name, g)) for name, some in having.items()}
@@ -107,7 +107,7 @@ class Full(Additive):
         return False
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         if cls.tensor_names["diff"] in shapes:
             return axis_size(shapes, cls.tensor_names["diff"], 0), column_count(shapes, cls.tensor_names["diff"])
         return axis_size(shapes, cls.tensor_names["diff_b"], 0), 0

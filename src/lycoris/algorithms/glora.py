@@ -15,10 +15,10 @@ from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.rounding import widen
 
 
@@ -82,7 +82,7 @@ class GLoRA(Ranked):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         # W·A takes the rows of W along.
         return dict(p) | {"b1": run.of(p["b1"])}
 
@@ -103,7 +103,7 @@ class GLoRA(Ranked):
         return Cost("factored", why, work, 3 * work, kept + g.channels_in)
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         out, back = cls.tensor_names["b1"], cls.tensor_names["b2"]
         if axis_size(shapes, out, 1) != axis_size(shapes, back, 0):
             out, back = back, out  # the first layout of GLoRA had the two the other way round

@@ -14,11 +14,11 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, covers, joined_rows
+from lycoris.algorithms.row_selection import RowBlock, covers, joined_rows
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.channel_scale import bend
 
 
@@ -79,11 +79,11 @@ class IA3(Algorithm):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return dict(p) if self.on_input else {"w": run.of(p["w"], self._axis(g))}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         first = parts[0].entry
         if len({part.entry.algorithm.constants(part.entry.geometry) for part in parts}) > 1:
             return None

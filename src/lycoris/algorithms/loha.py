@@ -15,11 +15,11 @@ from lycoris.algorithms.additive import Additive, low_rank_work
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked, joined_outputs, shared_inputs, side_by_side
-from lycoris.algorithms.row_selection import Part
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.row_selection import RowBlock
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.khatri_rao import khatri_rao
 from lycoris.ops.low_rank import low_rank_gram
 from lycoris.ops.tucker import tucker
@@ -97,12 +97,12 @@ class LoHa(Ranked, Additive):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         axis = 1 if "t1" in p else 0
         return dict(p) | {name: run.of(p[name], axis) for name in ("w1_a", "w2_a")}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         scale, first = cls.common_scale(parts), parts[0].entry.tensors
         one = None if scale is None else joined_outputs(parts, g, ["w1_a", "w2_a"], 1 if "t1" in first else 0)
         if one is not None and scale is not None:
@@ -133,7 +133,7 @@ class LoHa(Ranked, Additive):
         return min(self.rank**2, g.out_features, g.fan_in)
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         if cls.tensor_names["t1"] in shapes:
             out, columns = (
                 axis_size(shapes, cls.tensor_names["w1_a"], 1),

@@ -16,18 +16,18 @@ from lycoris.algorithms.base import Algorithm, uniform_like_linear
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked
-from lycoris.algorithms.row_selection import Part, covers
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.row_selection import RowBlock, covers
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.factorization import factorize, nearest_divisor
 from lycoris.ops.kronecker import add_linear, add_linear_split, first_small, kron, kron_gram, look_up
 from lycoris.ops.tucker import tucker
 
 
-class Layout(NamedTuple):
+class FactorSizes(NamedTuple):
     """Sizes of the two factors of one layer: w1 is (ol, im), w2 is (ok, in, *K), with O = ol·ok and I = im·in."""
 
     ol: int
@@ -66,7 +66,7 @@ class LoKr(Ranked, Additive):
     stable_init: bool = False
     """Start with entries of variance 1/(I·ΠK) in the product, however the factors are split and at any rank. False:
     each tensor as PyTorch initializes a linear layer."""
-    layout: Layout | None = None
+    layout: FactorSizes | None = None
     """Sizes as a file has them, which override the settings above; None: from those settings."""
 
     name: ClassVar[str] = "lokr"
@@ -89,7 +89,7 @@ class LoKr(Ranked, Additive):
         if self.full_matrix and self.decompose_both:
             raise ConfigError("lokr cannot have both full_matrix and decompose_both: choose one")
 
-    def layout_for(self, g: Geometry) -> Layout:
+    def layout_for(self, g: Geometry) -> FactorSizes:
         """Return the sizes of a layer's factors, and which of them are split."""
         if self.layout is not None:
             return self.layout
@@ -99,7 +99,7 @@ class LoKr(Ranked, Additive):
             ol, ok = ok, ol
         w1_split = self.decompose_both and self.rank < max(ol, im) / 2
         w2_split = not self.full_matrix and self.rank < max(ok, inner) / 2
-        return Layout(ol, im, w1_split, w2_split)
+        return FactorSizes(ol, im, w1_split, w2_split)
 
     def slots(self, g: Geometry) -> dict[str, Slot]:
         r, (ol, im, w1_split, w2_split, _) = self.rank, self.layout_for(g)
@@ -160,15 +160,15 @@ class LoKr(Ranked, Additive):
     def row_block_size(self, g: Geometry) -> int:
         return g.out_features // self.layout_for(g).ol
 
-    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: RowRange) -> Self:
         return replace(self, layout=self.layout_for(g)._replace(ol=run.rows // self.row_block_size(g)))
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         w1 = "w1_a" if "w1_a" in p else "w1"
         return dict(p) | {w1: run.blocks(self.row_block_size(g)).of(p[w1])}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # The second factor is the same for all rows of a layer, so it has to be so already.
         first = parts[0].entry
         second = [name for name in first.tensors if name not in ("w1", "w1_a", "w1_b")]
@@ -256,7 +256,7 @@ class LoKr(Ranked, Additive):
         return None
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         def size(names: Sequence[str], axis: int) -> int:
             return max(axis_size(shapes, cls.tensor_names[name], axis) for name in names)
 
@@ -281,7 +281,7 @@ class LoKr(Ranked, Additive):
         used = cls.uses_alpha(p)
         # Half precision makes infinity of a high rank.
         unused = None if used or alpha is None or not math.isfinite(alpha) else alpha
-        layout = Layout(ol, im, w1_split, w2_split, unused)
+        layout = FactorSizes(ol, im, w1_split, w2_split, unused)
         return cls(rank=rank, alpha=alpha if used else None, tucker="t2" in p, layout=layout)
 
     @classmethod

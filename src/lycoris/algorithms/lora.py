@@ -15,11 +15,11 @@ from lycoris.algorithms.base import Algorithm, uniform_like_linear
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked, joined_outputs, shared_inputs, side_by_side
-from lycoris.algorithms.row_selection import Part
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.row_selection import RowBlock
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.low_rank import low_rank_gram
 from lycoris.ops.tucker import tucker
 
@@ -74,11 +74,11 @@ class LoRA(Ranked, Additive):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return dict(p) | {"up": run.of(p["up"])}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         scale, rank = cls.common_scale(parts), len(parts[0].entry.tensors["down"])
         one = None if scale is None else joined_outputs(parts, g, ["up"])
         if one is not None and scale is not None:
@@ -111,7 +111,7 @@ class LoRA(Ranked, Additive):
         return add_mixed(y, g, amplify(h, gain), p["up"].flatten(1))
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         kernel = math.prod(shapes.get(cls.tensor_names.get("mid", ""), ())[2:])
         return axis_size(shapes, cls.tensor_names["up"], 0), column_count(shapes, cls.tensor_names["down"]) * kernel
 

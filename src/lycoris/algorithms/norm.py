@@ -13,11 +13,11 @@ from typing_extensions import Self
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, joined_rows
-from lycoris.algorithms.serialization import Shapes, axis_size
+from lycoris.algorithms.row_selection import RowBlock, joined_rows
+from lycoris.algorithms.serialization import TensorShapes, axis_size
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.layers.geometry import Affine, Geometry, Kind
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class Norm(Algorithm):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return {name: run.of(tensor) for name, tensor in p.items()}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
         having = {name: [part for part in parts if name in part.entry.tensors] for name in cls.tensor_names}
         return cls(), {name: joined_rows(some, g, name) for name, some in having.items() if some}
 
@@ -72,7 +72,7 @@ class Norm(Algorithm):
         return False
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         return max(axis_size(shapes, name, 0) for name in cls.tensor_names.values()), 0
 
     @classmethod

@@ -15,12 +15,12 @@ from lycoris.algorithms.base import Algorithm, dense_forward
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, common_dtype, joined_rows
-from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.row_selection import RowBlock, common_dtype, joined_rows
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.factorization import nearest_divisor
 from lycoris.ops.rotation import cayley, limit_norm, scaled_turn, turn_blocks
 
@@ -71,7 +71,7 @@ class OFT(Algorithm):
             torch.nn.init.ones_(p["rescale"])
 
     @classmethod
-    def claims(cls, shapes: Shapes) -> bool:
+    def claims(cls, shapes: TensorShapes) -> bool:
         return len(shapes.get(cls.tensor_names["blocks"], ())) == 3
 
     def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
@@ -94,17 +94,17 @@ class OFT(Algorithm):
     def row_block_size(self, g: Geometry) -> int:
         return self.block_size
 
-    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: RowRange) -> Self:
         return replace(self, constraint=0.0) if self.constraint else self
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         # The limit is one for all blocks together: it has to be applied before they part.
         free = limit_norm(p["blocks"], self.constraint * g.out_features)
         own = {"blocks": run.blocks(self.block_size).of(free)}
         return own | ({"rescale": run.of(p["rescale"])} if "rescale" in p else {})
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # A block of zeros rotates nothing, and a factor of 1 changes nothing.
         size = parts[0].entry.tensors["blocks"].shape[-1]
         sizes = {part.entry.tensors["blocks"].shape[-1] for part in parts}
@@ -138,7 +138,7 @@ class OFT(Algorithm):
         return float(self.constraint)
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         blocks = shapes.get(cls.tensor_names["blocks"], ())
         return (math.prod(blocks[-3:-1]) if len(blocks) > 2 else 0), 0
 

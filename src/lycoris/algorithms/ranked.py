@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.call import Call, require_one_mask
-from lycoris.algorithms.row_selection import Part, common_dtype, joined_rows
+from lycoris.algorithms.row_selection import RowBlock, common_dtype, joined_rows
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
@@ -101,7 +101,7 @@ class Ranked(Algorithm):
         return f"rank {self.rank} is above {most}, the highest that a weight {g.shape} can have; use rank={most}"
 
     @classmethod
-    def common_scale(cls, parts: Sequence[Part]) -> float | None:
+    def common_scale(cls, parts: Sequence[RowBlock]) -> float | None:
         """Return the scale that all parts share; None where they differ."""
         scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
         return scales.pop() if len(scales) == 1 else None
@@ -114,7 +114,7 @@ class Ranked(Algorithm):
         torch.nn.init.zeros_(p["scalar"] if self.use_scalar else p[slot])
 
 
-def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
+def shared_inputs(parts: Sequence[RowBlock], *slots: str) -> tuple[list[int], dict[str, Tensor]]:
     """Concatenate the input factors (r, ...) of all parts, equal ones once; also return where those of each part
     start."""
     starts: list[int] = []
@@ -132,7 +132,7 @@ def shared_inputs(parts: Sequence[Part], *slots: str) -> tuple[list[int], dict[s
 
 
 def side_by_side(
-    parts: Sequence[Part],
+    parts: Sequence[RowBlock],
     g: Geometry,
     slot: str,
     axis: int = 0,
@@ -160,7 +160,9 @@ def side_by_side(
     return whole
 
 
-def joined_outputs(parts: Sequence[Part], g: Geometry, slots: Sequence[str], axis: int = 0) -> dict[str, Tensor] | None:
+def joined_outputs(
+    parts: Sequence[RowBlock], g: Geometry, slots: Sequence[str], axis: int = 0
+) -> dict[str, Tensor] | None:
     """Concatenate the rows of these slots, for parts that are equal in all others.
 
     None where they differ in other slots, as adapters do that were not split from one.

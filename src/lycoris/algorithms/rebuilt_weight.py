@@ -48,10 +48,10 @@ def apply_by_autograd(
     build: Build, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
     """Return the result of `apply_rebuilt` by plain autograd."""
-    return g.op(x, _sum(build(*factors), weight, x if x.is_floating_point() else None), bias)
+    return g.op(x, _add_weight(build(*factors), weight, x if x.is_floating_point() else None), bias)
 
 
-def _sum(change: Tensor, weight: Tensor | None, like: Tensor | None) -> Tensor:
+def _add_weight(change: Tensor, weight: Tensor | None, like: Tensor | None) -> Tensor:
     change = change if like is None else change.to(like.dtype)
     return change if weight is None else weight + change
 
@@ -85,7 +85,7 @@ class _Rebuilt(torch.autograd.Function):
             with torch.enable_grad():
                 factors = [t.detach().requires_grad_(need) for t, need in zip(rest, needs[5:], strict=True)]
                 change = ctx.build(*factors)
-            gx, gv = _layer_gradients(ctx.g, gy, x, _sum(change.detach(), weight, x), needs[2])
+            gx, gv = _layer_gradients(ctx.g, gy, x, _add_weight(change.detach(), weight, x), needs[2])
             wanted = [factor for factor in factors if factor.requires_grad]
             # A bias's delta, say, is no part of the weight.
             found = iter(torch.autograd.grad(change, wanted, gv.to(change.dtype), allow_unused=True))

@@ -13,12 +13,12 @@ from lycoris.algorithms.base import Algorithm, run_adapted
 from lycoris.algorithms.call import Call
 from lycoris.algorithms.cost import Cost
 from lycoris.algorithms.layer_below import LayerBelow
-from lycoris.algorithms.row_selection import Part, covers, joined_rows
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.row_selection import RowBlock, covers, joined_rows
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Affine, Geometry, Kind
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,11 @@ class Replace(Algorithm):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return {name: run.of(tensor, self._axis(name, g)) for name, tensor in p.items()}
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         # Of rows without a part only the base weight tells what they are.
         slots = {frozenset(part.entry.tensors) for part in parts}
         if len(slots) > 1 or not covers(parts, g):
@@ -108,7 +108,7 @@ class Replace(Algorithm):
         return False
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         if cls.tensor_names["w"] in shapes:
             return axis_size(shapes, cls.tensor_names["w"], 0), column_count(shapes, cls.tensor_names["w"])
         return axis_size(shapes, cls.tensor_names["b"], 0), 0

@@ -17,13 +17,13 @@ from typing_extensions import Self
 
 from lycoris.algorithms.slots import Params
 from lycoris.layers.geometry import Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 
 if TYPE_CHECKING:
     from lycoris.algorithms.base import Algorithm, Entry
 
 
-class Part(NamedTuple):
+class RowBlock(NamedTuple):
     """An adapter of some consecutive rows of a layer."""
 
     start: int
@@ -43,16 +43,16 @@ class RowHooks:
         """Return how many consecutive rows belong together: `cut` and `take` never split a block of so many."""
         return g.out_features
 
-    def restrict_to_rows(self, g: Geometry, run: Run) -> Self:
+    def restrict_to_rows(self, g: Geometry, run: RowRange) -> Self:
         """Return the settings under which the tensors of `take` do to these rows what this does to them."""
         return self
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         """Return the tensors of some rows, exact and differentiable; mostly views of those of all rows."""
         return dict(p)
 
     @classmethod
-    def concat_rows(cls, parts: Sequence[Part], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
+    def concat_rows(cls, parts: Sequence[RowBlock], g: Geometry) -> tuple[Algorithm, dict[str, Tensor]] | None:
         """Return one exact adapter for a layer that has the rows of all parts; rows without a part are not changed.
 
         All parts are of this class. None where no tensors of this algorithm can express that.
@@ -60,7 +60,7 @@ class RowHooks:
         return None
 
 
-def joined_rows(parts: Sequence[Part], g: Geometry, slot: str, axis: int = 0, fill: float = 0.0) -> Tensor:
+def joined_rows(parts: Sequence[RowBlock], g: Geometry, slot: str, axis: int = 0, fill: float = 0.0) -> Tensor:
     """Return a slot that has an entry per row, over all rows of the joined layer; `fill` where there is no part."""
     tensors = [part.entry.tensors[slot] for part in parts]
     first, dtype = tensors[0], common_dtype(tensors)
@@ -75,6 +75,6 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def covers(parts: Sequence[Part], g: Geometry) -> bool:
+def covers(parts: Sequence[RowBlock], g: Geometry) -> bool:
     """Tell whether every row of the joined layer has a part."""
     return sum(part.entry.geometry.out_features for part in parts) == g.out_features

@@ -17,12 +17,12 @@ from lycoris.algorithms import DoRA, conversion, slices
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.ranked import Ranked
-from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.row_selection import RowBlock
 from lycoris.algorithms.slices import Slice
 from lycoris.algorithms.tensors import EMPTY
 from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.rounding import widen
 
 
@@ -44,7 +44,7 @@ def take_rows(entry: Entry, rows: slice, where: str, *, dense: bool = True) -> S
     Raises:
         FileError: the result depends on the base weight.
     """
-    return _at(entry, _run(entry, rows), where, dense)
+    return _cut_to(entry, _run(entry, rows), where, dense)
 
 
 def share_rows(entry: Entry, rows: slice, g: Geometry, where: str, *, dense: bool = True) -> Step:
@@ -68,7 +68,7 @@ def swap_halves(entry: Entry, where: str, *, dense: bool = True) -> Step:
 
     Some formats store the shift and the scale of an adaptive norm in the other order. See `take_rows`.
     """
-    return _at(entry, _halves(entry), where, dense)
+    return _cut_to(entry, _halves(entry), where, dense)
 
 
 def share_swapped_halves(entry: Entry, where: str, *, dense: bool = True) -> Step:
@@ -82,10 +82,10 @@ def separate_slice(entry: Entry, where: str, *, dense: bool = True) -> Step:
     if not isinstance(entry.algorithm, Slice):
         return Step(entry)
     whole = slices.fused_entry(entry)
-    return _then_on(_at(whole, entry.algorithm.rows(entry.geometry), where, dense), entry.geometry, where)
+    return _then_on(_cut_to(whole, entry.algorithm.rows(entry.geometry), where, dense), entry.geometry, where)
 
 
-def join_rows(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = True) -> Step:
+def join_rows(parts: Sequence[RowBlock], g: Geometry, where: str, *, dense: bool = True) -> Step:
     """Return one adapter for a layer that has the rows of several.
 
     Parts of different dtypes are promoted to one that holds them all, and to at least float32 where values have to be
@@ -108,7 +108,7 @@ def join_rows(parts: Sequence[Part], g: Geometry, where: str, *, dense: bool = T
         own = kinds.pop().concat_rows(parts, g)
         if own is not None:
             return Step(place_on(Entry(own[0], g, own[1]), g, where))
-    plain = [part._replace(entry=_plain(part.entry, "joined with others", where, dense)) for part in parts]
+    plain = [part._replace(entry=_as_lora_or_full(part.entry, "joined with others", where, dense)) for part in parts]
     if any(part.entry.algorithm.name == "full" for part in plain):
         plain = [part._replace(entry=conversion.dense(part.entry)) for part in plain]
     algorithm, tensors = type(plain[0].entry.algorithm).concat_rows(plain, g) or (None, {})
@@ -136,20 +136,20 @@ def _computable(entry: Entry) -> Entry:
     return entry._replace(tensors={name: widen(t) if name in small else t for name, t in entry.tensors.items()})
 
 
-def _run(entry: Entry, rows: slice) -> Run:
-    return Run(rows.start, rows.stop - rows.start, entry.geometry.out_features)
+def _run(entry: Entry, rows: slice) -> RowRange:
+    return RowRange(rows.start, rows.stop - rows.start, entry.geometry.out_features)
 
 
-def _halves(entry: Entry) -> Run:
+def _halves(entry: Entry) -> RowRange:
     rows = entry.geometry.out_features
-    return Run(rows // 2, rows, rows)
+    return RowRange(rows // 2, rows, rows)
 
 
-def _share_rows(entry: Entry, run: Run, g: Geometry, where: str) -> Step | None:
+def _share_rows(entry: Entry, run: RowRange, g: Geometry, where: str) -> Step | None:
     found = slices.share(entry, run, g)
     if found is None or not isinstance(found.algorithm, Slice):
         return None if found is None else Step(found)
-    lost = [] if g.has_bias else [name for name in slices.BIASES if name in found.tensors]
+    lost = [] if g.has_bias else [name for name in slices.ROW_BIASES if name in found.tensors]
     if lost:
         # Raises where these rows of the bias say something.
         own = slices.own_rows(found._replace(geometry=replace(g, has_bias=True)))
@@ -162,24 +162,24 @@ def _then_on(step: Step, g: Geometry, where: str) -> Step:
     return step._replace(entry=place_on(step.entry, g, where))
 
 
-def _at(entry: Entry, run: Run, where: str, dense: bool) -> Step:
-    entry, told = _separate(_computable(slices.own_rows(entry) or entry), where, dense)
+def _cut_to(entry: Entry, run: RowRange, where: str, dense: bool) -> Step:
+    entry, told = _separate_dora(_computable(slices.own_rows(entry) or entry), where, dense)
     algorithm, g, _ = entry
     if run.splits(algorithm.row_block_size(g)):
         few = run.rows < run.total
         what = f"cut to {run.rows} of its {g.out_features} rows" if few else "given its rows in another order"
-        plain = _plain(entry, what, where, dense)
+        plain = _as_lora_or_full(entry, what, where, dense)
         return Step(found := slices.cut_entry(plain, run), told or _describe_change([entry], found))
     if not conversion.has_start(entry):
         raise FileError(
             f"{where}: what its {algorithm.name} started from is left out and follows from the weight of the fused "
             f"layer; without the base model's weights it cannot be cut to {run.rows} of its {g.out_features} rows"
         )
-    own = _separate(slices.cut_entry(entry, run), where, dense)
+    own = _separate_dora(slices.cut_entry(entry, run), where, dense)
     return own._replace(note=told or own.note)
 
 
-def _separate(entry: Entry, where: str, dense: bool) -> Step:
+def _separate_dora(entry: Entry, where: str, dense: bool) -> Step:
     """Return DoRA over a slice as DoRA over an adapter with tensors of its own."""
     algorithm, g, tensors = entry
     if not isinstance(algorithm, DoRA) or not isinstance(algorithm.inner, Slice):
@@ -207,7 +207,7 @@ def _fold_scalar(entry: Entry) -> Entry:
     return Entry(replace(algorithm, use_scalar=False), g, algorithm.export_tensors(tensors, g))
 
 
-def _plain(entry: Entry, what: str, where: str, dense: bool) -> Entry:
+def _as_lora_or_full(entry: Entry, what: str, where: str, dense: bool) -> Entry:
     """Return the same change as LoRA or Full."""
     if conversion.needs_base(entry):
         raise FileError(f"{where}: its {entry.algorithm.name} cannot be {what} without the base model's weights")

@@ -12,7 +12,7 @@ from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.slots import Params
 from lycoris.layers.geometry import Geometry
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 """Shapes of a layer's tensors in a file, by tensor name."""
 
 
@@ -38,7 +38,7 @@ class FileHooks:
         return (self.scale(g),)
 
     @classmethod
-    def claims(cls, shapes: Shapes) -> bool:
+    def claims(cls, shapes: TensorShapes) -> bool:
         """Tell whether tensors under this algorithm's names are really its own, by their shapes.
 
         Override where another algorithm uses the same names.
@@ -51,7 +51,7 @@ class FileHooks:
         return True
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         """Return (O, I·ΠK) of the layer that tensors in a file belong to, from their shapes alone; 0 for unknown.
 
         Detection compares it with the layers of known models. The default knows neither.
@@ -75,12 +75,12 @@ class FileHooks:
         return dict(p)
 
 
-def axis_size(shapes: Shapes, name: str, axis: int) -> int:
+def axis_size(shapes: TensorShapes, name: str, axis: int) -> int:
     """Return the size of one axis of a tensor in a file; 0 if the tensor or the axis is not there."""
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) > axis else 0
 
 
-def column_count(shapes: Shapes, name: str) -> int:
+def column_count(shapes: TensorShapes, name: str) -> int:
     """Return the product of all sizes but the first of a tensor in a file; 0 if it has no second axis."""
     return math.prod(shapes[name][1:]) if len(shapes.get(name, ())) > 1 else 0

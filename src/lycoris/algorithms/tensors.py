@@ -12,7 +12,7 @@ from lycoris.algorithms import ALGORITHMS, DoRA
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.dora import unwrap_dora
-from lycoris.algorithms.serialization import Shapes
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.algorithms.slices import Slice
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Geometry
@@ -106,20 +106,20 @@ def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple
     return each[0][0], {name: torch.stack([p[name] for _, p in each]) for name in each[0][1]}
 
 
-def match_algorithms(shapes: Shapes) -> list[type[Algorithm]]:
+def match_algorithms(shapes: TensorShapes) -> list[type[Algorithm]]:
     """Return the algorithms that have all of a layer's tensors, without `alpha`, by name and claim them by shape."""
     fitting = [kind for kind in ALGORITHMS.values() if shapes and shapes.keys() <= set(kind.tensor_names.values())]
     return [kind for kind in fitting if kind.claims(shapes)]
 
 
-def find_layer_size(shapes: Shapes) -> tuple[int, int]:
+def find_layer_size(shapes: TensorShapes) -> tuple[int, int]:
     """Return (O, I·ΠK) of the layer that an adapter's tensors belong to, from their shapes in a file; 0 for unknown."""
     having = [kind for kind in ALGORITHMS.values() if shapes.keys() & set(kind.tensor_names.values())]
     sizes = [kind.layer_size(shapes) for kind in having if kind.claims(_own_shapes(kind, shapes))]
     return max(sizes, key=lambda size: (all(size), any(size)), default=(0, 0))
 
 
-def _own_shapes(kind: type[Algorithm], shapes: Shapes) -> Shapes:
+def _own_shapes(kind: type[Algorithm], shapes: TensorShapes) -> TensorShapes:
     return {name: shape for name, shape in shapes.items() if name in kind.tensor_names.values()}
 
 

@@ -13,11 +13,11 @@ from lycoris.algorithms.additive import Additive, low_rank_work
 from lycoris.algorithms.call import Call, require_one_mask
 from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.ranked import Ranked
-from lycoris.algorithms.serialization import Shapes, axis_size, column_count
+from lycoris.algorithms.serialization import TensorShapes, axis_size, column_count
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.rounding import widen
 
 Vectors = Literal["principal", "middle", "last"]
@@ -133,7 +133,7 @@ class TLoRA(Ranked, Additive):
     def row_block_size(self, g: Geometry) -> int:
         return 1
 
-    def select_rows(self, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+    def select_rows(self, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
         return dict(p) | {name: run.of(p[name]) for name in ("p", "p0") if name in p}
 
     def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
@@ -175,7 +175,7 @@ class TLoRA(Ranked, Additive):
         )
 
     @classmethod
-    def layer_size(cls, shapes: Shapes) -> tuple[int, int]:
+    def layer_size(cls, shapes: TensorShapes) -> tuple[int, int]:
         return axis_size(shapes, cls.tensor_names["p"], 0), column_count(shapes, cls.tensor_names["q"])
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lycoris.algorithms import rows
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.row_selection import Part
+from lycoris.algorithms.row_selection import RowBlock
 from lycoris.errors import FileError
 from lycoris.files.layout import Layout
 from lycoris.models.families.naming import Span
@@ -131,7 +131,7 @@ def _join_stacks(parts: Mapping[str, Stack], span: Span, layout: Layout, found: 
     levels = max(map(len, parts.values()))
     stack = []
     for level in range(levels):
-        some = [Part(starts[part], own[level]) for part, own in parts.items() if level < len(own)]
+        some = [RowBlock(starts[part], own[level]) for part, own in parts.items() if level < len(own)]
         stack.append(_take_note(rows.join_rows(some, geometry, name, dense=found.dense), found, name))
     return tuple(stack)
 

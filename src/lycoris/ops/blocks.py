@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Run(NamedTuple):
+class RowRange(NamedTuple):
     """`rows` rows of `total`, from `start` on; after the last row comes the first again."""
 
     start: int
@@ -42,25 +42,25 @@ class Run(NamedTuple):
         """Whether it holds a part of a block of `size` rows without the rest, or blocks do not fill all rows."""
         return bool(self.start % size or self.rows % size or self.total % size)
 
-    def blocks(self, size: int) -> Run:
+    def blocks(self, size: int) -> RowRange:
         """The same, counted in blocks of `size` rows, none of which it may split."""
-        return Run(self.start // size, self.rows // size, self.total // size)
+        return RowRange(self.start // size, self.rows // size, self.total // size)
 
-    def around(self, size: int) -> Run:
+    def around(self, size: int) -> RowRange:
         """The least run with it inside that splits no block of `size` rows."""
         if not self.splits(size):
             return self
         first, last = self.start // size, -(-(self.start + self.rows) // size)
         if self.wraps or last * size > self.total:
-            return Run(0, self.total, self.total)
-        return Run(first * size, (last - first) * size, self.total)
+            return RowRange(0, self.total, self.total)
+        return RowRange(first * size, (last - first) * size, self.total)
 
-    def inside(self, outer: Run) -> Run:
+    def inside(self, outer: RowRange) -> RowRange:
         """Where it is in a run that holds it."""
-        return Run(self.start - outer.start, self.rows, outer.rows)
+        return RowRange(self.start - outer.start, self.rows, outer.rows)
 
-    def part(self, run: Run) -> Run | None:
+    def part(self, run: RowRange) -> RowRange | None:
         """Some of these rows, as rows of all; None where they are not consecutive there."""
         if run.wraps and self.rows < self.total:
             return None
-        return Run((self.start + run.start) % self.total, run.rows, self.total)
+        return RowRange((self.start + run.start) % self.total, run.rows, self.total)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lycoris.ops.shape import unflatten
 
-SMALL = 1 << 16
+FEW_OUTPUTS = 1 << 16
 """Numbers below which one more pass costs less than telling torch to save it."""
 
 
 def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
     """y + h·outᵀ in one pass over y. Shapes: y (..., O), h (..., r), out (O, r)."""
-    if y.numel() < SMALL:
+    if y.numel() < FEW_OUTPUTS:
         return y + F.linear(h, out).to(y.dtype)
     rows = y.reshape(-1, y.shape[-1])
     return unflatten(torch.addmm(rows, h.reshape(-1, h.shape[-1]), out.T), y.shape).to(y.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lycoris.ops.rounding import widen
 from lycoris.ops.shape import unflatten
 
-CHUNK = 256
+ROTATION_CHUNK = 256
 """Tokens taken together on a CPU."""
 
 PASS = 48
@@ -32,7 +32,7 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     """
     q = limit_norm(widen(blocks), bound)
     q = q - q.mT
-    return _turn(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
+    return _rotate(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
 
 
 def limit_norm(blocks: Tensor, bound: float) -> Tensor:
@@ -44,7 +44,7 @@ def limit_norm(blocks: Tensor, bound: float) -> Tensor:
     return blocks * (bound / (norm + 1e-8)).clamp_max(1.0)
 
 
-def _turn(q: Tensor) -> Tensor:
+def _rotate(q: Tensor) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # X(I - Q) = 2Q, solved from the left: (I - Q)ᵀ = I + Q.
     return torch.linalg.solve(eye + q, (2 * q).mT).mT.contiguous()
@@ -57,7 +57,7 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor) -> Tensor:
-        return _turn(q)
+        return _rotate(q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -119,7 +119,7 @@ class _TurnBlocks(torch.autograd.Function):
 
 
 def _chunks(y: Tensor, n: int, s: int) -> Sequence[Tensor]:
-    return torch.split(y.reshape(-1, n, s), CHUNK)
+    return torch.split(y.reshape(-1, n, s), ROTATION_CHUNK)
 
 
 def _with_eye(turn: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def joined_butterfly(stages: Tensor, length: Tensor | None = None) -> Butterfly:
         bits = list(range(1, m + 1))
         mid = bits[m - first - count : m - first]
         orders.append([*(bit for bit in bits if bit not in mid), 0, *mid, m + 1])
-        turns.append(_join(stages[first : first + count], first))
+        turns.append(_join_stages(stages[first : first + count], first))
     if length is not None:
         numbered = length.reshape(1, *(2,) * m, s // 2)
         turns[-1] = scaled_turn(turns[-1], numbered.permute(orders[-1]).reshape(len(turns[-1]), -1))
@@ -228,7 +228,7 @@ class _Butterfly(torch.autograd.Function):
         ctx.orders = orders
         ctx.save_for_backward(y, *whole)
         out = torch.empty(y.shape, dtype=y.dtype)
-        for rows, to in zip(torch.split(y, CHUNK), torch.split(out, CHUNK), strict=True):
+        for rows, to in zip(torch.split(y, ROTATION_CHUNK), torch.split(out, ROTATION_CHUNK), strict=True):
             turned = _pass(rows, whole, orders)
             to.copy_(turned) if shift is None else torch.add(turned, shift, out=to)
         return out
@@ -241,7 +241,7 @@ class _Butterfly(torch.autograd.Function):
         gy, gw = torch.empty(y.shape, dtype=y.dtype), [torch.zeros_like(turn) for turn in whole]
         back = [_with_eye(turn).mT for turn in whole]
         shape = (-1, *(2,) * (len(orders[0]) - 2), y.shape[-1] >> (len(orders[0]) - 2))
-        for g, rows, to in zip(*(torch.split(t, CHUNK) for t in (grads[0], y, gy)), strict=True):
+        for g, rows, to in zip(*(torch.split(t, ROTATION_CHUNK) for t in (grads[0], y, gy)), strict=True):
             view, grad, seen = rows.reshape(shape), g.reshape(shape), []
             for turn, order in zip(whole, orders, strict=True):
                 seen.append(_group_blocks(view, turn, order))
@@ -255,7 +255,7 @@ class _Butterfly(torch.autograd.Function):
         return gy, grads[0].sum(0) if ctx.needs_input_grad[1] else None, None, *gw
 
 
-def _join(turns: Tensor, first: int) -> Tensor:
+def _join_stages(turns: Tensor, first: int) -> Tensor:
     """Some stages, the lowest of which is `first`, as one: (blocks, size, size), for channels on the right, minus I."""
     count, n, s, _ = turns.shape
     size, high, low = s // 2 << count, n * 2 >> (first + count), 1 << first

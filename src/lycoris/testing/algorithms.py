@@ -100,10 +100,10 @@ def check_forward_equals_merged(algorithm: Algorithm, case: LayerCase) -> None:
         model, x, adapters = build(algorithm, case)
         adapters.set_strength(strength)
         attached = model(x)
-        error = relative(attached, dense_output(model, x))
+        error = relative_error(attached, dense_output(model, x))
         assert error < TOLERANCE, f"forward and transform differ by {error:.1e} at strength {strength}"
         merge(adapters)
-        error = relative(model(x), attached)
+        error = relative_error(model(x), attached)
         assert error < TOLERANCE, f"forward and the merged layer differ by {error:.1e} at strength {strength}"
 
 
@@ -124,7 +124,7 @@ def check_strength_is_linear(algorithm: Algorithm, case: LayerCase) -> None:
     adapters = adapt(model, algorithm)
     adapted = model(x)
     adapters.set_strength(0.3)
-    error = relative(model(x), base + 0.3 * (adapted - base))
+    error = relative_error(model(x), base + 0.3 * (adapted - base))
     assert error < TOLERANCE, f"strength 0.3 is off the line between 0 and 1 by {error:.1e}"
 
 
@@ -160,7 +160,7 @@ def check_file_round_trip(algorithm: Algorithm, case: LayerCase, dialect: str = 
         write(adapters.bundle(), path, dialect)
         adapters.detach()
         AdapterSet.load(model, read(path, model)).attach()
-    error = relative(model(x), trained)
+    error = relative_error(model(x), trained)
     assert error < FILE_TOLERANCE, f"after saving and loading the output differs by {error:.1e}"
 
 
@@ -257,7 +257,7 @@ def merge(adapters: AdapterSet) -> None:
         adapters.merge()
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     """Return the largest difference over the largest value of b."""
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

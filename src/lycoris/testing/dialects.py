@@ -17,7 +17,7 @@ from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
 from lycoris.layers.geometry import Affine
 from lycoris.targeting.planning import Rule, plan
-from lycoris.testing.algorithms import perturb, relative
+from lycoris.testing.algorithms import perturb, relative_error
 
 EXACT = 1e-10
 
@@ -59,7 +59,7 @@ def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm
             assert not lost, f"{dialect}, {algorithm}: not in both what was written and what was read: {lost}"
             for path, stack in bundle.entries.items():
                 weight = torch.randn(stack[0].geometry.stacked_shape(stack[0].geometry.shape), dtype=torch.float64)
-                error_ = relative(_change(found.entries[path], weight), _change(stack, weight))
+                error_ = relative_error(_change(found.entries[path], weight), _change(stack, weight))
                 assert error_ < EXACT, f"{dialect}, {algorithm}, {path}: read back with an error of {error_:.1e}"
 
 

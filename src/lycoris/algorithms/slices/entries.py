@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from lycoris.algorithms.base import Entry
-from lycoris.algorithms.row_selection import Part
-from lycoris.algorithms.slices.slice import BIASES, Slice
+from lycoris.algorithms.row_selection import RowBlock
+from lycoris.algorithms.slices.slice import ROW_BIASES, Slice
 from lycoris.algorithms.slots import Params
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 from lycoris.ops.equality import same
 
 
-def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
+def share(entry: Entry, run: RowRange, g: Geometry) -> Entry | None:
     """Return the slice of an adapter, or of a slice, for a layer that has some of its rows.
 
     The tensors are the same objects. All rows in their order give the adapter itself.
@@ -27,7 +27,7 @@ def share(entry: Entry, run: Run, g: Geometry) -> Entry | None:
         None where no slice can express it, or where some tensors are left out.
     """
     algorithm, fused, tensors = fused_entry(entry)
-    part: Run | None = run
+    part: RowRange | None = run
     if isinstance(entry.algorithm, Slice):
         part = entry.algorithm.rows(entry.geometry).part(run)
     if part is None or tensors.keys() < algorithm.slots(fused).keys():
@@ -56,11 +56,11 @@ def own_rows(entry: Entry) -> Entry | None:
     if not own.is_own(g):
         return None
     cut = cut_entry(fused_entry(entry), own.rows(g))
-    lost = () if g.has_bias else BIASES
+    lost = () if g.has_bias else ROW_BIASES
     return Entry(cut.algorithm, g, {name: tensor for name, tensor in cut.tensors.items() if name not in lost})
 
 
-def cut_entry(entry: Entry, run: Run) -> Entry:
+def cut_entry(entry: Entry, run: RowRange) -> Entry:
     """Return the adapter of some rows, which must not split a block of `row_block_size`; changed tensors are copies."""
     algorithm, g, p = entry
 
@@ -73,7 +73,7 @@ def cut_entry(entry: Entry, run: Run) -> Entry:
     return Entry(algorithm.restrict_to_rows(g, run), replace(g, shape=(run.rows, *g.shape[1:])), own)
 
 
-def rejoin(parts: Sequence[Part], g: Geometry) -> Entry | None:
+def rejoin(parts: Sequence[RowBlock], g: Geometry) -> Entry | None:
     """Return the adapter whose slices these parts are, complete and in order; None where they are not."""
     first = parts[0].entry
     if not all(_continues(part, first, g) for part in parts):
@@ -83,11 +83,11 @@ def rejoin(parts: Sequence[Part], g: Geometry) -> Entry | None:
     return fused_entry(first)
 
 
-def _continues(part: Part, first: Entry, g: Geometry) -> bool:
+def _continues(part: RowBlock, first: Entry, g: Geometry) -> bool:
     """Whether a part is the slice at its place of the adapter that another one is a slice of."""
     own, other = part.entry.algorithm, first.algorithm
     if not isinstance(own, Slice) or not isinstance(other, Slice):
         return False
-    place = Run(part.start, part.entry.geometry.out_features, g.out_features)
+    place = RowRange(part.start, part.entry.geometry.out_features, g.out_features)
     alike = own.inner == other.inner and own.bias == other.bias and own.rows(part.entry.geometry) == place
     return alike and same(part.entry.tensors, first.tensors)

@@ -27,9 +27,9 @@ from lycoris.algorithms.layer_below import LayerBelow
 from lycoris.algorithms.slots import Params, Slot
 from lycoris.errors import ConfigError, FileError
 from lycoris.layers.geometry import Affine, Geometry
-from lycoris.ops.blocks import Run
+from lycoris.ops.blocks import RowRange
 
-BIASES = ("diff_b",)
+ROW_BIASES = ("diff_b",)
 """Slots with a number for each row's bias, which some of the layers may not have."""
 
 
@@ -59,7 +59,7 @@ class Slice(Algorithm):
             raise ConfigError(f"start and others of a slice count rows from 0, not {self.start} and {self.others}")
 
     @classmethod
-    def of(cls, over: Algorithm, run: Run, bias: bool | None = None) -> Slice:
+    def of(cls, over: Algorithm, run: RowRange, bias: bool | None = None) -> Slice:
         """The slice with these rows."""
         start, others = run.start, run.total - run.rows
         if isinstance(over, Additive):
@@ -80,13 +80,13 @@ class Slice(Algorithm):
         bias = g.has_bias if self.bias is None else self.bias
         return replace(g, shape=(g.out_features + self.others, *g.shape[1:]), has_bias=bias)
 
-    def rows(self, g: Geometry) -> Run:
+    def rows(self, g: Geometry) -> RowRange:
         """Which rows of the fused layer a layer has."""
-        return Run(self.start, g.out_features, g.out_features + self.others)
+        return RowRange(self.start, g.out_features, g.out_features + self.others)
 
     def is_own(self, g: Geometry) -> bool:
         """Whether the rows are an adapter of the same algorithm by themselves."""
-        return _form(self, g).is_own
+        return _find_form(self, g).is_own
 
     def check(self, g: Geometry) -> None:
         super().check(g)
@@ -123,19 +123,19 @@ class Slice(Algorithm):
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
         g = below.geometry
-        form = _form(self, g)
+        form = _find_form(self, g)
         if form.is_own:
             return form.algorithm.forward(self._own(p, g, form), below, x, call)
         return self.rows(g).of(self.inner.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
 
     def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
         """The rows by themselves, where that `is_own`."""
-        form = _form(self, g)
+        form = _find_form(self, g)
         return form.algorithm, self._own(p, g, form)
 
     def _own(self, p: Params, g: Geometry, form: _Form) -> dict[str, Tensor]:
         own = self.inner.select_rows(p, form.fused, form.run)
-        return own if g.has_bias else {name: tensor for name, tensor in own.items() if name not in BIASES}
+        return own if g.has_bias else {name: tensor for name, tensor in own.items() if name not in ROW_BIASES}
 
     @classmethod
     def infer(cls, p: Params, g: Geometry, alpha: float | None) -> Self:
@@ -182,10 +182,10 @@ class Slice(Algorithm):
         return None if most is None else min(most, g.out_features, g.fan_in)
 
     def delta_macs(self, g: Geometry) -> int:
-        return _form(self, g).algorithm.delta_macs(g)
+        return _find_form(self, g).algorithm.delta_macs(g)
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:
-        return _form(self, g).algorithm.cost(g, tokens, alone=alone)
+        return _find_form(self, g).algorithm.cost(g, tokens, alone=alone)
 
     def __str__(self) -> str:
         return f"{self.inner}, rows from {self.start} on of a fused layer"
@@ -265,15 +265,15 @@ class AdditiveSlice(Slice, Additive):
     def read_scalar(self, p: Params) -> Tensor | float:
         return self.inner.read_scalar(p)
 
-    def _around(self, g: Geometry) -> tuple[Additive, Geometry, Run]:
+    def _around(self, g: Geometry) -> tuple[Additive, Geometry, RowRange]:
         """What computes the rows around, the layer of these, and where the slice is among them."""
-        form = _form(self, g)
+        form = _find_form(self, g)
         assert isinstance(form.algorithm, Additive)
         return form.algorithm, form.geometry, form.inside
 
     def _take_rows(self, p: Params, g: Geometry) -> dict[str, Tensor]:
         """The tensors of the rows around."""
-        form = _form(self, g)
+        form = _find_form(self, g)
         return self.inner.select_rows(p, form.fused, form.outer)
 
 
@@ -281,13 +281,13 @@ class _Form(NamedTuple):
     """What a slice is on a layer."""
 
     fused: Geometry
-    run: Run
+    run: RowRange
     """Its rows."""
-    outer: Run
+    outer: RowRange
     """The least rows around them that split no block; the same where they split none."""
     is_own: bool
     """Whether these are its rows and no others."""
-    inside: Run
+    inside: RowRange
     """Where its rows are among those."""
     algorithm: Algorithm
     """The settings for those rows."""
@@ -304,7 +304,7 @@ def _known_form(own: Slice, g: Geometry) -> _Form:
     return _Form(fused, run, outer, outer == run, run.inside(outer), cut, replace(fused, shape=shape))
 
 
-def _form(own: Slice, g: Geometry) -> _Form:
+def _find_form(own: Slice, g: Geometry) -> _Form:
     # Every pass asks for it; a compiler looks at what is computed, not at what is remembered.
     return (_known_form.__wrapped__ if torch.compiler.is_compiling() else _known_form)(own, g)
 
@@ -335,7 +335,7 @@ class _Fused:
 class _Unrolled:
     """A layer with its rows in the order of the fused layer."""
 
-    def __init__(self, below: LayerBelow, order: Run) -> None:
+    def __init__(self, below: LayerBelow, order: RowRange) -> None:
         self.below, self.order, self.geometry = below, order, below.geometry
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -356,18 +356,18 @@ class _Unrolled:
         return self.geometry.op(x, *affine)
 
 
-def _back(run: Run) -> Run:
+def _back(run: RowRange) -> RowRange:
     """What undoes an order of all rows."""
-    return Run(run.total - run.start if run.start else 0, run.rows, run.total)
+    return RowRange(run.total - run.start if run.start else 0, run.rows, run.total)
 
 
-def cut_additive(over: Additive, g: Geometry, run: Run) -> Additive:
+def cut_additive(over: Additive, g: Geometry, run: RowRange) -> Additive:
     """The settings for some rows, whatever block they split."""
     cut = Slice.of(over, run, g.has_bias) if run.splits(over.row_block_size(g)) else over.restrict_to_rows(g, run)
     assert isinstance(cut, Additive)
     return cut
 
 
-def take_additive(over: Additive, p: Params, g: Geometry, run: Run) -> dict[str, Tensor]:
+def take_additive(over: Additive, p: Params, g: Geometry, run: RowRange) -> dict[str, Tensor]:
     """The tensors for `cut_additive`."""
     return dict(p) if run.splits(over.row_block_size(g)) else over.select_rows(p, g, run)

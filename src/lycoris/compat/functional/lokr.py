@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lycoris.algorithms import LoKr
-from lycoris.algorithms.lokr import Layout
+from lycoris.algorithms.lokr import FactorSizes
 from lycoris.compat.functional.layer import Added, geometry, name_tensors, require, shape_tensors, start_tensors
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.kronecker import kron
@@ -54,7 +54,7 @@ def _read(
         kernel = [*(p["t2"] if core else p["w2_b"]).shape[2:]]
     split = p.get("w2_b", p.get("w1_b"))
     rank = 1 if split is None else split.shape[0]
-    layout = Layout(ol, im, "w1" not in p, "w2" not in p)
+    layout = FactorSizes(ol, im, "w1" not in p, "w2" not in p)
     algorithm = LoKr(rank=rank, alpha=gamma, tucker=core, layout=layout)
     g = geometry((ol * ok, im * inner, *kernel), extra)
     return algorithm, shape_tensors(algorithm, p, g), g

@@ -21,7 +21,7 @@ from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import dense, low_rank
 from lycoris.algorithms.dora import unwrap_dora
-from lycoris.algorithms.lokr import Layout
+from lycoris.algorithms.lokr import FactorSizes
 from lycoris.errors import FileError, unknown
 from lycoris.files.programs import PROGRAMS, Place, Remedy
 from lycoris.layers.geometry import Affine
@@ -170,7 +170,9 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
     rank = min(rows, columns)
     eye = torch.eye(rank, dtype=w2.dtype, device=w2.device).expand(g.stacked_shape((rank, rank))).contiguous()
     p["w2_a"], p["w2_b"] = (eye, w2) if rows <= columns else (w2, eye)
-    flat = replace(lokr, rank=rank, alpha=scale * rank, rs_lora=False, layout=Layout(layout.ol, layout.im, False, True))
+    flat = replace(
+        lokr, rank=rank, alpha=scale * rank, rs_lora=False, layout=FactorSizes(layout.ol, layout.im, False, True)
+    )
     return _rewrap_dora(entry, flat, p)
 
 
