@@ -28,15 +28,17 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.slices import AdditiveSlice, Slice
 from lycoris.errors import ConfigError
 from lycoris.layers.geometry import sites
+from lycoris.testing import algorithms as contracts
 from lycoris.testing import layers as testing_layers
-from lycoris.testing.algorithms import adapt as adapt
-from lycoris.testing.algorithms import perturb as perturb
-from lycoris.testing.layers import BareMatrix, LayerCase
-from lycoris.testing.layers import Experts as Experts
-from lycoris.testing.layers import HalfNorm as HalfNorm
-from lycoris.testing.layers import OneLayer as One
+from lycoris.testing.layers import LayerCase
 
-Fused = BareMatrix
+adapt, perturb, relative, dense = contracts.adapt, contracts.perturb, contracts.relative_error, contracts.dense_output
+One, Fused, Experts, HalfNorm = (
+    testing_layers.OneLayer,
+    testing_layers.BareMatrix,
+    testing_layers.Experts,
+    testing_layers.HalfNorm,
+)
 
 ALGORITHMS: dict[str, Algorithm] = {
     "lora": LoRA(rank=3, alpha=2.0),
