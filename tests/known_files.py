@@ -16,8 +16,8 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import ConfigError
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
-from lycoris.files.writing import Encoded, compose
+from lycoris.files.layout import ModelLayout
+from lycoris.files.writing import EncodedFile, compose
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 UNET = (
@@ -85,20 +85,20 @@ def picks(family: str) -> Iterator[tuple[str, Chosen]]:
         yield f"{encoder}: queries", {"": {matrices[0]: (EQUAL,)}, encoder: dict.fromkeys(part, (EQUAL,))}
 
 
-def layouts_of(family: str) -> dict[str, Layout]:
+def layouts_of(family: str) -> dict[str, ModelLayout]:
     components = FAMILIES[family].components
-    return {of: Layout.from_outline(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
+    return {of: ModelLayout.from_outline(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
 
 
-def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, Layout]) -> Encoded:
+def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, ModelLayout]) -> EncodedFile:
     """Adapters with seeded numbers, in half precision; raises `FileError` where the format cannot hold them."""
     generator = torch.Generator().manual_seed(0)
     bundles, models = {}, {}
     for component, layers in chosen.items():
         layout = layouts[component]
         assert layout.architecture is not None
-        own = layout.in_naming(DIALECTS[dialect].naming_for(layout.architecture))
-        names = {part: name for name, span in own.spans(own.naming).items() for part in span.parts}
+        own = layout.convert_to_naming(DIALECTS[dialect].choose_naming(layout.architecture))
+        names = {part: name for name, span in own.find_spans(own.naming).items() for part in span.parts}
         entries = {}
         for part, algorithms in layers.items():
             # Versions of transformers have one level more or less.
@@ -111,7 +111,7 @@ def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, Lay
     return compose(bundles, dialect, model=models, family=family)
 
 
-def _entry(algorithm: Algorithm, name: str, layout: Layout, generator: torch.Generator) -> Entry | None:
+def _entry(algorithm: Algorithm, name: str, layout: ModelLayout, generator: torch.Generator) -> Entry | None:
     g = layout.layers[name]
     try:
         algorithm.check(g)

@@ -21,7 +21,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.portable import portable
+from lycoris.files.programs.portable import make_portable
 from programs import Refused
 
 LAYERS = ("linear", "conv2d", "conv1d", "conv3d")
@@ -45,14 +45,14 @@ def measured(consumer: str, entry: Entry, case: Made) -> float | None:
 
 
 def cell(consumer: str, case: Made) -> str:
-    if PROGRAMS[consumer].verdict(case.entry, case.base).reads == "not known":
+    if PROGRAMS[consumer].judge(case.entry, case.base).reads == "not known":
         return "?"
     before = measured(consumer, case.entry, case)
     told = "-" if before is None else f"{before:.0e}" if before < 1e-3 else f"{before:.2f}"
     if before is not None and before <= 1e-5:
         return told
     try:
-        after = measured(consumer, portable(case.entry, consumer, case.base)[0], case)
+        after = measured(consumer, make_portable(case.entry, consumer, case.base)[0], case)
     except FileError:
         return told
     return told if after is None else f"{told} → {after:.0e}"

@@ -36,16 +36,16 @@ def test_other_weights_are_remarked_upon(tmp_path: Path) -> None:
     path = made_for(base(0), tmp_path / "a.safetensors")
     (remark,) = read(path, base(1)).remarks
     assert "for a Sequential with other weights" in remark
-    share = fingerprint.agreement(fingerprint.of_weights(base(0)), fingerprint.of_weights(base(1)))
+    share = fingerprint.compare_signs(fingerprint.sample_signs(base(0)), fingerprint.sample_signs(base(1)))
     assert share is not None
     assert 0.3 < share < 0.7
     trained = base(0)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
-    share = fingerprint.agreement(fingerprint.of_weights(base(0)), fingerprint.of_weights(trained))
+    share = fingerprint.compare_signs(fingerprint.sample_signs(base(0)), fingerprint.sample_signs(trained))
     assert share is not None
-    assert 0.8 < share < fingerprint.SAME
+    assert 0.8 < share < fingerprint.SAME_WEIGHTS_SHARE
 
 
 def test_the_weights_are_those_that_the_adapters_were_made_for(tmp_path: Path) -> None:
@@ -56,11 +56,11 @@ def test_the_weights_are_those_that_the_adapters_were_made_for(tmp_path: Path) -
     adapters.attach().merge()
     told = adapters.bundle().base
     assert told is not None
-    assert told.signs == fingerprint.of_weights(base(0)) != fingerprint.of_weights(model)
+    assert told.signs == fingerprint.sample_signs(base(0)) != fingerprint.sample_signs(model)
 
 
 def test_what_is_not_there_is_not_looked_at(tmp_path: Path) -> None:
-    assert fingerprint.of_weights(base(0).to("meta")) == ""
+    assert fingerprint.sample_signs(base(0).to("meta")) == ""
     assert read(made_for(base(0), tmp_path / "a.safetensors"), base(1).to("meta")).remarks == ()
 
 
@@ -69,12 +69,12 @@ def test_headers_of_strangers(signs: object, tmp_path: Path) -> None:
     model = base(0)
     path = made_for(model, tmp_path / "a.safetensors")
     bundle = read(path, model)
-    said = json.dumps(json.loads(bundle.metadata[fingerprint.KEY]) | {"signs": signs})
-    write(bundle, tmp_path / "b.safetensors", metadata={fingerprint.KEY: said})
+    said = json.dumps(json.loads(bundle.metadata[fingerprint.FINGERPRINT_KEY]) | {"signs": signs})
+    write(bundle, tmp_path / "b.safetensors", metadata={fingerprint.FINGERPRINT_KEY: said})
     assert read(tmp_path / "b.safetensors", base(1)).remarks == ()
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_come_back(signs: list[bool]) -> None:
-    bits = fingerprint._bits(fingerprint._encode_signs(torch.tensor(signs)))
+    bits = fingerprint._decode_signs(fingerprint._encode_signs(torch.tensor(signs)))
     assert bits.flatten().tolist()[: len(signs)] == [int(each) for each in signs]

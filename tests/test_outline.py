@@ -19,8 +19,8 @@ from lycoris.models.families import ARCHITECTURES
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_kind_of_layer_comes_back(layer: str) -> None:
     model = nn.Sequential(LAYERS[layer].layer(), nn.ModuleList(LAYERS[layer].layer() for _ in range(3)))
-    told = json.loads(json.dumps(outline.outline(model)))
-    back = outline.build(told)
+    told = json.loads(json.dumps(outline.make_outline(model)))
+    back = outline.build_model(told)
     assert [(p, type(m).__name__) for p, m in back.named_modules()] == [
         (p, type(m).__name__) for p, m in model.named_modules()
     ]
@@ -32,14 +32,14 @@ def test_every_kind_of_layer_comes_back(layer: str) -> None:
 
 def test_a_range_is_no_name() -> None:
     model = nn.ModuleDict({"2-1": nn.Linear(2, 2), "0": nn.Linear(2, 2), "1": nn.Linear(2, 2)})
-    told = outline.outline(model)
+    told = outline.make_outline(model)
     assert list(told["children"]) == ["2-1", "0..1"]
-    assert [name for name, _ in outline.build(told).named_children()] == ["2-1", "0", "1"]
+    assert [name for name, _ in outline.build_model(told).named_children()] == ["2-1", "0", "1"]
 
 
 def test_a_shared_module_is_told_once() -> None:
     one = nn.Linear(2, 3)
-    back = outline.build(outline.outline(nn.ModuleList([one, one])))
+    back = outline.build_model(outline.make_outline(nn.ModuleList([one, one])))
     assert sum(parameter.numel() for parameter in back.parameters()) == 9
 
 
@@ -48,14 +48,14 @@ def test_a_tied_parameter_is_one() -> None:
         {"tokens": nn.Embedding(5, 3), "between": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)}
     )
     model["head"].weight = model["tokens"].weight
-    back = outline.build(json.loads(json.dumps(outline.outline(model))))
+    back = outline.build_model(json.loads(json.dumps(outline.make_outline(model))))
     assert back.head.weight is back.tokens.weight
     assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", outline.names())
+@pytest.mark.parametrize("name", outline.list_models())
 def test_places_are_the_sites(name: str) -> None:
-    assert [*outline.places(outline.load_outline(name))] == [
+    assert [*outline.iterate_layers(outline.load_outline(name))] == [
         (s.path, s.geometry) for s in sites(outline.load_model(name))
     ]
 
@@ -77,7 +77,7 @@ def test_known_models_are_those_of_the_library(name: str) -> None:
     if architecture.classes[0].startswith("CLIP") and int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers before 5 has another level in the class")
     model, known = made(architecture, config), outline.load_model(name)
-    assert outline.load_outline(name) == json.loads(json.dumps(outline.outline(model)))
+    assert outline.load_outline(name) == json.loads(json.dumps(outline.make_outline(model)))
     assert {n: p.shape for n, p in known.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert {p: (type(m).__name__, describe(m)) for p, m in known.named_modules()} == {
         p: (type(m).__name__, describe(m)) for p, m in model.named_modules()

@@ -19,7 +19,7 @@ from torch import nn
 from lycoris.errors import ConfigError, unknown
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES, FAMILIES
-from lycoris.models.families.family import Architecture, Config
+from lycoris.models.families.family import Architecture, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "src" / "lycoris" / "models"
@@ -34,7 +34,7 @@ def source(architecture: Architecture) -> str:
     return "diffusers" if hasattr(diffusers, architecture.classes[0]) else "transformers"
 
 
-def made(architecture: Architecture, config: Config) -> nn.Module:
+def made(architecture: Architecture, config: ModelConfig) -> nn.Module:
     """The model of a config, without weights."""
     with torch.device("meta"):
         if "architectures" in config:
@@ -49,13 +49,13 @@ def made(architecture: Architecture, config: Config) -> nn.Module:
         return getattr(diffusers, architecture.classes[0]).from_config(dict(config))
 
 
-def described(architecture: Architecture, config: Config) -> dict[str, Any]:
+def described(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:
     """What a file in `FOLDER` has: the config as libraries write it, and the outline."""
     named = {} if "architectures" in config else {"_class_name": architecture.classes[0]}
-    return {"config": named | dict(config), "outline": outline.outline(made(architecture, config))}
+    return {"config": named | dict(config), "outline": outline.make_outline(made(architecture, config))}
 
 
-def known() -> dict[str, tuple[Architecture, Config]]:
+def known() -> dict[str, tuple[Architecture, ModelConfig]]:
     """Every known model by name."""
     return {name: (each, config) for each in ARCHITECTURES.values() for name, config in each.models.items()}
 
@@ -74,7 +74,7 @@ def rows() -> Iterator[str]:
         for name in architecture.models:
             model = outline.load_model(name)
             sizes = [each.numel() for each in model.parameters()]
-            kinds = Counter(geometry.kind for _, geometry in outline.places(outline.load_outline(name)))
+            kinds = Counter(geometry.kind for _, geometry in outline.iterate_layers(outline.load_outline(name)))
             yield (
                 f"| {family.name} | {name} | `{outline.load_outline(name)['class']}`, {source(architecture)} | "
                 f"{sum(sizes) / 1e9:.2f} B | {len(sizes)} | {kinds['linear'] + kinds['conv']} | "

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from lycoris.cli import app
-from lycoris.demo.demo import ASSETS
+from lycoris.demo.demo import DEMO_ASSETS
 from lycoris.training import evaluate, loop
 from lycoris.training.sampling import Sampling
 from lycoris.training.settings import Settings
@@ -35,9 +35,9 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The demo's settings with few steps and no pictures."""
-    values: dict[str, Any] = json.loads((ASSETS / "config.json").read_text())
+    values: dict[str, Any] = json.loads((DEMO_ASSETS / "config.json").read_text())
     for key in ("pretrained_model_name_or_path", "instance_data_dir", "lycoris_config"):
-        values[key] = str(ASSETS / values[key])
+        values[key] = str(DEMO_ASSETS / values[key])
     del values["validation_prompts"], values["validation_prompts_outside"]
     values.update(output_dir="out", max_train_steps=2, train_batch_size=2, num_eval_images=2, report_to="none")
     path = tmp_path / "config.json"

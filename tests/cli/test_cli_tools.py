@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from lycoris.cli import app
 from lycoris.cli.tools import parse_size, parse_source
-from lycoris.demo.demo import ASSETS
+from lycoris.demo.demo import DEMO_ASSETS
 from lycoris.errors import ConfigError
 from networks import trained
 
-UNET = ASSETS / "base" / "unet"
+UNET = DEMO_ASSETS / "base" / "unet"
 
 
 def run(*args: object) -> tuple[int, str]:

@@ -15,9 +15,9 @@ from lycoris import DoRA, FileError, LoKr, LoRA, create_lycoris, write
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.cli import app
-from lycoris.files import convert, described, header
+from lycoris.files import convert, described, read_header
 from lycoris.files.container.model_weights import BaseWeights
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.layers.geometry import sites
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import ARCHITECTURES
@@ -27,7 +27,7 @@ RUN = CliRunner()
 
 def made(path: Path, algorithm: Algorithm, layer: str = "*", dialect: str = "lycoris") -> Path:
     """A file for some layers of Flux.1."""
-    where = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-schnell")
+    where = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-schnell")
     entries = {}
     for name, g in where.layers.items():
         if name.startswith("transformer_blocks.0.attn.") and g.kind == "linear":
@@ -138,8 +138,8 @@ def test_a_file_of_no_known_model_is_checked_and_converted_by_its_header(strange
 
 @pytest.mark.parametrize("how", ["gone", "of another base", "no layers", "a size that is none", "too deep"])
 def test_a_description_that_is_wrong_is_not_believed(stranger: Path, how: str) -> None:
-    head = dict(header(stranger).metadata)
-    layers = json.loads(head[described.KEY])["layers"]
+    head = dict(read_header(stranger).metadata)
+    layers = json.loads(head[described.DESCRIPTION_KEY])["layers"]
     damaged = {
         "gone": "",
         "of another base": json.dumps({"layers": layers[:1]}),
@@ -147,7 +147,7 @@ def test_a_description_that_is_wrong_is_not_believed(stranger: Path, how: str) -
         "a size that is none": json.dumps({"layers": [{**each, "shape": [-1, 2]} for each in layers]}),
         "too deep": "[" * 10**5,
     }[how]
-    save_file(load_file(stranger), stranger, head | {described.KEY: damaged})
+    save_file(load_file(stranger), stranger, head | {described.DESCRIPTION_KEY: damaged})
     found = RUN.invoke(app, ["check", str(stranger), "--for", "comfyui"])
     assert found.exit_code == 2
     assert "--base" in found.output + found.stderr
@@ -161,15 +161,18 @@ def test_every_setting_of_a_layer_comes_back_from_a_header() -> None:
         *(nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4)),
     )
     base = Base("Sequential", {place.path: place.geometry for place in sites(model)})
-    told = {fingerprint.KEY: str(fingerprint.of_layers(*base)), described.KEY: str(described.describe(base))}
-    found = described.describe_base(told)
+    told = {
+        fingerprint.FINGERPRINT_KEY: str(fingerprint.fingerprint_layers(*base)),
+        described.DESCRIPTION_KEY: str(described.encode_base_layers(base)),
+    }
+    found = described.decode_base(told)
     assert found is not None
     assert found.layers == base.layers
 
 
 def test_a_known_model_needs_no_description() -> None:
     model = outline.load_model("sd-1.5")
-    assert described.describe(Base("UNet2DConditionModel", Layout.of(model).layers)) is None
+    assert described.encode_base_layers(Base("UNet2DConditionModel", ModelLayout.from_model(model).layers)) is None
 
 
 LINKS = {

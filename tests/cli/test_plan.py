@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lycoris.cli import app
-from lycoris.demo.demo import ASSETS
+from lycoris.demo.demo import DEMO_ASSETS
 
 
 def run(*words: str | Path) -> Result:
@@ -56,7 +56,7 @@ def test_a_config_and_options_over_it(tmp_path: Path) -> None:
 
 
 def test_a_diffusers_folder() -> None:
-    made = run(ASSETS / "base" / "unet", "--algo", "lora", "--linear-dim", "4")
+    made = run(DEMO_ASSETS / "base" / "unet", "--algo", "lora", "--linear-dim", "4")
     assert made.exit_code == 0, made.output
     assert "UNet2DConditionModel" in made.output
 
@@ -84,7 +84,7 @@ def test_a_transformers_config(tmp_path: Path, named: dict[str, Any]) -> None:
         (["sd-1.5", "--tokens", "0"], "tokens must be"),
         (["none/config.json"], "is no file and no folder"),
         (["sd-1.5", "--config", "none.json"], "none.json does not exist"),
-        ([str(ASSETS / "base")], "folders in it that have one: "),
+        ([str(DEMO_ASSETS / "base")], "folders in it that have one: "),
     ],
     ids=lambda value: value[-1][-12:] if isinstance(value, list) else "",
 )

@@ -22,8 +22,8 @@ from lycoris.algorithms.layer_below import BareWeight
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
-from lycoris.files.skeleton import skeleton
+from lycoris.files.layout import ModelLayout
+from lycoris.files.skeleton import load_skeleton
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.models.families import ARCHITECTURES
 
@@ -47,7 +47,7 @@ NAMES = (
     "norm",
 )
 """What differs when rows are cut, joined or exchanged; `tests/test_rows.py` goes through all settings."""
-FILES = [name for name, each in DIALECTS.items() if not each.folder]
+FILES = [name for name, each in DIALECTS.items() if not each.is_folder]
 SETTINGS = ALGORITHMS | {"oft-constraint": OFT(block_size=2, constraint=1 / 64)}
 """A constraint that the file, which keeps it in single precision, does not round."""
 Tensors = dict[str, Tensor]
@@ -78,17 +78,17 @@ def small(g: Geometry) -> Geometry:
     return replace(g, shape=(*shape, *g.shape[2:]), groups=groups)
 
 
-def layout(architecture: str, outline: str) -> Layout:
+def layout(architecture: str, outline: str) -> ModelLayout:
     """One layer of each kind of a known model, made small."""
     seen: set[str] = set()
     layers = {}
-    for path, g in skeleton(outline).items():
+    for path, g in load_skeleton(outline).items():
         kind = re.sub(r"\d+", "*", path)
         # Of numbers that are not blocks, as in net.0 and net.2, all.
         if (re.sub(r"blocks?\.\d+", "", path)) not in seen and g.size < 10**9 and g.kind != "embedding":
             seen |= {re.sub(r"blocks?\.\d+", "", path), kind}
             layers[path] = small(g)
-    return Layout(outline, layers, ARCHITECTURES[architecture], "diffusers", layers)
+    return ModelLayout(outline, layers, ARCHITECTURES[architecture], "diffusers", layers)
 
 
 def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
@@ -102,14 +102,14 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
 
 
 @cache
-def bundles(architecture: str, outline: str) -> tuple[Layout, tuple[Case, ...]]:
+def bundles(architecture: str, outline: str) -> tuple[ModelLayout, tuple[Case, ...]]:
     """A layout, and one bundle for each setting with the weights that it is over."""
     torch.manual_seed(zlib.crc32(outline.encode()))
     where = layout(architecture, outline)
     return where, tuple(made(where))
 
 
-def made(where: Layout) -> Iterator[Case]:
+def made(where: ModelLayout) -> Iterator[Case]:
     plain = not where.architecture or not where.architecture.namings
     weights = {path: torch.randn(g.stacked_shape(g.shape), dtype=torch.float64) for path, g in where.layers.items()}
     for name in NAMES[:3] if plain else NAMES:
@@ -129,7 +129,7 @@ def change(stack: tuple[Entry, ...], weight: Tensor) -> Tensor:
 
 def held(bundle: Bundle, dialect: str) -> Bundle:
     """Without layers that a dialect has no place for."""
-    kinds, layers = DIALECTS[dialect].kinds, DIALECTS[dialect].layers or ".*"
+    kinds, layers = DIALECTS[dialect].kinds, DIALECTS[dialect].layer_pattern or ".*"
     return Bundle(
         {
             path: stack

@@ -22,7 +22,7 @@ from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import FileError, PlanError
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS, Verdict
-from lycoris.files.programs.portable import portable
+from lycoris.files.programs.portable import make_portable
 from lycoris.layers.geometry import Affine, Geometry, sites
 from programs import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 
@@ -142,7 +142,7 @@ def check_told(verdict: Verdict, found: Affine | None, wanted: Affine, base: Aff
 def test_the_tables_say_what_the_programs_do(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer, dialect in ways(case):
-        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].judge(case.entry, case.base, dialect=dialect)
         if verdict.reads == "not known":
             assert consumer == "forge"
             assert isinstance(case.entry.algorithm, OFT)
@@ -160,7 +160,7 @@ def ways(case: Made) -> list[tuple[str, str | None]]:
 def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str, str]) -> None:
     case = made(*pair)
     for consumer in PROGRAMS.values():
-        told, alone = consumer.verdict(case.entry, case.base), consumer.verdict(case.entry)
+        told, alone = consumer.judge(case.entry, case.base), consumer.judge(case.entry)
         assert alone.why.startswith(consumer.title)
         assert alone.remedy is None or alone.reads != "as trained"
         if alone != told:
@@ -173,7 +173,7 @@ def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str
 def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) -> None:
     """PEFT reads as trained exactly what is written for it."""
     case = made(*pair)
-    verdict = PROGRAMS["peft"].verdict(case.entry, case.base)
+    verdict = PROGRAMS["peft"].judge(case.entry, case.base)
     try:
         found = written_for_peft(case.entry, case, tmp_path)
     except FileError:
@@ -186,7 +186,7 @@ def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_table_says_what_diffusers_does(pair: tuple[str, str]) -> None:
     case = made(*pair)
-    verdict = PROGRAMS["diffusers"].verdict(case.entry, case.base)
+    verdict = PROGRAMS["diffusers"].judge(case.entry, case.base)
     try:
         found = diffusers_output(case.entry, case)
     except Refused:
@@ -226,16 +226,16 @@ def test_an_export_is_read_as_trained_or_refused_with_the_reason(pair: tuple[str
     case = made(*pair)
     expected = change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
-        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].judge(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
             continue
         if verdict.remedy is None or out_of_reach(consumer, case.entry, dialect):
             with pytest.raises(FileError, match=r"no export of .* is known that it reads as trained") as refusal:
-                portable(case.entry, consumer, case.base, dialect=dialect)
+                make_portable(case.entry, consumer, case.base, dialect=dialect)
             reason = verdict.why if verdict.remedy is None else out_of_reach(consumer, case.entry, dialect)
             assert reason in str(refusal.value)
             continue
-        exported, what = portable(case.entry, consumer, case.base, dialect=dialect)
+        exported, what = make_portable(case.entry, consumer, case.base, dialect=dialect)
         assert what != "nothing"
         found = read_by(consumer, exported, case.base, dialect=dialect)
         assert found is not None, consumer
@@ -253,9 +253,9 @@ def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> N
         "diffusers": lambda e: diffusers_output(e, case),
     }
     for consumer, run in runs.items():
-        if PROGRAMS[consumer].verdict(case.entry, case.base).remedy is None:
+        if PROGRAMS[consumer].judge(case.entry, case.base).remedy is None:
             continue
-        exported, _ = portable(case.entry, consumer, case.base)
+        exported, _ = make_portable(case.entry, consumer, case.base)
         assert error(run(exported) - case.plain, case.adapted - case.plain) <= SAME, consumer
         is_read_again(exported, case.entry.geometry)
 
@@ -266,11 +266,11 @@ def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, s
     for consumer in PROGRAMS:
         # As it is out of reach otherwise.
         dialect = formats(consumer, case.entry)[-1]
-        verdict = PROGRAMS[consumer].verdict(case.entry, dialect=dialect)
+        verdict = PROGRAMS[consumer].judge(case.entry, dialect=dialect)
         if verdict.remedy is None:
             continue
         try:
-            exported, _ = portable(case.entry, consumer, dialect=dialect)
+            exported, _ = make_portable(case.entry, consumer, dialect=dialect)
         except PlanError:
             assert needs_base(case.entry)
         else:
@@ -296,7 +296,7 @@ def test_a_change_of_the_bias_beside_another_algorithm(name: str) -> None:
     wanted = adapt_affine(case.entry, case.base)
     wanted = Affine(wanted.weight, case.base.bias + bias.tensors["diff_b"])
     for consumer in READERS:
-        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, beside=(bias,))
+        verdict = PROGRAMS[consumer].judge(case.entry, case.base, beside=(bias,))
         found = read_as(consumer, own | other, case.base, "linear")
         # An algorithm that is passed over is told as such, though the bias beside it may be read.
         alone = found is not None and verdict.reads == "not at all"
@@ -311,17 +311,17 @@ def is_read_again(entry: Entry, geometry: Geometry) -> None:
 
 def test_what_is_read_as_trained_stays_as_it_is() -> None:
     entry = made("lora", "linear").entry
-    assert portable(entry, "comfyui") == (entry, "nothing")
+    assert make_portable(entry, "comfyui") == (entry, "nothing")
 
 
 def test_an_unknown_program() -> None:
     with pytest.raises(FileError, match=r"unknown program 'comfy'; did you mean 'comfyui'\?"):
-        portable(made("lora", "linear").entry, "comfy")
+        make_portable(made("lora", "linear").entry, "comfy")
 
 
 def test_what_no_export_makes_right() -> None:
     with pytest.raises(FileError, match=r"musubi-tuner has no adapters for norms; no export of norm"):
-        portable(made("norm", "layer-norm").entry, "musubi")
+        make_portable(made("norm", "layer-norm").entry, "musubi")
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
@@ -329,7 +329,7 @@ def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)
     half = 0.5 * change(adapt_affine(case.entry, case.base), case.base)
     for consumer, dialect in ways(case):
-        verdict = PROGRAMS[consumer].verdict(case.entry, case.base, dialect=dialect)
+        verdict = PROGRAMS[consumer].judge(case.entry, case.base, dialect=dialect)
         if verdict.reads == "as trained":
             found = read_by(consumer, case.entry, case.base, 0.5, dialect)
             assert found is not None

@@ -16,7 +16,7 @@ from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import FileError
 from lycoris.files.dialects import forms
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.portable import portable_stack
+from lycoris.files.programs.portable import make_stack_portable
 from lycoris.layers.geometry import Affine
 
 Tensors = dict[str, Tensor]
@@ -69,13 +69,13 @@ def test_the_tables_say_what_becomes_of_other_forms(name: str) -> None:
     case = made(algorithm, layer)
     entry = case.entry
     tensors = other(write_tensors(entry.algorithm, entry.tensors, entry.geometry))
-    (group,) = forms.modern(tensors, entry.geometry, "layer")
+    (group,) = forms.normalize_tensors(tensors, entry.geometry, "layer")
     read, p = read_tensors(group, entry.geometry, "layer")
     entry = Entry(read, entry.geometry, p)
     wanted = adapt_affine(entry, case.base)
     for consumer in READERS.keys() - UNKNOWN.get(name, set()):
         stored = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        verdict = PROGRAMS[consumer].verdict(entry, case.base, stored=stored)
+        verdict = PROGRAMS[consumer].judge(entry, case.base, stored=stored)
         found = read_as(consumer, tensors, case.base, entry.geometry.kind)
         check_told(verdict, found, wanted, case.base, consumer)
 
@@ -89,9 +89,9 @@ def test_exports_of_an_algorithm_with_a_change_of_the_bias_beside_it(name: str) 
     for consumer, reader in READERS.items():
         if consumer == "musubi":
             with pytest.raises(FileError, match=r"no adapters that change a bias|leaves out the change of the bias"):
-                portable_stack(stack, consumer, case.base)
+                make_stack_portable(stack, consumer, case.base)
             continue
-        exported, what = portable_stack(stack, consumer, case.base)
+        exported, what = make_stack_portable(stack, consumer, case.base)
         assert (what == "nothing") == (exported == stack)
         tensors: Tensors = {}
         for entry in exported:

@@ -17,8 +17,8 @@ from cases import perturb, relative
 from hosts import UNET, T5EncoderModel, Transformer, block
 from lycoris import ConfigError, FileError, LycorisNetwork
 from lycoris.files import load_tensors, save_tensors
-from lycoris.files.dialects.history import SCALES
-from lycoris.files.writing import STALE
+from lycoris.files.dialects.history import SCALES_KEY
+from lycoris.files.writing import STALE_KEYS
 from lycoris.kohya import create_network, create_network_from_weights
 from pipelines import Host, made, sd_scripts_header
 from tiny import clip_config, sdxl_unet
@@ -116,7 +116,7 @@ def test_a_header_is_that_of_every_other_file(tmp_path: Path) -> None:
     unet, path = sdxl_unet(), tmp_path / "a.safetensors"
     create_network(1.0, 4, 2, None, None, unet).save_weights(path, None, sd_scripts_header("lora"))
     tensors, header = load_tensors(path)
-    save_tensors(tensors, path, header | {key: "{}" for key in STALE if key != SCALES})
+    save_tensors(tensors, path, header | {key: "{}" for key in STALE_KEYS if key != SCALES_KEY})
     again, _ = create_network_from_weights(1.0, path, None, None, unet)
     again.save_weights(tmp_path / "b.safetensors", None, {"ss_epoch": "2"})
     _, found = load_tensors(tmp_path / "b.safetensors")

@@ -29,7 +29,7 @@ import mutations
 
 from cases import ALGORITHMS, perturb
 from lycoris import AdapterSet, FileError, LycorisError, Rule, plan, read
-from lycoris.files import encode, header, load_tensors
+from lycoris.files import encode, load_tensors, read_header
 from tiny import flux_transformer
 
 SECONDS = 20
@@ -89,7 +89,7 @@ def adapter_files(model: nn.Module) -> list[bytes]:
 def loads(path: Path) -> None:
     """What this library accepts is what safetensors' own reader finds."""
     found, metadata = load_tensors(path)
-    head = header(path)
+    head = read_header(path)
     assert metadata == head.metadata
     own = load_file(path)
     assert found.keys() == own.keys()

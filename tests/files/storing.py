@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lycoris import FileError
-from lycoris.files import header, load_tensors
+from lycoris.files import load_tensors, read_header
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.zeros(0, 5)}
 
@@ -30,7 +30,7 @@ def put(folder: Path, content: bytes, name: str = "x.safetensors") -> Path:
 
 
 def refused(path: Path, *words: str) -> None:
-    for door in (header, load_tensors):
+    for door in (read_header, load_tensors):
         with pytest.raises(FileError) as caught:
             door(path)
         for word in (str(path), *words):

@@ -15,11 +15,11 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files import check
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.check import Check
-from lycoris.files.programs.keys import ALL
-from lycoris.files.programs.peft import together
+from lycoris.files.programs.check import ProgramCheck
+from lycoris.files.programs.keys import ANY_ARCHITECTURE
+from lycoris.files.programs.peft import explain_folder_conflict
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine, describe
 from lycoris.models.families import ARCHITECTURES, FAMILIES
@@ -29,11 +29,11 @@ BLOCK = r"transformer_blocks\.0\..*"
 """More of one, by which models with the same attention are told apart."""
 
 
-def layout_of(architecture: str, outline: str | None = None) -> Layout:
-    return Layout.from_outline(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
+def layout_of(architecture: str, outline: str | None = None) -> ModelLayout:
+    return ModelLayout.from_outline(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
 
 
-def bundle_of(layout: Layout, algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),), layers: str = FIRST) -> Bundle:
+def bundle_of(layout: ModelLayout, algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),), layers: str = FIRST) -> Bundle:
     torch.manual_seed(0)
     entries = {}
     for name, g in layout.layers.items():
@@ -51,7 +51,7 @@ def checked(
     architecture: str,
     algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),),
     layers: str = FIRST,
-) -> Check:
+) -> ProgramCheck:
     layout = layout_of(architecture)
     path = folder / "a.safetensors"
     family = next(name for name, each in FAMILIES.items() if each.components[""] == architecture)
@@ -65,7 +65,7 @@ def test_every_key_that_is_told_is_of_something() -> None:
     for consumer in PROGRAMS.values():
         for dialect, known in consumer.keys.items():
             assert dialect in DIALECTS
-            assert known.keys() - {ALL} <= ARCHITECTURES.keys() | models | encoders
+            assert known.keys() - {ANY_ARCHITECTURE} <= ARCHITECTURES.keys() | models | encoders
             patterns = [pattern for each in known.values() for pattern in each if isinstance(pattern, str)]
             assert all(map(re.compile, patterns))
 
@@ -111,7 +111,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("program", "dialect", "architecture", "known"), KNOWN)
 def test_whose_keys_a_program_knows(program: str, dialect: str, architecture: str | None, known: bool) -> None:
-    assert (PROGRAMS[program].known_keys(dialect, architecture) is not None) == known
+    assert (PROGRAMS[program].find_keys(dialect, architecture) is not None) == known
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_what_a_program_rejects_a_file_for(tmp_path: Path) -> None:
     assert not found.as_trained
 
 
-def of_encoders(folder: Path, program: str, dialect: str, family: str, *components: str) -> Check:
+def of_encoders(folder: Path, program: str, dialect: str, family: str, *components: str) -> ProgramCheck:
     layouts = {}
     for component in components:
         name = FAMILIES[family].components[component]
@@ -258,7 +258,7 @@ def test_what_one_folder_of_pefts_does_not_hold(tmp_path: Path) -> None:
     found = check(path, "peft")
     assert {each.reads for each in found.layers.values()} == {"not at all"}
     assert "it knows peft" in found.keys
-    assert "a PEFT adapter is all of one kind" in together(mixed)
+    assert "a PEFT adapter is all of one kind" in explain_folder_conflict(mixed)
 
 
 def test_a_small_change_is_told_from_rounding() -> None:
@@ -274,4 +274,4 @@ def test_a_small_change_is_told_from_rounding() -> None:
     assert p.keys() == tlora.slots(g).keys()
     entry = Entry(tlora, g, p)
     assert adapt_affine(entry, Affine(weight.double(), None)).weight.isfinite().all()
-    assert PROGRAMS["simpletuner"].verdict(entry, Affine(weight, None)).reads == "as trained"
+    assert PROGRAMS["simpletuner"].judge(entry, Affine(weight, None)).reads == "as trained"

@@ -17,10 +17,10 @@ from lycoris import IA3, OFT, AdapterSet, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, R
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
-from lycoris.files import check, convert, detect, header, load_tensors, write_peft
+from lycoris.files import check, convert, detect, load_tensors, read_header, write_peft
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.skeleton import skeleton
+from lycoris.files.skeleton import load_skeleton
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::transformers", "ignore:::peft")
 
@@ -146,7 +146,7 @@ def test_portable_with_the_base_at_hand(algorithm: Algorithm, program: str, flux
     same(loaded(flux, to), expected)
     assert all(each.reads == "as trained" for each in check(to, program, base=flux).layers.values())
     stacks = adapters.bundle().entries.values()
-    changed = any(PROGRAMS[program].verdict(entry).reads != "as trained" for stack in stacks for entry in stack)
+    changed = any(PROGRAMS[program].judge(entry).reads != "as trained" for stack in stacks for entry in stack)
     assert bool(done.written.notes) >= changed
 
 
@@ -193,15 +193,15 @@ def test_metadata_is_kept_and_what_is_stale_is_not(flux: nn.Module, tmp_path: Pa
     said = {"ss_output_name": "x", "sshs_model_hash": "0", "modelspec.title": "y"}
     write(adapted(flux, LoRA(rank=2)).bundle(), tmp_path / "a.safetensors", "kohya", metadata=said)
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", base=flux, allow_growth=True)
-    kept = header(tmp_path / "b.safetensors").metadata
+    kept = read_header(tmp_path / "b.safetensors").metadata
     assert kept["ss_output_name"] == "x"
     assert kept["modelspec.title"] == "y"
     assert "sshs_model_hash" not in kept
     assert json.loads(kept["lora_adapter_metadata"])["transformer.r"] == 2
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=flux, allow_growth=True)
-    after = header(tmp_path / "c.safetensors").metadata
+    after = read_header(tmp_path / "c.safetensors").metadata
     assert "lora_adapter_metadata" not in after
-    assert after["lycoris_base"] == header(tmp_path / "a.safetensors").metadata["lycoris_base"]
+    assert after["lycoris_base"] == read_header(tmp_path / "a.safetensors").metadata["lycoris_base"]
     assert after["lycoris_scale"] == '{"*": 1.0}'
     assert read(tmp_path / "c.safetensors", flux).report.remarks == ()
 
@@ -218,7 +218,7 @@ def test_load_tensors_of_a_conversion_are_its_own(flux: nn.Module, tmp_path: Pat
 
 def test_a_folder_of_pefts_for_a_model_that_is_recognised(tmp_path: Path) -> None:
     layer = "single_transformer_blocks.3.proj_mlp"
-    geometry = skeleton("flux.1-dev")[layer]
+    geometry = load_skeleton("flux.1-dev")[layer]
     tensors = {slot: torch.randn(what.shape) for slot, what in LoRA(rank=2).slots(geometry).items()}
     write_peft(Bundle({layer: (Entry(LoRA(rank=2), geometry, tensors),)}), tmp_path / "folder")
     done = str(convert(tmp_path / "folder", tmp_path / "a.safetensors", "comfyui", allow_growth=True))

@@ -17,11 +17,11 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
 from lycoris.files import compose, detect, judge, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 from lycoris.models.families.family import Architecture
 
-FILES = [name for name, each in DIALECTS.items() if not each.folder]
+FILES = [name for name, each in DIALECTS.items() if not each.is_folder]
 MODELS = [
     (family.name, outline)
     for family in FAMILIES.values()
@@ -43,10 +43,10 @@ def shapes(
     outline: str, family: str, dialect: str, algorithm: Algorithm
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of a file with adapters on all linear layers, without a number in it."""
-    where = Layout.from_outline(ARCHITECTURES[FAMILIES[family].components[""]], outline)
+    where = ModelLayout.from_outline(ARCHITECTURES[FAMILIES[family].components[""]], outline)
     entries = {}
     for path, g in where.layers.items():
-        if g.kind == "linear" and re.fullmatch(DIALECTS[dialect].layers or ".*", path):
+        if g.kind == "linear" and re.fullmatch(DIALECTS[dialect].layer_pattern or ".*", path):
             tensors = {name: torch.empty(slot.shape, device="meta") for name, slot in algorithm.slots(g).items()}
             entries[path] = (Entry(algorithm, g, tensors),)
     written = compose(Bundle(entries), dialect, model=where, family=family)
@@ -75,7 +75,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
 @pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
-    where = Layout.from_outline(*of_family(family))
+    where = ModelLayout.from_outline(*of_family(family))
     for dialect in FILES:
         written = encode_layers(where, family, dialect, layers)
         if not written:
@@ -90,11 +90,15 @@ def of_family(family: str) -> tuple[Architecture, str]:
     return architecture, architecture.outlines[0]
 
 
-def encode_layers(where: Layout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
+def encode_layers(where: ModelLayout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
     """A file of LoRA on some linear layers, without a header."""
     algorithm, entries = LoRA(rank=1), {}
     for path, g in where.layers.items():
-        if g.kind == "linear" and re.fullmatch(layers, path) and re.fullmatch(DIALECTS[dialect].layers or ".*", path):
+        if (
+            g.kind == "linear"
+            and re.fullmatch(layers, path)
+            and re.fullmatch(DIALECTS[dialect].layer_pattern or ".*", path)
+        ):
             tensors = {name: torch.ones(1).expand(slot.shape) for name, slot in algorithm.slots(g).items()}
             entries[path] = (Entry(algorithm, g, tensors),)
     return dict(compose(Bundle(entries), dialect, model=where, family=family).tensors) if entries else {}

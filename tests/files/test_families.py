@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lycoris.files.skeleton import Skeleton, name_layers, namings, skeleton, translate
+from lycoris.files.skeleton import Skeleton, list_namings, load_skeleton, name_layers, translate_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 from lycoris.models.families.naming import Naming
@@ -17,7 +17,7 @@ from lycoris.models.families.others import OTHERS
 KNOWN = [
     (architecture.name, naming, model)
     for architecture in ARCHITECTURES.values()
-    for naming in namings(architecture)
+    for naming in list_namings(architecture)
     for model in architecture.outlines
 ]
 COUNTS = {
@@ -96,32 +96,32 @@ def fused(layers: Skeleton, naming: Naming) -> dict:
 
 
 def spelt(architecture: str, naming: str, model: str) -> dict:
-    return fused(skeleton(model), namings(ARCHITECTURES[architecture])[naming])
+    return fused(load_skeleton(model), list_namings(ARCHITECTURES[architecture])[naming])
 
 
 class TestNamings:
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_every_layer_has_one_name_and_every_name_its_layers(self, architecture, naming, model) -> None:
-        layers, names = skeleton(model), namings(ARCHITECTURES[architecture])[naming]
+        layers, names = load_skeleton(model), list_namings(ARCHITECTURES[architecture])[naming]
         held = name_layers(layers, names)
         assert Counter(part for span in held.values() for part in span.parts) == Counter(list(layers))
         for path in layers:
-            name = names.home(path) or path
-            assert path in (names.span(name).parts if names.span(name) else (name,))
+            name = names.find_module(path) or path
+            assert path in (names.find_span(name).parts if names.find_span(name) else (name,))
         flat = [name.replace(".", "_") for name in held]
         assert len(set(flat)) == len(flat)
 
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_there_and_back(self, architecture, naming, model) -> None:
-        names = namings(ARCHITECTURES[architecture])[naming]
-        assert translate(spelt(architecture, naming, model), names) == dict(skeleton(model))
+        names = list_namings(ARCHITECTURES[architecture])[naming]
+        assert translate_layers(spelt(architecture, naming, model), names) == dict(load_skeleton(model))
 
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_the_rows_of_a_module_are_those_of_its_parts(self, architecture, naming, model) -> None:
-        names = namings(ARCHITECTURES[architecture])[naming]
+        names = list_namings(ARCHITECTURES[architecture])[naming]
         for name, geometry in spelt(architecture, naming, model).items():
             rows = geometry.out_features
-            assert sum(names.sizes(name, rows, geometry.fan_in)) == rows
+            assert sum(names.split_rows(name, rows, geometry.fan_in)) == rows
 
     @pytest.mark.parametrize(
         ("architecture", "naming", "model", "inside", "count"),
@@ -155,16 +155,16 @@ class TestNamings:
     )
     def test_final_modulations_are_exchanged(self, model, naming, swapped) -> None:
         architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
-        layers = skeleton(model)
+        layers = load_skeleton(model)
         held = name_layers(layers, architecture.namings[naming])
-        found = {name for name, span in held.items() if span.swaps(layers[span.parts[0]])}
+        found = {name for name, span in held.items() if span.swaps_halves(layers[span.parts[0]])}
         assert found == swapped | {"final_layer.adaLN_modulation.1"}
 
     @pytest.mark.parametrize("model", ["lumina2", "qwen-image", "z-image", "wan2.1-i2v-14b", "sdxl"])
     def test_others_are_not(self, model) -> None:
         architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
-        for naming in namings(architecture).values():
-            assert not any(span.swapped for span in name_layers(skeleton(model), naming).values())
+        for naming in list_namings(architecture).values():
+            assert not any(span.swapped for span in name_layers(load_skeleton(model), naming).values())
 
 
 UNCHANGED = {
@@ -218,7 +218,7 @@ def test_all_other_names_change(architecture: str) -> None:
     complete = {naming: names for naming, names in ARCHITECTURES[architecture].namings.items() if naming != "xlabs"}
     for naming, names in complete.items():
         for model in ARCHITECTURES[architecture].outlines:
-            layers = skeleton(model)
+            layers = load_skeleton(model)
             same = {name for name, span in name_layers(layers, names).items() if name in span.parts}
             same = {re.sub(r"^(layers|\w+_refiner)\.\d+\.", "*.*.", name) for name in same}
             same = {re.sub(r"(distilled_guidance_layer\.norms)\.\d+", r"\1.*", name) for name in same}
@@ -228,7 +228,7 @@ def test_all_other_names_change(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["hunyuanvideo", "hunyuanvideo-1.5", "hunyuanimage"])
 def test_comfyui_writes_hunyuan_video_like_flux(architecture: str) -> None:
     namings_of = ARCHITECTURES[architecture].namings
-    layers = skeleton(ARCHITECTURES[architecture].outlines[0])
+    layers = load_skeleton(ARCHITECTURES[architecture].outlines[0])
     found = set()
     for name in name_layers(layers, namings_of["original"]):
         comfyui = re.sub(r"attn_[qkv]$", "attn_qkv", name)
@@ -243,7 +243,7 @@ def test_comfyui_writes_hunyuan_video_like_flux(architecture: str) -> None:
         comfyui = comfyui.replace("c_embedder.linear_2", "c_embedder.out_layer")
         found.add(comfyui)
         if comfyui == name:
-            assert namings_of["comfyui"].span(name) == namings_of["original"].span(name)
+            assert namings_of["comfyui"].find_span(name) == namings_of["original"].find_span(name)
     assert found == set(name_layers(layers, namings_of["comfyui"]))
 
 
@@ -296,29 +296,31 @@ SPELLINGS = [
 @pytest.mark.parametrize(("architecture", "naming", "name", "parts"), SPELLINGS)
 def test_spellings(architecture: str, naming: str, name: str, parts: list[str]) -> None:
     names = ARCHITECTURES[architecture].namings[naming]
-    found = names.span(name).parts
+    found = names.find_span(name).parts
     assert [path.endswith(part) for path, part in zip(found, parts, strict=True)] == [True] * len(parts)
-    assert {names.home(path) for path in found} == {name}
+    assert {names.find_module(path) for path in found} == {name}
 
 
 def test_a_name_of_no_model_has_no_place_in_the_unet() -> None:
     unet = ARCHITECTURES["sdxl-unet"].namings["sgm"]
     for name in ("input_blocks.3.1.proj_in", "input_blocks.4.0.conv", "middle_block.3.norm", "down_blocks.0", ""):
-        assert unet.span(name) is None
+        assert unet.find_span(name) is None
     for path in ("down_blocks.0.downsamplers.0.op", "mid_block.resnets.2.conv1", "input_blocks.0.0", ""):
-        assert unet.home(path) is None
+        assert unet.find_module(path) is None
 
 
 class TestOutlines:
     @pytest.mark.parametrize("model", COUNTS)
     def test_counts_are_the_published_ones(self, model: str) -> None:
-        kinds = Counter(geometry.kind for geometry in skeleton(model).values())
+        kinds = Counter(geometry.kind for geometry in load_skeleton(model).values())
         parameters = sum(each.numel() for each in outline.load_model(model).parameters())
         assert (parameters, kinds["linear"], kinds["conv"]) == COUNTS[model]
 
     def test_every_one_is_of_one_architecture(self) -> None:
-        assert Counter(model for each in ARCHITECTURES.values() for model in each.outlines) == Counter(outline.names())
-        assert set(COUNTS) == set(outline.names())
+        assert Counter(model for each in ARCHITECTURES.values() for model in each.outlines) == Counter(
+            outline.list_models()
+        )
+        assert set(COUNTS) == set(outline.list_models())
 
 
 class TestClasses:
@@ -357,8 +359,8 @@ class TestClasses:
     def test_excludes(self, name: str, naming: str, trained: str, left_out: str) -> None:
         architecture = ARCHITECTURES[name]
         assert {trained, left_out} <= {each for model in architecture.outlines for each in spelt(name, naming, model)}
-        assert not any(re.match(pattern, trained) for pattern in architecture.musubi.excludes)
-        assert any(re.match(pattern, left_out) for pattern in architecture.musubi.excludes)
+        assert not any(re.match(pattern, trained) for pattern in architecture.musubi_targets.excludes)
+        assert any(re.match(pattern, left_out) for pattern in architecture.musubi_targets.excludes)
 
 
 class TestFamilies:

@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor
 
-from lycoris.files.skeleton import name_layers, namings, skeleton
+from lycoris.files.skeleton import list_namings, load_skeleton, name_layers
 from lycoris.models.families import ARCHITECTURES
 
 SCALES = ("query_norm", "key_norm", ".qnorm", ".knorm", ".prenorm", ".postnorm", "txtmlp.0", "last.norm")
@@ -33,9 +33,9 @@ OPTIONS = {"minimax-h3": {"config": {}}}
 def checkpoints(model: str, naming: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A checkpoint of distinct numbers under the names of a naming, and the same under those of diffusers."""
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
-    layers = skeleton(model)
+    layers = load_skeleton(model)
     original, expected, start = {}, {}, 0
-    for name, span in name_layers(layers, namings(architecture)[naming]).items():
+    for name, span in name_layers(layers, list_namings(architecture)[naming]).items():
         if name in UNCHECKED:
             continue
         for kind in ("weight", "bias"):
@@ -50,7 +50,7 @@ def checkpoints(model: str, naming: str) -> tuple[dict[str, Tensor], dict[str, T
                 if kind == "weight" and geometry.kind != "norm":
                     value = value[:, None]
                 expected[part if geometry.kind == "parameter" else f"{part}.{kind}"] = value
-                found.append(torch.cat(value.chunk(2)[::-1]) if span.swaps(geometry) else value)
+                found.append(torch.cat(value.chunk(2)[::-1]) if span.swaps_halves(geometry) else value)
             if found:
                 original[key(name, kind, layers[span.parts[0]].kind)] = torch.cat(found)
     return original, expected

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lycoris.files import convert
-from lycoris.files.skeleton import name_layers, namings, skeleton
+from lycoris.files.skeleton import list_namings, load_skeleton, name_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -28,8 +28,8 @@ def few(name: str) -> bool:
 def lora(model: str, naming: str, prefix: str, inside: str) -> Iterator[tuple[str, Tensor]]:
     """Distinct numbers for every linear layer of the first blocks whose name a pattern matches."""
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
-    layers = skeleton(model)
-    for at, (name, span) in enumerate(name_layers(layers, namings(architecture)[naming]).items()):
+    layers = load_skeleton(model)
+    for at, (name, span) in enumerate(name_layers(layers, list_namings(architecture)[naming]).items()):
         own = [layers[part] for part in span.parts]
         if own[0].kind == "linear" and few(name) and re.match(inside, name):
             rows = sum(each.out_features for each in own)

@@ -28,7 +28,7 @@ from lycoris import (
     write,
 )
 from lycoris.algorithms.base import Algorithm
-from lycoris.files import header
+from lycoris.files import read_header
 
 LINEAR = [name for name, layer in PAIRS if layer == "conv2d-1x1"]
 """Those that serve layers with a plain matrix."""
@@ -403,7 +403,7 @@ def test_metadata_that_a_header_has_no_room_for_are_left_out_with_a_warning(tmp_
     assert "ss_tag_frequency" in caplog.text
     assert "120.0 MB" in caplog.text
     assert "100 MB" in caplog.text
-    found = header(tmp_path / "a.safetensors").metadata
+    found = read_header(tmp_path / "a.safetensors").metadata
     assert "ss_tag_frequency" not in found.keys() | made.header.keys()
     assert found["ss_other"] == given["ss_other"]
     assert read(tmp_path / "a.safetensors", model).report.clean

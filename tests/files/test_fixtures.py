@@ -54,8 +54,8 @@ def test_a_later_format_is_refused_by_its_number(release: Path, tmp_path: Path) 
     source = release / "lycoris" / "lora.safetensors"
     with safe_open(source, framework="pt") as file:
         header = dict(file.metadata())
-    assert header[format_version.KEY] == str(format_version.CURRENT)
-    save_file(load_file(source), tmp_path / "new.safetensors", header | {format_version.KEY: "2"})
+    assert header[format_version.FORMAT_KEY] == str(format_version.FORMAT_VERSION)
+    save_file(load_file(source), tmp_path / "new.safetensors", header | {format_version.FORMAT_KEY: "2"})
     for reader in (detect, lambda path: read(path, build_model())):
         with pytest.raises(FileError, match=r"has version 2 of LyCORIS' file format, and this release reads up to 1"):
             reader(tmp_path / "new.safetensors")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lycoris import read
-from lycoris.files import convert, detect, header, judge
+from lycoris.files import convert, detect, judge, read_header
 from lycoris.files.growth import GrowthError, format_bytes
 from lycoris.models import outline
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_right_stays_what_it_is(tmp_path: Path) -> None:
     save_file(fill_tensors(LOKR), source, DEV | {"lycoris_config": "{}"})
     done = convert(source, target, portable="comfyui")
     same(source, target)
-    assert header(target).metadata["lycoris_config"] == "{}"
+    assert read_header(target).metadata["lycoris_config"] == "{}"
     assert "the tensors and their names are those of the source" in str(done)
 
 
@@ -128,7 +128,7 @@ def test_guesses_are_not_written(tmp_path: Path) -> None:
     save_file(fill_tensors(lora("lora_unet_", FUSED)), source, DEV)
     assert detect(source).models == {"": "flux.1-dev"}
     done = convert(source, target, "comfyui")
-    told = header(target).metadata
+    told = read_header(target).metadata
     assert "lycoris_base" not in told
     assert "flux.1-dev" in str(done)
     assert "schnell" not in str(done) + json.dumps(dict(told))

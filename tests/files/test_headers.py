@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save, save_file
 from storing import TENSORS, entry, put, raw, refused
 
-from lycoris.files import TensorInfo, header, load_tensors, save_tensors
+from lycoris.files import TensorInfo, load_tensors, read_header, save_tensors
 from lycoris.files.container.headers import DTYPES
 
 
 def test_a_header_tells_what_is_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(TENSORS, path, metadata={"note": "ünï 𝄞"})
-    head = header(path)
+    head = read_header(path)
     assert head.metadata == {"note": "ünï 𝄞"}
     assert head.size == path.stat().st_size
     assert head.tensors == {key: TensorInfo(t.dtype, tuple(t.shape), t.nbytes) for key, t in TENSORS.items()}
@@ -35,20 +35,20 @@ def test_a_header_tells_what_is_in_a_file(tmp_path: Path) -> None:
 def test_every_dtype(name: str, tmp_path: Path) -> None:
     dtype = DTYPES[name]
     path = put(tmp_path, raw({"a": entry(name, [2, 1], [0, 2 * dtype.itemsize])}, bytes(2 * dtype.itemsize)))
-    assert header(path).tensors["a"] == TensorInfo(dtype, (2, 1), 2 * dtype.itemsize)
+    assert read_header(path).tensors["a"] == TensorInfo(dtype, (2, 1), 2 * dtype.itemsize)
     tensors, _ = load_tensors(path)
     assert tensors["a"].dtype == dtype
     save_tensors(tensors, path, {})
-    assert header(path).tensors["a"].dtype == dtype
+    assert read_header(path).tensors["a"].dtype == dtype
 
 
 def test_strange_headers_that_are_fine(tmp_path: Path) -> None:
     spaced = b'{ "b" :\t{"shape":[1],\n"data_offsets":[4, 8], "dtype":"F32"}, "a\\"}{": {"dtype":"F32","shape":[],'
     path = put(tmp_path, raw(spaced + b'"data_offsets":[0,4]}, "__metadata__": {"x": "}\\"{", "": ""} } \n', bytes(8)))
-    assert list(header(path).tensors) == ["b", 'a"}{']
-    assert header(path).metadata == {"x": '}"{', "": ""}
+    assert list(read_header(path).tensors) == ["b", 'a"}{']
+    assert read_header(path).metadata == {"x": '}"{', "": ""}
     assert load_tensors(path)[0].keys() == {"b", 'a"}{'}
-    assert header(put(tmp_path, raw({}))).tensors == {}
+    assert read_header(put(tmp_path, raw({}))).tensors == {}
     assert load_tensors(put(tmp_path, raw({"__metadata__": {}}))) == ({}, {})
 
 
@@ -60,7 +60,7 @@ def test_only_a_header_is_read(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size + count)
     except OSError:
         pytest.skip("this file system has no files of that size")
-    assert header(path).tensors["a"].bytes == count
+    assert read_header(path).tensors["a"].bytes == count
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
@@ -184,5 +184,5 @@ def test_a_hostile_header_takes_no_more_than_a_good_one(bomb: str, tmp_path: Pat
 def test_more_keys_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lycoris.files.container.headers.MEMBERS", 3)
     metadata = {str(n): "" for n in range(4)}
-    assert len(header(put(tmp_path, raw({"__metadata__": dict(list(metadata.items())[:3])}))).metadata) == 3
+    assert len(read_header(put(tmp_path, raw({"__metadata__": dict(list(metadata.items())[:3])}))).metadata) == 3
     refused(put(tmp_path, raw({"__metadata__": metadata})), "of __metadata__ has more than 3 keys")

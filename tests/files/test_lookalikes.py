@@ -15,8 +15,8 @@ from torch import nn
 import lycoris
 from lycoris import AdapterSet, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read
 from lycoris.compat.network import LycorisNetwork
-from lycoris.files.layout import Layout
-from lycoris.files.skeleton import namings
+from lycoris.files.layout import ModelLayout
+from lycoris.files.skeleton import list_namings
 from lycoris.kohya import create_network, create_network_from_weights
 from lycoris.models.families import ARCHITECTURES
 
@@ -25,7 +25,7 @@ Sizes = dict[str, tuple[int, int]]
 EVERY = [
     (each.name, naming, each.outlines[0])
     for each in ARCHITECTURES.values()
-    for naming in namings(each)
+    for naming in list_namings(each)
     if each.outlines
 ]
 FEW = [("flux1", "original"), ("flux1", "diffusers"), ("sd3", "original"), ("hunyuanvideo", "original")]
@@ -138,8 +138,8 @@ def test_all(
 
 def test_a_family_that_fits_is_still_known() -> None:
     own = sizes("flux1", "original", "flux.1-dev")
-    assert Layout.of(model(own, "Flux")).architecture is ARCHITECTURES["flux1"]
-    assert Layout.of(model(of_one_size(own, Random(0)), "Flux")).architecture is None
+    assert ModelLayout.from_model(model(own, "Flux")).architecture is ARCHITECTURES["flux1"]
+    assert ModelLayout.from_model(model(of_one_size(own, Random(0)), "Flux")).architecture is None
 
 
 def test_a_model_with_fewer_rows_than_the_family_has(tmp_path: Path) -> None:

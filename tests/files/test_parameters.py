@@ -12,17 +12,17 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 KNOWN = {name: ARCHITECTURES[family.components[""]] for name, family in FAMILIES.items() if name != "language-model"}
-LAYOUTS = {name: Layout.from_outline(each, each.outlines[0]) for name, each in KNOWN.items()}
+LAYOUTS = {name: ModelLayout.from_outline(each, each.outlines[0]) for name, each in KNOWN.items()}
 HAVE = [name for name, where in LAYOUTS.items() if any(g.kind == "parameter" for g in where.layers.values())]
 
 HOLDING = [
     name
     for name, each in DIALECTS.items()
-    if not each.folder and "parameter" in (each.kinds or {"parameter"}) and "full" in (each.algorithms or {"full"})
+    if not each.is_folder and "parameter" in (each.kinds or {"parameter"}) and "full" in (each.algorithms or {"full"})
 ]
 
 

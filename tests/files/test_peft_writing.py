@@ -19,7 +19,7 @@ from lycoris import IA3, AdapterSet, DoRA, DyLoRA, Full, LoHa, LoKr, LoRA, Rule,
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
-from lycoris.files.peft import encode_peft, lora_adapter_metadata, read_peft, write_peft
+from lycoris.files.peft import encode_lora_metadata, encode_peft, read_peft, write_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers", "ignore::UserWarning")
 
@@ -236,12 +236,12 @@ def test_ia3_of_pefts_goes_back_to_it(tmp_path: Path) -> None:
 
 def test_metadata_of_diffusers_is_for_lora_alone() -> None:
     lora, loha = (built([Rule(algorithm, path="inner.linear")]).bundle() for algorithm in (LoRA(rank=3), LoHa()))
-    told = json.loads(lora_adapter_metadata({"unet": lora, "text_encoder": lora}))
+    told = json.loads(encode_lora_metadata({"unet": lora, "text_encoder": lora}))
     assert told["unet.r"] == told["text_encoder.lora_alpha"] == 3
     with pytest.raises(FileError, match="unet: diffusers' pipelines read LoRA alone"):
-        lora_adapter_metadata({"unet": loha})
+        encode_lora_metadata({"unet": loha})
     with pytest.raises(FileError, match="no adapters to write"):
-        lora_adapter_metadata({"unet": Bundle({})})
+        encode_lora_metadata({"unet": Bundle({})})
 
 
 def test_many_groups_are_refused_before_their_tensor_is_made() -> None:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lycoris.errors import FileError
-from lycoris.files import check, convert, detect, header, judge, resolve
+from lycoris.files import check, convert, detect, judge, read_header, resolve
 from lycoris.files.dialects.base import flatten
-from lycoris.files.layout import Layout
-from lycoris.files.skeleton import name_layers, namings, skeleton
+from lycoris.files.layout import ModelLayout
+from lycoris.files.skeleton import list_namings, load_skeleton, name_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -44,7 +44,7 @@ def test_nothing_hangs_on_it_where_the_names_are_the_same(tmp_path: Path) -> Non
     done = str(convert(source, target, "comfyui"))
     assert "; unsure\n" in done
     assert "diffusion_model.double_blocks.1.img_attn.qkv.lora_up.weight" in load_file(target)
-    assert not {"lycoris_family", "lycoris_base"} & header(target).metadata.keys(), "a guess is no fact"
+    assert not {"lycoris_family", "lycoris_base"} & read_header(target).metadata.keys(), "a guess is no fact"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_header_or_a_model_decides(told: str, outline_: str, family: str, key:
     given = convert(silent, tmp_path / "d.safetensors", "comfyui", base=outline.load_model(outline_))
     assert "taken to be" not in str(given)
     for path in (tmp_path / "c.safetensors", tmp_path / "d.safetensors"):
-        assert header(path).metadata["lycoris_family"] == family
+        assert read_header(path).metadata["lycoris_family"] == family
         assert any(name.startswith(key) for name in load_file(path)), path
 
 
@@ -70,7 +70,7 @@ def test_a_model_that_is_given_counts_for_the_header_too(tmp_path: Path) -> None
     """Not the family that the file says, nor the one that its names suggest."""
     source = written(tmp_path / "a.safetensors", BLOCKS, "flux1")
     convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.load_model("hunyuanvideo"))
-    assert header(tmp_path / "b.safetensors").metadata["lycoris_family"] == "hunyuanvideo"
+    assert read_header(tmp_path / "b.safetensors").metadata["lycoris_family"] == "hunyuanvideo"
 
 
 def test_a_header_of_another_base_is_not_handed_on(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_header_of_another_base_is_not_handed_on(tmp_path: Path) -> None:
     said = {"lycoris_family": "sdxl", "lycoris_base": '{"model": "X", "layers": "0"}', "ss_output_name": "x"}
     save_file(load_file(source), source, said)
     done = convert(source, tmp_path / "b.safetensors", "comfyui", base=outline.load_model("hunyuanvideo"))
-    after = header(tmp_path / "b.safetensors").metadata
+    after = read_header(tmp_path / "b.safetensors").metadata
     assert after["lycoris_family"] == "hunyuanvideo"
     assert after["ss_output_name"] == "x"
     assert '"X"' not in after["lycoris_base"]
@@ -111,7 +111,7 @@ def test_a_header_of_another_family_is_remarked() -> None:
 
 
 def test_a_header_that_contradicts_the_model_is_remarked() -> None:
-    sd3 = Layout.of(outline.load_model("sd3-medium"))
+    sd3 = ModelLayout.from_model(outline.load_model("sd3-medium"))
     tensors = lora("lora_unet_joint_blocks_3_x_block_attn_proj", 1536, 1536)
     report = resolve(tensors, sd3, metadata={"ss_base_model_version": "sdxl_base_v1-0"}).report
     assert "its header says sdxl, and the model is a sd3" in str(report)
@@ -137,8 +137,8 @@ def test_text_encoders_are_those_of_the_family(tmp_path: Path) -> None:
 def flux_like(model: str, naming: str, flat: bool, modulations: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of a LoRA on all linear layers in the blocks of a model."""
     architecture = next(each for each in ARCHITECTURES.values() if model in each.outlines)
-    layers, shapes = skeleton(model), {}
-    for name, span in name_layers(layers, namings(architecture)[naming]).items():
+    layers, shapes = load_skeleton(model), {}
+    for name, span in name_layers(layers, list_namings(architecture)[naming]).items():
         own = [layers[part] for part in span.parts]
         if own[0].kind != "linear" or "blocks" not in name or ("mod" in name and not modulations):
             continue

@@ -9,8 +9,8 @@ import pytest
 from test_families import KNOWN, spelt
 
 from lycoris import ConfigError, PlanError
-from lycoris.files.recognition import guess, weight
-from lycoris.files.skeleton import MIDDLE, Skeleton, name_layers, skeleton, translate
+from lycoris.files.recognition import guess_models, score_fit
+from lycoris.files.skeleton import IDENTITY_NAMING, Skeleton, load_skeleton, name_layers, translate_layers
 from lycoris.layers.geometry import Geometry
 from lycoris.models.families import ARCHITECTURES
 
@@ -21,37 +21,39 @@ def linear(rows: int, columns: int) -> Geometry:
 
 def tops(layers: Skeleton) -> list[tuple[str, str, str | None]]:
     """All guesses with the best score."""
-    found = guess(layers)
-    return [(each.architecture.name, each.naming, each.outline) for each in found if weight(each) == weight(found[0])]
+    found = guess_models(layers)
+    return [
+        (each.architecture.name, each.naming, each.outline) for each in found if score_fit(each) == score_fit(found[0])
+    ]
 
 
 class TestSkeletons:
     def test_are_read_only_and_made_once(self) -> None:
-        assert skeleton("clip-l") is skeleton("clip-l")
+        assert load_skeleton("clip-l") is load_skeleton("clip-l")
         with pytest.raises(TypeError):
-            skeleton("clip-l")["encoder"] = linear(1, 1)  # type: ignore[index]
+            load_skeleton("clip-l")["encoder"] = linear(1, 1)  # type: ignore[index]
 
     def test_an_unknown_one_is_told_the_nearest(self) -> None:
         with pytest.raises(ConfigError, match=r"did you mean 'clip-l'"):
-            skeleton("clip-1")
+            load_skeleton("clip-1")
 
     def test_in_the_middle_naming_every_name_is_its_own(self) -> None:
-        layers = skeleton("clip-l")
-        assert {name: span.parts for name, span in name_layers(layers, MIDDLE).items()} == {
+        layers = load_skeleton("clip-l")
+        assert {name: span.parts for name, span in name_layers(layers, IDENTITY_NAMING).items()} == {
             path: (path,) for path in layers
         }
-        assert translate(layers, MIDDLE) == layers
+        assert translate_layers(layers, IDENTITY_NAMING) == layers
 
     def test_a_module_that_cannot_be_parted_is_refused(self) -> None:
         flux = ARCHITECTURES["flux1"].namings["original"]
         with pytest.raises(PlanError, match=r"double_blocks\.0\.img_attn\.qkv is linear \(10, 3\).* 3 \+ 3 \+ 3"):
-            translate({"double_blocks.0.img_attn.qkv": linear(10, 3)}, flux)
+            translate_layers({"double_blocks.0.img_attn.qkv": linear(10, 3)}, flux)
         with pytest.raises(PlanError, match=r"linear1"):
-            translate({"single_blocks.0.linear1": linear(9, 3)}, flux)
+            translate_layers({"single_blocks.0.linear1": linear(9, 3)}, flux)
 
     def test_grouped_queries_are_parted_by_their_heads(self) -> None:
         lumina = ARCHITECTURES["lumina2"].namings["original"]
-        parts = translate({"layers.0.attention.qkv": linear(2304 + 2 * 768, 2304)}, lumina)
+        parts = translate_layers({"layers.0.attention.qkv": linear(2304 + 2 * 768, 2304)}, lumina)
         assert [each.out_features for each in parts.values()] == [2304, 768, 768]
         assert [path.rsplit(".", 1)[-1] for path in parts] == ["to_q", "to_k", "to_v"]
 
@@ -60,8 +62,8 @@ class TestGuesses:
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_a_whole_model(self, architecture, naming, model) -> None:
         layers = spelt(architecture, naming, model)
-        found = guess(layers)
-        assert weight(found[0]) == 2 * len(layers)
+        found = guess_models(layers)
+        assert score_fit(found[0]) == 2 * len(layers)
         assert (architecture, naming, model) in tops(layers)
 
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
@@ -88,14 +90,14 @@ class TestGuesses:
         assert set(tops(spelt(architecture, naming, model))) == {(architecture, naming, model), *others}
 
     def test_blocks_of_flux_are_also_some_of_hunyuan_video(self) -> None:
-        layers = {path: g for path, g in skeleton("flux.1-dev").items() if "transformer_blocks" in path}
+        layers = {path: g for path, g in load_skeleton("flux.1-dev").items() if "transformer_blocks" in path}
         assert [each[2] for each in tops(layers)] == ["flux.1-dev", "flux.1-schnell", "hunyuanvideo", "framepack-i2v"]
-        assert [each.share for each in guess(layers)[:4]] == [1, 1, 0.95, 0.95]
+        assert [each.share for each in guess_models(layers)[:4]] == [1, 1, 0.95, 0.95]
 
     def test_a_model_of_another_size_has_no_outline(self) -> None:
         layers = {f"model.layers.{n}.self_attn.{p}_proj": linear(8192, 8192) for n in range(80) for p in "qo"}
-        best = guess(layers)[0]
-        assert (best.architecture.name, best.naming, best.outline, weight(best)) == (
+        best = guess_models(layers)[0]
+        assert (best.architecture.name, best.naming, best.outline, score_fit(best)) == (
             "language-model",
             "diffusers",
             None,
@@ -104,19 +106,19 @@ class TestGuesses:
 
     @pytest.mark.parametrize(("path", "shape"), [("conv_in", (320, 9, 3, 3)), ("conv_out", (8, 320, 3, 3))])
     def test_a_layer_of_another_shape_costs_half_of_itself(self, path: str, shape: tuple[int, ...]) -> None:
-        layers = dict(skeleton("sdxl"))
+        layers = dict(load_skeleton("sdxl"))
         layers[path] = replace(layers[path], shape=shape)
-        best = guess(layers)[0]
-        assert (best.outline, weight(best)) == ("sdxl", 2 * len(layers) - 1)
+        best = guess_models(layers)[0]
+        assert (best.outline, score_fit(best)) == ("sdxl", 2 * len(layers) - 1)
 
     def test_a_shape_counts_as_a_matrix(self) -> None:
-        layers = {path: linear(g.out_features, g.fan_in) for path, g in skeleton("sd-1.5").items()}
+        layers = {path: linear(g.out_features, g.fan_in) for path, g in load_skeleton("sd-1.5").items()}
         assert tops(layers) == [("sd1.5-unet", "diffusers", "sd-1.5")]
 
     def test_names_of_one_naming_do_not_count_for_another(self) -> None:
-        found = guess(skeleton("flux.1-dev"))
+        found = guess_models(load_skeleton("flux.1-dev"))
         assert "original" not in {each.naming for each in found}
 
     def test_what_nobody_has_is_nobody_s(self) -> None:
-        assert guess({"body.0.weird": linear(3, 3)}) == []
-        assert guess({}) == []
+        assert guess_models({"body.0.weird": linear(3, 3)}) == []
+        assert guess_models({}) == []

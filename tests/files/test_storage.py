@@ -14,7 +14,7 @@ from storing import TENSORS, entry, poor, put, raw, refused
 from torch import Tensor
 
 from lycoris import FileError
-from lycoris.files import header, load_tensors, save_tensors
+from lycoris.files import load_tensors, read_header, save_tensors
 from lycoris.files.container.headers import DTYPES
 
 
@@ -100,7 +100,7 @@ def test_names_that_say_something_else(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.PT")
     with pytest.raises(FileError, match=r"a\.PT is a safetensors file .* rename it to a\.safetensors"):
         load_tensors(tmp_path / "a.PT")
-    assert header(tmp_path / "a.PT").tensors.keys() == TENSORS.keys()
+    assert read_header(tmp_path / "a.PT").tensors.keys() == TENSORS.keys()
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_every_tensor_is_written_as_it_looks(tmp_path: Path) -> None:
     for key, tensor in tensors.items():
         assert found[key].shape == tensor.shape, key
         assert torch.equal(found[key], tensor), key
-    assert header(path).metadata == {"format": "pt", "k": "v"}
+    assert read_header(path).metadata == {"format": "pt", "k": "v"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lycoris.adapters.attach import bottom
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm
 from lycoris.files import encode, save_tensors
-from lycoris.files.peft import encode_peft, lora_adapter_metadata
+from lycoris.files.peft import encode_lora_metadata, encode_peft
 from lycoris.integrations.diffusers import models
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -98,7 +98,7 @@ def diffusers_file(folder: Path, found: dict[str, Bundle]) -> None:
         for component, bundle in found.items()
         for key, tensor in encode_peft(bundle)[0].items()
     }
-    header = {"lora_adapter_metadata": lora_adapter_metadata(found)}
+    header = {"lora_adapter_metadata": encode_lora_metadata(found)}
     save_tensors(tensors, folder / "pytorch_lora_weights.safetensors", header)
 
 

@@ -13,7 +13,7 @@ from stock_pipelines import DENOISER, adapters, bundles, diffusers_file, draw, k
 from cases import relative
 from lycoris import DoRA, LoKr, LoRA, write
 from lycoris.errors import ConfigError, FileError
-from lycoris.files.peft import lora_adapter_metadata, write_peft
+from lycoris.files.peft import encode_lora_metadata, write_peft
 from lycoris.integrations.diffusers import load, models
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,4 +140,4 @@ def test_the_second_expert_takes_its_own(made: dict[str, Any], tmp_path: Path) -
             load_into_transformer_2=component == "transformer_2",
         )
     assert relative(draw(pipe), wanted) < 1e-4
-    assert json.loads(lora_adapter_metadata(found))["transformer_2.r"] == 2
+    assert json.loads(encode_lora_metadata(found))["transformer_2.r"] == 2

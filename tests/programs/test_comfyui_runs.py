@@ -17,7 +17,7 @@ import pytest
 
 from lycoris.files.opening import parse_opened
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.check import judge_opened
+from lycoris.files.programs.check import check_opened
 from lycoris.files.writing import compose
 from lycoris.models.families import ARCHITECTURES
 from whole import bundle_of, model_of, picks_everywhere
@@ -48,7 +48,7 @@ def test_what_is_said_is_what_came_of_it(name: str, dialect: str) -> None:
     assert outcomes
     for label, outcome in outcomes.items():
         made = compose(bundle_of(name, files[label]), dialect, model=layout)
-        check = judge_opened(parse_opened(dict(sorted(made.tensors.items())), made.header, model), "comfyui")
+        check = check_opened(parse_opened(dict(sorted(made.tensors.items())), made.header, model), "comfyui")
         said = {layer: "not at all" if check.unknown else each.reads for layer, each in check.layers.items()}
         assert said == recorded(outcome, [*check.layers]), label
         if outcome == "x":
@@ -64,8 +64,8 @@ def test_every_known_denoiser_was_run_or_is_not_in_comfyui() -> None:
     }
     run = {layout.architecture.name for layout in (model_of(name)[1] for name in RUNS) if layout.architecture}
     # A small UNet of SD 2 is like one of SD 1.5, whose layers have the same names.
-    assert run | program.lacks | {"sd2-unet"} == denoisers
-    assert not run & program.lacks
+    assert run | program.missing_architectures | {"sd2-unet"} == denoisers
+    assert not run & program.missing_architectures
 
 
 @pytest.mark.parametrize("name", ["flux.3", "sana-1600m", "qwen-image-2.1", "framepack-i2v"])
@@ -73,7 +73,7 @@ def test_of_a_model_that_it_does_not_have_it_reads_nothing(name: str) -> None:
     model, layout = model_of(name)
     files = dict(picks_everywhere(name))
     made = compose(bundle_of(name, files["lora"]), "kohya-diffusers", model=layout)
-    check = judge_opened(parse_opened(made.tensors, made.header, model), "comfyui")
+    check = check_opened(parse_opened(made.tensors, made.header, model), "comfyui")
     assert {each.reads for each in check.layers.values()} == {"not at all"}
     assert "has no such model" in check.keys
     assert not check.remedies

@@ -17,9 +17,9 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.keys import DENOISERS, DIFFUSERS, Known
+from lycoris.files.programs.keys import DENOISER_ARCHITECTURES, DIFFUSERS_KEYS, KnownKeys
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
 from lycoris.models.families import ARCHITECTURES
@@ -28,9 +28,9 @@ from programs.pipelines import PIPELINES
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}
 CASES = [
-    pytest.param(dialect, name, marks=() if name in DIFFUSERS.get(dialect, {}) else pytest.mark.slow)
+    pytest.param(dialect, name, marks=() if name in DIFFUSERS_KEYS.get(dialect, {}) else pytest.mark.slow)
     for dialect in DIALECTS
-    for name in DENOISERS
+    for name in DENOISER_ARCHITECTURES
     if dialect not in ("peft", "processors") and not ("musubi" in dialect and "unet" in name)
 ]
 """Folders and attention processors have readers of their own; Musubi Tuner has no UNets."""
@@ -39,31 +39,31 @@ X = 3
 """Columns that a weight is told by."""
 
 
-def layout_of(name: str) -> Layout:
-    return Layout.from_outline(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
+def layout_of(name: str) -> ModelLayout:
+    return ModelLayout.from_outline(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
 
 
-def keys_of(dialect: str, layout: Layout) -> dict[str, tuple[str, ...]]:
+def keys_of(dialect: str, layout: ModelLayout) -> dict[str, tuple[str, ...]]:
     """Key without the tensor's own name → layers that it stands for, by diffusers' names.
 
     Convolutions with groups are no question of keys: PEFT's LoRA has other shapes there.
     """
     own, architecture = DIALECTS[dialect], layout.architecture
     assert architecture is not None
-    prefix = "unet." if layout.unet and "unet." in own.prefixes else own.prefix("")
-    if dialect == "onetrainer-legacy" and layout.unet:
+    prefix = "unet." if layout.is_unet and "unet." in own.prefixes else own.find_prefix("")
+    if dialect == "onetrainer-legacy" and layout.is_unet:
         prefix = "lora_unet_"
-    naming = own.naming_for(architecture)
+    naming = own.choose_naming(architecture)
     kinds = own.kinds or {"linear", "conv"}
-    spans = layout.spans(naming)
+    spans = layout.find_spans(naming)
     return {
         own.join(name, "", prefix).rstrip("."): span.parts
         for name, span in spans.items()
-        if layout.whole(span).kind in kinds & {"linear", "conv"} and layout.whole(span).groups == 1
+        if layout.fuse_parts(span).kind in kinds & {"linear", "conv"} and layout.fuse_parts(span).groups == 1
     }
 
 
-def bundle_of(layout: Layout, layers: set[str]) -> Bundle:
+def bundle_of(layout: ModelLayout, layers: set[str]) -> Bundle:
     """A LoRA of rank 2 at half its scale on each layer."""
     generator = torch.Generator().manual_seed(0)
     entries = {}
@@ -81,16 +81,16 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return up.flatten(1).double() @ (down.flatten(1).double() @ x)
 
 
-def read(dialect: str, layout: Layout, bundle: Bundle) -> set[str]:
+def read(dialect: str, layout: ModelLayout, bundle: Bundle) -> set[str]:
     """The layers that diffusers gives what they were given."""
     tensors = compose(bundle, dialect, model=layout).tensors
-    if dialect == "onetrainer-legacy" and layout.unet:
+    if dialect == "onetrainer-legacy" and layout.is_unet:
         tensors = {key.replace("lora_transformer_", "lora_unet_"): tensor for key, tensor in tensors.items()}
     assert layout.architecture is not None
     pipeline: Any = getattr(diffusers, PIPELINES[layout.architecture.name], None)
     if not hasattr(pipeline, "lora_state_dict"):
         raise ValueError(f"{PIPELINES[layout.architecture.name]} loads no adapters")
-    component, options = ("unet", {"unet_config": levels(layout)}) if layout.unet else ("transformer", {})
+    component, options = ("unet", {"unet_config": levels(layout)}) if layout.is_unet else ("transformer", {})
     # It scales some in place.
     found = pipeline.lora_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, **options)
     state, alphas = found if isinstance(found, tuple) else (found, {})
@@ -116,7 +116,7 @@ def read(dialect: str, layout: Layout, bundle: Bundle) -> set[str]:
     return right
 
 
-def levels(layout: Layout) -> Any:
+def levels(layout: ModelLayout) -> Any:
     """What diffusers asks of a UNet to tell its blocks."""
     count = 1 + max(int(name.split(".")[1]) for name in layout.layers if name.startswith("down_blocks."))
     model = diffusers.UNet2DConditionModel(
@@ -129,7 +129,7 @@ def levels(layout: Layout) -> Any:
     return model.config
 
 
-def refuses(dialect: str, layout: Layout, layers: set[str]) -> bool:
+def refuses(dialect: str, layout: ModelLayout, layers: set[str]) -> bool:
     try:
         read(dialect, layout, bundle_of(layout, layers))
     except REFUSES:
@@ -139,12 +139,12 @@ def refuses(dialect: str, layout: Layout, layers: set[str]) -> bool:
 
 @pytest.mark.parametrize(("dialect", "name"), CASES)
 def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> None:
-    layout, known = layout_of(name), DIFFUSERS.get(dialect, {}).get(name)
+    layout, known = layout_of(name), DIFFUSERS_KEYS.get(dialect, {}).get(name)
     keys = keys_of(dialect, layout)
     rejected = {key for key in keys if known and known.stops and re.fullmatch(known.stops, key)}
     taken = {part for key in keys.keys() - rejected for part in keys[key]}
     lora = next(iter(bundle_of(layout, taken).entries.values()))[0]
-    held = PROGRAMS["diffusers"].verdict(lora, dialect=dialect, architecture=name).reads == "as trained"
+    held = PROGRAMS["diffusers"].judge(lora, dialect=dialect, architecture=name).reads == "as trained"
     try:
         right = read(dialect, layout, bundle_of(layout, taken))
     except REFUSES:
@@ -154,7 +154,7 @@ def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> 
     if known is None:
         assert len(reads) < len(keys), "the table does not list what diffusers reads"
         return
-    said = {key for key in keys.keys() - rejected if held and not re.fullmatch(f"{known.lost}|{known.bent}", key)}
+    said = {key for key in keys.keys() - rejected if held and not re.fullmatch(f"{known.lost}|{known.misplaced}", key)}
     assert reads == said
 
 
@@ -162,13 +162,13 @@ def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> 
     ("dialect", "name", "known"),
     [
         (d, n, known)
-        for d, each in DIFFUSERS.items()
+        for d, each in DIFFUSERS_KEYS.items()
         for n, known in each.items()
         # OneTrainer's old files are rejected when the model gets them; LoKr is not what this test writes.
-        if (known.stops or known.needs) and d not in ("lycoris", "onetrainer-legacy")
+        if (known.stops or known.complete_groups) and d not in ("lycoris", "onetrainer-legacy")
     ],
 )
-def test_it_rejects_what_the_table_says(dialect: str, name: str, known: Known) -> None:
+def test_it_rejects_what_the_table_says(dialect: str, name: str, known: KnownKeys) -> None:
     layout = layout_of(name)
     keys = keys_of(dialect, layout)
     stops = {key for key in keys if known.stops and re.fullmatch(known.stops, key)}
@@ -176,14 +176,16 @@ def test_it_rejects_what_the_table_says(dialect: str, name: str, known: Known) -
     for kind, key in {re.sub(r"\d+", "*", key): key for key in stops}.items():
         assert refuses(dialect, layout, fine | set(keys[key])), kind
     for key in {
-        re.sub(r"\d+", "*", key): key for key in keys if known.needs and re.fullmatch(known.needs, key)
+        re.sub(r"\d+", "*", key): key
+        for key in keys
+        if known.complete_groups and re.fullmatch(known.complete_groups, key)
     }.values():
         assert refuses(dialect, layout, fine - set(keys[key])), key
 
 
 def test_whose_keys_it_does_not_know() -> None:
     """The pipeline of HunyuanVideo-1.5 loads no adapters."""
-    assert not any("hunyuanvideo-1.5" in each for each in DIFFUSERS.values())
+    assert not any("hunyuanvideo-1.5" in each for each in DIFFUSERS_KEYS.values())
 
 
 TINY = {
@@ -210,7 +212,7 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
     """Each adapter of a file, by the weight that PEFT gives its layer."""
     torch.manual_seed(0)
     model = TINY[name]()
-    layout = Layout.of(model)
+    layout = ModelLayout.from_model(model)
     over = LoKr(rank=2, alpha=1.0)
     use = DoRA(inner=over) if dora else over
     path = "*transformer_blocks.*attn.to_out*" if name == "flux2" else "layers.*.feed_forward.*"
@@ -222,12 +224,12 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
     except FileError:
         assert DIALECTS[dialect].algorithms is not None, "it holds no such adapters"
         return
-    prefix = DIALECTS[dialect].prefix("") or ""
+    prefix = DIALECTS[dialect].find_prefix("") or ""
     if dialect == "ai-toolkit":
         prefix = "diffusion_model."
         tensors = {key.replace("transformer.", prefix, 1): tensor for key, tensor in tensors.items()}
     verdicts = {
-        PROGRAMS["diffusers"].verdict(entry, dialect=dialect, architecture=name, key=prefix).reads
+        PROGRAMS["diffusers"].judge(entry, dialect=dialect, architecture=name, key=prefix).reads
         for (entry,) in bundle.entries.values()
     }
     pipeline: Any = getattr(diffusers, PIPELINES[name])

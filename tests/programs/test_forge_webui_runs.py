@@ -17,7 +17,7 @@ import pytest
 
 from known_files import cases, file_of, layouts_of
 from lycoris.files.opening import parse_opened
-from lycoris.files.programs.check import Check, judge_opened
+from lycoris.files.programs.check import ProgramCheck, check_opened
 
 HERE = Path(__file__).parent
 CODES: Mapping[str, str] = {"as trained": "=", "differently": "~", "not at all": "-"}
@@ -41,14 +41,14 @@ CASES = [
 ]
 
 
-def said(found: Check) -> str:
+def said(found: ProgramCheck) -> str:
     rejected = any("rejects" in line for line in found.keys.splitlines())
     layers = sorted(found.layers, key=lambda name: _placed(name, found))
     codes = "".join("-" if rejected or found.unknown else CODES.get(found.layers[name].reads, "?") for name in layers)
     return codes[0] if len(set(codes)) == 1 else codes
 
 
-def _placed(name: str, found: Check) -> tuple[str, str]:
+def _placed(name: str, found: ProgramCheck) -> tuple[str, str]:
     """Component and layer."""
     own = next((each for each in found.detection.components if each and name.startswith(f"{each}.")), "")
     return own, name.removeprefix(f"{own}.") if own else name
@@ -63,7 +63,7 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
         if label not in recorded:
             continue
         made = file_of(family, dialect, chosen, layouts)
-        found = judge_opened(parse_opened(change(dict(made.tensors)), made.header), program)
+        found = check_opened(parse_opened(change(dict(made.tensors)), made.header), program)
         assert said(found) == recorded[label], label
         looked_at += 1
     assert looked_at == len(recorded)

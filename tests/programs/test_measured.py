@@ -8,10 +8,10 @@ import torch
 from lycoris import OFT, Full, GLoRA, LoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.files.opening import parse_opened
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.programs.check import Check, judge_opened
+from lycoris.files.programs.check import ProgramCheck, check_opened
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Geometry
 from lycoris.models.families import ARCHITECTURES
@@ -38,8 +38,8 @@ CASES = [
 ]
 
 
-def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, layers: tuple[str, ...]) -> Check:
-    layout = Layout.from_outline(ARCHITECTURES[architecture], OUTLINES[architecture])
+def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, layers: tuple[str, ...]) -> ProgramCheck:
+    layout = ModelLayout.from_outline(ARCHITECTURES[architecture], OUTLINES[architecture])
     beside = [path for path in layout.layers if path.endswith(("attn.to_k", "attn1.to_k", "add_k_proj"))]
     entries = {}
     for path in {*layers, *beside}:
@@ -47,7 +47,7 @@ def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, la
         own = algorithm if path in layers else LoRA(rank=1)
         entries[path] = (Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()}),)
     made = compose(Bundle(entries), dialect, model=layout)
-    return judge_opened(parse_opened(made.tensors, made.header), program)
+    return check_opened(parse_opened(made.tensors, made.header), program)
 
 
 @pytest.mark.parametrize(("program", "architecture", "dialect", "algorithm", "layers", "reads", "error"), CASES)
@@ -68,12 +68,12 @@ def test_what_is_said_is_what_was_measured(
 
 
 def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
-    layout = Layout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     g = layout.layers[ATTENTION]
     own = LoRA(rank=1)
     entry = Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()})
     for program in ("comfyui", "forge", "webui"):
-        strange = PROGRAMS[program].verdict(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
+        strange = PROGRAMS[program].judge(entry, stored={"lora_up.weight": (1,), "lora_new.weight": (1,)})
         assert strange.reads == "not known", program
         assert not PROGRAMS[program].is_examined("a family of tomorrow")
 
@@ -91,6 +91,6 @@ def test_nothing_is_claimed_of_what_no_rule_knows(program: str) -> None:
     tensors = {"up": torch.randn(8, 2), "down": torch.randn(2, 8)}
     consumer, known = PROGRAMS[program], Entry(LoRA(rank=2), geometry, tensors)
     stored = {"lora_up.weight": (8, 2), "lora_down.weight": (2, 8), "alpha": ()}
-    assert consumer.verdict(known, stored=stored).reads == "as trained"
-    assert consumer.verdict(Entry(Unheard(rank=2), geometry, tensors), stored=stored).reads != "as trained"
-    assert consumer.verdict(known, stored=stored | {"lora_sideways.weight": (2, 2)}).reads == "not known"
+    assert consumer.judge(known, stored=stored).reads == "as trained"
+    assert consumer.judge(Entry(Unheard(rank=2), geometry, tensors), stored=stored).reads != "as trained"
+    assert consumer.judge(known, stored=stored | {"lora_sideways.weight": (2, 2)}).reads == "not known"

@@ -113,7 +113,7 @@ def test_diffusers_reads_clip(component: str, dialect: str) -> None:
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-4)
     architecture = "clip" if component == "text_encoder" else "clip-with-projection"
-    assert PROGRAMS["diffusers"].known_keys(dialect, architecture) is not None
+    assert PROGRAMS["diffusers"].find_keys(dialect, architecture) is not None
 
 
 @pytest.mark.parametrize(("rank", "reads"), [(1, "as trained"), (2, "not at all")])
@@ -124,4 +124,4 @@ def test_lycoris_makes_a_whole_factor_from_half_its_size_on(rank: int, reads: st
     assert geometry is not None
     tensors = {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(4, rank), "lokr_w2_b": torch.ones(rank, 4)}
     algorithm, own = read_tensors(tensors | {"alpha": torch.tensor(1.0)}, geometry, "layer")
-    assert PROGRAMS["simpletuner"].verdict(Entry(algorithm, geometry, own)).reads == reads
+    assert PROGRAMS["simpletuner"].judge(Entry(algorithm, geometry, own)).reads == reads

@@ -25,7 +25,7 @@ from torch import Tensor
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.opening import Opened, parse_opened
-from lycoris.files.programs.check import Check, judge_opened
+from lycoris.files.programs.check import ProgramCheck, check_opened
 from lycoris.files.reading import resolve
 from lycoris.files.writing import compose
 from lycoris.layers.geometry import Affine
@@ -57,7 +57,7 @@ def written(family: str, dialect: str, chosen: Any) -> tuple[Opened, dict[str, T
     return parse_opened(tensors, made.header, model), tensors, made.header
 
 
-def said(found: Check) -> dict[str, str]:
+def said(found: ProgramCheck) -> dict[str, str]:
     return {layer: each.reads for layer, each in found.layers.items()}
 
 
@@ -76,7 +76,7 @@ def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str
         if outcome is None:
             continue
         found, _, _ = written(family, dialect, chosen)
-        check = judge_opened(found, program)
+        check = check_opened(found, program)
         told = record["layers"][outcome] if isinstance(outcome, int) else outcome
         assert said(check) == recorded(told, list(check.layers)), label
         assert outcome != "x" or check.keys, label
@@ -124,7 +124,7 @@ def test_what_is_said_of_diffusers(family: str, dialect: str, tmp_path: Path) ->
             after = run_by_diffusers(family, path)
         except REFUSES:
             after = {}
-        check = judge_opened(found, "diffusers")
+        check = check_opened(found, "diffusers")
         assert said(check) == {layer: outcome(model, found, layer, after) for layer in check.layers}, label
 
 
@@ -167,4 +167,4 @@ def test_what_is_said_of_xlabs_processors(tmp_path: Path) -> None:
         weight = model.get_submodule(layer).weight.detach()
         change = after[layer].weight - weight
         assert torch.allclose(change, adapt_affine(entry, Affine(weight, None)).weight - weight, atol=1e-4)
-    assert set(said(judge_opened(parse_opened(tensors, {}, model), "diffusers")).values()) == {"as trained"}
+    assert set(said(check_opened(parse_opened(tensors, {}, model), "diffusers")).values()) == {"as trained"}

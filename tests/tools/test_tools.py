@@ -288,7 +288,7 @@ def test_a_folder_holds_one_model(tmp_path: Path) -> None:
     both = file.opened._replace(bundles={"": file.opened.bundles[""], "text_encoder": file.opened.bundles[""]})
     joined = AdapterFile(file.path, both)
     with pytest.raises(FileError, match="holds the adapters of one model"):
-        joined.write(tmp_path / "other", dict(joined.stacks()))
+        joined.write(tmp_path / "other", dict(joined.iterate_stacks()))
     assert not (tmp_path / "other").exists()
 
 
@@ -322,7 +322,7 @@ def test_what_is_wrong_with_layers_is_named(tmp_path: Path) -> None:
     tensors[one].zero_()
     tensors[two][0, 0] = torch.nan
     save_file(tensors, tmp_path / "b.safetensors")
-    problems = inspect(tmp_path / "b.safetensors", base=model).problems()
+    problems = inspect(tmp_path / "b.safetensors", base=model).find_problems()
     assert problems["changes nothing"] == ["one"]
     (other,) = problems.keys() - {"changes nothing"}
     assert "NaN" in other

@@ -42,7 +42,7 @@ class AdapterSet(Steering):
         super().__init__()
         sharding.check_unwrapped(model)
         # Later the model may be sharded, or the weights merged.
-        self.model, self.name, self._signs = model, name, fingerprint.of_weights(model)
+        self.model, self.name, self._signs = model, name, fingerprint.sample_signs(model)
         self._attached_as = ""
         self.stacks = loading.in_model_order(model, stacks)
         self.metadata: dict[str, str] = {}

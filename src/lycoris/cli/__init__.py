@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from lycoris import __version__
-from lycoris.cli.convert import check, convert, detect
-from lycoris.cli.demo import demo
+from lycoris.cli.convert import check_command, convert_command, detect_command
+from lycoris.cli.demo import demo_command
 from lycoris.cli.outcome import DEBUG, silence_libraries
-from lycoris.cli.plan import plan
-from lycoris.cli.tools import combine, inspect, resize
-from lycoris.cli.train import train
+from lycoris.cli.plan import plan_command
+from lycoris.cli.tools import combine_command, inspect_command, resize_command
+from lycoris.cli.train import train_command
 
 app = typer.Typer(
     name="lycoris",
@@ -21,15 +21,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
-app.command()(demo)
-app.command()(plan)
-app.command()(convert)
-app.command()(check)
-app.command()(inspect)
-app.command()(resize)
-app.command()(combine)
-app.command()(detect)
+app.command("train")(train_command)
+app.command("demo")(demo_command)
+app.command("plan")(plan_command)
+app.command("convert")(convert_command)
+app.command("check")(check_command)
+app.command("inspect")(inspect_command)
+app.command("resize")(resize_command)
+app.command("combine")(combine_command)
+app.command("detect")(detect_command)
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lycoris.cli.outcome import Debug, Force, plain_errors
+from lycoris.cli.outcome import DebugOption, ForceOption, print_errors
 
-Base = Annotated[
+BaseOption = Annotated[
     str | None,
     typer.Option(
         help="Base model: a known name such as flux.1-dev, a config.json, or a folder with one (including the weights, "
@@ -19,7 +19,7 @@ Base = Annotated[
 ]
 
 
-def convert(
+def convert_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter file.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
     to: Annotated[
@@ -29,7 +29,7 @@ def convert(
         str | None,
         typer.Option(help="Program that must load it as trained: comfyui, webui, ...", show_default=False),
     ] = None,
-    base: Base = None,
+    base: BaseOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
     ] = None,
@@ -40,16 +40,16 @@ def convert(
     allow_growth: Annotated[
         bool, typer.Option("--allow-growth", help="Allow the file to grow by more than 10 %.")
     ] = False,
-    force: Force = False,
-    debug: Debug = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Convert an adapter file to the format of another program, without loss or not at all."""
-    with plain_errors(debug):
-        from lycoris.cli.plan import precision
+    with print_errors(debug):
+        from lycoris.cli.plan import parse_dtype
         from lycoris.files import convert as run
 
         model, weights = open_base(base)
-        wanted = None if dtype is None else precision("dtype", dtype)
+        wanted = None if dtype is None else parse_dtype("dtype", dtype)
         print(
             run(
                 *(source, target, to),
@@ -65,7 +65,7 @@ def convert(
         print(target)
 
 
-def check(
+def check_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
     program: Annotated[
         str,
@@ -75,11 +75,11 @@ def check(
             show_default=False,
         ),
     ],
-    base: Base = None,
-    debug: Debug = False,
+    base: BaseOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Check whether a program loads an adapter file as it was trained; exit with 1 if not."""
-    with plain_errors(debug):
+    with print_errors(debug):
         from lycoris.files import check as run
 
         found = run(file, program, base=open_base(base)[0])
@@ -88,12 +88,12 @@ def check(
             raise typer.Exit(1)
 
 
-def detect(
+def detect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
-    debug: Debug = False,
+    debug: DebugOption = False,
 ) -> None:
     """Identify an adapter file from its header: format, algorithms, base model."""
-    with plain_errors(debug):
+    with print_errors(debug):
         from lycoris.files import detect as run
 
         print(run(file))
@@ -103,8 +103,8 @@ def open_base(name: str | None) -> tuple[Any, Any]:
     """The model without weights, and its weights where a folder has them."""
     if name is None:
         return None, None
-    from lycoris.cli.model import empty
+    from lycoris.cli.model import load_empty_model
     from lycoris.files.container.model_weights import BaseWeights
 
     has = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
-    return empty(name), BaseWeights.open(name) if has else None
+    return load_empty_model(name), BaseWeights.open(name) if has else None

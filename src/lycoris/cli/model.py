@@ -14,7 +14,7 @@ from lycoris.json_io import read_json
 from lycoris.models import outline
 
 
-def empty(model: str) -> nn.Module:
+def load_empty_model(model: str) -> nn.Module:
     """The model of that name, or of the `config.json` at that path, on torch's meta device.
 
     Raises `ConfigError` when there is neither, when the file describes no model, or when its library is missing.
@@ -24,19 +24,19 @@ def empty(model: str) -> nn.Module:
         path = path / "config.json"
     elif not path.is_file():
         if path.suffix == ".json" or len(path.parts) > 1:
-            raise ConfigError(f"{model} is no file and no folder; known models: {', '.join(outline.names())}")
+            raise ConfigError(f"{model} is no file and no folder; known models: {', '.join(outline.list_models())}")
         return outline.load_model(model)
-    config = _read(path)
+    config = _read_model_config(path)
     if "_class_name" in config:
-        return _diffusers(path, config)
+        return _make_diffusers_model(path, config)
     if "architectures" in config or "model_type" in config:
-        return _transformers(path, config)
+        return _make_transformers_model(path, config)
     parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
     hint = f"; folders in {path.parent} that have a model: {', '.join(parts)}" if parts else ""
     raise ConfigError(f"{path} names no model: it has neither _class_name nor architectures nor model_type{hint}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_model_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         parts = sorted(each.parent.name for each in path.parent.glob("*/config.json"))
         hint = f"; folders in it that have one: {', '.join(parts)}" if parts else ""
@@ -44,8 +44,8 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
-    diffusers = _library("diffusers", path)
+def _make_diffusers_model(path: Path, config: dict[str, Any]) -> nn.Module:
+    diffusers = _import_library("diffusers", path)
     name = config["_class_name"]
     cls = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -54,8 +54,8 @@ def _diffusers(path: Path, config: dict[str, Any]) -> nn.Module:
     return _make_model(path, lambda: cls.from_config(config))  # type: ignore[attr-defined]  # of ModelMixin
 
 
-def _transformers(path: Path, config: dict[str, Any]) -> nn.Module:
-    transformers = _library("transformers", path)
+def _make_transformers_model(path: Path, config: dict[str, Any]) -> nn.Module:
+    transformers = _import_library("transformers", path)
     name = next(iter(config.get("architectures") or []), None)
     if name is not None and not hasattr(transformers, name):
         models = [each for each in dir(transformers) if each.endswith(("Model", "LM", "Projection"))]
@@ -78,7 +78,7 @@ def _make_model(path: Path, make: Any) -> nn.Module:
     return made
 
 
-def _library(name: str, path: Path) -> Any:
+def _import_library(name: str, path: Path) -> Any:
     if importlib.util.find_spec(name) is None:
         raise ConfigError(
             f'{path} describes a model of {name}, which is not installed: pip install "lycoris-lora[train]"'

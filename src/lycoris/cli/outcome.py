@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 2, 130
 DEBUG = "--debug"
-NOISY = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
+NOISY_LOGGERS = ("accelerate", "bitsandbytes", "diffusers", "kernels", "torchao", "transformers", "torch.utils._pytree")
 """Loggers of libraries that warn as they are imported, of things that a user of these commands did not ask for."""
 
-Debug = Annotated[bool, typer.Option(DEBUG, help="Show stack traces, and warnings of other libraries.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
+DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show stack traces, and warnings of other libraries.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 
 
 @contextmanager
-def plain_errors(debug: bool) -> Iterator[None]:
+def print_errors(debug: bool) -> Iterator[None]:
     """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through."""
     try:
         yield
@@ -44,7 +44,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def end(outcome: Outcome, command: str) -> None:
+def exit_if_interrupted(outcome: Outcome, command: str) -> None:
     """After Ctrl-C: say what was saved and how to go on with `command`, and exit with 130."""
     if outcome.report is None:
         print(f"interrupted; saved {outcome.checkpoint} and {outcome.adapter}", file=sys.stderr)
@@ -65,7 +65,7 @@ def silence_libraries() -> None:
     # Two of them set the level of their logger themselves, when they are imported, from these.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in NOISY:
+    for name in NOISY_LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
         # Torch sets levels when it is imported; a filter stays.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lycoris.cli.outcome import Debug, Force, plain_errors, same_file
+from lycoris.cli.outcome import DebugOption, ForceOption, print_errors, same_file
 from lycoris.errors import ConfigError, unknown
 from lycoris.json_io import read_json
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from lycoris.analysis.explain import Explanation
     from lycoris.analysis.memory import Memory
 
-NUMBERS = (0, 3, 4, 5, 6, 7)
+NUMBER_COLUMNS = (0, 3, 4, 5, 6, 7)
 """Columns of the table that are aligned to the right."""
 
-Text = str | None
+OptionalText = str | None
 
 
-def plan(
+def plan_command(
     model: Annotated[
         str,
         typer.Argument(
@@ -31,7 +31,7 @@ def plan(
         ),
     ],
     config: Annotated[Path | None, typer.Option(help="lycoris_config.json; options below come over it.")] = None,
-    algo: Annotated[Text, typer.Option(help="lora, loha, lokr, ...: `algo` of the config.")] = None,
+    algo: Annotated[OptionalText, typer.Option(help="lora, loha, lokr, ...: `algo` of the config.")] = None,
     linear_dim: Annotated[int | None, typer.Option(help="Rank.")] = None,
     linear_alpha: Annotated[float | None, typer.Option(help="ΔW is multiplied by alpha / rank.")] = None,
     factor: Annotated[int | None, typer.Option(help="Of lokr.")] = None,
@@ -44,38 +44,42 @@ def plan(
     file_dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, prodigy, sgd, ...")] = "adamw",
     report: Annotated[Path | None, typer.Option("--json", help="Write the full plan as JSON to this file.")] = None,
-    force: Force = False,
-    debug: Debug = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Estimate what adapters cost on a model: parameters, FLOPs and memory. Needs no weights."""
-    with plain_errors(debug):
+    with print_errors(debug):
         from lycoris.targeting.recipe import Recipe
 
         given = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "factor": factor}
-        recipe = Recipe.parse(_config(config) | {k: v for k, v in given.items() if v is not None} | _set(settings))
+        recipe = Recipe.parse(
+            _read_plan_config(config)
+            | {k: v for k, v in given.items() if v is not None}
+            | _parse_settings_options(settings)
+        )
         if report is not None:
             _check_report(report, config, model, force)
         # What is wrong with the options is told before torch is imported, which takes seconds.
         from lycoris.analysis.explain import explain
         from lycoris.analysis.memory import memory
-        from lycoris.cli.model import empty
+        from lycoris.cli.model import load_empty_model
 
-        own, of_file = precision("dtype", dtype), precision("file-dtype", file_dtype)
-        base = empty(model)
+        own, of_file = parse_dtype("dtype", dtype), parse_dtype("file-dtype", file_dtype)
+        base = load_empty_model(model)
         explained = explain(recipe.plan(base), tokens=tokens, dtype=own, file_dtype=of_file)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         needed = memory(explained, parameters, optimizer=optimizer, batch=batch)
         if report is not None:
             whole = {"model": model, "base_parameters": parameters, "config": recipe.as_dict()}
-            _write(report, whole | explained.as_dict() | {"batch": batch, "memory": needed.as_dict()})
-        _print(f"{type(base).__name__}: {parameters:,} parameters", explained, needed, optimizer, batch)
+            _write_report(report, whole | explained.as_dict() | {"batch": batch, "memory": needed.as_dict()})
+        _print_report(f"{type(base).__name__}: {parameters:,} parameters", explained, needed, optimizer, batch)
 
 
-def _config(path: Path | None) -> dict[str, Any]:
+def _read_plan_config(path: Path | None) -> dict[str, Any]:
     return {} if path is None else read_json(path)
 
 
-def _set(settings: Sequence[str] | None) -> dict[str, Any]:
+def _parse_settings_options(settings: Sequence[str] | None) -> dict[str, Any]:
     """NAME=VALUE, the value as JSON where it is some, else as text."""
     found: dict[str, Any] = {}
     for setting in settings or ():
@@ -89,7 +93,7 @@ def _set(settings: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def precision(option: str, name: str) -> Any:
+def parse_dtype(option: str, name: str) -> Any:
     """A precision by its short name. Raises `ConfigError` for another."""
     import torch
 
@@ -110,7 +114,7 @@ def _check_report(path: Path, config: Path | None, model: str, force: bool) -> N
         raise ConfigError(f"{path} exists; name another file, or write over it with --force")
 
 
-def _write(path: Path, whole: Mapping[str, Any]) -> None:
+def _write_report(path: Path, whole: Mapping[str, Any]) -> None:
     from lycoris.training.jsonfile import write_object
 
     try:
@@ -119,7 +123,7 @@ def _write(path: Path, whole: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _print(heading: str, explained: Explanation, needed: Memory, optimizer: str, batch: int) -> None:
+def _print_report(heading: str, explained: Explanation, needed: Memory, optimizer: str, batch: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -132,7 +136,7 @@ def _print(heading: str, explained: Explanation, needed: Memory, optimizer: str,
         console.width = max(console.width, sum(widest) + 2 * len(widest))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for at, name in enumerate(names):
-            table.add_column(name, justify="right" if at in NUMBERS else "left", no_wrap=True)
+            table.add_column(name, justify="right" if at in NUMBER_COLUMNS else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -7,22 +7,26 @@ from typing import Annotated
 
 import typer
 
-from lycoris.cli.convert import Base, open_base
-from lycoris.cli.outcome import Debug, Force, plain_errors
+from lycoris.cli.convert import BaseOption, open_base
+from lycoris.cli.outcome import DebugOption, ForceOption, print_errors
 
-In = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file, or a folder of PEFT's.", show_default=False)]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)]
+InputArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="An adapter file, or a folder of PEFT's.", show_default=False)
+]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
+]
 
 
-def inspect(
-    file: In,
-    base: Base = None,
+def inspect_command(
+    file: InputArgument,
+    base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, including every layer.")] = False,
-    debug: Debug = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show what is in an adapter file: format, settings, size, norm and effective rank of each layer."""
-    with plain_errors(debug):
+    with print_errors(debug):
         import json
 
         from lycoris.tools import inspect as run
@@ -32,9 +36,9 @@ def inspect(
         print(json.dumps(found.as_dict(), indent=1) if as_json else found)
 
 
-def resize(
-    source: In,
-    target: Out,
+def resize_command(
+    source: InputArgument,
+    target: OutputArgument,
     rank: Annotated[int | None, typer.Option(help="Rank of each layer.", show_default=False)] = None,
     energy: Annotated[
         float | None, typer.Option(help="Share of the squared singular values to keep, per layer.", show_default=False)
@@ -46,25 +50,25 @@ def resize(
         str | None,
         typer.Option(help="File size, such as 20MB; ranks go to the layers that need them most.", show_default=False),
     ] = None,
-    base: Base = None,
-    dtype: Dtype = None,
-    force: Force = False,
-    debug: Debug = False,
+    base: BaseOption = None,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Reduce the rank of an adapter with the smallest possible error, and report the error."""
-    with plain_errors(debug):
-        from lycoris.cli.plan import precision
+    with print_errors(debug):
+        from lycoris.cli.plan import parse_dtype
         from lycoris.tools import Limit
         from lycoris.tools import resize as run
 
         limit = Limit(rank=rank, energy=energy, error=error, size=None if size is None else parse_size(size))
         model, weights = open_base(base)
-        wanted = None if dtype is None else precision("dtype", dtype)
+        wanted = None if dtype is None else parse_dtype("dtype", dtype)
         print(run(source, target, limit, base=model, weights=weights, dtype=wanted, overwrite=force))
         print(target)
 
 
-def combine(
+def combine_command(
     files: Annotated[
         list[str],
         typer.Argument(
@@ -72,24 +76,24 @@ def combine(
         ),
     ],
     rank: Annotated[int | None, typer.Option(help="Truncate the sum to this rank.", show_default=False)] = None,
-    base: Base = None,
-    dtype: Dtype = None,
+    base: BaseOption = None,
+    dtype: DtypeOption = None,
     allow_growth: Annotated[
         bool, typer.Option("--allow-growth", help="Allow a result larger than the files together.")
     ] = False,
-    force: Force = False,
-    debug: Debug = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Write one adapter file that does what several do together, each at its strength: `combine a:0.7 b:0.4 out`."""
-    with plain_errors(debug):
-        from lycoris.cli.plan import precision
+    with print_errors(debug):
+        from lycoris.cli.plan import parse_dtype
         from lycoris.errors import ConfigError
         from lycoris.tools import combine as run
 
         if len(files) < 2:
             raise ConfigError("give the files to combine, and then the file to write: combine a:0.7 b:0.4 out")
         *sources, target = files
-        wanted = None if dtype is None else precision("dtype", dtype)
+        wanted = None if dtype is None else parse_dtype("dtype", dtype)
         print(
             run(
                 [parse_source(each) for each in sources],

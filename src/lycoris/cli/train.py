@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lycoris.cli.outcome import Debug, end, plain_errors
+from lycoris.cli.outcome import DebugOption, exit_if_interrupted, print_errors
 
 
 def _list_settings(wanted: bool) -> None:
@@ -19,7 +19,7 @@ def _list_settings(wanted: bool) -> None:
         raise typer.Exit
 
 
-def train(
+def train_command(
     config: Annotated[Path, typer.Argument(help="config.json: the settings of the run.", show_default=False)],
     output_dir: Annotated[Path | None, typer.Option(help="Overrides output_dir of the config.")] = None,
     resume: Annotated[
@@ -37,10 +37,10 @@ def train(
             "--list-settings", help="Print every key of config.json and exit.", callback=_list_settings, is_eager=True
         ),
     ] = False,
-    debug: Debug = False,
+    debug: DebugOption = False,
 ) -> None:
     """Train an adapter from a config.json and write a report."""
-    with plain_errors(debug):
+    with print_errors(debug):
         from lycoris.training.settings import load, load_recipe
 
         given: dict[str, Any] = {"output_dir": output_dir, "resume_from_checkpoint": resume}
@@ -55,4 +55,4 @@ def train(
         outcome = train.train(settings, Console(), overwrite=force)
         folder = f" --output-dir {shlex.quote(str(output_dir))}" if output_dir else ""
         allowed = " --allow-unsupported" if allow_unsupported else ""
-        end(outcome, f"lycoris train {shlex.quote(str(config))}{folder}{allowed}")
+        exit_if_interrupted(outcome, f"lycoris train {shlex.quote(str(config))}{folder}{allowed}")

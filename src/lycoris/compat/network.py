@@ -28,8 +28,8 @@ from lycoris.compat.module_classes import NormModule, module_class
 from lycoris.compat.parts import Part, check_names, choose, encode, module_name, resolve
 from lycoris.compat.quantized import check_mergeable, is_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
-from lycoris.files.dialects.components import family_of
-from lycoris.files.layout import Layout
+from lycoris.files.dialects.components import find_family
+from lycoris.files.layout import ModelLayout
 from lycoris.layers.geometry import site
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.preset import Preset
@@ -336,7 +336,7 @@ class LycorisNetwork(Assignable, ClassPreset):
             raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
         bundles = {self._name(part): self._bundle(part) for part in self.parts}
         denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
-        family = family_of({name: Layout.of(model).architecture for name, model in denoisers.items()})
+        family = find_family({name: ModelLayout.from_model(model).architecture for name, model in denoisers.items()})
         files.write(
             bundles,
             file,

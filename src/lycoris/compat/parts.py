@@ -104,7 +104,7 @@ def resolve(
 ) -> Bundle:
     """The tensors of one of several models; what is to be said of them is on the logger "LyCORIS"."""
     # The base that a header names is the denoiser.
-    own = {key: told for key, told in metadata.items() if not (text and key == fingerprint.KEY)}
+    own = {key: told for key, told in metadata.items() if not (text and key == fingerprint.FINGERPRINT_KEY)}
     # A trainer's module has tensors of its own.
     bundle = files.resolve(tensors, model, prefix=prefix, metadata=own, shared=False)
     for remark in bundle.remarks:

@@ -8,10 +8,10 @@ from lycoris.training import checkpoint
 from lycoris.training.preflight import fast_in_bfloat16
 from lycoris.training.settings import LATEST, Settings, load
 
-ASSETS = Path(__file__).parent / "assets"
+DEMO_ASSETS = Path(__file__).parent / "assets"
 
 
-def settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
+def load_demo_settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
     """The demo's settings, `assets/config.json`, with what the user chose put over them.
 
     In float32 where the machine is slow in bfloat16.
@@ -27,4 +27,4 @@ def settings(output_dir: Path, *, steps: int | None = None, resume: str | None =
         "resume_from_checkpoint": resume,
         "mixed_precision": precision,
     }
-    return load(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})
+    return load(DEMO_ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})

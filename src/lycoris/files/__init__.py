@@ -1,8 +1,8 @@
-"""Reading and writing adapter files. A file is read whole or not at all, and written whole or not at all."""
+"""Reading, writing, converting and checking adapter files. Each is done completely or not at all."""
 
 from __future__ import annotations
 
-from lycoris.files.container.headers import Header, TensorInfo, header
+from lycoris.files.container.headers import Header, TensorInfo, read_header
 from lycoris.files.container.kinds import PICKLES
 from lycoris.files.container.storage import load_tensors, save_tensors
 from lycoris.files.convert import convert
@@ -24,11 +24,11 @@ __all__ = [
     "convert",
     "detect",
     "encode",
-    "header",
     "judge",
     "keep_header",
     "load_tensors",
     "read",
+    "read_header",
     "read_peft",
     "resolve",
     "save_tensors",

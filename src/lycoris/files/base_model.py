@@ -1,54 +1,71 @@
-"""What a file's header says of the base model, as far as that tells known models apart."""
+"""What a file's header says about the base model, as far as that tells known models apart."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
-from lycoris.files.dialects.components import VERSION_KEYS, family_in
-from lycoris.files.layout import Layout
+from lycoris.files.dialects.components import VERSION_KEYS, find_header_family
+from lycoris.files.layout import ModelLayout
 from lycoris.files.recognition import Fit
 from lycoris.json_io import json_object
 from lycoris.models import fingerprint
 
-NAMES = ("ss_sd_model_name", "ss_base_model_name", "base_model_name_or_path", "base_model", "pretrained_model")
+BASE_NAME_KEYS = ("ss_sd_model_name", "ss_base_model_name", "base_model_name_or_path", "base_model", "pretrained_model")
 """Header keys with the name, address or path of a base model."""
-SETTINGS = ("lora_adapter_metadata", "adapter_config", "lycoris_config", "training_info")
+BASE_SETTINGS_KEYS = ("lora_adapter_metadata", "adapter_config", "lycoris_config", "training_info")
 """Header keys with settings as JSON, in which such keys may be too."""
 
 
-def unknown_base(header: Mapping[str, str]) -> str:
-    """The base that a header names and no known family is called like; "" where there is none."""
+def find_unknown_base(header: Mapping[str, str]) -> str:
+    """Return the base that a header names and that no known family is called like.
+
+    As "key = value", for a message; "" if there is none.
+    """
     told = [(key, header[key]) for key in VERSION_KEYS if header.get(key, "").strip()]
-    return next((f"{key} = {value:.60}" for key, value in told if family_in({key: value}) is None), "")
+    return next((f"{key} = {value:.60}" for key, value in told if find_header_family({key: value}) is None), "")
 
 
-def disagreement(header: Mapping[str, str]) -> str:
-    """What is to be said of a header that names several families; "" where it does not."""
-    told = {key: family for key in VERSION_KEYS if (family := family_in({key: header.get(key, "")})) is not None}
+def describe_disagreement(header: Mapping[str, str]) -> str:
+    """Return what to say about a header that names several families.
+
+    The first one counts; "" if the header names at most one.
+    """
+    told = {
+        key: family for key in VERSION_KEYS if (family := find_header_family({key: header.get(key, "")})) is not None
+    }
     if len({family.name for family in told.values()}) < 2:
         return ""
     named = ", ".join(f"{family.name} ({key})" for key, family in told.items())
     return f"its header names several bases: {named}; the first counted"
 
 
-def narrow(found: list[Fit], header: Mapping[str, str]) -> list[Fit]:
-    """Of models that fit, those that the header names; all where it names none of them."""
-    made_for = fingerprint.told_by(header)
+def narrow_by_header(found: list[Fit], header: Mapping[str, str]) -> list[Fit]:
+    """Return those of the fits that the header names, or all if it names none.
+
+    A fingerprint of layers decides first. Otherwise names and paths of the base in the header are compared with the
+    names of the known models, and the longest match wins.
+    """
+    made_for = fingerprint.read_fingerprint(header)
     if made_for is not None:
-        same = [each for each in found if each.outline and _layers(each) == made_for.layers]
+        same = [each for each in found if each.outline and _hash_layers(each) == made_for.layers]
         if same:
             return same
-    told = [_plain(words) for words in _words(header)]
+    told = [_normalize_name(words) for words in _collect_base_names(header)]
     named = [
-        (len(name), each) for each in found if (name := _plain(each.outline or "")) and any(name in t for t in told)
+        (len(name), each)
+        for each in found
+        if (name := _normalize_name(each.outline or "")) and any(name in t for t in told)
     ]
     longest = max((length for length, _ in named), default=0)
     return [each for length, each in named if length == longest] or found
 
 
-def variants(found: Iterable[Fit]) -> list[str]:
-    """The names of the models that a file may be for as well as the first: it has as much of what they have."""
+def list_equal_fits(found: Iterable[Fit]) -> list[str]:
+    """Return the known models that a file may be for just as well as for the first.
+
+    They have the same architecture and as many matching names and sizes.
+    """
     found = list(found)
     best = found[0]
     return [
@@ -59,21 +76,23 @@ def variants(found: Iterable[Fit]) -> list[str]:
     ]
 
 
-def _words(header: Mapping[str, str]) -> list[str]:
+def _collect_base_names(header: Mapping[str, str]) -> list[str]:
     """All that a header has to say of the base."""
-    found = [header[key] for key in (*VERSION_KEYS, *NAMES) if key in header]
-    for key in SETTINGS:
+    found = [header[key] for key in (*VERSION_KEYS, *BASE_NAME_KEYS) if key in header]
+    for key in BASE_SETTINGS_KEYS:
         try:
             told = json_object(header.get(key, "{}"))
         except ValueError:
             continue
-        found += [value for name, value in told.items() if isinstance(value, str) and name.endswith(NAMES)]
+        found += [value for name, value in told.items() if isinstance(value, str) and name.endswith(BASE_NAME_KEYS)]
     return found
 
 
-def _plain(words: str) -> str:
+def _normalize_name(words: str) -> str:
     return re.sub(r"[^a-z0-9]", "", words.lower())
 
 
-def _layers(fit: Fit) -> str:
-    return fingerprint.of_layers("", Layout.from_outline(fit.architecture, str(fit.outline)).layers).layers
+def _hash_layers(fit: Fit) -> str:
+    return fingerprint.fingerprint_layers(
+        "", ModelLayout.from_outline(fit.architecture, str(fit.outline)).layers
+    ).layers

@@ -1,4 +1,4 @@
-"""Which of several formats a file is of: one order for `detect`, which knows no model, and `read`, which has one."""
+"""How well a format explains a file: one order for `detect`, which has no model, and `read`, which has one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from lycoris.files.dialects.base import Dialect, Key
 from lycoris.models.families.family import Architecture
 
 
-class Standing(NamedTuple):
-    """How well a format explains a file. The larger counts, field by field; of equals the first in `DIALECTS`."""
+class DialectRating(NamedTuple):
+    """How well a format explains a file.
+
+    Compared field by field, in this order; larger is better. Among equals the first in `DIALECTS` wins.
+    """
 
     named: int
     """Layers whose names a model has: the one at hand, or the known one that has most of them."""
@@ -27,7 +30,7 @@ class Standing(NamedTuple):
     """Tensors spelled as such files usually are."""
 
 
-def standing(
+def rate_dialect(
     dialect: Dialect,
     keys: Iterable[Key | None],
     header: Mapping[str, str],
@@ -36,14 +39,22 @@ def standing(
     naming: str,
     architecture: Architecture | None,
     likely: tuple[float, int] = (0.0, 0),
-) -> Standing:
-    """How well a format explains the names of a file, of whose layers a model has `named` under that naming."""
+) -> DialectRating:
+    """Rate how well a format explains the names in a file.
+
+    Args:
+        keys: What `dialect.split` returned for each name in the file; None for names it does not have.
+        header: The file's header.
+        named: How many layers have names that the model has, under `naming`.
+        architecture: That of the model; None: not known.
+        likely: See `DialectRating.likely`.
+    """
     keys = list(keys)
-    return Standing(
+    return DialectRating(
         named,
         -sum(key is None for key in keys),
-        any(mark in header for mark in dialect.marks),
-        architecture is not None and naming == dialect.naming_for(architecture),
+        any(mark in header for mark in dialect.header_marks),
+        architecture is not None and naming == dialect.choose_naming(architecture),
         likely,
         sum(key is not None and dialect.spelling.get(key.suffix, key.suffix) == key.spelled for key in keys),
     )

@@ -1,4 +1,4 @@
-"""From one kind of adapter file to another."""
+"""Convert an adapter file to another format."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from lycoris.adapters.load_report import SHOWN, Report
 from lycoris.errors import FileError, unknown
 from lycoris.files.container.kinds import WEIGHTS
 from lycoris.files.container.model_weights import BaseWeights
-from lycoris.files.container.storage import load_tensors, save_tensors
+from lycoris.files.container.storage import get_shapes, load_tensors, save_tensors
 from lycoris.files.container.target import check_target
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.growth import ALLOW, Bytes, GrowthError, change, forms, size_of
+from lycoris.files.growth import GROWTH_ADVICE, FileSize, GrowthError, count_forms, format_growth, measure_file
 from lycoris.files.opening import open_file
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.rewriting import Order
-from lycoris.files.writing import Encoded
+from lycoris.files.rewriting import Rewriter
+from lycoris.files.writing import EncodedFile
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted, and how. `str` tells it in lines."""
+    """What was converted, and how. `str` gives a summary in lines."""
 
     detection: Detection
     reports: Mapping[str, Report]
     """By component."""
     assumed: Mapping[str, str]
     """Component → the known model that it was taken to be for, where none was given."""
-    written: Encoded
+    written: EncodedFile
     rounded: Mapping[str, int]
     """Precision → tensors whose values it does not hold exactly."""
     forms: tuple[str, str]
     """What the layers of the source have and what those written have, such as "38 lora of rank 4"."""
-    before: Bytes
-    after: Bytes
+    before: FileSize
+    after: FileSize
     unchanged: bool = False
     """Whether the tensors are those of the source, under the same names."""
 
@@ -73,7 +73,7 @@ class Conversion:
         if not self.rounded:
             lines.append("exact: no value was rounded")
         before, after = self.before.file, self.after.file
-        return [*lines, f"size: {before} bytes before, {after} after ({change(before, after)})"]
+        return [*lines, f"size: {before} bytes before, {after} after ({format_growth(before, after)})"]
 
 
 def convert(
@@ -89,34 +89,38 @@ def convert(
     overwrite: bool = False,
     allow_growth: bool = False,
 ) -> Conversion:
-    """Write an adapter file anew in another dialect, exactly, or not at all.
+    """Write an adapter file in another dialect, exactly, or not at all.
 
-    `portable` names a program that reads it as trained then: adapters that it would take for something else are written
-    otherwise, and where that depends on the base model, by its `weights`. Unless `check` of the result says that it
-    does, nothing is written. `to` is the dialect, None: the smallest form of that program's in which it does, first of
-    all the one that the file has. `base` is the denoiser that the file is for (one on the meta device serves); None: a
-    known model, recognised by names and sizes. With `strict=False` what has no place is left out, and the report tells
-    it.
+    A file that would become more than 10 % larger is refused unless `allow_growth`; what `dtype` adds does not count.
 
-    A file that would become more than 10 % larger is refused unless `allow_growth`; what `dtype` adds is asked for and
-    does not count.
+    Args:
+        source: A file or a PEFT folder.
+        target: The file to write. An existing one is refused unless `overwrite`, a file that is read here always.
+        to: The dialect; None, with `portable`: the smallest form that the program reads as trained, and the file's own
+            if it does.
+        portable: A program that must read the result as trained: adapters that it would misread are written in another
+            form. The result is verified with `check` before it is written.
+        base: The denoiser that the file is for, which may be on the meta device; None: a known model, recognized by
+            names and sizes.
+        weights: The base model's weights, for conversions that depend on them.
+        dtype: Of the written tensors; None: unchanged.
+        strict: Whether to refuse a file with tensors that match no layer. If False they are dropped and reported.
 
-    A target that exists is refused unless `overwrite`, one that is read here always.
-
-    Raises `FileError` for that (`GrowthError` for the size), when the file fits no model, when something in it has no
-    place, when it may be for several models whose names differ, or when the dialect cannot hold what it has or the
-    program does not read it as trained; then it says why, and of which dialects it does.
+    Raises:
+        FileError: The file fits no model, or several whose names differ; something in it matches no layer; the dialect
+            cannot store it; or the program does not read it as trained, with the dialects of which it does.
+            `GrowthError` if it would become too large.
     """
-    _check_asked(to, portable)
+    _check_request(to, portable)
     read = {Path(source), *(() if weights is None else weights.files.values())}
     check_target(target, read, overwrite=overwrite)
     found = open_file(source, base, strict=strict)
-    before = Bytes.of(found.tensors, size_of(source), dtype)
-    order = Order(found, base, weights, dtype, before, allow_growth)
+    before = FileSize.measure(found.tensors, measure_file(source), dtype)
+    order = Rewriter(found, base, weights, dtype, before, allow_growth)
     try:
-        made = order.for_program(portable, to) if portable is not None else order.rewrite(str(to))
+        made = order.rewrite_for_program(portable, to) if portable is not None else order.rewrite(str(to))
     except GrowthError as error:
-        raise GrowthError(f"{source}: {error}. {ALLOW}") from error
+        raise GrowthError(f"{source}: {error}. {GROWTH_ADVICE}") from error
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
     if made.folder is None:
@@ -131,14 +135,17 @@ def convert(
         assumed=found.assumed,
         written=made.written,
         rounded=made.rounded,
-        forms=(_count_forms(found.shapes, found.detection.dialect), _count_forms(_shapes(written), made.dialect)),
-        before=Bytes.of(found.tensors, size_of(source)),
-        after=Bytes.of(written, size_of(target)),
+        forms=(
+            _summarize_forms(found.shapes, found.detection.dialect),
+            _summarize_forms(get_shapes(written), made.dialect),
+        ),
+        before=FileSize.measure(found.tensors, measure_file(source)),
+        after=FileSize.measure(written, measure_file(target)),
         unchanged=made.unchanged,
     )
 
 
-def _check_asked(to: str | None, portable: str | None) -> None:
+def _check_request(to: str | None, portable: str | None) -> None:
     if portable is not None and portable not in PROGRAMS:
         raise FileError(unknown("program", portable, PROGRAMS))
     if to is None and portable is None:
@@ -147,11 +154,7 @@ def _check_asked(to: str | None, portable: str | None) -> None:
         raise FileError(unknown("dialect", to, DIALECTS))
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _count_forms(shapes: Mapping[str, tuple[int, ...]], dialect: str) -> str:
-    counts = forms(shapes, DIALECTS[dialect]).most_common()
+def _summarize_forms(shapes: Mapping[str, tuple[int, ...]], dialect: str) -> str:
+    counts = count_forms(shapes, DIALECTS[dialect]).most_common()
     told = [f"{count} {form}" for form, count in counts[:SHOWN]]
     return ", ".join(told) + (f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else "")

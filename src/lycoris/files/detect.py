@@ -1,38 +1,39 @@
-"""What an adapter file is, from its header alone."""
+"""Detect what an adapter file is, from its header alone."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from lycoris.adapters.load_report import some
-from lycoris.algorithms import OFT, Replace
-from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, find_layer_size, match_algorithms
 from lycoris.errors import FileError
 from lycoris.files import base_model, foreign
-from lycoris.files.choosing import Standing, standing
+from lycoris.files.choosing import DialectRating, rate_dialect
 from lycoris.files.container.storage import load_shapes
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.base import Dialect, Key
-from lycoris.files.dialects.components import component_of, family_in, family_of
-from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
-from lycoris.files.peft.config import weights_in
-from lycoris.files.recognition import Fit, Size, candidates
+from lycoris.files.dialects.components import find_family, find_header_family, make_component_lookup
+from lycoris.files.foreign import TensorShape
+from lycoris.files.layer_tensors import count_algorithms, infer_layer_size
+from lycoris.files.peft.config import find_weights
+from lycoris.files.recognition import Fit, LayerSize, find_candidates
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Family
-from lycoris.models.families.naming import DIFFUSERS as MIDDLE
+from lycoris.models.families.naming import DIFFUSERS_NAMING
 
 Confidence = Literal["certain", "likely", "unsure"]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What a file is, and by what it was told. `str` tells it in lines."""
+    """What a file is, and how that was decided. `str` gives a summary in lines.
+
+    Algorithms and components are counted in layers. `fits`, `models`, `variants` and `candidates` say which known
+    models have them.
+    """
 
     dialect: str
     algorithms: Mapping[str, int]
@@ -54,24 +55,36 @@ class Detection:
 
     @property
     def models(self) -> dict[str, str]:
-        """Component → the known model that it is likeliest for."""
+        """Component → the known model that it most likely belongs to.
+
+        Components that fit no known model are left out.
+        """
         return {component: str(own[0].outline) for component, own in self.fits.items() if own}
 
     def variants(self, component: str = "") -> str:
-        """The known models that a component may be for equally well, in words; "" for none."""
+        """Return the known models that a component fits equally well, joined by " or ".
+
+        "" if it fits none.
+        """
         own = self.fits.get(component)
-        return " or ".join(base_model.variants(own)) if own else ""
+        return " or ".join(base_model.list_equal_fits(own)) if own else ""
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Models that have all the denoiser's layers, the likeliest first."""
+        """Known models that have all layers of the denoiser, the likeliest first.
+
+        Names as in `lycoris plan`.
+        """
         return tuple(str(each.outline) for each in self.fits.get("", ()))
 
     @property
     def naming(self) -> str:
-        """Whose names of layers the denoiser has."""
+        """The naming of the denoiser's layers: "diffusers", or one of its architecture's.
+
+        "diffusers" if it fits no known model.
+        """
         own = self.fits.get("")
-        return own[0].naming if own else MIDDLE
+        return own[0].naming if own else DIFFUSERS_NAMING
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} layers of {name}" for name, count in self.algorithms.items())
@@ -94,8 +107,15 @@ class Detection:
 
 
 def detect(path: str | os.PathLike[str]) -> Detection:
-    """What a safetensors file or a folder of PEFT's is. Raises `FileError` when it is damaged or has no adapters."""
-    shapes, metadata = load_shapes(weights_in(Path(path)) if Path(path).is_dir() else path)
+    """Detect the format, algorithms and base model of a safetensors file or a PEFT folder.
+
+    Only the header is read. (A pickle has none, so it is loaded, without running code.)
+
+    Raises:
+        FileError: The file is damaged or has no adapters. If it is a known file of another kind, such as a checkpoint
+            or an embedding, the message says which.
+    """
+    shapes, metadata = load_shapes(find_weights(Path(path)) if Path(path).is_dir() else path)
     try:
         return judge(shapes, metadata)
     except FileError as error:
@@ -103,36 +123,43 @@ def detect(path: str | os.PathLike[str]) -> Detection:
 
 
 def judge(
-    shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None = None, *, settle: bool = True
+    shapes: Mapping[str, TensorShape], metadata: Mapping[str, str], family: Family | None = None, *, settle: bool = True
 ) -> Detection:
-    """The same from names and shapes; of a `family`, if the caller knows it.
+    """Detect what tensors are from their names and shapes; see `detect`.
 
-    `settle` allows other names for those that no known model has, without what stands before and behind them.
+    Args:
+        shapes: By name in the file.
+        metadata: The file's header.
+        family: The family, if the caller knows it; None: that of the header, or of the layers.
+        settle: Whether to try names without wrappers and outer steps for layers that no known model has.
+
+    Raises:
+        FileError: None of the tensors is of an adapter.
     """
-    if what := foreign.whole(shapes):
+    if what := foreign.explain_no_adapter(shapes):
         raise FileError(what)
     shapes, aside = foreign.split_foreign(shapes)
-    wrapped = wrappers.find_renames(shapes, wrappers.without_wrappers)
+    wrapped = wrappers.find_renames(shapes, wrappers.strip_wrappers)
     found = _judge_dialects(shapes, metadata, family)
     if found is None or not _is_explained(found):
-        if what := foreign.kind_of(shapes, readable=found is None):
+        if what := foreign.explain_kind(shapes, readable=found is None):
             raise FileError(what)
-        renamed = wrappers.find_renames(shapes, wrappers.plainer) if settle else {}
+        renamed = wrappers.find_renames(shapes, wrappers.strip_surroundings) if settle else {}
         others = {renamed.get(name, name): shape for name, shape in shapes.items()}
         again = _judge_dialects(others, metadata, family) if renamed else None
-        if again is not None and (found is None or _count_explained(again) > _count_explained(found)):
+        if again is not None and (found is None or _measure_explained(again) > _measure_explained(found)):
             found = replace(again, renamed=renamed, remarks=(*again.remarks, wrappers.describe_renames(renamed)))
     if found is not None and wrapped and not found.renamed:
         found = replace(found, renamed=wrapped, remarks=(*found.remarks, wrappers.describe_renames(wrapped)))
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
-    plain = [name for name in found.strange if foreign.is_plain(name)]
+    plain = [name for name in found.strange if foreign.is_foreign(name)]
     told = f"{len(plain)} tensors are no adapter's: {some(plain)}" if plain else ""
     strange = tuple(name for name in found.strange if name not in plain)
     return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
 
 
-def _count_explained(found: Detection) -> tuple[int, int, int]:
+def _measure_explained(found: Detection) -> tuple[int, int, int]:
     """How much of a file is known: layers that known models have and have not, and tensors of the dialect."""
     named = sum(fits[0].named for fits in found.fits.values() if fits)
     return named, named - sum(found.components.values()), -len(found.strange)
@@ -144,22 +171,22 @@ def _is_explained(found: Detection) -> bool:
 
 
 def _judge_dialects(
-    shapes: Mapping[str, Shape], metadata: Mapping[str, str], family: Family | None
+    shapes: Mapping[str, TensorShape], metadata: Mapping[str, str], family: Family | None
 ) -> Detection | None:
     """The same of tensors under their own names; None where no dialect has any."""
-    fitting = _Fitting()
-    readings = [_reading(dialect, shapes, metadata, family, fitting) for dialect in DIALECTS.values()]
+    fitting = _FitCache()
+    readings = [_read_dialect(dialect, shapes, metadata, family, fitting) for dialect in DIALECTS.values()]
     best = max((each for each in readings if each.layers), key=lambda each: each.standing, default=None)
     if best is None:
         return None
     decided = [*best.decided] or list(shapes)
     return Detection(
         dialect=best.dialect.name,
-        algorithms=_algorithms(best.tensors.values()),
+        algorithms=count_algorithms(best.tensors.values()),
         family=best.family.name if best.family is not None else None,
-        fits={component: tuple(_fits(best, component)) for component in best.layers},
+        fits={component: tuple(_list_fits(best, component)) for component in best.layers},
         components={name: len(layers) for name, layers in best.layers.items()},
-        confidence=_confidence(best),
+        confidence=_judge_confidence(best),
         judged_by=tuple(decided[:5]),
         strange=tuple(best.strange),
         remarks=(best.remark,) if best.remark else (),
@@ -167,13 +194,13 @@ def _judge_dialects(
 
 
 @dataclass
-class _Reading:
+class _DialectReading:
     """A file as one dialect has it."""
 
     dialect: Dialect
-    layers: dict[str, dict[str, Size]]
+    layers: dict[str, dict[str, LayerSize]]
     """Component → layer as written → the size of its weight as far as its tensors tell, (O, I·ΠK); 0 for unknown."""
-    tensors: dict[tuple[str, str], dict[str, Shape]]
+    tensors: dict[tuple[str, str], dict[str, TensorShape]]
     candidates: list[Fit]
     others: dict[str, list[Fit]]
     """Other components → known models that have their layers."""
@@ -181,57 +208,57 @@ class _Reading:
     remark: str
     strange: list[str]
     decided: list[str]
-    standing: Standing
+    standing: DialectRating
     foreign: bool
     """Whether the header names a base of no known family."""
 
 
-class _Fitting:
+class _FitCache:
     """The known models that have some layers; most formats part a file alike, and it is asked once."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[bool, frozenset[tuple[str, Size]]], list[Fit]] = {}
+        self._found: dict[tuple[bool, frozenset[tuple[str, LayerSize]]], list[Fit]] = {}
 
-    def candidates(self, layers: Mapping[str, Size], dialect: Dialect) -> list[Fit]:
+    def candidates(self, layers: Mapping[str, LayerSize], dialect: Dialect) -> list[Fit]:
         """The likeliest first, each in the naming that is the usual one of a format if that fits as well as others."""
         key = dialect.style == "flat", frozenset(layers.items())
         if key not in self._found:
-            self._found[key] = candidates(layers, key[0])
+            self._found[key] = find_candidates(layers, key[0])
         found: dict[str | None, Fit] = {}
-        for each in sorted(self._found[key], key=lambda each: _rank(each, dialect)):
+        for each in sorted(self._found[key], key=lambda each: _rank_candidate(each, dialect)):
             found.setdefault(each.outline, each)
         return [*found.values()]
 
 
-def _reading(
+def _read_dialect(
     dialect: Dialect,
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, TensorShape],
     metadata: Mapping[str, str],
     known: Family | None,
-    fits: _Fitting,
-) -> _Reading:
+    fits: _FitCache,
+) -> _DialectReading:
     keys = {name: dialect.split(name) for name in shapes}
     parted = {name: key for name, key in keys.items() if key is not None}
     denoiser = _group_by_component(parted, shapes, lambda key: key.component).get("", {})
     found = fits.candidates(denoiser, dialect)
-    told, foreign = known or family_in(metadata), "" if known else base_model.unknown_base(metadata)
-    fitting = _only(found, told, "")
-    family, remarks = told, [] if known else [base_model.disagreement(metadata)]
+    told, foreign = known or find_header_family(metadata), "" if known else base_model.find_unknown_base(metadata)
+    fitting = _filter_family(found, told, "")
+    family, remarks = told, [] if known else [base_model.describe_disagreement(metadata)]
     if told is None or (known is None and found and not fitting):
-        family = family_of({"": found[0].architecture}) if found and not ambiguous(found) else None
+        family = find_family({"": found[0].architecture}) if found and not find_ambiguous(found) else None
     if known is None and told is not None and found and not fitting:
         remarks.append(f"its header says {told.name}, which has no such layers; taken for what they are")
     if foreign:
         like = f"; its layers are like those of {family.name}" if family is not None else ""
         family = None
         remarks.append(f"its header says {foreign}, which is no known family{like}")
-    own = base_model.narrow(fitting or found, metadata)
+    own = base_model.narrow_by_header(fitting or found, metadata)
     if own:
-        remarks.append(_misfit(own[0], len(denoiser)))
+        remarks.append(_describe_misfit(own[0], len(denoiser)))
     best = own[0] if own else None
-    layers = _group_by_component(parted, shapes, component_of(family))
+    layers = _group_by_component(parted, shapes, make_component_lookup(family))
     others = {each: fits.candidates(those, dialect) for each, those in layers.items() if each}
-    return _Reading(
+    return _DialectReading(
         dialect=dialect,
         layers=layers,
         tensors=_group_by_layer(parted, shapes),
@@ -241,27 +268,29 @@ def _reading(
         remark="; ".join(filter(None, remarks)),
         strange=[name for name, key in keys.items() if key is None],
         decided=[name for name, key in parted.items() if not key.component],
-        standing=standing(
+        standing=rate_dialect(
             dialect,
             keys.values(),
             metadata,
             named=(best.named if best else 0) + sum(each[0].named for each in others.values() if each),
-            naming=best.naming if best else MIDDLE,
+            naming=best.naming if best else DIFFUSERS_NAMING,
             architecture=best.architecture if best else None,
-            likely=_likely(best) if best else (0.0, -len(ARCHITECTURES)),
+            likely=_rate_likelihood(best) if best else (0.0, -len(ARCHITECTURES)),
         ),
         foreign=bool(foreign),
     )
 
 
-def _group_by_layer(keys: Mapping[str, Key], shapes: Mapping[str, Shape]) -> dict[tuple[str, str], dict[str, Shape]]:
-    found: dict[tuple[str, str], dict[str, Shape]] = {}
+def _group_by_layer(
+    keys: Mapping[str, Key], shapes: Mapping[str, TensorShape]
+) -> dict[tuple[str, str], dict[str, TensorShape]]:
+    found: dict[tuple[str, str], dict[str, TensorShape]] = {}
     for name, key in keys.items():
         found.setdefault((key.prefix, key.layer), {})[key.suffix] = shapes[name]
     return found
 
 
-def _misfit(best: Fit, layers: int) -> str:
+def _describe_misfit(best: Fit, layers: int) -> str:
     """What of some layers the model that they fit best does not have; "" where it has all of them."""
     told = []
     if best.named < layers:
@@ -271,82 +300,51 @@ def _misfit(best: Fit, layers: int) -> str:
     return ", ".join(told)
 
 
-def _only(found: Iterable[Fit], family: Family | None, component: str) -> list[Fit]:
+def _filter_family(found: Iterable[Fit], family: Family | None, component: str) -> list[Fit]:
     """Those that are of a family's component."""
     wanted = None if family is None else family.components.get(component)
     return [each for each in found if each.architecture.name == wanted]
 
 
-def _fits(reading: _Reading, component: str) -> list[Fit]:
+def _list_fits(reading: _DialectReading, component: str) -> list[Fit]:
     if component == "":
         return reading.candidates
     found = reading.others[component]
-    return _only(found, reading.family, component) or found
+    return _filter_family(found, reading.family, component) or found
 
 
 def _group_by_component(
-    keys: Mapping[str, Key], shapes: Mapping[str, Shape], whose: Callable[[Key], str]
-) -> dict[str, dict[str, Size]]:
-    tensors: dict[str, dict[str, dict[str, Shape]]] = {}
+    keys: Mapping[str, Key], shapes: Mapping[str, TensorShape], whose: Callable[[Key], str]
+) -> dict[str, dict[str, LayerSize]]:
+    tensors: dict[str, dict[str, dict[str, TensorShape]]] = {}
     for name, key in keys.items():
         component = whose(key)
         tensors.setdefault(component, {}).setdefault(key.layer, {})[key.suffix] = shapes[name]
-    return {
-        of: {layer: find_layer_size(_modernize(own)) for layer, own in layers.items()} for of, layers in tensors.items()
-    }
+    return {of: {layer: infer_layer_size(own) for layer, own in layers.items()} for of, layers in tensors.items()}
 
 
-def _modernize(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-    """Old rotations have the shape of what generates them today."""
-    return {OFT.tensor_names["blocks"] if suffix == "oft_diag" else suffix: shape for suffix, shape in shapes.items()}
-
-
-MOST = 0.9
+MIN_SHARE = 0.9
 """Share of a model's blocks from which on they tell that a file is for it: fewer may be some of any model's."""
 
 
-def _rank(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float, float]:
+def _rank_candidate(each: Fit, dialect: Dialect) -> tuple[float, bool, int, float, float]:
     """Smaller is likelier, of candidates that have all the layers.
 
     Of models of which a file has few blocks or equally many, the families in their order (the ones that most files are
     for come first), and of a family the model of which a file has most.
     """
-    usual = each.naming == dialect.naming_for(each.architecture)
-    share, order = _likely(each)
+    usual = each.naming == dialect.choose_naming(each.architecture)
+    share, order = _rate_likelihood(each)
     return -share, not usual, -order, -each.share, -each.whole
 
 
-def _likely(each: Fit) -> tuple[float, int]:
+def _rate_likelihood(each: Fit) -> tuple[float, int]:
     """The larger the likelier: the share if a file has most of a model, and the family's place in their order."""
-    return each.share if each.share >= MOST else 0.0, -list(ARCHITECTURES).index(each.architecture.name)
+    return each.share if each.share >= MIN_SHARE else 0.0, -list(ARCHITECTURES).index(each.architecture.name)
 
 
-def _algorithms(layers: Iterable[Mapping[str, Shape]]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for own in layers:
-        kind = _algorithm(
-            _modernize({suffix: shape for suffix, shape in own.items() if suffix not in {ALPHA, *LENGTHS}})
-        )
-        counts[f"dora over {kind}" if own.keys() & LENGTHS else kind] += 1
-    return dict(counts)
-
-
-def _algorithm(tensors: Mapping[str, Shape]) -> str:
-    """The algorithm of a layer's tensors; what changes or replaces the bias beside it counts as part of it."""
-    plain = {suffix: shape for suffix, shape in tensors.items() if suffix not in BIASES} or tensors
-    if plain.keys() <= WHOLE:
-        return Replace.name if plain else "other"
-    return next((each.name for each in match_algorithms(plain)), "other")
-
-
-LENGTHS = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})
-BIASES = frozenset({"diff_b", "bias", "lora_up.bias", Replace.tensor_names["b"]})
-WHOLE = frozenset({"weight", "bias", "scale", *Replace.tensor_names.values()})
-"""Tensors that stand in place of a layer's own, when there are no others; IA³ has one more."""
-
-
-def _confidence(reading: _Reading) -> Confidence:
-    if reading.strange or reading.foreign or not reading.candidates or ambiguous(reading.candidates):
+def _judge_confidence(reading: _DialectReading) -> Confidence:
+    if reading.strange or reading.foreign or not reading.candidates or find_ambiguous(reading.candidates):
         return "unsure"
     best = reading.candidates[0]
     if not best.named == best.shaped == len(reading.layers.get("", {})):
@@ -355,10 +353,11 @@ def _confidence(reading: _Reading) -> Confidence:
     return "certain" if only else "likely"
 
 
-def ambiguous(found: Sequence[Fit]) -> list[Fit]:
-    """Of models that have all layers of a file, those of another architecture that it may be for as well as the first.
+def find_ambiguous(found: Sequence[Fit]) -> list[Fit]:
+    """Return fits of other architectures that a file matches as well as the first.
 
-    None when all blocks of the first have adapters, and the others would have more.
+    `found` are models that have all layers of the file, the likeliest first. Empty when the file has adapters for all
+    blocks of the first model, unless others share that too.
     """
     return [
         each

@@ -1,4 +1,4 @@
-"""An adapter file of any kind with all that it holds, for models that are told or recognised."""
+"""Open an adapter file of any kind with everything in it, for models that are given or recognized."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lycoris.adapters.bundle import Bundle
 from lycoris.errors import FileError
 from lycoris.files import variants
-from lycoris.files.container.storage import load_tensors
-from lycoris.files.described import describe_base
+from lycoris.files.container.storage import get_shapes, load_tensors
+from lycoris.files.described import decode_base
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS, wrappers
-from lycoris.files.dialects.components import component_of, family_in, family_of
-from lycoris.files.dialects.scales import BESIDE, beside
-from lycoris.files.layout import Layout
+from lycoris.files.dialects.components import find_family, find_header_family, make_component_lookup
+from lycoris.files.dialects.scales import ADJACENT_CONFIG, read_adjacent_config
+from lycoris.files.layout import ModelLayout
 from lycoris.files.peft import read_peft
-from lycoris.files.peft.config import weights_in
-from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled_names
+from lycoris.files.peft.config import find_weights
+from lycoris.files.reading import DOWN, find_peft_folder, find_settled_names, resolve_as_written
 from lycoris.files.recognition import Fit
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import FAMILIES
@@ -30,14 +30,17 @@ from lycoris.models.families.family import Family
 
 
 class Opened(NamedTuple):
-    """What a file has for each component of a pipeline, under the names of layers that it has itself."""
+    """A file's adapters for each component of a pipeline, under the file's own names of layers.
+
+    What `convert`, `check` and the tools work on. Nothing has been split or fused yet.
+    """
 
     detection: Detection
     shapes: Mapping[str, tuple[int, ...]]
     """Of its tensors, by the names by which they are read: `detection.renamed` has those that differ in the file."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
-    layouts: dict[str, Layout]
+    layouts: dict[str, ModelLayout]
     family: str | None
     assumed: dict[str, str]
     """Component → the known models that it was taken to be for, where none was given: which of them is not known."""
@@ -46,17 +49,23 @@ class Opened(NamedTuple):
 
 
 def open_file(source: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> Opened:
-    """Read a file, or a folder of PEFT's, whole.
+    """Read a file, or a PEFT folder, with all its components.
 
-    `base` is the denoiser that it is for (one on the meta device serves); None: a known model. Raises `FileError` when
-    the file is damaged or fits no model and, unless `strict` is False, when something in it has no place.
+    Args:
+        source: The file or folder.
+        base: The denoiser it is for, which may be on the meta device; None: the base that the header describes, or a
+            known model, recognized by names and sizes.
+        strict: Whether to refuse a file in which something matches no layer.
+
+    Raises:
+        FileError: The file is damaged or fits no model, or, with `strict`, something in it has no place.
     """
-    folder = peft_folder(source)
+    folder = find_peft_folder(source)
     if folder is not None:
-        return _folder(folder, base)
+        return _open_folder(folder, base)
     tensors, metadata = load_tensors(source)
     try:
-        return parse_opened(tensors, {**beside(source), **metadata}, base, strict=strict)
+        return parse_opened(tensors, {**read_adjacent_config(source), **metadata}, base, strict=strict)
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
 
@@ -64,24 +73,31 @@ def open_file(source: str | os.PathLike[str], base: nn.Module | None = None, *, 
 def parse_opened(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: nn.Module | None = None, *, strict: bool = True
 ) -> Opened:
-    """The same from what a file holds."""
-    denoiser = describe_base(metadata) if base is None else Layout.of(base)
-    renamed: Mapping[str, str] = {} if denoiser is None else settled_names(tensors, denoiser, metadata)
+    """Do the same as `open_file` for the tensors and the header of a file.
+
+    `tensors` are by their names in the file. Error messages do not name the file, since it is not known here.
+    """
+    denoiser = decode_base(metadata) if base is None else ModelLayout.from_model(base)
+    renamed: Mapping[str, str] = {} if denoiser is None else find_settled_names(tensors, denoiser, metadata)
     in_file = tensors
-    tensors, shapes = _rename_tensors(tensors, renamed)
-    found = judge(shapes, metadata, None if denoiser is None else _family(metadata, denoiser), settle=denoiser is None)
+    tensors, shapes = _rename_with_shapes(tensors, renamed)
+    found = judge(
+        shapes, metadata, None if denoiser is None else _find_opened_family(metadata, denoiser), settle=denoiser is None
+    )
     if base is None and denoiser is not None:
-        told = f"its header describes the base, a {denoiser.owner} of {len(denoiser.layers)} layers: judged by those"
+        told = (
+            f"its header describes the base, a {denoiser.model_name} of {len(denoiser.layers)} layers: judged by those"
+        )
         found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
-    tensors, shapes = _rename_tensors(tensors, found.renamed)
+    tensors, shapes = _rename_with_shapes(tensors, found.renamed)
     if renamed:
         found = replace(found, renamed=renamed, remarks=(*found.remarks, wrappers.describe_renames(renamed)))
     bundles, layouts, assumed = {}, {}, {}
     for component in found.components:
         layout = denoiser
         if layout is None or component:
-            assumed[component] = _outlines(found, component)
-            layout, told = _variant(find_layout(found.fits[component][0]), found, component, shapes)
+            assumed[component] = _require_model(found, component)
+            layout, told = _detect_variant(load_layout(found.fits[component][0]), found, component, shapes)
             found = replace(found, remarks=(*found.remarks, *filter(None, (told,))))
         try:
             bundle, layouts[component] = resolve_as_written(
@@ -93,24 +109,27 @@ def parse_opened(
             _check_made_for(metadata, layout)
             raise
         bundles[component] = _without_guess(bundle, assumed, component)
-    own = {key: value for key, value in metadata.items() if key != BESIDE}
+    own = {key: value for key, value in metadata.items() if key != ADJACENT_CONFIG}
     return Opened(found, shapes, own, bundles, layouts, found.family, assumed, in_file)
 
 
-def _rename_tensors(
+def _rename_with_shapes(
     tensors: Mapping[str, Tensor], renamed: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Tensors under other names, and their shapes."""
     named = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
-    return named, {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return named, get_shapes(named)
 
 
-def _variant(
-    layout: Layout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Layout, str]:
+def _detect_variant(
+    layout: ModelLayout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[ModelLayout, str]:
     """A known model, or the variant of it that a file's adapter for its first layer is for, and a remark on that."""
     dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
-    written, whose = layout.written_names(naming, dialect.style), component_of(FAMILIES.get(found.family or ""))
+    written, whose = (
+        layout.map_written_names(naming, dialect.style),
+        make_component_lookup(FAMILIES.get(found.family or "")),
+    )
     for name, shape in shapes.items():
         key = dialect.split(name)
         if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
@@ -120,27 +139,30 @@ def _variant(
     return layout, ""
 
 
-def _check_made_for(metadata: Mapping[str, str], layout: Layout) -> None:
+def _check_made_for(metadata: Mapping[str, str], layout: ModelLayout) -> None:
     """Raise `FileError` where a header tells of another base than the one that a file was taken to be for."""
-    if other := fingerprint.other_layers(metadata, layout.owner, layout.layers, layout.middle):
+    if other := fingerprint.describe_other_layers(metadata, layout.model_name, layout.layers, layout.diffusers_layers):
         raise FileError(f"{other}; give that base with --base: its folder, or its config.json")
 
 
-def find_layout(fit: Fit) -> Layout:
-    """The layers of a model that a file may be for."""
+def load_layout(fit: Fit) -> ModelLayout:
+    """Return the layers of the known model that a fit names, under diffusers' names.
+
+    `fit.outline` must not be None.
+    """
     assert fit.outline is not None
-    return Layout.from_outline(fit.architecture, fit.outline)
+    return ModelLayout.from_outline(fit.architecture, fit.outline)
 
 
-def _folder(folder: Path, base: nn.Module | None) -> Opened:
+def _open_folder(folder: Path, base: nn.Module | None) -> Opened:
     found = detect(folder)
-    assumed = {"": _outlines(found, "")} if base is None else {}
+    assumed = {"": _require_model(found, "")} if base is None else {}
     model = outline.load_model(found.models[""]) if base is None else base
-    layout = Layout.of(model)
-    family = FAMILIES.get(found.family or "") if base is None else _family({}, layout)
+    layout = ModelLayout.from_model(model)
+    family = FAMILIES.get(found.family or "") if base is None else _find_opened_family({}, layout)
     bundle = _without_guess(read_peft(folder, model), assumed, "")
-    tensors, _ = load_tensors(weights_in(folder))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors, _ = load_tensors(find_weights(folder))
+    shapes = get_shapes(tensors)
     own = None if family is None else family.name
     return Opened(found, shapes, {}, {"": bundle}, {"": layout}, own, assumed, tensors)
 
@@ -150,15 +172,15 @@ def _without_guess(bundle: Bundle, assumed: Mapping[str, str], component: str) -
     return replace(bundle, base=None) if component in assumed else bundle
 
 
-def _family(metadata: Mapping[str, str], denoiser: Layout) -> Family | None:
+def _find_opened_family(metadata: Mapping[str, str], denoiser: ModelLayout) -> Family | None:
     """The family of a file whose denoiser is known: that of its header, unless that has other denoisers."""
-    architecture, told = denoiser.architecture, family_in(metadata)
+    architecture, told = denoiser.architecture, find_header_family(metadata)
     if told is not None and (architecture is None or told.components.get("") == architecture.name):
         return told
-    return family_of({"": architecture})
+    return find_family({"": architecture})
 
 
-def _outlines(found: Detection, component: str) -> str:
+def _require_model(found: Detection, component: str) -> str:
     """The known models that a component may be for equally well, in words; raises `FileError` where there is none."""
     if component not in found.models:
         raise FileError(

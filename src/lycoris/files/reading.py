@@ -1,10 +1,10 @@
-"""From an adapter file to a bundle, with every tensor accounted for."""
+"""Read an adapter file for a model, accounting for every tensor."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +19,15 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import ALPHA, read_tensors
 from lycoris.errors import FileError, unknown
 from lycoris.files import foreign, placing, variants
-from lycoris.files.choosing import Standing, standing
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
-from lycoris.files.container.storage import load_tensors
+from lycoris.files.container.storage import get_shapes, load_tensors
 from lycoris.files.dialects import DIALECTS, forms, history, wrappers
-from lycoris.files.dialects.base import Dialect, Key
-from lycoris.files.dialects.components import component_of, family_in, family_of
-from lycoris.files.dialects.scales import BESIDE, Scales, beside, sources
-from lycoris.files.layout import Layout
+from lycoris.files.dialects.components import find_family, find_header_family
+from lycoris.files.dialects.scales import ADJACENT_CONFIG, ScaleReader, find_scale_sources, read_adjacent_config
+from lycoris.files.layout import ModelLayout
+from lycoris.files.matching import Match, list_dialects, match_best
 from lycoris.files.peft.reading import read_peft
-from lycoris.files.problems import nothing, problem
+from lycoris.files.problems import explain_mismatch, explain_no_match
 from lycoris.layers.geometry import Geometry
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
@@ -48,8 +47,26 @@ def read(
     strict: bool = True,
     family: str | None = None,
 ) -> Bundle:
-    """Read an adapter file, or a folder of PEFT's, for a model. See `resolve`; the name is put before every error."""
-    folder = peft_folder(path)
+    """Read an adapter file, or a PEFT folder, for a model.
+
+    The same as `resolve` for the tensors in the file, with the config next to it (`adapter_config.json`,
+    `lycoris_config.json`) consulted for scales that the tensors do not store. See `resolve` for the other arguments.
+
+    Args:
+        path: A `.safetensors` file, a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`; loaded without running code), or a PEFT
+            folder.
+        model: The model the adapters are for. It is only asked for paths and shapes, except by a few PEFT types; see
+            `read_peft`.
+        dialect: A name in `DIALECTS`; None: detected.
+
+    Raises:
+        FileError: The file is damaged, or does not fit the model. The message starts with `path`.
+
+    Example:
+            bundle = lycoris.read("adapter.safetensors", model)
+            adapters = AdapterSet.load(model, bundle)
+    """
+    folder = find_peft_folder(path)
     if folder is not None and dialect in (None, "peft"):
         return read_peft(folder, model)
     tensors, metadata = load_tensors(path)
@@ -58,7 +75,7 @@ def read(
             tensors,
             model,
             dialect,
-            metadata={**beside(path), **metadata},
+            metadata={**read_adjacent_config(path), **metadata},
             component=component,
             prefix=prefix,
             strict=strict,
@@ -68,8 +85,12 @@ def read(
         raise FileError(f"{path}: {error}") from error
 
 
-def peft_folder(path: str | os.PathLike[str]) -> Path | None:
-    """The folder of an adapter of PEFT's, from itself or from the file in it; None for everything else."""
+def find_peft_folder(path: str | os.PathLike[str]) -> Path | None:
+    """Return the PEFT folder that a path means, or None.
+
+    A path means a PEFT folder if it is one, that is, contains `adapter_config.json`, or if it is the `adapter_model.*`
+    file in one.
+    """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     own = Path(path).is_dir() or Path(path).stem == Path(WEIGHTS).stem
     return folder if own and (folder / CONFIG).is_file() else None
@@ -77,7 +98,7 @@ def peft_folder(path: str | os.PathLike[str]) -> Path | None:
 
 def resolve(
     tensors: Mapping[str, Tensor],
-    model: nn.Module | Layout,
+    model: nn.Module | ModelLayout,
     dialect: str | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -87,21 +108,34 @@ def resolve(
     family: str | None = None,
     shared: bool = True,
 ) -> Bundle:
-    """Tensors by file name, matched to a model's layers; `report` of the bundle says what became of each.
+    """Match tensors of an adapter file to the layers of a model.
 
-    The model is only asked for paths and shapes, so one on the meta device serves. `component` is which part of a
-    pipeline the model is ("" the denoiser, "text_encoder", ...); tensors of other components are reported. `dialect`
-    and `prefix` (for flat names behind a word of one's own) say what the file is; None: it is recognised. `family`
-    tells how text encoders are counted; None: by the header, or by the model. An adapter of a fused layer stays one,
-    and the layers that have its rows get slices of it (`lycoris.algorithms.slices`); with `shared=False` each gets an
-    adapter of its own, which other programs' ways of training need, as a LoRA or a dense difference where it cannot be
-    less.
+    An adapter of a fused layer stays one, and the layers that hold its rows get slices of it
+    (`lycoris.algorithms.slices`).
 
-    Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
-    layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
+    Args:
+        tensors: By name, as in the file.
+        model: It is only asked for paths and shapes, so a model on the meta device will do.
+        dialect: A name in `DIALECTS`; None: detected.
+        metadata: The file's header.
+        component: Which part of a pipeline the model is: "" for the denoiser, "text_encoder", ... Tensors of other
+            components are reported, not loaded.
+        prefix: For flat names with a custom prefix: the prefix without its underscore.
+        strict: Whether to refuse a file with tensors of this component that match no layer or do not fit it. If False,
+            what fits is loaded and the rest is reported.
+        family: A name in `lycoris.models.families.FAMILIES`, which decides how text encoders are numbered; None: taken
+            from the header, or from the model.
+        shared: If False, each layer gets an adapter of its own instead of slices of one, as other trainers need: a
+            LoRA, or a dense difference where nothing smaller is exact.
+
+    Returns:
+        The adapters by path. `report` of the bundle says what happened to each tensor.
+
+    Raises:
+        FileError: Nothing matches, or, with `strict`, some tensor of this component does not. Nothing is loaded then.
     """
-    layout = model if isinstance(model, Layout) else Layout.of(model)
-    found, _ = _resolve(
+    layout = model if isinstance(model, ModelLayout) else ModelLayout.from_model(model)
+    found, _ = _resolve_tensors(
         tensors,
         layout,
         dialect,
@@ -113,27 +147,36 @@ def resolve(
         as_written=False,
         shared=shared,
     )
-    other = "" if component or isinstance(model, Layout) else fingerprint.other_weights(metadata or {}, model)
+    other = (
+        "" if component or isinstance(model, ModelLayout) else fingerprint.describe_other_weights(metadata or {}, model)
+    )
     return found.with_remark(other) if other else found
 
 
 def resolve_as_written(
     tensors: Mapping[str, Tensor],
-    layout: Layout,
+    layout: ModelLayout,
     dialect: str,
     header: Mapping[str, str],
     component: str,
     family: str | None,
     *,
     strict: bool = True,
-) -> tuple[Bundle, Layout]:
-    """A bundle under the names of layers that the file has, so that nothing is cut or joined, and their layout."""
-    return _resolve(tensors, layout, dialect, header, component, None, strict, family, as_written=True)
+) -> tuple[Bundle, ModelLayout]:
+    """Match tensors to the layers of a layout under the names that the file uses.
+
+    Nothing is split or fused, so the result can be written back as it was. Arguments are those of `resolve`, all
+    required.
+
+    Returns:
+        The bundle, by the file's names of layers, and the layout in that naming.
+    """
+    return _resolve_tensors(tensors, layout, dialect, header, component, None, strict, family, as_written=True)
 
 
-def _resolve(
+def _resolve_tensors(
     tensors: Mapping[str, Tensor],
-    layout: Layout,
+    layout: ModelLayout,
     dialect: str | None,
     header: Mapping[str, str],
     component: str,
@@ -143,29 +186,33 @@ def _resolve(
     *,
     as_written: bool,
     shared: bool = True,
-) -> tuple[Bundle, Layout]:
-    if whole := foreign.whole(_shapes(tensors)):
+) -> tuple[Bundle, ModelLayout]:
+    if whole := foreign.explain_no_adapter(get_shapes(tensors)):
         raise FileError(whole)
-    whose, contradiction = _family(family, header, component, layout)
+    whose, contradiction = _choose_family(family, header, component, layout)
     # A prefix of one's own is that of this component, whatever a family's files mean by it.
     whose = whose if prefix is None else None
 
     tensors, match, _, remarks = _settle_names(
         tensors,
-        lambda some: _match_best(some, _dialects(some, dialect, prefix), layout, component, whose, header),
+        lambda some: match_best(some, list_dialects(some, dialect, prefix), layout, component, whose, header),
         settle=not as_written,
     )
     if not match.groups:
-        raise FileError(nothing(match, tensors))
+        raise FileError(explain_no_match(match, tensors))
     if as_written:
-        layout = layout.in_naming(match.naming)
-    unscaled = match.dialect.folder and not any(ALPHA in group for group in match.groups.values())
-    if unscaled and not sources(header, match.dialect, match.prefix):
+        layout = layout.convert_to_naming(match.naming)
+    unscaled = match.dialect.is_folder and not any(ALPHA in group for group in match.groups.values())
+    if unscaled and not find_scale_sources(header, match.dialect, match.prefix):
         remarks.append(f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}")
-    found, mismatched = _entries(tensors, match, layout, header)
-    places = placing.place(found.stacks, layout, match.naming, shared=shared)
+    found, mismatched = _read_stacks(tensors, match, layout, header)
+    places = placing.place_stacks(found.stacks, layout, match.naming, shared=shared)
     mismatched |= places.refused
-    remark = "" if component else fingerprint.other_layers(header, layout.owner, layout.layers, layout.middle)
+    remark = (
+        ""
+        if component
+        else fingerprint.describe_other_layers(header, layout.model_name, layout.layers, layout.diffusers_layers)
+    )
     unused, plain = _find_unused(match, layout)
     report = Report(
         dialect=match.dialect.name,
@@ -178,37 +225,41 @@ def _resolve(
         cast=Counter(str(tensors[name].dtype).removeprefix("torch.") for name in match.used_names()),
     )
     if not places.entries or (strict and not report.clean):
-        raise FileError(problem(report, match, layout, tensors, header))
+        raise FileError(explain_mismatch(report, match, layout, tensors, header))
     # A fingerprint is of a model under its own names, which are diffusers' where only the file's are known.
-    base = Base(layout.owner, layout.middle if as_written else layout.layers)
-    own = {key: value for key, value in header.items() if key != BESIDE}
+    base = Base(layout.model_name, layout.diffusers_layers if as_written else layout.layers)
+    own = {key: value for key, value in header.items() if key != ADJACENT_CONFIG}
     return Bundle(places.entries, own, base, report), layout
 
 
-def _family(name: str | None, header: Mapping[str, str], component: str, layout: Layout) -> tuple[Family | None, str]:
+def _choose_family(
+    name: str | None, header: Mapping[str, str], component: str, layout: ModelLayout
+) -> tuple[Family | None, str]:
     """The family by which text encoders are counted, and what is to be said of the header's."""
     if name is not None:
         if name not in FAMILIES:
             raise FileError(unknown("family", name, FAMILIES))
         return FAMILIES[name], ""
-    told, architecture = family_in(header), layout.architecture
+    told, architecture = find_header_family(header), layout.architecture
     if told is None or architecture is None or told.components.get(component, architecture.name) == architecture.name:
-        return told or family_of({component: architecture}), ""
-    return family_of({component: architecture}), f"its header says {told.name}, and the model is a {architecture.name}"
+        return told or find_family({component: architecture}), ""
+    return find_family(
+        {component: architecture}
+    ), f"its header says {told.name}, and the model is a {architecture.name}"
 
 
-def _find_unused(match: Match, layout: Layout) -> tuple[dict[str, str], str]:
+def _find_unused(match: Match, layout: ModelLayout) -> tuple[dict[str, str], str]:
     """Tensor → why it has no place, and a remark on those that are hardly an adapter's."""
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
         if layer not in match.names:
-            unused |= dict.fromkeys(group.values(), f"{layout.owner} has no layer {layer}")
-    plain = [name for name in unused if foreign.is_plain(name)] if match.used_names() else []
+            unused |= dict.fromkeys(group.values(), f"{layout.model_name} has no layer {layer}")
+    plain = [name for name in unused if foreign.is_foreign(name)] if match.used_names() else []
     told = f"{len(plain)} tensors are no adapter's and of no layer, left out: {some(plain)}" if plain else ""
     return {name: why for name, why in unused.items() if name not in plain}, told
 
 
-class _Settled(NamedTuple):
+class _SettledNames(NamedTuple):
     """A file's tensors under the names by which they fit best, without what is no adapter's."""
 
     tensors: Mapping[str, Tensor]
@@ -220,154 +271,75 @@ class _Settled(NamedTuple):
 
 def _settle_names(
     tensors: Mapping[str, Tensor], match_best: Callable[[Mapping[str, Tensor]], Match], *, settle: bool
-) -> _Settled:
+) -> _SettledNames:
     """`match_best` is asked for each set of names, for other names may be of another format."""
-    own, aside = foreign.split_foreign(_shapes(tensors))
+    own, aside = foreign.split_foreign(get_shapes(tensors))
     tensors = {name: tensors[name] for name in own}
-    match, wrapped = match_best(tensors), wrappers.find_renames(tensors, wrappers.without_wrappers)
+    match, wrapped = match_best(tensors), wrappers.find_renames(tensors, wrappers.strip_wrappers)
     if settle and not match.complete:
         used = {*match.used_names()}
-        renamed = wrappers.find_renames(tensors, lambda name: name if name in used else wrappers.plainer(name))
+        renamed = wrappers.find_renames(
+            tensors, lambda name: name if name in used else wrappers.strip_surroundings(name)
+        )
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = match_best(others) if renamed else match
         # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
         if (len(again.used_names()), again.standing) > (len(match.used_names()), match.standing):
-            return _Settled(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
-    return _Settled(tensors, match, {}, [*filter(None, (aside, wrappers.describe_renames(wrapped) if wrapped else ""))])
+            return _SettledNames(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
+    return _SettledNames(
+        tensors, match, {}, [*filter(None, (aside, wrappers.describe_renames(wrapped) if wrapped else ""))]
+    )
 
 
-def settled_names(tensors: Mapping[str, Tensor], layout: Layout, header: Mapping[str, str]) -> Mapping[str, str]:
-    """The names by which tensors fit a denoiser where their own do not: name in the file → that one."""
+def find_settled_names(
+    tensors: Mapping[str, Tensor], layout: ModelLayout, header: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Find names by which tensors fit a denoiser better than by their own.
+
+    Wrappers such as `module.` and components written twice are stripped from names for that.
+
+    Returns:
+        Name in the file → name that fits, only for those that differ; {} where the original names fit best.
+    """
     if not any(each.split(key) for each in DIALECTS.values() for key in tensors):
         return {}
-    whose, _ = _family(None, header, "", layout)
+    whose, _ = _choose_family(None, header, "", layout)
     return _settle_names(
         tensors,
-        lambda some: _match_best(some, _dialects(some, None, None), layout, "", whose, header),
+        lambda some: match_best(some, list_dialects(some, None, None), layout, "", whose, header),
         settle=True,
     ).renamed
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 @dataclass
-class Match:
-    """A file read as one dialect and, of its family's namings, the one that fits best."""
-
-    dialect: Dialect
-    naming: str
-    groups: dict[str, dict[str, str]]
-    """Layer as written → suffix → tensor name."""
-    names: Mapping[str, str]
-    """Layer as written → dotted, for the layers that the model has."""
-    strange: list[str]
-    elsewhere: dict[str, int]
-    prefix: str
-    """What the names begin with."""
-    standing: Standing
-
-    @property
-    def complete(self) -> bool:
-        """Whether all of it is of layers that the model has."""
-        return bool(self.groups) and not self.strange and all(layer in self.names for layer in self.groups)
-
-    def used_names(self) -> list[str]:
-        return [name for layer, group in self.groups.items() if layer in self.names for name in group.values()]
-
-
-def _dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str | None) -> list[Dialect]:
-    if prefix is not None:
-        return [Dialect(name=prefix, style="flat", prefixes={f"{prefix}_": ""})]
-    if name is not None:
-        if name not in DIALECTS:
-            raise FileError(unknown("dialect", name, DIALECTS))
-        return [DIALECTS[name]]
-    fitting = [dialect for dialect in DIALECTS.values() if any(dialect.split(key) for key in tensors)]
-    if fitting:
-        return fitting
-    if what := foreign.kind_of(_shapes(tensors), readable=True):
-        raise FileError(what)
-    if any(wrappers.plainer(key) != key for key in tensors):
-        return list(DIALECTS.values())
-    known = "; ".join(f"{d.name}: {next(iter(d.prefixes)) or 'no prefix'}..." for d in DIALECTS.values())
-    raise FileError(f"its {len(tensors)} keys are of no known format: {some(tensors)}. Known are {known}")
-
-
-def _match_best(
-    tensors: Mapping[str, Tensor],
-    dialects: Iterable[Dialect],
-    layout: Layout,
-    component: str,
-    family: Family | None,
-    header: Mapping[str, str],
-) -> Match:
-    """Of some formats the one that explains the names best; see `Standing`."""
-    every = (_match_dialect(tensors, each, layout, component, family, header) for each in dialects)
-    return max(every, key=lambda each: each.standing)
-
-
-def _match_dialect(
-    tensors: Mapping[str, Tensor],
-    dialect: Dialect,
-    layout: Layout,
-    component: str,
-    family: Family | None,
-    header: Mapping[str, str],
-) -> Match:
-    keys = {name: dialect.split(name) for name in tensors}
-    parted = {name: key for name, key in keys.items() if key is not None}
-    by_component: dict[str, dict[str, Key]] = {}
-    whose = component_of(family)
-    for name, key in parted.items():
-        by_component.setdefault(whose(key), {})[name] = key
-    mine = by_component.pop(component, {})
-    groups: dict[str, dict[str, str]] = {}
-    for name, key in mine.items():
-        first = groups.setdefault(key.layer, {}).setdefault(key.suffix, name)
-        if first != name:
-            raise FileError(f"{first} and {name} are the same tensor under two names; take one of them out")
-    tables = {naming: layout.written_names(naming, dialect.style) for naming in layout.namings}
-    usual = None if layout.architecture is None else dialect.naming_for(layout.architecture)
-    counts = {each: sum(layer in table for layer in groups) for each, table in tables.items()}
-    naming = max(tables, key=lambda each: (counts[each], each == usual))
-    strange = [name for name, key in keys.items() if key is None]
-    elsewhere = {name: len(those) for name, those in by_component.items()}
-    prefix = next((key.prefix for key in mine.values()), "")
-    own = standing(
-        dialect, keys.values(), header, named=counts[naming], naming=naming, architecture=layout.architecture
-    )
-    return Match(dialect, naming, groups, tables[naming], strange, elsewhere, prefix, own)
-
-
-@dataclass
-class _Found:
+class _ReadStacks:
     stacks: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
     """By dotted name, in the naming of the file."""
     notes: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 
-def _entries(
-    tensors: Mapping[str, Tensor], match: Match, layout: Layout, header: Mapping[str, str]
-) -> tuple[_Found, dict[str, str]]:
+def _read_stacks(
+    tensors: Mapping[str, Tensor], match: Match, layout: ModelLayout, header: Mapping[str, str]
+) -> tuple[_ReadStacks, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
-    found, mismatched = _Found(), {}
-    scales = Scales.of(header, match.dialect, match.prefix)
-    spans = layout.spans(match.naming) if match.naming != layout.naming else {}
+    found, mismatched = _ReadStacks(), {}
+    scales = ScaleReader.from_header(header, match.dialect, match.prefix)
+    spans = layout.find_spans(match.naming) if match.naming != layout.naming else {}
     for layer, group in match.groups.items():
         if layer not in match.names:
             continue
         name = match.names[layer]
-        geometry = layout.whole(spans[name]) if name in spans else layout.layers[name]
+        geometry = layout.fuse_parts(spans[name]) if name in spans else layout.layers[name]
         own = {suffix: tensors[key] for suffix, key in group.items()}
         try:
             if DOWN in own and own[DOWN].dim() and "scale" not in own:
-                told = scales.alpha(name, len(own[DOWN]), _alpha(own))
+                told = scales.choose_alpha(name, len(own[DOWN]), _read_alpha_value(own))
                 own |= {} if told is None or ALPHA in own else {ALPHA: torch.tensor(told, dtype=torch.float64)}
-            stack = _stack(own, geometry, name)
-            stack, note = history.as_trained(stack, layer, layout.parts(match.naming, name), match.dialect, header)
+            stack = _read_layer_stack(own, geometry, name)
+            stack, note = history.restore_trained_scale(
+                stack, layer, layout.count_parts(match.naming, name), match.dialect, header
+            )
         except FileError as error:
             down = own.get(DOWN)
             inputs = int(down.shape[1]) if down is not None and down.dim() > 1 else 0
@@ -376,23 +348,23 @@ def _entries(
         found.stacks[name] = stack
         if note:
             found.notes[name] = note
-    found.remarks += scales.remarks()
+    found.remarks += scales.describe_sources()
     return found, mismatched
 
 
-def _alpha(group: Mapping[str, Tensor]) -> float | None:
+def _read_alpha_value(group: Mapping[str, Tensor]) -> float | None:
     """What a tensor `alpha` says, if it is one real number; whether it has to be is for the algorithm to say."""
     alpha = group.get(ALPHA)
     return None if alpha is None or alpha.numel() != 1 or alpha.is_complex() else float(alpha)
 
 
-def _stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
+def _read_layer_stack(group: Mapping[str, Tensor], geometry: Geometry, where: str) -> tuple[Entry, ...]:
     for suffix, tensor in group.items():
         # Whether alpha has to be finite is for the algorithm to say.
         if suffix != ALPHA and not is_finite(tensor):
             raise FileError(f"{where}.{suffix} holds NaN or infinity")
     stack = []
-    for part in forms.modern(group, geometry, where):
+    for part in forms.normalize_tensors(group, geometry, where):
         algorithm, own = read_tensors(part, geometry, where)
         stack.append(Entry(algorithm, geometry, own))
     return tuple(stack)

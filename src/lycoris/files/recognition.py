@@ -1,4 +1,4 @@
-"""Whose a set of layers may be: which known model, in which naming, by the layers' names and sizes."""
+"""Recognize which known model a set of layers belongs to, and in which naming."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from lycoris.files.dialects.base import flatten
-from lycoris.files.skeleton import Skeleton, name_layers, namings, skeleton
+from lycoris.files.skeleton import Skeleton, list_namings, load_skeleton, name_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Architecture
 
-Size = tuple[int, int]
+LayerSize = tuple[int, int]
 """(O, I·ΠK) of a layer; 0 for unknown."""
 
 
 class Fit(NamedTuple):
-    """A model that a set of layers may be of."""
+    """A model that a set of layers may belong to, and how well it fits.
+
+    Compare fits by `score_fit`, then `share`.
+    """
 
     architecture: Architecture
     naming: str
@@ -37,18 +40,21 @@ class Fit(NamedTuple):
     """How much of all its layers there is."""
 
 
-def fits(layers: Mapping[str, Size], *, flat: bool = False) -> list[Fit]:
-    """Every known model that has some of these names, in every naming, in no order.
+def find_fits(layers: Mapping[str, LayerSize], *, flat: bool = False) -> list[Fit]:
+    """Return every known model that has some of these names, in every naming, in no particular order.
 
-    `flat` names have underscores for dots. Names that are like those of an architecture but for their numbers are only
-    counted first: which model it may be is looked up where at least half as many are as where most are, and of dotted
-    ones a model of unknown size is found too.
+    Args:
+        layers: Name → (O, I·ΠK), 0 for unknown.
+        flat: Whether names have underscores in place of dots.
+
+    Names are first compared with their numbers masked. Known models are only compared name by name in namings that
+    match at least half as many masked names as the best one; for dotted names, a model of unknown size is a result too.
     """
-    kinds = Counter(map(_kind, layers))
+    kinds = Counter(map(_mask_numbers, layers))
     choices = []
     for each in ARCHITECTURES.values():
-        for naming in namings(each):
-            there = _names(each.name, naming, flat)
+        for naming in list_namings(each):
+            there = _list_name_kinds(each.name, naming, flat)
             choices.append((sum(count for kind, count in kinds.items() if kind in there), each, naming))
     least = max((count for count, *_ in choices), default=0) / 2
     found = []
@@ -56,115 +62,121 @@ def fits(layers: Mapping[str, Size], *, flat: bool = False) -> list[Fit]:
         if count and count >= least:
             if not flat:
                 found.append(Fit(architecture, naming, None, count, 0))
-            found += _known_fits(layers, architecture, naming, flat)
+            found += _find_known_fits(layers, architecture, naming, flat)
     return found
 
 
-def guess(layers: Skeleton) -> list[Fit]:
-    """Whose layers these may be, most likely first; among those that fit equally well, the one of which more is there.
+def guess_models(layers: Skeleton) -> list[Fit]:
+    """Return the models that layers may belong to, the likeliest first.
 
-    Of several that fit equally well none is told apart by its share: a few layers of Flux.1 are also some of
-    HunyuanVideo. `layers` may be all of a model or a few of it. A shape counts as a matrix: a layer (O, I, *K) is O
-    rows of I·ΠK.
+    `layers` may be all layers of a model or a few. Among models that fit equally well, the one of which more layers are
+    there comes first; that alone does not decide, since a few layers of Flux.1 are also some of HunyuanVideo. A shape
+    counts as a matrix: a layer (O, I, *K) is O rows of I·ΠK.
     """
-    found = fits({path: (geometry.out_features, geometry.fan_in) for path, geometry in layers.items()})
+    found = find_fits({path: (geometry.out_features, geometry.fan_in) for path, geometry in layers.items()})
     shaped = [each for each in found if each.shaped]
     best: dict[tuple[str, str], int] = {}
     for each in shaped:
         key = each.architecture.name, each.naming
-        best[key] = max(best.get(key, 0), weight(each))
+        best[key] = max(best.get(key, 0), score_fit(each))
     open_ = (each for each in found if each.outline is None)
-    sized = [each for each in open_ if weight(each) > best.get((each.architecture.name, each.naming), 0)]
-    return sorted(shaped + sized, key=lambda each: (-weight(each), -each.share))
+    sized = [each for each in open_ if score_fit(each) > best.get((each.architecture.name, each.naming), 0)]
+    return sorted(shaped + sized, key=lambda each: (-score_fit(each), -each.share))
 
 
-def weight(fit: Fit) -> int:
-    """How well a model fits: names and sizes count alike, so at most twice the number of layers."""
+def score_fit(fit: Fit) -> int:
+    """Return how well a model fits: matching names plus matching sizes.
+
+    At most twice the number of layers.
+    """
     return fit.named + fit.shaped
 
 
-def candidates(layers: Mapping[str, Size], flat: bool) -> list[Fit]:
-    """The known models that have most of these layers, the more complete ones first, each in every naming that fits.
+def find_candidates(layers: Mapping[str, LayerSize], flat: bool) -> list[Fit]:
+    """Return the known models that fit these layers best, the more complete ones first.
 
-    All that are listed fit equally well.
+    All of them have the same score; each is listed in every naming that reaches it. `layers` and `flat` as in
+    `find_fits`.
     """
-    found = [each for each in fits(layers, flat=flat) if each.outline is not None]
-    best = max(map(_more, found), default=None)
-    return sorted((each for each in found if _more(each) == best), key=lambda each: -each.share)
+    found = [each for each in find_fits(layers, flat=flat) if each.outline is not None]
+    best = max(map(_rank_fit, found), default=None)
+    return sorted((each for each in found if _rank_fit(each) == best), key=lambda each: -each.share)
 
 
-def _more(fit: Fit) -> tuple[int, int]:
-    return weight(fit), fit.named
+def _rank_fit(fit: Fit) -> tuple[int, int]:
+    return score_fit(fit), fit.named
 
 
-def _known_fits(layers: Mapping[str, Size], architecture: Architecture, naming: str, flat: bool) -> Iterator[Fit]:
+def _find_known_fits(
+    layers: Mapping[str, LayerSize], architecture: Architecture, naming: str, flat: bool
+) -> Iterator[Fit]:
     """The known models of an architecture that have some of these names."""
     for model in architecture.outlines:
-        there = _layers(architecture.name, naming, model, flat)
+        there = _load_layers(architecture.name, naming, model, flat)
         held = [layer for layer in layers if layer in there.sizes]
         if held:
-            shaped = sum(_alike(layers[layer], there.sizes[layer]) for layer in held)
-            kinds = sum(there.kinds[kind] for kind in set(map(_kind, held)))
+            shaped = sum(_is_compatible(layers[layer], there.sizes[layer]) for layer in held)
+            kinds = sum(there.kinds[kind] for kind in set(map(_mask_numbers, held)))
             share, whole = len(held) / kinds, len(held) / len(there.sizes)
             yield Fit(architecture, naming, model, len(held), shaped, share, whole)
 
 
-def _alike(given: Size, there: Size) -> bool:
+def _is_compatible(given: LayerSize, there: LayerSize) -> bool:
     return all(one in (0, other) for one, other in zip(given, there, strict=True))
 
 
-class _Layers(NamedTuple):
-    sizes: Mapping[str, Size]
+class _KnownLayers(NamedTuple):
+    sizes: Mapping[str, LayerSize]
     kinds: Mapping[str, int]
     """How many there are of each kind of name."""
 
 
 @lru_cache(maxsize=4096)
-def _layers(architecture: str, naming: str, model: str, flat: bool) -> _Layers:
+def _load_layers(architecture: str, naming: str, model: str, flat: bool) -> _KnownLayers:
     """The layers of a known model in a naming."""
-    middle = skeleton(model)
+    middle = load_skeleton(model)
     sizes = {}
-    for name, span in name_layers(middle, namings(ARCHITECTURES[architecture])[naming]).items():
+    for name, span in name_layers(middle, list_namings(ARCHITECTURES[architecture])[naming]).items():
         parts = [middle[part] for part in span.parts if part in middle]
         if len(parts) == len(span.parts):
             size = sum(part.out_features for part in parts), parts[0].fan_in
             sizes[flatten(name) if flat else name] = size
-    return _Layers(MappingProxyType(sizes), MappingProxyType(Counter(map(_kind, sizes))))
+    return _KnownLayers(MappingProxyType(sizes), MappingProxyType(Counter(map(_mask_numbers, sizes))))
 
 
 @lru_cache(maxsize=512)
-def _names(architecture: str, naming: str, flat: bool) -> frozenset[str]:
+def _list_name_kinds(architecture: str, naming: str, flat: bool) -> frozenset[str]:
     """The kinds of names that the known models of an architecture have in a naming."""
     known = ARCHITECTURES[architecture]
-    names = namings(known)[naming]
-    paths = {path for model in known.outlines for path in _paths(model)}
-    own = (names.home(path) or path for path in paths)
-    return frozenset(_kind(flatten(name) if flat else name) for name in own)
+    names = list_namings(known)[naming]
+    paths = {path for model in known.outlines for path in _list_paths_once(model)}
+    own = (names.find_module(path) or path for path in paths)
+    return frozenset(_mask_numbers(flatten(name) if flat else name) for name in own)
 
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 
 
 @lru_cache(maxsize=2**16)
-def _kind(path: str) -> str:
+def _mask_numbers(path: str) -> str:
     """A path with stars for its numbers, dotted or flat."""
     return _NUMBER.sub("*", path)
 
 
 @lru_cache(maxsize=256)
-def _paths(model: str) -> frozenset[str]:
+def _list_paths_once(model: str) -> frozenset[str]:
     """Paths in a known model, read off its outline: of modules that are alike, those in the first.
 
     Not one of each kind: what differs in a number alone may have names of different kinds elsewhere.
     """
-    return frozenset(_walk(outline.load_outline(model), ""))
+    return frozenset(_walk_outline(outline.load_outline(model), ""))
 
 
-def _walk(told: outline.Outline, path: str) -> Iterator[str]:
+def _walk_outline(told: outline.Outline, path: str) -> Iterator[str]:
     """The paths of an outline; of modules that are alike, those of the first."""
     yield path
     start = f"{path}." if path else ""
     yield from (start + name for name in told.get("parameters", ()))
     for name, child in told.get("children", {}).items():
         first, _, last = name.partition("..")
-        yield from _walk(child, start + (first if last.isdigit() else name))
+        yield from _walk_outline(child, start + (first if last.isdigit() else name))

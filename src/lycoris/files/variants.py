@@ -1,4 +1,4 @@
-"""Variants of known models that differ in what their first layer takes in: control images, masks, a first frame."""
+"""Variants of known models whose first layer takes other inputs: control images, masks, a first frame."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 
 
-class Input(NamedTuple):
-    """The layer of an architecture that takes the latents in."""
+class InputLayer(NamedTuple):
+    """The layer of an architecture that takes the latents in, and the variants known by its width."""
 
     layer: str
     """In diffusers."""
@@ -19,17 +19,19 @@ class Input(NamedTuple):
     """Inputs → whose they are."""
 
 
-_UNET = Input("conv_in", MappingProxyType({4: "text to image", 8: "InstructPix2Pix", 9: "inpainting", 5: "depth"}))
-INPUTS: Mapping[str, Input] = MappingProxyType(
+_UNET_INPUT = InputLayer(
+    "conv_in", MappingProxyType({4: "text to image", 8: "InstructPix2Pix", 9: "inpainting", 5: "depth"})
+)
+INPUT_LAYERS: Mapping[str, InputLayer] = MappingProxyType(
     {
-        "flux1": Input(
+        "flux1": InputLayer(
             "x_embedder",
             MappingProxyType({64: "dev, schnell or Kontext", 128: "Control (Canny, Depth)", 384: "Fill"}),
         ),
-        "sd1.5-unet": _UNET,
-        "sd2-unet": _UNET,
-        "sdxl-unet": _UNET,
-        "wan": Input(
+        "sd1.5-unet": _UNET_INPUT,
+        "sd2-unet": _UNET_INPUT,
+        "sdxl-unet": _UNET_INPUT,
+        "wan": InputLayer(
             "patch_embedding",
             MappingProxyType({16: "text to video", 36: "image to video", 32: "Fun Control", 48: "TI2V or Fun Control"}),
         ),
@@ -38,34 +40,46 @@ INPUTS: Mapping[str, Input] = MappingProxyType(
 """By architecture."""
 
 
-def describe_variant(layout: Layout, naming: str, name: str, inputs: int) -> str:
-    """What to say of an adapter for a layer's input of another width; "" where that is no sign of a variant."""
-    own = _input(layout, naming, name)
-    if own is None or not inputs or inputs == layout.middle[own.layer].in_features:
+def describe_variant(layout: ModelLayout, naming: str, name: str, inputs: int) -> str:
+    """Return what to say about an adapter whose input width is that of another variant.
+
+    Args:
+        name: The layer, in `naming`.
+        inputs: The width of the adapter's input in the file; 0 for unknown.
+
+    Returns:
+        One sentence for a message, or "" if the layer is not the first or the width is the model's.
+    """
+    own = _find_input_layer(layout, naming, name)
+    if own is None or not inputs or inputs == layout.diffusers_layers[own.layer].in_features:
         return ""
     whose = own.variants.get(inputs)
+    theirs, note = layout.diffusers_layers[own.layer].in_features, f", as in {whose}" if whose else ""
     return (
-        f"{name} takes {inputs} inputs in this file{f', as {whose} has them' if whose else ''}, and "
-        f"{layout.middle[own.layer].in_features} in {layout.owner}: it is for another variant of the model"
+        f"{name} takes {inputs} inputs in this file{note}, and {theirs} in {layout.model_name}: it is for another "
+        "variant of the model"
     )
 
 
-def _input(layout: Layout, naming: str, name: str) -> Input | None:
+def _find_input_layer(layout: ModelLayout, naming: str, name: str) -> InputLayer | None:
     """What is known of a layer that takes the latents in, by its name in a naming."""
-    own = None if layout.architecture is None else INPUTS.get(layout.architecture.name)
-    span = layout.spans(naming).get(name)
+    own = None if layout.architecture is None else INPUT_LAYERS.get(layout.architecture.name)
+    span = layout.find_spans(naming).get(name)
     return (
         own
-        if own is not None and span is not None and span.parts == (own.layer,) and own.layer in layout.middle
+        if own is not None and span is not None and span.parts == (own.layer,) and own.layer in layout.diffusers_layers
         else None
     )
 
 
-def widen_model(layout: Layout, naming: str, name: str, inputs: int) -> Layout:
-    """A model as the variant of it whose first layer takes so many inputs; itself where that is no variant."""
-    own = _input(layout, naming, name)
-    if own is None or not inputs or inputs == layout.middle[own.layer].in_features:
+def widen_model(layout: ModelLayout, naming: str, name: str, inputs: int) -> ModelLayout:
+    """Return a model as the variant whose first layer takes `inputs` inputs.
+
+    Returns `layout` itself where the layer is not the first one or has that width already.
+    """
+    own = _find_input_layer(layout, naming, name)
+    if own is None or not inputs or inputs == layout.diffusers_layers[own.layer].in_features:
         return layout
-    g = layout.middle[own.layer]
-    middle = {**layout.middle, own.layer: replace(g, shape=(g.shape[0], inputs, *g.shape[2:]))}
-    return replace(layout, layers=middle, middle=middle, _spans={})
+    g = layout.diffusers_layers[own.layer]
+    middle = {**layout.diffusers_layers, own.layer: replace(g, shape=(g.shape[0], inputs, *g.shape[2:]))}
+    return replace(layout, layers=middle, diffusers_layers=middle, _spans={})

@@ -16,11 +16,11 @@ from lycoris.json_io import json_object
 from lycoris.layers import sharding
 from lycoris.layers.geometry import Geometry, sites
 
-KEY = "lycoris_base"
+FINGERPRINT_KEY = "lycoris_base"
 """Header key under which a file says it."""
-SAMPLES = 8
+SIGNS_PER_WEIGHT = 8
 """Numbers that are looked at of each weight."""
-SAME = 0.995
+SAME_WEIGHTS_SHARE = 0.995
 """Share of equal signs from which weights are the same: copies in other precisions keep all but the tiniest."""
 
 
@@ -32,13 +32,13 @@ class Fingerprint(NamedTuple):
     layers: str
     """Hash over paths and shapes of its layers, in any order."""
     signs: str = ""
-    """See `of_weights`."""
+    """See `sample_signs`."""
 
     def __str__(self) -> str:
         return json.dumps({name: value for name, value in self._asdict().items() if value})
 
 
-def of_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fingerprint:
+def fingerprint_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fingerprint:
     """Of a model, by its layers; `model` is the name of its class."""
     lines = sorted(
         f"{path} {geometry.kind} {geometry.stacked_shape(geometry.shape)}" for path, geometry in layers.items()
@@ -46,7 +46,7 @@ def of_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fi
     return Fingerprint(model, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], signs)
 
 
-def of_weights(model: nn.Module) -> str:
+def sample_signs(model: nn.Module) -> str:
     """The signs of a few evenly spaced numbers of each linear layer and convolution, as base64; a thousand layers take
     as many bytes. Rounding keeps signs, training turns a few, another training half.
 
@@ -63,34 +63,34 @@ def of_weights(model: nn.Module) -> str:
         if not weight.is_floating_point() or weight.itemsize == 1 or not weight.numel():
             return ""
         flat = weight.detach().flatten()
-        found.append((flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES] > 0).cpu())
+        found.append((flat[:: max(1, len(flat) // SIGNS_PER_WEIGHT)][:SIGNS_PER_WEIGHT] > 0).cpu())
     return _encode_signs(torch.cat(found)) if found else ""
 
 
-def agreement(one: str, other: str) -> float | None:
+def compare_signs(one: str, other: str) -> float | None:
     """The share of signs that are equal; None where there are none, or not as many of each."""
-    bits = [_bits(told) for told in (one, other)]
+    bits = [_decode_signs(told) for told in (one, other)]
     if not len(bits[0]) or len(bits[0]) != len(bits[1]):
         return None
     return float((bits[0] == bits[1]).double().mean())
 
 
-def other_layers(header: Mapping[str, str], owner: str, *layers: Mapping[str, Geometry]) -> str:
+def describe_other_layers(header: Mapping[str, str], owner: str, *layers: Mapping[str, Geometry]) -> str:
     """What is to be said where a file tells of a base with other layers than any of these; "" where it does not."""
-    made_for = told_by(header)
-    if made_for is None or made_for.layers in [of_layers("", each).layers for each in layers]:
+    made_for = read_fingerprint(header)
+    if made_for is None or made_for.layers in [fingerprint_layers("", each).layers for each in layers]:
         return ""
     return f"it was made for another base, a {made_for.model} of other layers than this {owner}"
 
 
-def other_weights(header: Mapping[str, str], model: nn.Module) -> str:
+def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
     """What is to be said where a file tells of a base with these layers and other weights; "" where it does not."""
-    made_for = told_by(header)
+    made_for = read_fingerprint(header)
     if made_for is None or not made_for.signs:
         return ""
-    here = of_layers("", {place.path: place.geometry for place in sites(model)}, of_weights(model))
-    share = agreement(made_for.signs, here.signs)
-    if made_for.layers != here.layers or share is None or share >= SAME:
+    here = fingerprint_layers("", {place.path: place.geometry for place in sites(model)}, sample_signs(model))
+    share = compare_signs(made_for.signs, here.signs)
+    if made_for.layers != here.layers or share is None or share >= SAME_WEIGHTS_SHARE:
         return ""
     return (
         f"it was made for a {made_for.model} with other weights: of those looked at, {share:.0%} have the same sign "
@@ -98,10 +98,10 @@ def other_weights(header: Mapping[str, str], model: nn.Module) -> str:
     )
 
 
-def told_by(header: Mapping[str, str]) -> Fingerprint | None:
+def read_fingerprint(header: Mapping[str, str]) -> Fingerprint | None:
     """What a file's header says; None when it says nothing that can be read."""
     try:
-        told = json_object(header.get(KEY, ""))
+        told = json_object(header.get(FINGERPRINT_KEY, ""))
         return Fingerprint(str(told["model"]), str(told["layers"]), str(told.get("signs", "")))
     except (ValueError, KeyError):
         return None
@@ -113,7 +113,7 @@ def _encode_signs(signs: Tensor) -> str:
     return base64.b64encode(bytes(values.tolist())).decode()
 
 
-def _bits(told: str) -> Tensor:
+def _decode_signs(told: str) -> Tensor:
     try:
         values = torch.tensor([*base64.b64decode(told, validate=True)], dtype=torch.int64)
     except (binascii.Error, ValueError):

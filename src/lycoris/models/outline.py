@@ -25,7 +25,7 @@ from lycoris.layers.geometry import Geometry, sites
 
 Outline = Mapping[str, Any]
 
-LAYERS: Mapping[str, tuple[str, ...]] = {
+OUTLINE_LAYERS: Mapping[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features"),
     "Conv1d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
@@ -38,13 +38,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 """Classes of torch that are built as themselves, and the attributes that they are built from."""
 
 
-def outline(model: nn.Module) -> dict[str, Any]:
+def make_outline(model: nn.Module) -> dict[str, Any]:
     """The outline of a model. A module that appears twice is told once, under its first path."""
-    tied = _find_tied(model)
+    tied = _find_tied_names(model)
     return _outline_module(model, set()) | ({"tied": tied} if tied else {})
 
 
-def build(told: Outline) -> nn.Module:
+def build_model(told: Outline) -> nn.Module:
     """An empty model on torch's meta device: classes of the same names, layers and parameters of the same shapes."""
     with torch.device("meta"):
         made = _build_module(told)
@@ -54,44 +54,46 @@ def build(told: Outline) -> nn.Module:
     return made
 
 
-def names() -> list[str]:
+def list_models() -> list[str]:
     """The models whose outlines come with this package."""
-    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json") for entry in _outlines_folder().iterdir() if entry.name.endswith(".json")
+    )
 
 
 def load_model(name: str) -> nn.Module:
     """An empty copy of a well-known model. Raises `ConfigError` for another name, with the nearest that exists."""
-    return build(load_outline(name))
+    return build_model(load_outline(name))
 
 
 def load_outline(name: str) -> Outline:
-    """The outline of a well-known model. Raises as `known` does."""
-    if name not in names():
-        raise ConfigError(unknown("model", name, names()))
-    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
+    """The outline of a well-known model. Raises `ConfigError` for an unknown name."""
+    if name not in list_models():
+        raise ConfigError(unknown("model", name, list_models()))
+    return json.loads((_outlines_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
 
 
-def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
+def iterate_layers(told: Outline) -> Iterator[tuple[str, Geometry]]:
     """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
     own = {key: value for key, value in told.items() if key not in ("children", "tied")}
-    yield from _own(json.dumps(own))
+    yield from _find_own_layers(json.dumps(own))
     for name, child in told.get("children", {}).items():
-        inner = [*places(child)]
-        for each, _ in _each({name: child}):
+        inner = [*iterate_layers(child)]
+        for each, _ in _expand_ranges({name: child}):
             yield from ((f"{each}.{path}" if path else each, geometry) for path, geometry in inner)
 
 
 @lru_cache(maxsize=4096)
-def _own(told: str) -> tuple[tuple[str, Geometry], ...]:
+def _find_own_layers(told: str) -> tuple[tuple[str, Geometry], ...]:
     """Those of a module without children. Most of a model's are alike, and so are many of several models."""
-    return tuple((site.path, site.geometry) for site in sites(build(json.loads(told))))
+    return tuple((site.path, site.geometry) for site in sites(build_model(json.loads(told))))
 
 
-def _folder() -> Any:
+def _outlines_folder() -> Any:
     return files("lycoris.models") / "outlines"
 
 
-def _find_tied(model: nn.Module) -> dict[str, str]:
+def _find_tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     tied = {}
     for path, module in model.named_modules():
@@ -106,10 +108,11 @@ def _outline_module(module: nn.Module, seen: set[int]) -> dict[str, Any]:
     seen.add(id(module))
     told: dict[str, Any] = {"class": type(module).__name__}
     layer = next(
-        (cls for cls in type(module).__mro__ if cls.__name__ in LAYERS and cls.__module__.startswith("torch.")), None
+        (c for c in type(module).__mro__ if c.__name__ in OUTLINE_LAYERS and c.__module__.startswith("torch.")),
+        None,
     )
     if layer is not None:
-        told["layer"] = [layer.__name__, {name: getattr(module, name) for name in LAYERS[layer.__name__]}]
+        told["layer"] = [layer.__name__, {name: getattr(module, name) for name in OUTLINE_LAYERS[layer.__name__]}]
         bias = module._parameters.get("bias")
         if "bias" in module._parameters and bias is None:
             told["layer"][1]["bias"] = False
@@ -141,7 +144,7 @@ def _join_ranges(children: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {first if first == last else f"{first}..{last}": child for first, last, child in found}
 
 
-def _each(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
+def _expand_ranges(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outline]]:
     for name, child in children.items():
         first, _, last = name.partition("..")
         if first.isdigit() and last.isdigit():
@@ -164,6 +167,6 @@ def _build_module(told: Outline) -> nn.Module:
     made = type(told["class"], (nn.Module,), {})()
     for name, shape in told.get("parameters", {}).items():
         made.register_parameter(name, nn.Parameter(torch.empty(shape)))
-    for name, child in _each(told.get("children", {})):
+    for name, child in _expand_ranges(told.get("children", {})):
         made.add_module(name, _build_module(child))
     return made

@@ -65,7 +65,7 @@ def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm
 
 def _keep_held(bundle: Bundle, dialect: str) -> Bundle:
     """Leave out the layers that a format has no place for."""
-    kinds, layers = DIALECTS[dialect].kinds, DIALECTS[dialect].layers or ".*"
+    kinds, layers = DIALECTS[dialect].kinds, DIALECTS[dialect].layer_pattern or ".*"
     return Bundle(
         {
             path: stack

@@ -17,12 +17,11 @@ from lycoris.files.container.storage import save_tensors
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.opening import Opened, open_file
 from lycoris.files.peft import write_peft
+from lycoris.files.placing import Stack
 from lycoris.files.writing import compose, keep_header, store_tensors
 
-Stack = tuple[Entry, ...]
 
-
-class Layer(NamedTuple):
+class LayerLocation(NamedTuple):
     """Where an adapter is."""
 
     component: str
@@ -49,19 +48,19 @@ class AdapterFile:
         """
         return cls(Path(path), open_file(path, base, strict=strict))
 
-    def stacks(self) -> Iterator[tuple[Layer, Stack]]:
+    def iterate_stacks(self) -> Iterator[tuple[LayerLocation, Stack]]:
         """Every layer with its adapters, lowest first."""
         for component, bundle in self.opened.bundles.items():
             for path, stack in bundle.entries.items():
-                yield Layer(component, path), stack
+                yield LayerLocation(component, path), stack
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return size_on_disk(self.path)
+        return measure_on_disk(self.path)
 
     def write(
-        self, target: str | os.PathLike[str], stacks: Mapping[Layer, Stack], dtype: torch.dtype | None = None
+        self, target: str | os.PathLike[str], stacks: Mapping[LayerLocation, Stack], dtype: torch.dtype | None = None
     ) -> None:
         """Write other adapters of these layers in the format of this file, with what stays true of its header.
 
@@ -75,7 +74,7 @@ class AdapterFile:
         if not bundles:
             raise FileError(f"nothing of {self.path} is left to write")
         dialect = self.opened.detection.dialect
-        if DIALECTS[dialect].folder:
+        if DIALECTS[dialect].is_folder:
             if set(bundles) != {""}:
                 names = ", ".join(name or "the denoiser" for name in bundles)
                 raise FileError(f"a folder of PEFT's holds the adapters of one model, and these are of {names}")
@@ -86,7 +85,7 @@ class AdapterFile:
         save_tensors(made.tensors, target, made.header)
 
 
-def size_on_disk(path: Path) -> int:
+def measure_on_disk(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
     return sum(each.stat().st_size for each in files)

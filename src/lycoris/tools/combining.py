@@ -20,16 +20,17 @@ from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import placing
 from lycoris.files.container.target import check_target
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
+from lycoris.files.placing import Stack
 from lycoris.ops.svd import relative
-from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
-from lycoris.tools.resizing import as_lora, decompose_entry
+from lycoris.tools.adapter_file import AdapterFile, LayerLocation, count_bytes, measure_on_disk
+from lycoris.tools.resizing import decompose_entry, truncate_to_lora
 
-GROWTH = 1.1
+MAX_COMBINED_GROWTH = 1.1
 """How much larger than all files together a result may be unasked."""
 
 
-class Weighted(NamedTuple):
+class WeightedEntry(NamedTuple):
     """An adapter of a layer, and how much of it is added."""
 
     strength: float
@@ -40,9 +41,9 @@ class Weighted(NamedTuple):
 class Combination:
     """What `combine` did. `str` tells it in lines."""
 
-    forms: Mapping[Layer, str]
+    forms: Mapping[LayerLocation, str]
     """Layer → what its adapters became."""
-    errors: Mapping[Layer, float]
+    errors: Mapping[LayerLocation, float]
     """Layer → relative error, for those that were truncated to a rank."""
     bytes_before: int
     """Of all files together."""
@@ -89,19 +90,19 @@ def combine(
     check_target(target, [Path(path) for path, _ in sources], overwrite=overwrite)
     files = [(AdapterFile.open(path, base), float(strength)) for path, strength in sources]
     first = _with_components(files[0][0], [file for file, _ in files[1:]])
-    parts: dict[Layer, list[tuple[float, Stack]]] = {}
+    parts: dict[LayerLocation, list[tuple[float, Stack]]] = {}
     for file, strength in files:
         for layer, stack in _renamed_like(file, first):
             parts.setdefault(layer, []).append((strength, stack))
-    stacks, forms, errors = dict[Layer, Stack](), dict[Layer, str](), dict[Layer, float]()
+    stacks, forms, errors = dict[LayerLocation, Stack](), dict[LayerLocation, str](), dict[LayerLocation, float]()
     for layer, given in parts.items():
-        stacks[layer] = _add(given, str(layer))
+        stacks[layer] = _add_stacks_up(given, str(layer))
         if rank is not None and len(given) > 1 and _has_rank(stacks[layer][0]):
-            stacks[layer], errors[layer] = _truncate(stacks[layer], rank)
-        forms[layer] = _describe(given, stacks[layer])
+            stacks[layer], errors[layer] = _truncate_stack(stacks[layer], rank)
+        forms[layer] = _describe_result(given, stacks[layer])
     _check_growth(stacks, [file for file, _ in files], allow_growth)
     first.write(target, stacks, dtype=dtype)
-    return Combination(forms, errors, sum(file.size for file, _ in files), size_on_disk(Path(target)))
+    return Combination(forms, errors, sum(file.size for file, _ in files), measure_on_disk(Path(target)))
 
 
 def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
@@ -113,14 +114,16 @@ def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
         return entry
     algorithm, tensors = entry.algorithm, entry.tensors
     if isinstance(algorithm, Full | Norm):
-        return entry._replace(tensors={name: _times(tensor, strength) for name, tensor in tensors.items()})
+        return entry._replace(
+            tensors={name: _multiply_in_float32(tensor, strength) for name, tensor in tensors.items()}
+        )
     if isinstance(algorithm, Ranked) and not conversion.needs_base(entry):
         stronger = replace(algorithm, alpha=algorithm.rank * strength * algorithm.scale(entry.geometry), rs_lora=False)
         if math.isclose(stronger.scale(entry.geometry), strength * algorithm.scale(entry.geometry), rel_tol=1e-12):
             return entry._replace(algorithm=stronger)
         # As a scalar, which files hold folded into a factor.
         gated, scalar = replace(algorithm, use_scalar=True), torch.tensor(strength, dtype=torch.float64)
-        wide = {name: _widen(tensor) for name, tensor in tensors.items()}
+        wide = {name: _widen_tensor(tensor) for name, tensor in tensors.items()}
         wide["scalar"] = wide["scalar"] * scalar if "scalar" in wide else scalar
         return Entry(replace(algorithm, use_scalar=False), entry.geometry, gated.export_tensors(wide, entry.geometry))
     raise FileError(
@@ -129,12 +132,12 @@ def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
     )
 
 
-def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
+def _add_stacks_up(given: list[tuple[float, Stack]], where: str) -> Stack:
     """One stack for a layer, from those of several files."""
     if len(given) == 1:
         strength, stack = given[0]
         return tuple(scale_entry(entry, strength, where) for entry in stack)
-    terms = [Weighted(strength, entry) for strength, stack in given for entry in stack]
+    terms = [WeightedEntry(strength, entry) for strength, stack in given for entry in stack]
     bound = sorted({term.entry.algorithm.name for term in terms if conversion.needs_base(term.entry)})
     if bound:
         raise FileError(
@@ -146,13 +149,13 @@ def _add(given: list[tuple[float, Stack]], where: str) -> Stack:
         raise FileError(f"{where}: the ranks of {masked[0]} follow the timestep, which its sum with others would lose")
     scaled = [scale_entry(term.entry, term.strength, where) for term in terms]
     if all(isinstance(entry.algorithm, Norm) for entry in scaled):
-        return (scaled[0]._replace(tensors=_sum([entry.tensors for entry in scaled])),)
+        return (scaled[0]._replace(tensors=_sum_tensors([entry.tensors for entry in scaled])),)
     biases = [entry.tensors["diff_b"] for entry in scaled if "diff_b" in entry.tensors]
     weights = [_without_bias(entry) for entry in scaled if set(entry.tensors) != {"diff_b"}]
-    stack = (_concatenate(weights),) if weights else ()
+    stack = (_concatenate_factors(weights),) if weights else ()
     if not biases:
         return stack
-    bias = _sum([{"diff_b": each} for each in biases])["diff_b"]
+    bias = _sum_tensors([{"diff_b": each} for each in biases])["diff_b"]
     if stack and isinstance(stack[0].algorithm, Full):
         return (stack[0]._replace(algorithm=Full(), tensors={**stack[0].tensors, "diff_b": bias}),)
     return (*stack, Entry(Full(weight=False), scaled[0].geometry, {"diff_b": bias}))
@@ -164,7 +167,7 @@ def _without_bias(entry: Entry) -> Entry:
     return entry._replace(algorithm=Full(bias=False), tensors={"diff": entry.tensors["diff"]})
 
 
-def _concatenate(entries: list[Entry]) -> Entry:
+def _concatenate_factors(entries: list[Entry]) -> Entry:
     """The sum as a LoRA with the ranks of all, or as a whole difference where that is smaller."""
     g = entries[0].geometry
     factors = [conversion.low_rank(entry, always=True) for entry in entries]
@@ -172,15 +175,15 @@ def _concatenate(entries: list[Entry]) -> Entry:
     total = sum(each.tensors["down"].shape[0] for each in pairs)
     if g.stack or len(pairs) < len(entries) or total * (g.out_features + g.fan_in) >= g.size:
         dense = [{"diff": conversion.dense(entry).tensors["diff"]} for entry in entries]
-        return Entry(Full(bias=False), g, _sum(dense))
-    ups = [_times(each.tensors["up"], each.algorithm.scale(g)) for each in pairs]
+        return Entry(Full(bias=False), g, _sum_tensors(dense))
+    ups = [_multiply_in_float32(each.tensors["up"], each.algorithm.scale(g)) for each in pairs]
     tensors = {"up": torch.cat(ups, dim=1), "down": torch.cat([each.tensors["down"] for each in pairs])}
     return Entry(LoRA(rank=total, alpha=float(total)), g, tensors)
 
 
-def _check_growth(stacks: Mapping[Layer, Stack], files: Sequence[AdapterFile], allowed: bool) -> None:
+def _check_growth(stacks: Mapping[LayerLocation, Stack], files: Sequence[AdapterFile], allowed: bool) -> None:
     before, after = sum(file.size for file in files), sum(count_bytes(*stack) for stack in stacks.values())
-    if after > GROWTH * before and not allowed:
+    if after > MAX_COMBINED_GROWTH * before and not allowed:
         raise FileError(
             f"the sum takes {after:,} bytes, and the files together {before:,}: give a rank that it is truncated to "
             "(--rank), or accept the size (--allow-growth, in Python allow_growth=True)"
@@ -191,7 +194,7 @@ def _has_rank(entry: Entry) -> bool:
     return not isinstance(entry.algorithm, Norm) and not entry.geometry.stack and set(entry.tensors) != {"diff_b"}
 
 
-def _truncate(stack: Stack, rank: int) -> tuple[Stack, float]:
+def _truncate_stack(stack: Stack, rank: int) -> tuple[Stack, float]:
     """The first of a stack as a LoRA of at most that rank, and the relative error."""
     entry, rest = stack[0], stack[1:]
     if "diff_b" in entry.tensors:
@@ -200,10 +203,10 @@ def _truncate(stack: Stack, rank: int) -> tuple[Stack, float]:
     found = decompose_entry(entry)
     energies = found.energies()
     kept = min(rank, len(found.values))
-    return (as_lora(found, kept, entry), *rest), relative(float(energies[kept]), float(energies[0]))
+    return (truncate_to_lora(found, kept, entry), *rest), relative(float(energies[kept]), float(energies[0]))
 
 
-def _describe(given: list[tuple[float, Stack]], stack: Stack) -> str:
+def _describe_result(given: list[tuple[float, Stack]], stack: Stack) -> str:
     names = [entry.algorithm.name for _, each in given for entry in each]
     if len(given) == 1:
         return f"{' and '.join(names)}, as it was" + (f", times {given[0][0]:g}" if given[0][0] != 1 else "")
@@ -214,14 +217,14 @@ def _describe(given: list[tuple[float, Stack]], stack: Stack) -> str:
 
 def _with_components(first: AdapterFile, others: list[AdapterFile]) -> AdapterFile:
     """The first file, as one that could have the components of all."""
-    bundles, layouts = dict[str, Bundle](), dict[str, Layout]()
+    bundles, layouts = dict[str, Bundle](), dict[str, ModelLayout]()
     for file in (*reversed(others), first):
         bundles |= file.opened.bundles
         layouts |= file.opened.layouts
     return replace(first, opened=first.opened._replace(bundles=bundles, layouts=layouts))
 
 
-def _renamed_like(file: AdapterFile, first: AdapterFile) -> list[tuple[Layer, Stack]]:
+def _renamed_like(file: AdapterFile, first: AdapterFile) -> list[tuple[LayerLocation, Stack]]:
     """The layers of a file under the names that another has for them. Raises `FileError` where it has none."""
     found = []
     for component, bundle in file.opened.bundles.items():
@@ -229,29 +232,29 @@ def _renamed_like(file: AdapterFile, first: AdapterFile) -> list[tuple[Layer, St
         lacking = [path for path, g in own.layers.items() if path in bundle.entries and other.layers.get(path) != g]
         if own.architecture is not other.architecture or (own.architecture is None and lacking):
             raise FileError(
-                f"{file.path} is for {own.owner} and {first.path} for {other.owner}, which has other layers"
+                f"{file.path} is for {own.model_name} and {first.path} for {other.model_name}, which has other layers"
             )
-        places = placing.place(bundle.entries, other, own.naming, dense=False)
+        places = placing.place_stacks(bundle.entries, other, own.naming, dense=False)
         if places.refused:
             layer, why = next(iter(places.refused.items()))
             raise FileError(f"{file.path}: {layer}: {why}")
-        found += [(Layer(component, path), stack) for path, stack in places.entries.items()]
+        found += [(LayerLocation(component, path), stack) for path, stack in places.entries.items()]
     return found
 
 
-def _times(tensor: Tensor, factor: float) -> Tensor:
+def _multiply_in_float32(tensor: Tensor, factor: float) -> Tensor:
     """In at least float32, so that nothing is rounded twice."""
-    return tensor if factor == 1 else _widen(tensor) * factor
+    return tensor if factor == 1 else _widen_tensor(tensor) * factor
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def _widen_tensor(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
-def _sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _sum_tensors(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """By name, in at least float32; a name that some lack is nothing there."""
     found: dict[str, Tensor] = {}
     for name, tensor in (pair for each in tensors for pair in each.items()):
-        wide = _widen(tensor)
+        wide = _widen_tensor(tensor)
         found[name] = found[name] + wide if name in found else wide
     return found

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lycoris.adapters.load_report import SHOWN
 from lycoris.algorithms import Norm, conversion
 from lycoris.algorithms.base import Entry
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.layers.geometry import Affine
 from lycoris.ops.svd import relative
-from lycoris.tools.adapter_file import AdapterFile, Layer
+from lycoris.tools.adapter_file import AdapterFile, LayerLocation
 from lycoris.tools.resizing import decompose_entry
 
-ENOUGH = 0.01
+NEEDED_ERROR = 0.01
 """Relative error at which ranks are counted as needed."""
-SHOWN = 5
 
 
 class LayerReport(NamedTuple):
@@ -59,7 +59,7 @@ class Inspection:
     """Known models that it may be for, the likeliest first."""
     bytes: int
     metadata: Mapping[str, str]
-    layers: Mapping[Layer, LayerReport]
+    layers: Mapping[LayerLocation, LayerReport]
     unread: Mapping[str, str] = field(default_factory=dict)
     """What could not be read, tensors or layers, and why."""
 
@@ -67,7 +67,7 @@ class Inspection:
     def parameters(self) -> int:
         return sum(each.parameters for each in self.layers.values())
 
-    def problems(self) -> dict[str, list[str]]:
+    def find_problems(self) -> dict[str, list[str]]:
         """Problem → the layers that have it."""
         found: dict[str, list[str]] = {}
         for layer, each in self.layers.items():
@@ -90,7 +90,7 @@ class Inspection:
 
     def __str__(self) -> str:
         every = list(self.layers.values())
-        kinds = Counter(_settings(each) for each in every)
+        kinds = Counter(_describe_settings(each) for each in every)
         components = Counter(layer.component or "denoiser" for layer in self.layers)
         dtypes = Counter(each.dtype for each in every)
         lines = [
@@ -103,7 +103,7 @@ class Inspection:
         if len(kinds) > SHOWN:
             lines.append(f"            and {len(kinds) - SHOWN} settings more")
         lines += [*self._strength_lines(), *self._rank_lines()]
-        for what, where in self.problems().items():
+        for what, where in self.find_problems().items():
             more = f" and {len(where) - 1} more" if len(where) > 1 else ""
             lines.append(f"problem     {what}: {where[0]}{more}")
         if self.metadata:
@@ -128,8 +128,8 @@ class Inspection:
         needed = sorted(each.enough_rank or 0 for each in ranked)
         used = sorted(each.effective_rank or 0.0 for each in ranked)
         return [
-            f"ranks       needed for {ENOUGH:.0%} error: median {needed[len(needed) // 2]}, largest {needed[-1]}; "
-            f"median effective rank {used[len(used) // 2]:.1f}"
+            f"ranks       needed for {NEEDED_ERROR:.0%} error: median {needed[len(needed) // 2]}, "
+            f"largest {needed[-1]}; median effective rank {used[len(used) // 2]:.1f}"
         ]
 
 
@@ -144,13 +144,13 @@ def inspect(
     file = AdapterFile.open(path, base, strict=False)
     detection = file.opened.detection
     layers = {}
-    for layer, stack in file.stacks():
+    for layer, stack in file.iterate_stacks():
         below = None
         if weights is not None and not layer.component:
             below = weights.affine(layer.path, file.opened.layouts[""])
         for at, entry in enumerate(stack):
             where = layer if not at else layer._replace(path=f"{layer.path} (+{at})")
-            layers[where] = _measure(entry, below)
+            layers[where] = _measure_entry(entry, below)
     fits = detection.fits.get("", ())
     models = tuple(str(fit.outline) for fit in fits)
     unread: dict[str, str] = {}
@@ -160,14 +160,14 @@ def inspect(
     return Inspection(str(path), detection.dialect, file.opened.family, models, file.size, header, layers, unread)
 
 
-def _measure(entry: Entry, below: Affine | None) -> LayerReport:
+def _measure_entry(entry: Entry, below: Affine | None) -> LayerReport:
     algorithm, g = entry.algorithm, entry.geometry
     floating = [t for t in entry.tensors.values() if t.is_floating_point()]
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in floating})
     rank, alpha = getattr(algorithm, "rank", None), getattr(algorithm, "alpha", None)
     own = (str(algorithm.name), rank, alpha, algorithm.scale(g))
     size = sum(t.numel() for t in entry.tensors.values())
-    norm, effective, enough = _spectrum(entry, below)
+    norm, effective, enough = _measure_spectrum(entry, below)
     share = None
     if norm is not None and below is not None:
         share = relative(norm**2, float(below.weight.double().square().sum()))
@@ -175,7 +175,7 @@ def _measure(entry: Entry, below: Affine | None) -> LayerReport:
     return LayerReport(*own, size, "+".join(dtypes), norm, share, effective, enough, problem)
 
 
-def _spectrum(entry: Entry, below: Affine | None) -> tuple[float | None, float | None, int | None]:
+def _measure_spectrum(entry: Entry, below: Affine | None) -> tuple[float | None, float | None, int | None]:
     """‖ΔW‖, effective rank, and the rank that is enough."""
     if isinstance(entry.algorithm, Norm) or entry.geometry.kind == "norm":
         tensor = next(iter(entry.tensors.values()))
@@ -195,7 +195,7 @@ def _spectrum(entry: Entry, below: Affine | None) -> tuple[float | None, float |
     shares = -energies.diff() / total
     shares = shares[shares > 0]
     effective = float(torch.exp(-(shares * shares.log()).sum()))
-    enough = int((energies > ENOUGH**2 * total).sum())
+    enough = int((energies > NEEDED_ERROR**2 * total).sum())
     return math.sqrt(total), effective, enough
 
 
@@ -203,6 +203,6 @@ def _has_bias(entry: Entry) -> bool:
     return "diff_b" in entry.tensors and bool(entry.tensors["diff_b"].any())
 
 
-def _settings(each: LayerReport) -> str:
+def _describe_settings(each: LayerReport) -> str:
     rank = "" if each.rank is None else f" rank {each.rank}"
     return f"{each.algorithm}{rank}" + ("" if each.scale == 1 else f", scale {each.scale:.4g}")

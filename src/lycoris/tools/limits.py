@@ -56,7 +56,7 @@ class Limit:
         Raises `ConfigError` when not even one rank a layer fits into `size`.
         """
         if self.size is not None and layers:
-            return _fit_into(self.size, layers, overhead)
+            return _choose_ranks_for_size(self.size, layers, overhead)
         return {name: self._rank_of(layer.energies) for name, layer in layers.items()}
 
     def _rank_of(self, energies: Tensor) -> int:
@@ -69,7 +69,7 @@ class Limit:
         return max(1, int((energies > allowed).sum()))
 
 
-def _fit_into(size: int, layers: Mapping[str, Truncatable], overhead: int) -> dict[str, int]:
+def _choose_ranks_for_size(size: int, layers: Mapping[str, Truncatable], overhead: int) -> dict[str, int]:
     ranks = dict.fromkeys(layers, 1)
     left = size - overhead - sum(layer.bytes_per_rank for layer in layers.values())
     if left < 0:

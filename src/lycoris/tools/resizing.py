@@ -16,9 +16,10 @@ from lycoris.algorithms import DoRA, Full, LoRA, conversion
 from lycoris.algorithms.base import Entry
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.container.target import check_target
+from lycoris.files.placing import Stack
 from lycoris.layers.geometry import Affine
 from lycoris.ops.svd import Decomposition, decompose, decompose_product, relative
-from lycoris.tools.adapter_file import AdapterFile, Layer, Stack, count_bytes, size_on_disk
+from lycoris.tools.adapter_file import AdapterFile, LayerLocation, count_bytes, measure_on_disk
 from lycoris.tools.limits import Limit, Truncatable
 
 MAGNITUDE_SLOT = "magnitude"
@@ -38,8 +39,8 @@ class Truncation(NamedTuple):
 class Resizing:
     """What `resize` did. `str` tells it in lines."""
 
-    layers: Mapping[Layer, Truncation]
-    left_alone: Mapping[Layer, str]
+    layers: Mapping[LayerLocation, Truncation]
+    left_alone: Mapping[LayerLocation, str]
     """Layers that stay as they are, and why."""
     error: float
     """√Σ‖ΔW - ΔW'‖² / √Σ‖ΔW‖² over all layers that were truncated."""
@@ -52,20 +53,20 @@ class Resizing:
         told = ", ".join(f"{count} of {name}" for name, count in kinds.most_common())
         lines = []
         if ranks:
-            lines.append(f"{len(ranks)} layers ({told}) became LoRA of rank {_span(ranks)}")
+            lines.append(f"{len(ranks)} layers ({told}) became LoRA of rank {_format_span(ranks)}")
             worst = sorted(self.layers.items(), key=lambda item: -item[1].error)[:3]
-            lines.append(f"relative error {self.error:.2e} in all; largest " + _worst(worst))
+            lines.append(f"relative error {self.error:.2e} in all; largest " + _find_worst(worst))
         for why, count in Counter(self.left_alone.values()).most_common():
             lines.append(f"{count} layers left as they are: {why}")
         share = self.bytes_after / self.bytes_before
         return "\n".join([*lines, f"{self.bytes_before:,} bytes became {self.bytes_after:,} ({share:.0%})"])
 
 
-def _span(ranks: list[int]) -> str:
+def _format_span(ranks: list[int]) -> str:
     return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}"
 
 
-def _worst(layers: list[tuple[Layer, Truncation]]) -> str:
+def _find_worst(layers: list[tuple[LayerLocation, Truncation]]) -> str:
     return ", ".join(f"{each.error:.2e} at {layer} (rank {each.rank})" for layer, each in layers)
 
 
@@ -92,14 +93,16 @@ def resize(
     """
     check_target(target, [Path(source)], overwrite=overwrite)
     file = AdapterFile.open(source, base)
-    left_alone = {layer: why for layer, stack in file.stacks() if (why := _reason_to_leave(layer, stack, weights))}
-    entries = {layer: stack[0] for layer, stack in file.stacks() if layer not in left_alone}
+    left_alone = {
+        layer: why for layer, stack in file.iterate_stacks() if (why := _reason_to_leave(layer, stack, weights))
+    }
+    entries = {layer: stack[0] for layer, stack in file.iterate_stacks() if layer not in left_alone}
     found = {layer: decompose_entry(_below_magnitude(entry)) for layer, entry in entries.items()}
-    sizes = {str(layer): _truncatable(each, entries[layer], dtype) for layer, each in found.items()}
+    sizes = {str(layer): _make_truncatable(each, entries[layer], dtype) for layer, each in found.items()}
     overhead = file.size - sum(count_bytes(_below_magnitude(entry)) for entry in entries.values())
     ranks = limit.choose_ranks(sizes, overhead)
-    stacks, done, errors, norms = dict[Layer, Stack](), dict[Layer, Truncation](), 0.0, 0.0
-    for layer, stack in file.stacks():
+    stacks, done, errors, norms = dict[LayerLocation, Stack](), dict[LayerLocation, Truncation](), 0.0, 0.0
+    for layer, stack in file.iterate_stacks():
         stacks[layer] = stack
         if layer in left_alone:
             continue
@@ -110,12 +113,12 @@ def resize(
         below = None
         if weights is not None and isinstance(stack[0].algorithm, DoRA):
             below = weights.affine(layer.path, file.opened.layouts[layer.component])
-        stacks[layer] = (_truncate(stack[0], found[layer], rank, below),)
+        stacks[layer] = (_truncate_entry(stack[0], found[layer], rank, below),)
         error, norm = float(size.energies[rank]), float(size.energies[0])
         errors, norms = errors + error, norms + norm
         done[layer] = Truncation(stack[0].algorithm.name, rank, relative(error, norm))
     file.write(target, stacks, dtype=dtype)
-    return Resizing(done, left_alone, relative(errors, norms), file.size, size_on_disk(Path(target)))
+    return Resizing(done, left_alone, relative(errors, norms), file.size, measure_on_disk(Path(target)))
 
 
 def _below_magnitude(entry: Entry) -> Entry:
@@ -126,9 +129,9 @@ def _below_magnitude(entry: Entry) -> Entry:
     return Entry(entry.algorithm.inner, entry.geometry, tensors)
 
 
-def _truncate(entry: Entry, found: Decomposition, rank: int, below: Affine | None) -> Entry:
+def _truncate_entry(entry: Entry, found: Decomposition, rank: int, below: Affine | None) -> Entry:
     """The first ranks of an entry; of DoRA with a magnitude fitted to the adapted weight by least squares."""
-    inner = as_lora(found, rank, _below_magnitude(entry))
+    inner = truncate_to_lora(found, rank, _below_magnitude(entry))
     if not isinstance(entry.algorithm, DoRA):
         return inner
     assert below is not None
@@ -151,12 +154,15 @@ def decompose_entry(entry: Entry) -> Decomposition:
     factors = conversion.low_rank(entry, always=True)
     if factors is None:
         change = conversion.dense(entry)
-        return decompose(_wide(change.geometry.transpose_stored(change.tensors["diff"])).flatten(1))
-    up, down = _wide(factors.tensors["up"]).flatten(1), _wide(factors.tensors["down"]).flatten(1)
+        return decompose(_widen_to_float32(change.geometry.transpose_stored(change.tensors["diff"])).flatten(1))
+    up, down = (
+        _widen_to_float32(factors.tensors["up"]).flatten(1),
+        _widen_to_float32(factors.tensors["down"]).flatten(1),
+    )
     return decompose_product(up * factors.algorithm.scale(factors.geometry), down)
 
 
-def as_lora(found: Decomposition, rank: int, like: Entry) -> Entry:
+def truncate_to_lora(found: Decomposition, rank: int, like: Entry) -> Entry:
     """The first ranks as a LoRA on the layer of an entry, in the dtype of its tensors, with a scale of 1."""
     g, ones = like.geometry, (1,) * len(like.geometry.kernel)
     dtype = next(t.dtype for t in like.tensors.values() if t.is_floating_point())
@@ -165,7 +171,7 @@ def as_lora(found: Decomposition, rank: int, like: Entry) -> Entry:
     return Entry(LoRA(rank=rank, alpha=float(rank)), g, {name: t.to(dtype).contiguous() for name, t in tensors.items()})
 
 
-def _reason_to_leave(layer: Layer, stack: Stack, weights: BaseWeights | None) -> str:
+def _reason_to_leave(layer: LayerLocation, stack: Stack, weights: BaseWeights | None) -> str:
     """Why a layer's adapters are not truncated; "" where they are."""
     if len(stack) > 1:
         return f"{' and '.join(each.algorithm.name for each in stack)} on one layer"
@@ -185,11 +191,11 @@ def _reason_to_leave(layer: Layer, stack: Stack, weights: BaseWeights | None) ->
     return ""
 
 
-def _truncatable(found: Decomposition, entry: Entry, dtype: torch.dtype | None) -> Truncatable:
+def _make_truncatable(found: Decomposition, entry: Entry, dtype: torch.dtype | None) -> Truncatable:
     own = dtype or next(t.dtype for t in entry.tensors.values() if t.is_floating_point())
     g = entry.geometry
     return Truncatable(found.energies(), (g.out_features + g.fan_in) * own.itemsize)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen_to_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

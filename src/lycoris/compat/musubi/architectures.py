@@ -6,19 +6,19 @@ from torch import nn
 
 from lycoris.errors import ConfigError
 from lycoris.models.families import DENOISERS
-from lycoris.models.families.family import Trained
+from lycoris.models.families.family import MusubiTargets
 
 
-def detect(model: nn.Module) -> Trained:
+def detect(model: nn.Module) -> MusubiTargets:
     """What is trained of a model. Raises `ConfigError` when none of the classes is present, naming those that are.
 
     Of several that fit, the one whose classes are all there, and then the one with the most: HunyuanVideo-1.5 has only
     one of HunyuanVideo's two.
     """
     have = {type(module).__name__ for module in model.modules()}
-    known = [each.musubi for each in DENOISERS if each.musubi is not None]
+    known = [each.musubi_targets for each in DENOISERS if each.musubi_targets is not None]
 
-    def fit(one: Trained) -> tuple[bool, int]:
+    def fit(one: MusubiTargets) -> tuple[bool, int]:
         present = sum(name in have for name in one.targets)
         return present == len(one.targets), present
 

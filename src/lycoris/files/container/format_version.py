@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 from lycoris.errors import FileError
 
-KEY = "lycoris_format"
+FORMAT_KEY = "lycoris_format"
 """Header key of the version."""
-CURRENT = 1
+FORMAT_VERSION = 1
 """The version that is written. It grows when an older release would read a file wrongly; see `docs/stability.md`."""
 
 
 def check_format(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> None:
     """Raise `FileError` for a file of a later version than this release can read; files without one are accepted."""
-    version = metadata.get(KEY, str(CURRENT))
-    if not (version.isascii() and version.isdecimal()) or int(version) > CURRENT:
+    version = metadata.get(FORMAT_KEY, str(FORMAT_VERSION))
+    if not (version.isascii() and version.isdecimal()) or int(version) > FORMAT_VERSION:
         raise FileError(
             f"{path} says that it has version {version:.20} of LyCORIS' file format, and this release reads up to "
-            f"{CURRENT}: install a newer lycoris, or write the file again with `--dialect kohya`"
+            f"{FORMAT_VERSION}: install a newer lycoris, or write the file again with `--dialect kohya`"
         )

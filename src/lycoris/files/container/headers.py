@@ -1,9 +1,9 @@
-"""What a safetensors file says of itself, read alone and checked in full before any of it is believed.
+"""Read a safetensors header, checking it in full before anything in it is used.
 
 The format: eight bytes, the length of the header; the header, a JSON object; the tensors' bytes, without gaps.
 
-A JSON value can take many times its text in memory, so only flat and short ones are handed to the parser, and there may
-be `MEMBERS` of them: a hostile header costs no more than a good one of its size.
+A JSON value can take many times its text in memory, so only flat and short ones are handed to the parser, and at most
+`MAX_KEYS` of them: a hostile header costs no more than a good one of its size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from lycoris.errors import FileError
 from lycoris.files.container.kinds import HEADER_LIMIT, examine
 
-T = TypeVar("T")
+MemberValue = TypeVar("MemberValue")
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -53,22 +53,22 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """Those of whole bytes, by safetensors' names."""
 
-DIMENSIONS = 64
+MAX_DIMENSIONS = 64
 """More than that many of torch's operations refuse."""
-LARGEST = 2**63 - 1
-MEMBERS = 500_000
+LARGEST_SIZE = 2**63 - 1
+MAX_KEYS = 500_000
 """More keys than any model has tensors; without a limit a header of the largest size would take half a minute."""
-FIELDS = ("dtype", "shape", "data_offsets")
+ENTRY_FIELDS = ("dtype", "shape", "data_offsets")
 ENTRY = re.compile(r"\{[^{}]{0,4000}\}")
 STRINGS = json.JSONDecoder()
 OBJECTS = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=str)
 SPACE = re.compile(r"[ \t\n\r]*")
-LONE = re.compile("[\ud800-\udfff]")
-SHOWN = 60
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SHOWN_CHARS = 60
 
 
 class TensorInfo(NamedTuple):
-    """A tensor that has not been read."""
+    """Type, shape and size of a tensor that has not been read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds."""
+    """The content of a safetensors header."""
 
     tensors: Mapping[str, TensorInfo]
     """In the order of the header."""
@@ -92,20 +92,24 @@ class _Placed(NamedTuple):
     end: int
 
 
-def header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of a safetensors file; no tensor is read.
 
-    Raises `FileError`, naming the file and what is wrong in it, unless every tensor's type, shape and place agree, the
-    places fill the file without gap or overlap, and the metadata are strings by string.
+    Returns:
+        Tensors and metadata in the order of the file, and its size.
+
+    Raises:
+        FileError: The file cannot be read, or its header is invalid: a tensor's type, shape and offsets do not agree,
+            offsets leave gaps or overlap, or metadata are not strings. The message names the file and the entry.
     """
     path = Path(path)
     kind, size, _ = examine(path)
     if kind in ("zip", "pickle"):
         raise FileError(f"{path} is a pickle, not safetensors: it has no header; save it as safetensors")
     try:
-        text, start = _text(path, size)
+        text, start = _read_header_text(path, size)
         tensors, metadata, data = _parse_header(text)
-        _same_size(size, start + data)
+        _check_size(size, start + data)
     except FileError as error:
         raise FileError(f"{path} cannot be read as safetensors: {error}") from error
     except OSError as error:
@@ -113,7 +117,7 @@ def header(path: str | os.PathLike[str]) -> Header:
     return Header(MappingProxyType(tensors), MappingProxyType(metadata), size)
 
 
-def _text(path: Path, size: int) -> tuple[str, int]:
+def _read_header_text(path: Path, size: int) -> tuple[str, int]:
     """The header, read once its length is known to be possible, and where the data begin."""
     with path.open("rb") as file:
         start = file.read(9)
@@ -141,7 +145,7 @@ def _text(path: Path, size: int) -> tuple[str, int]:
         raise FileError(f"its header is not UTF-8 at byte {8 + error.start}: it is damaged; fetch it again") from None
 
 
-def _same_size(size: int, spoken: int) -> None:
+def _check_size(size: int, spoken: int) -> None:
     if size < spoken:
         raise FileError(f"it has {size} bytes, its header speaks of {spoken}: it was cut short; fetch it again")
     if size > spoken:
@@ -154,104 +158,104 @@ def _parse_header(text: str) -> tuple[dict[str, TensorInfo], dict[str, str], int
 
     def value(key: str, at: int) -> tuple[_Placed | None, int]:
         if key != "__metadata__":
-            return _entry(text, key, at)
-        found, at = _members(text, at, lambda _, start: _string(text, start), " of __metadata__")
+            return _parse_entry(text, key, at)
+        found, at = _parse_members(text, at, lambda _, start: _parse_string(text, start), " of __metadata__")
         metadata.update(found)
         return None, at
 
-    found, at = _members(text, 0, value)
-    if (at := _skip(text, at)) != len(text):
-        raise FileError(f"its header goes on behind its end, with {_show(text[at : at + SHOWN])}: it is damaged")
+    found, at = _parse_members(text, 0, value)
+    if (at := _skip_space(text, at)) != len(text):
+        raise FileError(f"its header goes on behind its end, with {_show(text[at : at + SHOWN_CHARS])}: it is damaged")
     placed = {key: each for key, each in found.items() if each is not None}
-    return {key: each.info for key, each in placed.items()}, metadata, _fill(placed)
+    return {key: each.info for key, each in placed.items()}, metadata, _check_offsets(placed)
 
 
-def _members(
-    text: str, at: int, value: Callable[[str, int], tuple[T, int]], where: str = ""
-) -> tuple[dict[str, T], int]:
+def _parse_members(
+    text: str, at: int, value: Callable[[str, int], tuple[MemberValue, int]], where: str = ""
+) -> tuple[dict[str, MemberValue], int]:
     """The members of the object at `at`, and where it ends; `value` reads the value of a key at a place."""
-    found: dict[str, T] = {}
-    at = _expect(text, at, "{", where)
-    if text.startswith("}", _skip(text, at)):
-        return found, _skip(text, at) + 1
+    found: dict[str, MemberValue] = {}
+    at = _expect_sign(text, at, "{", where)
+    if text.startswith("}", _skip_space(text, at)):
+        return found, _skip_space(text, at) + 1
     while True:
-        key, at = _string(text, at)
+        key, at = _parse_string(text, at)
         if key in found:
             raise FileError(f"its header has the key {_show(key)}{where} twice: which is meant cannot be told")
-        if len(found) == MEMBERS:
-            raise FileError(f"its header{where} has more than {MEMBERS} keys: it is no adapter's")
-        found[key], at = value(key, _expect(text, at, ":", where))
-        at = _skip(text, at)
+        if len(found) == MAX_KEYS:
+            raise FileError(f"its header{where} has more than {MAX_KEYS} keys: it is no adapter's")
+        found[key], at = value(key, _expect_sign(text, at, ":", where))
+        at = _skip_space(text, at)
         if text.startswith("}", at):
             return found, at + 1
-        at = _expect(text, at, ",", where)
+        at = _expect_sign(text, at, ",", where)
 
 
-def _skip(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     found = SPACE.match(text, at)
     return at if found is None else found.end()
 
 
-def _expect(text: str, at: int, sign: str, where: str) -> int:
-    at = _skip(text, at)
+def _expect_sign(text: str, at: int, sign: str, where: str) -> int:
+    at = _skip_space(text, at)
     if not text.startswith(sign, at):
         raise FileError(
             f"its header{where} is no JSON object: {sign} is expected at character {at}, "
-            f"found {_show(text[at : at + SHOWN]) if at < len(text) else 'its end'}"
+            f"found {_show(text[at : at + SHOWN_CHARS]) if at < len(text) else 'its end'}"
         )
     return at + 1
 
 
-def _string(text: str, at: int) -> tuple[str, int]:
-    at = _skip(text, at)
+def _parse_string(text: str, at: int) -> tuple[str, int]:
+    at = _skip_space(text, at)
     if not text.startswith('"', at):
-        found = _show(text[at : at + SHOWN]) if at < len(text) else "its end"
+        found = _show(text[at : at + SHOWN_CHARS]) if at < len(text) else "its end"
         raise FileError(f"its header has {found} at character {at} where a string is expected")
     try:
         found, end = STRINGS.raw_decode(text, at)
     except ValueError as error:
-        raise FileError(f"its header has a broken string at character {at}: {str(error)[:SHOWN]}") from None
-    if LONE.search(found):
+        raise FileError(f"its header has a broken string at character {at}: {str(error)[:SHOWN_CHARS]}") from None
+    if LONE_SURROGATE.search(found):
         raise FileError(f"its header has a string with half a character at character {at}: {_show(found)}")
     return found, end
 
 
-def _entry(text: str, key: str, at: int) -> tuple[_Placed, int]:
+def _parse_entry(text: str, key: str, at: int) -> tuple[_Placed, int]:
     """What a tensor's key stands for."""
-    at = _skip(text, at)
+    at = _skip_space(text, at)
     found = ENTRY.match(text, at)
     if found is None:
         raise FileError(
-            f'{_show(key)} is {_show(text[at : at + SHOWN])} in its header where {{"dtype": ..., "shape": ..., '
+            f'{_show(key)} is {_show(text[at : at + SHOWN_CHARS])} in its header where {{"dtype": ..., "shape": ..., '
             '"data_offsets": ...} is expected'
         )
     try:
         entry = OBJECTS.decode(found[0])
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{_show(key)} is no JSON in its header: {str(error)[:SHOWN]}") from None
+        raise FileError(f"{_show(key)} is no JSON in its header: {str(error)[:SHOWN_CHARS]}") from None
     fields = [name for name, _ in entry]
-    if sorted(fields) != sorted(FIELDS):
+    if sorted(fields) != sorted(ENTRY_FIELDS):
         raise FileError(
             f"{_show(key)} has {_show(', '.join(fields)) if fields else 'no fields'} in its header where dtype, shape "
             "and data_offsets are expected, each once"
         )
-    return _place_tensor(key, **dict(entry)), found.end()
+    return _check_entry(key, **dict(entry)), found.end()
 
 
-def _place_tensor(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Placed:
+def _check_entry(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Placed:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileError(f"{_show(key)} is of dtype {_show(dtype)}; known are {', '.join(DTYPES)}")
-    if not _sizes(shape) or len(shape) > DIMENSIONS:
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise FileError(
-            f"{_show(key)} has shape {_show(shape)} where at most {DIMENSIONS} whole numbers from 0 on are expected"
+            f"{_show(key)} has shape {_show(shape)} where at most {MAX_DIMENSIONS} whole numbers from 0 on are expected"
         )
-    if not _sizes(data_offsets) or len(data_offsets) != 2 or data_offsets[0] > data_offsets[1]:
+    if not _are_sizes(data_offsets) or len(data_offsets) != 2 or data_offsets[0] > data_offsets[1]:
         raise FileError(f"{_show(key)} has data_offsets {_show(data_offsets)} where [begin, end] is expected")
     count = span = 1
     for size in shape:
         # Strides are products too, and those of a tensor without elements leave zeros out.
         count, span = count * size, span * max(size, 1)
-        if span > LARGEST // 8:
+        if span > LARGEST_SIZE // 8:
             raise FileError(f"{_show(key)} has shape {_show(shape)}, more than can be counted")
     begin, end = data_offsets
     needed = count * DTYPES[dtype].itemsize
@@ -263,11 +267,11 @@ def _place_tensor(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Place
     return _Placed(TensorInfo(DTYPES[dtype], tuple(shape), needed), begin, end)
 
 
-def _sizes(found: Any) -> bool:
-    return isinstance(found, list) and all(type(each) is int and 0 <= each <= LARGEST for each in found)
+def _are_sizes(found: Any) -> bool:
+    return isinstance(found, list) and all(type(each) is int and 0 <= each <= LARGEST_SIZE for each in found)
 
 
-def _fill(placed: Mapping[str, _Placed]) -> int:
+def _check_offsets(placed: Mapping[str, _Placed]) -> int:
     """Where the last tensor ends. Raises `FileError` at a gap or an overlap."""
     reached, before = 0, ""
     for key, (_, begin, end) in sorted(placed.items(), key=lambda item: item[1][1:]):
@@ -281,5 +285,5 @@ def _fill(placed: Mapping[str, _Placed]) -> int:
 
 def _show(found: Any) -> str:
     """A value as errors show it, of a length to read."""
-    shown = repr(found[:SHOWN] if isinstance(found, str) else found)
-    return shown if len(shown) <= SHOWN + 2 else shown[:SHOWN] + "..."
+    shown = repr(found[:SHOWN_CHARS] if isinstance(found, str) else found)
+    return shown if len(shown) <= SHOWN_CHARS + 2 else shown[:SHOWN_CHARS] + "..."

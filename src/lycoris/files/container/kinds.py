@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: its name may say something else, and failed downloads leave anything."""
+"""Detect what a file is by its first bytes: its name may say something else, and failed downloads leave anything."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lycoris.errors import FileError
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """Files of a folder of PEFT's."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-HEAD = 512
+HEAD_BYTES = 512
 HEADER_LIMIT = 100_000_000
 """The most bytes that a safetensors header may have; the limit is safetensors' own."""
 
 
 class Examined(NamedTuple):
-    """What is known of a file before it is read."""
+    """What is known about a file before it is read."""
 
     kind: Literal["safetensors", "zip", "pickle", "unknown"]
     """By the first bytes: "zip" is what `torch.save` writes, "pickle" what it wrote before."""
@@ -27,31 +27,36 @@ class Examined(NamedTuple):
 
 
 def examine(path: Path) -> Examined:
-    """The kind of a file. Raises `FileError` if it is missing, unreadable, empty, or known to hold no tensors."""
+    """Return the kind, the size and the first bytes of a file.
+
+    Raises:
+        FileError: The file is missing, unreadable, empty, or of a kind known to have no tensors, such as a web page or
+            a Git LFS pointer.
+    """
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise FileError(_missing(path, error)) from error
+        raise FileError(_explain_missing(path, error)) from error
     if not stat.S_ISREG(status.st_mode):
         raise FileError(
-            f"{path} is a folder, no file{_inside(path)}; name a file in it"
+            f"{path} is a folder, no file{_list_safetensors(path)}; name a file in it"
             if stat.S_ISDIR(status.st_mode)
             else f"{path} is a device or a pipe, no file; copy what it holds to a file"
         )
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise FileError(f"{path} cannot be opened: {error.strerror}. Check its rights and its disk") from error
     if not head:
         raise FileError(f"{path} cannot be read: it is empty; it was cut short or never written; fetch it again")
-    kind = _kind(head)
+    kind = _detect_container(head)
     if kind == "unknown" and (what := _explain_kind(head, pickles=path.suffix.lower() in PICKLES)):
         raise FileError(f"{path} cannot be read: {what}")
     return Examined(kind, status.st_size, head)
 
 
-def _kind(head: bytes) -> Literal["safetensors", "zip", "pickle", "unknown"]:
+def _detect_container(head: bytes) -> Literal["safetensors", "zip", "pickle", "unknown"]:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER_LIMIT:
         return "safetensors"
     if head.startswith(b"PK\x03\x04"):
@@ -76,16 +81,16 @@ def _explain_kind(head: bytes, *, pickles: bool) -> str:
     return ""
 
 
-def _missing(path: Path, error: Exception) -> str:
+def _explain_missing(path: Path, error: Exception) -> str:
     if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
         return f"{path} cannot be opened: {getattr(error, 'strerror', error)}"
     try:
-        there = _inside(path.parent)
+        there = _list_safetensors(path.parent)
     except (OSError, ValueError):
         there = ""
     return f"there is no file {path}{there}"
 
 
-def _inside(folder: Path) -> str:
+def _list_safetensors(folder: Path) -> str:
     names = sorted(p.name for p in folder.glob("*.safetensors"))[:5] if folder.is_dir() else []
     return f"; in that folder: {', '.join(names)}" if names else ""

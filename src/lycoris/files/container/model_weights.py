@@ -1,4 +1,4 @@
-"""The weights of a base model on disk, a layer at a time."""
+"""The weights of a base model on disk, read one layer at a time."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lycoris.errors import FileError
-from lycoris.files.container.headers import header
-from lycoris.files.layout import Layout
+from lycoris.files.container.headers import read_header
+from lycoris.files.layout import ModelLayout
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.rounding import widen
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where the tensors of a model are, under diffusers' names; read when asked for, in float32 or wider."""
+    """The tensors of a base model in files, under diffusers' names.
+
+    Nothing is kept in memory: each request reads from the file, in float32 or wider.
+    """
 
     files: dict[str, Path]
     """Name of a tensor → file."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> BaseWeights:
-        """A safetensors file, or all of them in a folder. Raises `FileError` when there are none."""
+        """Open a safetensors file, or all of them in a folder.
+
+        Only headers are read. Raises `FileError` if there are none or one is damaged.
+        """
         where = Path(path)
         found = sorted(where.glob("*.safetensors")) if where.is_dir() else [where]
         if not found:
             raise FileError(f"{where} has no .safetensors files, which the base model's weights are read from")
-        return cls({name: file for file in found for name in header(file).tensors})
+        return cls({name: file for file in found for name in read_header(file).tensors})
 
-    def affine(self, name: str, layout: Layout) -> Affine:
-        """Weight and bias of a layer of a model, put together from the layers that it holds in diffusers.
+    def affine(self, name: str, layout: ModelLayout) -> Affine:
+        """Return weight and bias of a layer, concatenated from the layers of diffusers that it holds.
 
-        Raises `FileError` when one is not there.
+        Parts without a bias get zeros if another part has one.
+
+        Raises:
+            FileError: A tensor is missing or cannot be read.
         """
-        span = layout.spans(layout.naming)[name]
-        weights = [self._weight(part, layout.middle[part]) for part in span.parts]
+        span = layout.find_spans(layout.naming)[name]
+        weights = [self._weight(part, layout.diffusers_layers[part]) for part in span.parts]
         weight, bias = torch.cat(weights), None
         if any(f"{part}.bias" in self.files for part in span.parts):
             bias = torch.cat([self._bias(part, own) for part, own in zip(span.parts, weights, strict=True)])
-        if span.swaps(layout.layers[name]):
+        if span.swaps_halves(layout.layers[name]):
             half = len(weight) // 2
             weight, bias = weight.roll(half, 0), None if bias is None else bias.roll(half, 0)
         return Affine(weight, bias)

@@ -1,4 +1,4 @@
-"""Pickled tensors, as far as they can be read without running what they say."""
+"""Load tensors from a pickle without running any code in it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from torch import Tensor
 
 from lycoris.errors import FileError
 
-ADVICE = "Save its tensors as safetensors"
+PICKLE_ADVICE = "Save its tensors as safetensors"
 
 
 def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
-    """Tensors by name, at the top of the file or below "state_dict", which checkpoints of trainers have.
+    """Load tensors by name, from the top of the file or below "state_dict", as in checkpoints.
 
-    `size` is the file's, and no more may come out of it. Raises `FileError` for anything else.
+    Args:
+        size: Bytes of the file. Tensors may not take more than that in memory.
+        zipped: Whether it is the zip format of `torch.save`; otherwise the older one.
+
+    Raises:
+        FileError: The file contains anything but tensors by name, is damaged, or is compressed.
     """
     try:
         if zipped:
@@ -26,30 +31,30 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
         # Mapped storages cannot grow, so a tensor that claims more than the file has is refused before it takes memory.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever the damage happens to be
-        raise FileError(f"{path} cannot be read safely: {_reason(error)}. {ADVICE}") from error
+        raise FileError(f"{path} cannot be read safely: {_explain_pickle_error(error)}. {PICKLE_ADVICE}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    if what := _name_pickle(found):
+    if what := _explain_pickle(found):
         raise FileError(f"{path}: {what}")
     if not isinstance(found, dict):
-        raise FileError(f"{path} holds something other than tensors by name: a {type(found).__name__}. {ADVICE}")
+        raise FileError(f"{path} holds something other than tensors by name: a {type(found).__name__}. {PICKLE_ADVICE}")
     memory: dict[int, int] = {}
     for key, tensor in found.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise FileError(
                 f"{path} holds something other than tensors by name: under {str(key)[:60]!r} a "
-                f"{type(tensor).__name__}. {ADVICE}"
+                f"{type(tensor).__name__}. {PICKLE_ADVICE}"
             )
-        if (problem := _problem(tensor)) is not None:
-            raise FileError(f"{path} cannot be read safely: {key[:60]} {problem}. {ADVICE}")
+        if (problem := _explain_unsafe_tensor(tensor)) is not None:
+            raise FileError(f"{path} cannot be read safely: {key[:60]} {problem}. {PICKLE_ADVICE}")
         storage = tensor.untyped_storage()
         memory[storage.data_ptr()] = storage.nbytes()
     if sum(memory.values()) > size:
-        raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {ADVICE}")
+        raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {PICKLE_ADVICE}")
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
-def _name_pickle(found: Any) -> str:
+def _explain_pickle(found: Any) -> str:
     """What a pickle is whose tensors have no names of layers, and what to do with it; "" for all others."""
     if isinstance(found, list) and found and all(isinstance(each, Tensor) for each in found):
         return (
@@ -63,7 +68,7 @@ def _name_pickle(found: Any) -> str:
     return ""
 
 
-def _reason(error: Exception) -> str:
+def _explain_pickle_error(error: Exception) -> str:
     """Why, without torch's advice to switch the safety off."""
     text = str(error)
     if code := re.search(r"GLOBAL (\S+)", text):
@@ -84,7 +89,7 @@ def _check_zip(path: Path, size: int) -> None:
         raise FileError(f"it has {size} bytes and its parts {total}: it is damaged")
 
 
-def _problem(tensor: Any) -> str | None:
+def _explain_unsafe_tensor(tensor: Any) -> str | None:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_quantized:
         return f"is a {type(tensor).__name__} of {tensor.dtype}, no plain tensor"
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Tensors to and from disk."""
+"""Load tensors from disk and save them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from torch import Tensor
 
 from lycoris.errors import FileError
 from lycoris.files.container.format_version import check_format
-from lycoris.files.container.headers import DTYPES, LONE, header
+from lycoris.files.container.headers import DTYPES, LONE_SURROGATE, SHOWN_CHARS, read_header
 from lycoris.files.container.kinds import HEADER_LIMIT, PICKLES, examine
 from lycoris.files.container.pickles import load_pickle
 
 logger = logging.getLogger("LyCORIS")
 
-PER_TENSOR = 300
+ENTRY_BYTES = 300
 """Bytes that an entry of a header takes at most beside its name."""
-SHOWN = 60
 
 
 def load_tensors(
     path: str | os.PathLike[str], only: Callable[[str], bool] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a file, or those tensors whose names `only` says yes to.
+    """Return tensors and header metadata of a file.
 
-    The tensors of a safetensors file lie in the file itself, mapped: they take memory as they are read, and the file
-    has to stay as it is (replaced it may be, as `save_tensors` does). Pickles are read only as far as
-    `torch.load(weights_only=True)` does: tensors, no code.
+    The tensors of a safetensors file are memory-mapped: they take memory as they are accessed, and the file must not be
+    modified in place while they are in use. (Replacing it, as `save_tensors` does, is fine.) Pickles are loaded with
+    `weights_only=True`: tensors, no code.
 
-    Raises `FileError` if the file is missing, cut short, or not such a file in any part.
+    Args:
+        only: Called with each name; tensors for which it returns False are left out. None: all.
+
+    Raises:
+        FileError: The file is missing, truncated, or not such a file in any part.
     """
     path = Path(path)
     kind, size, _ = examine(path)
@@ -52,7 +55,7 @@ def load_tensors(
             f"{path} cannot be read as safetensors: it is a pickle under another name; rename it to "
             f"{path.with_suffix('.pt').name}, or better save its tensors as safetensors"
         )
-    head = header(path)
+    head = read_header(path)
     check_format(head.metadata, path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -63,13 +66,21 @@ def load_tensors(
 
 
 def load_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The same without the tensors, of which a header tells the shapes; a pickle is read for them."""
+    """Return shapes and header metadata of a file, without its tensors.
+
+    Only a pickle is loaded in full, since it has no header. Raises `FileError` as `load_tensors` does.
+    """
     if Path(path).suffix.lower() in PICKLES:
         tensors, metadata = load_tensors(path)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata
-    found = header(path)
+        return get_shapes(tensors), metadata
+    found = read_header(path)
     check_format(found.metadata, path)
     return {name: info.shape for name, info in found.tensors.items()}, dict(found.metadata)
+
+
+def get_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _align(tensor: Tensor) -> Tensor:
@@ -80,23 +91,25 @@ def _align(tensor: Tensor) -> Tensor:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then move it into place.
 
-    Metadata for which a header has no room are left out with a warning; see `fitting`. Raises `FileError`, before
-    anything is written, for a tensor that has no plain data, metadata that are not text, and a path where no such file
-    can be.
+    Metadata for which the header has no room are dropped with a warning; see `trim_metadata`.
+
+    Raises:
+        FileError: A tensor cannot be stored, metadata are not strings, or the path cannot be a safetensors file; in
+            these cases nothing is written. Also if writing fails.
     """
     path = Path(path)
-    _check_target(path)
+    _check_file_name(path)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise FileError(
                 f"metadata {key!r} is {value!r}, a {type(value).__name__}: headers hold text by text; give str(value) "
                 f"or json.dumps(value). {path} was not written"
             )
-        if LONE.search(key + value):
+        if LONE_SURROGATE.search(key + value):
             raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
-    metadata = fitting(metadata, tensors, path)
+    metadata = trim_metadata(metadata, tensors, path)
     try:
-        whole = plain(tensors)
+        whole = make_storable(tensors)
     except FileError as error:
         raise FileError(f"{error}; {path} was not written") from error
     try:
@@ -120,20 +133,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         Path(temporary).unlink(missing_ok=True)
 
 
-def fitting(metadata: Mapping[str, str], tensors: Iterable[str], path: str | os.PathLike[str]) -> dict[str, str]:
-    """Metadata that a header has room for beside the names of tensors: without the largest where they are too much.
+def trim_metadata(metadata: Mapping[str, str], tensors: Iterable[str], path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata that a header has room for, dropping the largest first.
 
-    The logger "LyCORIS" is warned of each that is left out: a run's tensors are worth more than its metadata.
+    The limit is `HEADER_LIMIT` bytes, names of tensors included. Each entry that is dropped is logged as a warning,
+    since the tensors of a run are worth more than its metadata.
     """
     sizes = {key: _stored_size(key) + _stored_size(value) for key, value in metadata.items()}
-    room = HEADER_LIMIT - sum(_stored_size(name) + PER_TENSOR for name in tensors)
+    room = HEADER_LIMIT - sum(_stored_size(name) + ENTRY_BYTES for name in tensors)
     left_out: set[str] = set()
     while sum(size for key, size in sizes.items() if key not in left_out) > room and len(left_out) < len(sizes):
         largest = max(sizes.keys() - left_out, key=lambda key: sizes[key])
         left_out.add(largest)
         logger.warning(
             "metadata %r of %.1f MB was left out of %s: the header of a safetensors file holds %d MB in all",
-            *(largest[:SHOWN], sizes[largest] / 1e6, path, HEADER_LIMIT // 10**6),
+            *(largest[:SHOWN_CHARS], sizes[largest] / 1e6, path, HEADER_LIMIT // 10**6),
         )
     return {key: value for key, value in metadata.items() if key not in left_out}
 
@@ -144,7 +158,7 @@ def _stored_size(given: object) -> int:
     return 6 * len(text) + 8 if len(text) < 10**5 else len(json.dumps(text, ensure_ascii=False).encode()) + 8
 
 
-def _check_target(path: Path) -> None:
+def _check_file_name(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         right = path.with_suffix(".safetensors").name
         raise FileError(f"{path} has the name of a pickle, and what is written is safetensors; name it {right}")
@@ -159,12 +173,17 @@ def _check_target(path: Path) -> None:
         raise FileError(f"{path} {what}")
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor as a file holds it: dense, in order, and in memory of its own."""
+def make_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor as a file stores it: contiguous, on the CPU, and with memory of its own.
+
+    Raises:
+        FileError: Something is not a tensor with a name, or has no dense data: sparse, nested, on the meta device, or
+            of a dtype safetensors does not have.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
-        _check(key, tensor)
+        _check_storable(key, tensor)
         whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         memory = whole.untyped_storage().data_ptr()
         # Two names for one memory are two tensors in a file; safetensors refuses to choose.
@@ -173,8 +192,8 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _check(key: str, tensor: Tensor) -> None:
-    if not isinstance(key, str) or key == "__metadata__" or LONE.search(key):
+def _check_storable(key: str, tensor: Tensor) -> None:
+    if not isinstance(key, str) or key == "__metadata__" or LONE_SURROGATE.search(key):
         raise FileError(f"{key!r} cannot be the name of a tensor: names are text, and __metadata__ is the header's own")
     if not isinstance(tensor, Tensor):
         raise FileError(f"{key} is a {type(tensor).__name__}, no tensor")

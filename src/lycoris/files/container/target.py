@@ -1,4 +1,4 @@
-"""What may be written over."""
+"""Decide whether a file or folder may be overwritten."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from lycoris.files.container.kinds import CONFIG, PICKLE, WEIGHTS
 
 
 def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *, overwrite: bool) -> None:
-    """Raise `FileError` where writing to `target`, a file or a folder of PEFT's, would replace one of the `sources`,
-    through links too, or, unless `overwrite`, anything.
+    """Raise `FileError` where writing to `target` would replace something it must not.
+
+    Args:
+        target: A file, or a PEFT folder.
+        sources: Files that are being read, which may never be replaced, not even through links.
+        overwrite: Whether other existing files may be.
     """
     path = Path(target)
-    written = _parts(path)
+    written = _list_paths(path)
     for source in sources:
-        if any(_same(one, other) for one in _parts(source) for other in written):
+        if any(_is_same_file(one, other) for one in _list_paths(source) for other in written):
             raise FileError(f"{target} is read here, and the input is never the output; name another")
     # These answer for names that no file can have; writing says why.
     candidates = written[1:] if os.path.isdir(path) else written[:1]  # noqa: PTH112 -- Path.is_dir raises for them
@@ -26,12 +30,12 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
         raise FileError(f"{there} exists; name another, or write over it (--force, in Python overwrite=True)")
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
+def _list_paths(path: Path) -> tuple[Path, ...]:
     """A path, and the files that it holds as a folder of PEFT's."""
     return path, path / WEIGHTS, path / CONFIG, path / PICKLE
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except (OSError, ValueError):

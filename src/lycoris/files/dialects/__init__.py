@@ -1,18 +1,18 @@
-"""How kinds of files write their keys, one table each."""
+"""How each kind of file names its tensors: one table per dialect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lycoris.files.dialects.aitoolkit import AI_TOOLKIT
-from lycoris.files.dialects.bare import BARE, PEFT
+from lycoris.files.dialects.aitoolkit import AI_TOOLKIT_DIALECT
+from lycoris.files.dialects.bare import BARE_DIALECT, PEFT_DIALECT
 from lycoris.files.dialects.base import Dialect
-from lycoris.files.dialects.comfyui import COMFYUI
-from lycoris.files.dialects.diffusers import DIFFUSERS
-from lycoris.files.dialects.kohya import KOHYA, KOHYA_DIFFUSERS
-from lycoris.files.dialects.lycoris import LYCORIS
-from lycoris.files.dialects.musubi import MUSUBI, MUSUBI_OTHER
+from lycoris.files.dialects.comfyui import COMFYUI_DIALECT
+from lycoris.files.dialects.diffusers import DIFFUSERS_DIALECT
+from lycoris.files.dialects.kohya import KOHYA_DIALECT, KOHYA_DIFFUSERS_DIALECT
+from lycoris.files.dialects.lycoris import LYCORIS_DIALECT
+from lycoris.files.dialects.musubi import MUSUBI_DIALECT, MUSUBI_OTHER_DIALECT
 from lycoris.files.dialects.onetrainer import (
     ONETRAINER_COMFY,
     ONETRAINER_DIFFUSERS,
@@ -20,27 +20,27 @@ from lycoris.files.dialects.onetrainer import (
     ONETRAINER_LEGACY,
     ONETRAINER_ORIGINAL,
 )
-from lycoris.files.dialects.processors import PROCESSORS
+from lycoris.files.dialects.processors import PROCESSORS_DIALECT
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType(
     {
         dialect.name: dialect
         for dialect in (
-            PEFT,
-            PROCESSORS,
-            LYCORIS,
-            KOHYA,
-            KOHYA_DIFFUSERS,
-            MUSUBI,
+            PEFT_DIALECT,
+            PROCESSORS_DIALECT,
+            LYCORIS_DIALECT,
+            KOHYA_DIALECT,
+            KOHYA_DIFFUSERS_DIALECT,
+            MUSUBI_DIALECT,
             ONETRAINER_KOHYA,
             ONETRAINER_LEGACY,
-            COMFYUI,
-            MUSUBI_OTHER,
+            COMFYUI_DIALECT,
+            MUSUBI_OTHER_DIALECT,
             ONETRAINER_COMFY,
-            DIFFUSERS,
+            DIFFUSERS_DIALECT,
             ONETRAINER_DIFFUSERS,
-            AI_TOOLKIT,
-            BARE,
+            AI_TOOLKIT_DIALECT,
+            BARE_DIALECT,
             ONETRAINER_ORIGINAL,
         )
     }

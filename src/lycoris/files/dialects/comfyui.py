@@ -12,7 +12,7 @@ _TEXT_ENCODERS: Mapping[str, str] = {
     for name, component in family.comfyui.items()
 }
 
-COMFYUI = Dialect(
+COMFYUI_DIALECT = Dialect(
     name="comfyui",
     style="dotted",
     prefixes={

@@ -1,6 +1,7 @@
-"""Old and foreign forms of a layer's tensors, put into the words of the algorithms.
+"""Convert old and foreign forms of a layer's tensors to those that the algorithms define.
 
-A layer's tensors may stand for a stack: a LoRA and a change of the bias, or of single places of the weight, beside it.
+A layer's tensors may stand for a stack: for example a LoRA with a change of the bias, or a sparse change of the weight,
+next to it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 from lycoris.algorithms import OFT, Full, LoRA, Norm, Replace
 from lycoris.algorithms.tensors import ALPHA, RANK_TENSORS, number
 from lycoris.errors import FileError
-from lycoris.files.dialects.suffixes import PARTS
+from lycoris.files.dialects.suffixes import MAX_OFT_PARTS
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.rotation import limit_norm
 from lycoris.ops.rounding import widen
 
-Group = dict[str, Tensor]
+TensorGroup = dict[str, Tensor]
 """Tensors of a layer by suffix, in LyCORIS' spelling."""
 
 REFUSED: Mapping[str, str] = {
@@ -35,13 +36,19 @@ UP, DOWN = LoRA.tensor_names["up"], LoRA.tensor_names["down"]
 DIFF, DIFF_B = Full.tensor_names["diff"], Full.tensor_names["diff_b"]
 SCALE_OF_NORM, SHIFT_OF_NORM = Norm.tensor_names["w"], Norm.tensor_names["b"]
 WEIGHT, BIAS = Replace.tensor_names["w"], Replace.tensor_names["b"]
-BLOCKS = OFT.tensor_names["blocks"]
+OFT_BLOCKS = OFT.tensor_names["blocks"]
 
 
-def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
-    """A layer's tensors as a stack of what algorithms know, lowest first.
+def normalize_tensors(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[TensorGroup]:
+    """Return a layer's tensors as a stack of groups that algorithms know, lowest first.
 
-    Raises `FileError` for tensors that have no place.
+    Args:
+        group: Tensors by suffix in LyCORIS' spelling.
+        g: The layer.
+        where: Its name, for messages.
+
+    Raises:
+        FileError: A tensor is known but not supported (`FOREIGN_SUFFIXES`, `REFUSED`), or does not fit the layer.
     """
     if "reshape_weight" in group and group["reshape_weight"].flatten().tolist() == [*g.shape[:2]]:
         # It says what the layer's shape is to be, and it is that.
@@ -50,10 +57,19 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
         if suffix in group:
             raise FileError(f"{where}.{suffix} {why}")
     own, beside = dict(group), []
-    for reads in (_magnitude, _whole, _norm, _rotation, _rotations, _old_glora, _scale, _flatten_factors):
+    for reads in (
+        _read_magnitude_vector,
+        _read_replacements,
+        _read_norm,
+        _read_rotation,
+        _read_rotation_parts,
+        _read_old_glora,
+        _apply_scale_number,
+        _flatten_factors,
+    ):
         reads(own, g, where)
     below = {key: own.pop(key) for key in (WEIGHT, BIAS) if key in own and own.keys() - {WEIGHT, BIAS, ALPHA}}
-    for takes in (_bias_of_up, _bias, _sparse):
+    for takes in (_take_up_bias, _take_bias, _take_sparse):
         found = takes(own, g, where)
         if found:
             beside.append(found)
@@ -62,14 +78,14 @@ def modern(group: Mapping[str, Tensor], g: Geometry, where: str) -> list[Group]:
     return [group for group in groups if group.keys() - {ALPHA}] or [own]
 
 
-def _magnitude(own: Group, g: Geometry, where: str) -> None:
+def _read_magnitude_vector(own: TensorGroup, g: Geometry, where: str) -> None:
     """PEFT's name of DoRA's lengths: one per output, for convolutions in a shape that broadcasts over them."""
     if "lora_magnitude_vector" in own:
         lengths = own.pop("lora_magnitude_vector")
         own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))
 
 
-def _whole(own: Group, g: Geometry, where: str) -> None:
+def _read_replacements(own: TensorGroup, g: Geometry, where: str) -> None:
     """A weight or a bias under the name that it has in the model: it replaces that. IA³ too has a `weight`."""
     shape = tuple(own["weight"].shape) if "weight" in own and "on_input" not in own else ()
     if shape and (shape == g.stacked_shape(g.stored_shape) or g.kind == "norm"):
@@ -81,7 +97,7 @@ def _whole(own: Group, g: Geometry, where: str) -> None:
         own[BIAS] = own.pop("bias")
 
 
-def _norm(own: Group, g: Geometry, where: str) -> None:
+def _read_norm(own: TensorGroup, g: Geometry, where: str) -> None:
     """ComfyUI's names for the changes of a norm; either may be alone."""
     if g.kind != "norm":
         return
@@ -94,7 +110,7 @@ def _norm(own: Group, g: Geometry, where: str) -> None:
         own |= {name: torch.zeros_like(given) for name in names if name not in own}
 
 
-def _scale(own: Group, g: Geometry, where: str) -> None:
+def _apply_scale_number(own: TensorGroup, g: Geometry, where: str) -> None:
     """A number that stands for alpha / rank, and scales what has no ranks."""
     if "scale" not in own:
         return
@@ -109,7 +125,7 @@ def _scale(own: Group, g: Geometry, where: str) -> None:
         raise FileError(f"{where}.scale is beside {', '.join(sorted(own)) or 'nothing'}, which has no scale")
 
 
-def _rotation(own: Group, g: Geometry, where: str) -> None:
+def _read_rotation(own: TensorGroup, g: Geometry, where: str) -> None:
     """Rotations themselves, where later files have what generates them: Q = (R - I)(R + I)⁻¹, B = Q/2."""
     if "oft_diag" in own:
         turn = own.pop("oft_diag")
@@ -126,16 +142,16 @@ def _rotation(own: Group, g: Geometry, where: str) -> None:
         own.setdefault(ALPHA, torch.tensor(0.0))
 
 
-def _rotations(own: Group, g: Geometry, where: str) -> None:
+def _read_rotation_parts(own: TensorGroup, g: Geometry, where: str) -> None:
     """Rotations of several parts of the rows, as sd-scripts' networks/oft_flux.py has them: block_size is that of each
     part, and the limit alpha·rows of it. A larger block holds smaller ones on its diagonal.
     """
-    parts = [own.pop(f"{BLOCKS}.{n}") for n in range(PARTS) if f"{BLOCKS}.{n}" in own]
+    parts = [own.pop(f"{OFT_BLOCKS}.{n}") for n in range(MAX_OFT_PARTS) if f"{OFT_BLOCKS}.{n}" in own]
     if not parts:
         return
     shapes, told = (
         [tuple(part.shape) for part in parts],
-        f"{where}.{BLOCKS}.N, as sd-scripts' networks.oft_flux has them,",
+        f"{where}.{OFT_BLOCKS}.N, as sd-scripts' networks.oft_flux has them,",
     )
     if any(len(shape) != 3 or shape[1] != shape[2] or not shape[1] for shape in shapes):
         raise FileError(f"{told} are square blocks (n, s, s), not {shapes}")
@@ -143,7 +159,7 @@ def _rotations(own: Group, g: Geometry, where: str) -> None:
     if sum(rows) != g.out_features:
         raise FileError(f"{told} turn {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
     if len(parts) == 1:
-        own[BLOCKS] = parts[0]
+        own[OFT_BLOCKS] = parts[0]
         return
     limit = number(own.pop(ALPHA), f"{where}.{ALPHA}") if ALPHA in own else 0.0
     wide = [limit_norm(widen(part), limit * count) for part, count in zip(parts, rows, strict=True)]
@@ -156,11 +172,11 @@ def _rotations(own: Group, g: Geometry, where: str) -> None:
         raise FileError(
             f"{told} have blocks of {[shape[1] for shape in shapes]} rows, which make no blocks of one size"
         )
-    own[BLOCKS] = torch.cat([_along(part, size) for part in wide])
+    own[OFT_BLOCKS] = torch.cat([_merge_rotation_blocks(part, size) for part in wide])
     own[ALPHA] = torch.tensor(0.0)
 
 
-def _along(blocks: Tensor, size: int) -> Tensor:
+def _merge_rotation_blocks(blocks: Tensor, size: int) -> Tensor:
     """(n, s, s) as (n·s / size, size, size), with s-blocks on the diagonals."""
     n, s, _ = blocks.shape
     many = size // s
@@ -170,7 +186,7 @@ def _along(blocks: Tensor, size: int) -> Tensor:
     return found.reshape(n // many, size, size)
 
 
-def _old_glora(own: Group, g: Geometry, where: str) -> None:
+def _read_old_glora(own: TensorGroup, g: Geometry, where: str) -> None:
     """The first layout: every pair the other way round and transposed in its roles, W·a2·a1 + b2·b1."""
     names = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
     if any(name not in own or own[name].dim() < 2 for name in names) or len(g.shape) < 2:
@@ -183,14 +199,14 @@ def _old_glora(own: Group, g: Geometry, where: str) -> None:
         own.update(zip(names, (a2, a1, b2, b1), strict=True))
 
 
-def _flatten_factors(own: Group, g: Geometry, where: str) -> None:
+def _flatten_factors(own: TensorGroup, g: Geometry, where: str) -> None:
     """Factors that keep the kernel's dimensions where others flatten them."""
     for key in ("hada_w1_b", "hada_w2_b", "lokr_w2_b"):
         if g.kernel and key in own and own[key].dim() > 2:
             own[key] = own[key].flatten(1)
 
 
-def _bias_of_up(own: Group, g: Geometry, where: str) -> Group | None:
+def _take_up_bias(own: TensorGroup, g: Geometry, where: str) -> TensorGroup | None:
     """PEFT's `lora_bias`: a bias behind the second factor, under the same scale."""
     if "lora_up.bias" not in own:
         return None
@@ -200,14 +216,14 @@ def _bias_of_up(own: Group, g: Geometry, where: str) -> Group | None:
     return {DIFF_B: bias if scale == 1 else widen(bias) * scale}
 
 
-def _bias(own: Group, g: Geometry, where: str) -> Group | None:
+def _take_bias(own: TensorGroup, g: Geometry, where: str) -> TensorGroup | None:
     """A change of the bias beside another algorithm, as ComfyUI and OneTrainer allow."""
     if DIFF_B not in own or own.keys() <= {DIFF, DIFF_B}:
         return None
     return {DIFF_B: own.pop(DIFF_B)}
 
 
-def _sparse(own: Group, g: Geometry, where: str) -> Group | None:
+def _take_sparse(own: TensorGroup, g: Geometry, where: str) -> TensorGroup | None:
     """Single places of the weight, as early LyCORIS extracted them: indices (dimensions, n), values (n), and a size."""
     names = ("bias_indices", "bias_values", "bias_size")
     if not any(name in own for name in names):

@@ -1,4 +1,4 @@
-"""What programs have written that does not mean what was trained, put right where the file says who wrote it."""
+"""Correct the scale of files whose writer is known to have stored another one than was trained."""
 
 from __future__ import annotations
 
@@ -15,44 +15,53 @@ from lycoris.errors import FileError
 from lycoris.files.dialects.base import Dialect
 from lycoris.targeting.recipe import settings_of
 
-SCALES = "lycoris_scale"
+SCALES_KEY = "lycoris_scale"
 """Header key under which this library writes the scale of every adapter: such a file means what it says."""
 
 DYLORA_BLOCK = 4
 """The block size of lycoris-lora where its settings name none."""
 
 
-def as_trained(
+def restore_trained_scale(
     stack: tuple[Entry, ...], layer: str, parts: int, dialect: Dialect, header: Mapping[str, str]
 ) -> tuple[tuple[Entry, ...], str]:
-    """A layer's stack at the scale that was trained, and what was changed for it.
+    """Return a layer's stack at the scale that was trained, and a note on what was changed.
 
-    `parts` is how many layers of diffusers the one in the file holds.
+    Two cases, both recognized by the settings in the header: DyLoRA of lycoris-lora, trained at `block_size` times the
+    stored scale, and `split_qkv` of sd-scripts, whose parts were trained as separate adapters. Files with `SCALES_KEY`
+    in the header are right already.
+
+    Args:
+        layer: The name of the layer, for messages.
+        parts: How many layers of diffusers the one in the file holds.
+
+    Returns:
+        The stack, and the note, "" if nothing was changed.
     """
     entry = stack[0]
-    if SCALES in header or not isinstance(entry.algorithm, LoRA):
+    if SCALES_KEY in header or not isinstance(entry.algorithm, LoRA):
         return stack, ""
     alpha, rank = entry.algorithm.export_alpha(entry.geometry), entry.algorithm.rank
     assert alpha is not None
     settings = settings_of(header)
-    if _text(settings.get("algo")) == "dylora":
-        block = _block(settings.get("block_size"), rank, layer)
+    if _normalize_setting(settings.get("algo")) == "dylora":
+        block = _parse_block_size(settings.get("block_size"), rank, layer)
         told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
-        return _with_alpha(stack, alpha * block), told
-    apart = parts > 1 and rank % parts == 0 and _block_diagonal(entry.tensors["up"], parts)
-    if apart and _text(settings.get("split_qkv")) == "true":
+        return _set_alpha(stack, alpha * block), told
+    apart = parts > 1 and rank % parts == 0 and _is_block_diagonal(entry.tensors["up"], parts)
+    if apart and _normalize_setting(settings.get("split_qkv")) == "true":
         told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
-        return _with_alpha(stack, alpha * parts), told
+        return _set_alpha(stack, alpha * parts), told
     return stack, ""
 
 
-def _with_alpha(stack: tuple[Entry, ...], alpha: float) -> tuple[Entry, ...]:
+def _set_alpha(stack: tuple[Entry, ...], alpha: float) -> tuple[Entry, ...]:
     first = stack[0]
     assert isinstance(first.algorithm, LoRA)
     return (first._replace(algorithm=replace(first.algorithm, alpha=alpha, rs_lora=False)), *stack[1:])
 
 
-def _block_diagonal(up: Tensor, parts: int) -> bool:
+def _is_block_diagonal(up: Tensor, parts: int) -> bool:
     """Whether each part of the rows has ranks of its own, all with something in them."""
     rank = up.shape[1] // parts
     used = up.flatten(1).ne(0)
@@ -62,9 +71,9 @@ def _block_diagonal(up: Tensor, parts: int) -> bool:
     return all(int(a.max()) < int(b.min()) for a, b in pairwise(columns))
 
 
-def _block(told: Any, rank: int, layer: str) -> int:
+def _parse_block_size(told: Any, rank: int, layer: str) -> int:
     """Raises `FileError` for what is no number of ranks: the scale hangs on it."""
-    text = _text(DYLORA_BLOCK if told is None else told)
+    text = _normalize_setting(DYLORA_BLOCK if told is None else told)
     if not text.isdecimal() or not 1 <= int(text[:9]) <= rank:
         raise FileError(
             f"{layer} is a DyLoRA of rank {rank} and block_size {text:.40}, as its header says; 1 to {rank} is expected"
@@ -72,5 +81,5 @@ def _block(told: Any, rank: int, layer: str) -> int:
     return int(text)
 
 
-def _text(value: Any) -> str:
+def _normalize_setting(value: Any) -> str:
     return str(value).strip().lower()

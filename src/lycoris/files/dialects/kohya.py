@@ -7,18 +7,18 @@ from collections.abc import Mapping
 
 from lycoris.files.dialects.base import Dialect
 
-TEXT_ENCODERS: Mapping[str, str] = {
+TEXT_ENCODER_PREFIXES: Mapping[str, str] = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
     "lora_te_": "text_encoder",
 }
 
-ENCODERS: Mapping[str, str] = {"clip": "text_model", "language-model": "headless"}
+ENCODER_NAMINGS: Mapping[str, str] = {"clip": "text_model", "language-model": "headless"}
 """CLIP as transformers had it before version 5; language models as the classes without a head call their layers."""
-UNETS: Mapping[str, str] = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
+UNET_NAMINGS: Mapping[str, str] = {"sd1.5-unet": "diffusers", "sd2-unet": "diffusers", "sdxl-unet": "sgm"}
 
-KOHYA = Dialect(
+KOHYA_DIALECT = Dialect(
     name="kohya",
     style="flat",
     # VideoX-Fun writes two underscores.
@@ -26,14 +26,16 @@ KOHYA = Dialect(
         "lora_unet_": "",
         "lora_unet__": "",
         "oft_unet_": "",
-        **TEXT_ENCODERS,
+        **TEXT_ENCODER_PREFIXES,
         "oft_te1_": "text_encoder",
         "oft_te2_": "text_encoder_2",
         "oft_te_": "text_encoder",
     },
     naming="original",
-    namings={**UNETS, **ENCODERS},
+    namings={**UNET_NAMINGS, **ENCODER_NAMINGS},
 )
 
-KOHYA_DIFFUSERS = Dialect(name="kohya-diffusers", style="flat", prefixes=KOHYA.prefixes, namings=ENCODERS)
+KOHYA_DIFFUSERS_DIALECT = Dialect(
+    name="kohya-diffusers", style="flat", prefixes=KOHYA_DIALECT.prefixes, namings=ENCODER_NAMINGS
+)
 """The same with diffusers' names, as programs that train diffusers' classes write it."""

@@ -2,4 +2,4 @@
 
 from lycoris.files.dialects.base import Dialect
 
-LYCORIS = Dialect(name="lycoris", style="flat", prefixes={"lycoris_": ""})
+LYCORIS_DIALECT = Dialect(name="lycoris", style="flat", prefixes={"lycoris_": ""})

@@ -1,24 +1,24 @@
 """Musubi Tuner's two formats: kohya's, and the one that its converter calls "other"."""
 
 from lycoris.files.dialects.base import Dialect
-from lycoris.files.dialects.diffusers import FACTORS
+from lycoris.files.dialects.diffusers import PEFT_SPELLING
 
-MUSUBI = Dialect(
+MUSUBI_DIALECT = Dialect(
     name="musubi",
     style="flat",
     prefixes={"lora_unet_": ""},
     naming="original",
     algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
     kinds=frozenset({"linear"}),
-    marks=("ss_fp8_base", "ss_weighting_scheme"),
+    header_marks=("ss_fp8_base", "ss_weighting_scheme"),
 )
 
-MUSUBI_OTHER = Dialect(
+MUSUBI_OTHER_DIALECT = Dialect(
     name="musubi-other",
     style="dotted",
     prefixes={"diffusion_model.": ""},
     naming="original",
-    spelling=FACTORS,
+    spelling=PEFT_SPELLING,
     scale="in both",
     algorithms=frozenset({"lora", "loha", "lokr", "dylora"}),
     kinds=frozenset({"linear"}),

@@ -2,46 +2,46 @@
 
 from lycoris.algorithms.tensors import MAGNITUDE
 from lycoris.files.dialects.base import Dialect
-from lycoris.files.dialects.comfyui import COMFYUI
-from lycoris.files.dialects.diffusers import COMPONENTS, FACTORS, Diffusers
-from lycoris.files.dialects.kohya import ENCODERS, TEXT_ENCODERS, UNETS
+from lycoris.files.dialects.comfyui import COMFYUI_DIALECT
+from lycoris.files.dialects.diffusers import COMPONENT_PREFIXES, PEFT_SPELLING, DiffusersDialect
+from lycoris.files.dialects.kohya import ENCODER_NAMINGS, TEXT_ENCODER_PREFIXES, UNET_NAMINGS
 from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
 
-MARKS = ("ot_branch", "ot_revision", "ot_config")
+ONETRAINER_MARKS = ("ot_branch", "ot_revision", "ot_config")
 
-ONETRAINER_DIFFUSERS = Diffusers(
+ONETRAINER_DIFFUSERS = DiffusersDialect(
     name="onetrainer-diffusers",
     style="dotted",
-    prefixes=COMPONENTS,
+    prefixes=COMPONENT_PREFIXES,
     namings={"clip": "text_model"},
-    spelling=FACTORS,
-    lengths={"out": MAGNITUDE_VECTOR, "in": MAGNITUDE},
+    spelling=PEFT_SPELLING,
+    magnitudes={"out": MAGNITUDE_VECTOR, "in": MAGNITUDE},
     scale="in up",
-    marks=MARKS,
+    header_marks=ONETRAINER_MARKS,
 )
 ONETRAINER_KOHYA = Dialect(
     name="onetrainer-kohya",
     style="flat",
-    prefixes={"lora_unet_": "", **TEXT_ENCODERS},
+    prefixes={"lora_unet_": "", **TEXT_ENCODER_PREFIXES},
     naming="original",
-    namings={**UNETS, **ENCODERS},
-    marks=MARKS,
+    namings={**UNET_NAMINGS, **ENCODER_NAMINGS},
+    header_marks=ONETRAINER_MARKS,
 )
 ONETRAINER_COMFY = Dialect(
     name="onetrainer-comfy",
     style="dotted",
-    prefixes=COMFYUI.prefixes,
-    naming=COMFYUI.naming,
-    namings=COMFYUI.namings,
-    spelling=FACTORS,
-    marks=MARKS,
+    prefixes=COMFYUI_DIALECT.prefixes,
+    naming=COMFYUI_DIALECT.naming,
+    namings=COMFYUI_DIALECT.namings,
+    spelling=PEFT_SPELLING,
+    header_marks=ONETRAINER_MARKS,
 )
 ONETRAINER_LEGACY = Dialect(
     name="onetrainer-legacy",
     style="flat",
-    prefixes={"lora_transformer_": "", "lora_unet_": "", **TEXT_ENCODERS},
-    namings=ENCODERS,
-    marks=MARKS,
+    prefixes={"lora_transformer_": "", "lora_unet_": "", **TEXT_ENCODER_PREFIXES},
+    namings=ENCODER_NAMINGS,
+    header_marks=ONETRAINER_MARKS,
 )
 ONETRAINER_ORIGINAL = Dialect(
     name="onetrainer-original",
@@ -49,6 +49,6 @@ ONETRAINER_ORIGINAL = Dialect(
     prefixes={"": ""},
     naming="original",
     namings={"sd1.5-unet": "sgm", "sd2-unet": "sgm", "sdxl-unet": "sgm"},
-    spelling=FACTORS,
-    marks=MARKS,
+    spelling=PEFT_SPELLING,
+    header_marks=ONETRAINER_MARKS,
 )

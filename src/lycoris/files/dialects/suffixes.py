@@ -10,7 +10,7 @@ from types import MappingProxyType
 from lycoris.algorithms import ALGORITHMS
 from lycoris.algorithms.tensors import ALPHA
 
-VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+SPELLING_VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "lora_up.weight": (
             "lora_B.weight",
@@ -40,13 +40,13 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """LyCORIS' spelling → others that mean the same."""
 
-PARTS = 8
+MAX_OFT_PARTS = 8
 """The most parts of a layer that sd-scripts turns apart from each other; Flux.1's have up to four."""
 
 MAGNITUDE_VECTOR = "lora_magnitude_vector"
 """PEFT's name of DoRA's lengths, one for each output."""
 
-ODD = (
+FOREIGN_SUFFIXES = (
     "lora_up.bias",
     MAGNITUDE_VECTOR,
     "scale",
@@ -60,17 +60,20 @@ ODD = (
     "oft_R.weight",
     "ia3_l",
     "bm.weight",
-    *(f"oft_blocks.{part}" for part in range(PARTS)),
+    *(f"oft_blocks.{part}" for part in range(MAX_OFT_PARTS)),
 )
 """Tensors that `lycoris.files.dialects.forms` puts into other words, or refuses, before an algorithm sees them."""
 
-OWN = frozenset({ALPHA, *ODD, *(name for algorithm in ALGORITHMS.values() for name in algorithm.tensor_names.values())})
-
-_CANONICAL: Mapping[str, str] = MappingProxyType(
-    {name: name for name in OWN} | {other: name for name, others in VARIANTS.items() for other in others}
+OWN_SUFFIXES = frozenset(
+    {ALPHA, *FOREIGN_SUFFIXES, *(name for algorithm in ALGORITHMS.values() for name in algorithm.tensor_names.values())}
 )
 
-SUFFIXES = tuple(sorted(_CANONICAL.items(), key=lambda item: -len(item[0])))
+_CANONICAL: Mapping[str, str] = MappingProxyType(
+    {name: name for name in OWN_SUFFIXES}
+    | {other: name for name, others in SPELLING_VARIANTS.items() for other in others}
+)
+
+SUFFIX_SPELLINGS = tuple(sorted(_CANONICAL.items(), key=lambda item: -len(item[0])))
 """Spelling and LyCORIS' own, longest first: a shorter one may end a longer one."""
 
 
@@ -82,11 +85,17 @@ _NAMED = re.compile(
 
 @lru_cache(maxsize=2**14)
 def remove_adapter_name(key: str) -> str:
-    """A tensor's name without that of the adapter, which PEFT has in the middle of it while a model is in memory."""
+    """Return a tensor's name without the adapter's.
+
+    PEFT puts one into each name while a model is in memory: `lora_A.default.weight`.
+    """
     found = _NAMED.fullmatch(key)
     return key if found is None else f"{found[1] or found[3]}{found[2] or ''}"
 
 
-def canonical(spelled: str) -> str | None:
-    """A tensor name in LyCORIS' spelling; None when nothing is called so."""
+def find_canonical_suffix(spelled: str) -> str | None:
+    """Return a tensor's own name in LyCORIS' spelling.
+
+    None if no known tensor is spelled so.
+    """
     return _CANONICAL.get(spelled)

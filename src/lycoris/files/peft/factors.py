@@ -1,4 +1,4 @@
-"""PEFT's LoKr has one `decompose_factor` for all layers and makes the shapes of their factors from it."""
+"""Reproduce the factor shapes of PEFT's LoKr, which has one `decompose_factor` for all layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
 
 
-class Factors(NamedTuple):
-    """How the two factors of one layer are stored."""
+class LokrFactors(NamedTuple):
+    """How the two factors of a layer are stored.
+
+    w1 is (ol, im), w2 is (O / ol, I / im, *K); each may be split into two matrices.
+    """
 
     geometry: Geometry
     ol: int
@@ -25,7 +28,11 @@ class Factors(NamedTuple):
 
 
 def factorize_like_peft(n: int, factor: int) -> tuple[int, int]:
-    """Unlike LyCORIS' own rule, a factor that divides n comes first, even where it is the larger of the two."""
+    """Split n into two factors as PEFT does.
+
+    Unlike LyCORIS' rule, a factor that divides n comes first, even where it is the larger of the two. Otherwise the
+    smaller one comes first; -1 asks for the most even split.
+    """
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     best = (1, n)
@@ -42,8 +49,12 @@ def _divisors(n: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(n // m for m in small)}))
 
 
-def decompose_factor(layers: Mapping[str, Factors]) -> int:
-    """The one that gives every layer the shapes it has. Raises `FileError` naming the layers that differ."""
+def find_decompose_factor(layers: Mapping[str, LokrFactors]) -> int:
+    """Return the `decompose_factor` for which PEFT makes the shapes of all these layers.
+
+    Raises:
+        FileError: None does. The message names the best one and the layers that differ.
+    """
     wanted: dict[tuple[int, int], set[str]] = {}
     for path, each in layers.items():
         for pair in ((each.geometry.in_features, each.im), (each.geometry.out_features, each.ol)):
@@ -66,8 +77,14 @@ def decompose_factor(layers: Mapping[str, Factors]) -> int:
     )
 
 
-def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str, int]]:
-    """Settings of the config, and the rank to give for each layer: of whole factors one that keeps them whole."""
+def choose_lokr_settings(layers: Mapping[str, LokrFactors]) -> tuple[dict[str, object], dict[str, int]]:
+    """Return LoKr settings for the config, and the rank to state for each layer.
+
+    PEFT decides by rank whether a factor is split; a layer with unsplit factors gets a rank that keeps them so.
+
+    Raises:
+        FileError: No settings reproduce all layers.
+    """
     both = any(each.w1_split for each in layers.values())
     effective = any(each.tucker for each in layers.values())
     ranks: dict[str, int] = {}
@@ -87,14 +104,14 @@ def settings(layers: Mapping[str, Factors]) -> tuple[dict[str, object], dict[str
             f"factors of a LoKr are split, and would not split these as they are: {some(sorted(off))}. Write those "
             "into a folder of their own, or convert to LoRA"
         )
-    factor = decompose_factor(layers)
+    factor = find_decompose_factor(layers)
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": effective}, ranks
 
 
-def makes(layer: Factors) -> bool:
-    """Whether PEFT makes the shapes of a layer where it is the only one."""
+def is_representable(layer: LokrFactors) -> bool:
+    """Return whether PEFT can make the shapes of a layer if it is the only one."""
     try:
-        settings({"": layer})
+        choose_lokr_settings({"": layer})
     except FileError:
         return False
     return True

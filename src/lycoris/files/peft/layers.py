@@ -1,4 +1,4 @@
-"""What the tensors of one layer are in the library's terms, by `peft_type`."""
+"""Read the tensors of one PEFT layer as adapters of this library, by `peft_type`."""
 
 from __future__ import annotations
 
@@ -14,38 +14,47 @@ from lycoris.algorithms import Full, Norm
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import read_tensors
 from lycoris.errors import FileError
-from lycoris.files.peft.config import Config
-from lycoris.files.peft.rotations import boft_rotation, oft_rotation
+from lycoris.files.peft.config import PeftConfig
+from lycoris.files.peft.rotations import make_boft_rotation, make_oft_rotation
 from lycoris.layers.geometry import Affine, Geometry, Site
 from lycoris.ops.rounding import widen
 
-Named = Mapping[str, Tensor]
+NamedTensors = Mapping[str, Tensor]
 
 
-def entries_of(config: Config, place: Site, tensors: Named, bias: Tensor | None) -> tuple[Entry, ...]:
-    """The stack of one layer. `bias` is the layer's whole bias, where PEFT trained it.
+def read_entries(config: PeftConfig, place: Site, tensors: NamedTensors, bias: Tensor | None) -> tuple[Entry, ...]:
+    """Return the stack of one layer.
 
-    Raises `FileError` when the tensors do not fit, or when PEFT does something there that no weight does.
+    Args:
+        tensors: By PEFT's names; may be empty if only the bias was trained.
+        bias: The layer's new bias, if PEFT trained it; None otherwise.
+
+    Raises:
+        FileError: The tensors do not fit, or PEFT computes something with them that is not a change of the weight.
     """
     g, path = place.geometry, place.path
     entries: tuple[Entry, ...] = ()
     if tensors:
-        why = unlike(config.type, g)
+        why = explain_unsupported(config.type, g)
         if why:
             raise FileError(f"{path}: {why}; merge the adapter into the model with PEFT instead")
         entries = _READERS[config.type](config, place, tensors)
     if bias is None:
         return entries
-    own = base_of(place).bias
+    own = read_base(place).bias
     assert own is not None, "only biases that the model has are taken for biases"
-    change = _same(bias, (own.numel(),), f"{path}.bias") - own.flatten()
+    change = _reshape_checked(bias, (own.numel(),), f"{path}.bias") - own.flatten()
     if g.kind == "norm":
         return (Entry(Norm(), g, {"w": torch.zeros(g.shape, dtype=change.dtype), "b": change.reshape(g.shape)}),)
-    return (*entries, _bias(g, change))
+    return (*entries, _make_bias_entry(g, change))
 
 
-def unlike(type_: str, g: Geometry) -> str:
-    """Why PEFT does not do on such a layer what its weight would; empty where it does."""
+def explain_unsupported(type_: str, g: Geometry) -> str:
+    """Return why PEFT does not compute on a layer what a changed weight would; "" if it does.
+
+    `type_` is a `peft_type`. Covers kinds of layers PEFT does not support and convolutions that it runs with other
+    padding, dilation or groups.
+    """
     kinds = {
         "LORA": ("linear", "conv", "embedding"),
         "LOHA": ("linear", "conv"),
@@ -70,29 +79,31 @@ def unlike(type_: str, g: Geometry) -> str:
     return "PEFT's BOFT takes one stride and one padding for both directions" if type_ == "BOFT" and uneven else ""
 
 
-def _lora(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_lora(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
     a, b = ("lora_embedding_A", "lora_embedding_B") if g.kind == "embedding" else ("lora_A", "lora_B")
     names = {a: "lora_down.weight", b: "lora_up.weight", "lora_magnitude_vector": "dora_scale", f"{b}.bias": ""}
-    named = _rename_tensors(names, tensors, path)
+    named = _rename_layer_tensors(names, tensors, path)
     shift = named.pop("", None)
     _check_rank(config, path, named.get("lora_down.weight"))
-    if config.flag("use_dora") != ("dora_scale" in named):
-        raise FileError(f"{path}: use_dora is {config.flag('use_dora')}, and lora_magnitude_vector says otherwise")
+    if config.get_flag("use_dora") != ("dora_scale" in named):
+        raise FileError(f"{path}: use_dora is {config.get_flag('use_dora')}, and lora_magnitude_vector says otherwise")
     if "dora_scale" in named:
-        named["dora_scale"] = _same(named["dora_scale"], (g.out_features,), path).reshape(-1, *[1] * (len(g.shape) - 1))
+        named["dora_scale"] = _reshape_checked(named["dora_scale"], (g.out_features,), path).reshape(
+            -1, *[1] * (len(g.shape) - 1)
+        )
     if g.groups > 1:
         named |= _split_groups(named["lora_down.weight"], named["lora_up.weight"], g, path)
-    alpha = config.scale(path) * named["lora_down.weight"].shape[0]
+    alpha = config.get_scale(path) * named["lora_down.weight"].shape[0]
     named["alpha"] = torch.tensor(alpha, dtype=torch.float64)
-    entry = _read(named, g, path)
+    entry = _make_entry(named, g, path)
     if shift is None:
         return (entry,)
     if not g.has_bias and not shift.any():
         return (entry,)
     if not g.has_bias:
         raise FileError(f"{path}: lora_bias adds a bias to a layer that has none, which adapters here cannot")
-    return entry, _bias(g, shift * config.scale(path))
+    return entry, _make_bias_entry(g, shift * config.get_scale(path))
 
 
 def _split_groups(down: Tensor, up: Tensor, g: Geometry, path: str) -> dict[str, Tensor]:
@@ -119,17 +130,17 @@ def _split_groups(down: Tensor, up: Tensor, g: Geometry, path: str) -> dict[str,
     return {"lora_down.weight": own.flatten(0, 1), "lora_up.weight": wide.reshape(g.out_features, -1)}
 
 
-def _loha(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_loha(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    named = {name: _wide(tensor) for name, tensor in tensors.items()}
+    named = {name: _widen_on_cpu(tensor) for name, tensor in tensors.items()}
     _check_rank(config, path, named.get("hada_w1_b"))
-    named["alpha"] = torch.tensor(config.alpha(path), dtype=torch.float64)
-    return (_read(named, g, path),)
+    named["alpha"] = torch.tensor(config.get_alpha(path), dtype=torch.float64)
+    return (_make_entry(named, g, path),)
 
 
-def _lokr(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_lokr(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    named = {name: _wide(tensor) for name, tensor in tensors.items()}
+    named = {name: _widen_on_cpu(tensor) for name, tensor in tensors.items()}
     split = [name for name in ("lokr_w2_b", "lokr_w1_b") if name in named]
     for name in split:
         _check_rank(config, path, named[name])
@@ -137,115 +148,123 @@ def _lokr(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
     if g.kind == "conv" and len(g.kernel) == 1 and w2 is not None:
         # PEFT multiplies a whole w2 of a Conv1d along other axes, and reshapes: a weight, though none of LoKr's.
         first = named["lokr_w1_a"] @ named["lokr_w1_b"] if w1 is None else w1
-        weight = torch.kron(first, w2) * config.scale(path)
+        weight = torch.kron(first, w2) * config.get_scale(path)
         if weight.numel() != g.size:
             raise FileError(f"{path}: {tuple(first.shape)} and {tuple(w2.shape)} make no weight of a {g}")
-        return (_dense(g, weight.reshape(g.shape)),)
+        return (_make_dense_entry(g, weight.reshape(g.shape)),)
     if not split and w1 is not None:
-        named["lokr_w1"] = w1 * config.scale(path)
+        named["lokr_w1"] = w1 * config.get_scale(path)
     else:
-        named["alpha"] = torch.tensor(config.alpha(path), dtype=torch.float64)
-    return (_read(named, g, path),)
+        named["alpha"] = torch.tensor(config.get_alpha(path), dtype=torch.float64)
+    return (_make_entry(named, g, path),)
 
 
-def _ia3(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_ia3(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    on_input = config.on_input(path)
-    w = _wide(tensors["ia3_l"]).flatten() - 1
-    entry = _read({"weight": w, "on_input": torch.tensor(int(on_input))}, g, path)
+    on_input = config.is_on_input(path)
+    w = _widen_on_cpu(tensors["ia3_l"]).flatten() - 1
+    entry = _make_entry({"weight": w, "on_input": torch.tensor(int(on_input))}, g, path)
     if on_input or not g.has_bias:
         return (entry,)
     # PEFT scales the output, and its bias with it.
-    bias = base_of(place).bias
+    bias = read_base(place).bias
     assert bias is not None
-    return entry, _bias(g, bias * w)
+    return entry, _make_bias_entry(g, bias * w)
 
 
-def _oft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_oft(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g = place.geometry
     embedded = g.kind == "embedding"
-    named = _rename_tensors({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
-    weight = base_of(place).weight
-    turn = _turn(oft_rotation, place, named["R"].double(), g.out_features if embedded else g.fan_in, config)
+    named = _rename_layer_tensors({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
+    weight = read_base(place).weight
+    turn = _make_rotation(
+        make_oft_rotation, place, named["R"].double(), g.out_features if embedded else g.fan_in, config
+    )
     wide = weight.double()
     turned = turn.T @ wide if embedded else (wide.flatten(1) @ turn.T).reshape(g.shape)
-    return (_dense(g, (turned - wide).to(weight.dtype)),)
+    return (_make_dense_entry(g, (turned - wide).to(weight.dtype)),)
 
 
-def _boft(config: Config, place: Site, tensors: Named) -> tuple[Entry, ...]:
+def _read_boft(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
-    named = _rename_tensors({"boft_R": "R", "boft_s": "s"}, tensors, path)
-    weight = base_of(place).weight
-    turn = _turn(boft_rotation, place, named["R"].double())
+    named = _rename_layer_tensors({"boft_R": "R", "boft_s": "s"}, tensors, path)
+    weight = read_base(place).weight
+    turn = _make_rotation(make_boft_rotation, place, named["R"].double())
     if len(turn) != g.fan_in:
         raise FileError(f"{path}: boft_R of shape {tuple(named['R'].shape)} does not turn {g.fan_in} features")
-    length = _same(named["s"], (g.out_features,), f"{path}.boft_s").double()
+    length = _reshape_checked(named["s"], (g.out_features,), f"{path}.boft_s").double()
     wide = weight.double()
     turned = ((wide.flatten(1) @ turn.T) * length.unsqueeze(1)).reshape(g.shape)
-    return (_dense(g, (turned - wide).to(weight.dtype)),)
+    return (_make_dense_entry(g, (turned - wide).to(weight.dtype)),)
 
 
-_READERS: Mapping[str, Callable[[Config, Site, Named], tuple[Entry, ...]]] = {
-    "LORA": _lora,
-    "LOHA": _loha,
-    "LOKR": _lokr,
-    "IA3": _ia3,
-    "OFT": _oft,
-    "BOFT": _boft,
+_READERS: Mapping[str, Callable[[PeftConfig, Site, NamedTensors], tuple[Entry, ...]]] = {
+    "LORA": _read_lora,
+    "LOHA": _read_loha,
+    "LOKR": _read_lokr,
+    "IA3": _read_ia3,
+    "OFT": _read_oft,
+    "BOFT": _read_boft,
 }
 
 
-def _rename_tensors(names: Mapping[str, str], tensors: Named, path: str) -> dict[str, Tensor]:
+def _rename_layer_tensors(names: Mapping[str, str], tensors: NamedTensors, path: str) -> dict[str, Tensor]:
     """Tensors under other names. Raises `FileError` for one that this kind of layer has no place for."""
     strange = sorted(tensors.keys() - names.keys())
     missing = [name for name in list(names)[:2] if name not in tensors and not name.endswith("bias")]
     if strange or missing:
         what = f"has no place for {', '.join(strange)}" if strange else f"needs {', '.join(missing)}"
         raise FileError(f"{path}: this layer {what}; given are {', '.join(sorted(tensors))}")
-    return {names[name]: _wide(tensor) for name, tensor in tensors.items()}
+    return {names[name]: _widen_on_cpu(tensor) for name, tensor in tensors.items()}
 
 
-def _read(named: Named, g: Geometry, path: str) -> Entry:
+def _make_entry(named: NamedTensors, g: Geometry, path: str) -> Entry:
     algorithm, tensors = read_tensors(named, g, path)
     return Entry(algorithm, g, tensors)
 
 
-def _check_rank(config: Config, path: str, ranks: Tensor | None) -> None:
-    if ranks is not None and ranks.shape[0] != config.rank(path):
-        raise FileError(f"{path}: the config says rank {config.rank(path)}, its tensors have {ranks.shape[0]}")
+def _check_rank(config: PeftConfig, path: str, ranks: Tensor | None) -> None:
+    if ranks is not None and ranks.shape[0] != config.get_rank(path):
+        raise FileError(f"{path}: the config says rank {config.get_rank(path)}, its tensors have {ranks.shape[0]}")
 
 
-def _same(tensor: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
+def _reshape_checked(tensor: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
     if tensor.numel() != shape[0]:
         raise FileError(f"{where} has shape {tuple(tensor.shape)}; {shape} is needed")
-    return _wide(tensor).reshape(shape)
+    return _widen_on_cpu(tensor).reshape(shape)
 
 
-def base_of(place: Site) -> Affine:
-    """The layer's own weight and bias, in float32 or better."""
+def read_base(place: Site) -> Affine:
+    """Return the layer's own weight and bias, in float32 or wider, on the CPU.
+
+    Raises:
+        FileError: The model is on the meta device, or has adapters merged into this layer.
+    """
     if any(tensor.is_meta for tensor in place.module.parameters(recurse=False)):
         raise FileError(f"{place.path}: its base weight is needed to read this, and the model is on the meta device")
     if merging.is_merged(place.module):
         raise FileError(f"{place.path}: its base weight is needed to read this, and adapters are merged into it")
     affine = attach.bottom(place.module).affine()
-    return Affine(_wide(affine.weight.detach()), None if affine.bias is None else _wide(affine.bias.detach()))
+    return Affine(
+        _widen_on_cpu(affine.weight.detach()), None if affine.bias is None else _widen_on_cpu(affine.bias.detach())
+    )
 
 
-def _bias(g: Geometry, change: Tensor) -> Entry:
+def _make_bias_entry(g: Geometry, change: Tensor) -> Entry:
     return Entry(Full(weight=False), g, {"diff_b": change})
 
 
-def _dense(g: Geometry, change: Tensor) -> Entry:
+def _make_dense_entry(g: Geometry, change: Tensor) -> Entry:
     return Entry(Full(bias=False), g, {"diff": g.transpose_stored(change).contiguous()})
 
 
-def _turn(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
+def _make_rotation(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
     try:
         return make(*args)
     except FileError as error:
         raise FileError(f"{place.path}: {error}") from error
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen_on_cpu(tensor: Tensor) -> Tensor:
     """In float32 or better, on the CPU."""
     return widen(tensor.detach().cpu())

@@ -1,4 +1,4 @@
-"""From a PEFT adapter to a bundle, with every tensor accounted for."""
+"""Read a PEFT adapter for a model, accounting for every tensor."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.adapters.bundle import Base, Bundle
-from lycoris.adapters.load_report import Report, some
+from lycoris.adapters.load_report import SHOWN, Report, some
 from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError, nearest
 from lycoris.files.container.storage import load_tensors
-from lycoris.files.peft.config import KINDS, Config, load_config, weights_in
-from lycoris.files.peft.layers import entries_of
+from lycoris.files.peft.config import PEFT_TYPES, PeftConfig, find_weights, load_config
+from lycoris.files.peft.layers import read_entries
 from lycoris.layers import paths
 from lycoris.layers.geometry import Site, class_name, sites
 
-PREFIX = "base_model.model."
-SHOWN = 5
+PEFT_PREFIX = "base_model.model."
 
 
 @cache
-def _tensor() -> re.Pattern[str]:
+def _compile_tensor_name() -> re.Pattern[str]:
     """A tensor's name in its parts. Made when it is first needed: that takes longer than most of this package."""
-    names = "|".join(sorted({name for kind in KINDS.values() for name in kind.tensors}))
+    names = "|".join(sorted({name for kind in PEFT_TYPES.values() for name in kind.tensors}))
     return re.compile(rf"(?P<path>.+?)\.(?P<name>{names})(?:\.(?P<rest>.+))?")
 
 
 @dataclass
-class _Sorted:
+class _SortedTensors:
     """The tensors of a file by what they are for."""
 
     layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
@@ -59,40 +58,45 @@ def read_peft(
 ) -> Bundle:
     """Read an adapter that PEFT wrote, for the model it was made for.
 
-    `source` is the folder, or tensors by name with `config` beside them. OFT, BOFT, biases and IA3 on outputs of
-    layers with a bias need the model's weights; for everything else one on the meta device serves. Full copies of
-    modules (`modules_to_save`) are no adapters: they stay out and become remarks.
+    OFT, BOFT, trained biases, and IA3 on outputs of layers with a bias need the model's weights. Everything else works
+    with a model on the meta device. Full copies of modules (`modules_to_save`) are not adapters: they are left out with
+    a remark.
 
-    Raises `FileError` when a tensor belongs to no layer, does not fit it, or means something that is not known.
+    Args:
+        source: The folder, or tensors by name.
+        config: The content of `adapter_config.json`; None: read from the folder. Required for tensors by name.
+
+    Raises:
+        FileError: A tensor matches no layer, does not fit it, or is of a method that is not supported.
     """
     if isinstance(source, Mapping):
         if config is None:
             raise FileError("tensors alone do not say what they are: pass config, the content of adapter_config.json")
-        return _resolve(source, model, config)
+        return _resolve_peft(source, model, config)
     folder = Path(source)
     try:
         values = load_config(folder) if config is None else config
-        return _resolve(_load(folder), model, values)
+        return _resolve_peft(_load_weights(folder), model, values)
     except FileError as error:
         text = str(error)
         raise FileError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
 
 
-def _load(folder: Path) -> dict[str, Tensor]:
-    return load_tensors(weights_in(folder))[0]
+def _load_weights(folder: Path) -> dict[str, Tensor]:
+    return load_tensors(find_weights(folder))[0]
 
 
-def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str, Any]) -> Bundle:
-    config = Config.parse(values)
-    found = _sort(given, model, config)
+def _resolve_peft(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str, Any]) -> Bundle:
+    config = PeftConfig.parse(values)
+    found = _sort_tensors(given, model, config)
     places = {place.path: place for place in sites(model)}
-    _check(found, places, model, config)
+    _check_sorted(found, places, model, config)
     entries: dict[str, tuple[Entry, ...]] = {}
     problems = []
     for path in sorted(found.layers.keys() | found.biases.keys()):
         tensors = found.layers.get(path, {})
         try:
-            entries[path] = entries_of(config, places[path], tensors, found.biases.get(path))
+            entries[path] = read_entries(config, places[path], tensors, found.biases.get(path))
         except FileError as error:
             problems.append(str(error))
     if problems:
@@ -101,18 +105,18 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
     applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
     base = Base(class_name(model), {path: place.geometry for path, place in places.items()})
-    report = Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config))
+    report = Report(dialect="peft", applied=applied, remarks=_list_remarks(found, places, config))
     return Bundle(entries, {}, base, report)
 
 
-def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _Sorted:
-    found, kind, modules = _Sorted(), KINDS[config.type], config.saved_modules()
+def _sort_tensors(tensors: Mapping[str, Tensor], model: nn.Module, config: PeftConfig) -> _SortedTensors:
+    found, kind, modules = _SortedTensors(), PEFT_TYPES[config.type], config.list_saved_modules()
     own: dict[str, Tensor] = dict(paths.named_tensors(model))
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        match = _tensor().fullmatch(name)
+        name = key.removeprefix(PEFT_PREFIX)
+        match = _compile_tensor_name().fullmatch(name)
         if match is not None and match["name"] in kind.tensors:
-            tail, adapter = _tail(match["name"], match["rest"])
+            tail, adapter = _split_tail(match["name"], match["rest"])
             found.adapters |= {adapter} - {""}
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} holds NaN or infinity")
@@ -123,21 +127,21 @@ def _sort(tensors: Mapping[str, Tensor], model: nn.Module, config: Config) -> _S
         saved = next((module for module in modules if f".{module}." in f".{name}"), None)
         if saved is not None:
             found.saved.add(saved)
-        elif last == "bias" and config.text("bias", "none") != "none" and plain in own:
+        elif last == "bias" and config.get_text("bias", "none") != "none" and plain in own:
             found.biases[plain.removesuffix(".bias")] = tensor
         elif plain in own:
-            (found.copies if _equal(tensor, own[plain]) else found.changed).add(plain)
+            (found.copies if _equals_own(tensor, own[plain]) else found.changed).add(plain)
         else:
             found.strange.append(key)
     return found
 
 
-def _equal(tensor: Tensor, own: Tensor) -> bool:
+def _equals_own(tensor: Tensor, own: Tensor) -> bool:
     """Whether a tensor is what the model has. One on the meta device has nothing that could differ but its shape."""
     return tensor.shape == own.shape and (own.is_meta or torch.equal(tensor.cpu(), own.detach().cpu().to(tensor.dtype)))
 
 
-def _tail(name: str, rest: str | None) -> tuple[str, str]:
+def _split_tail(name: str, rest: str | None) -> tuple[str, str]:
     """What follows a tensor's name: ".bias" or nothing, and the adapter's name in a dump of a state_dict."""
     if rest is None:
         return "", ""
@@ -147,7 +151,7 @@ def _tail(name: str, rest: str | None) -> tuple[str, str]:
     return "", first if last == "weight" else rest
 
 
-def _check(found: _Sorted, places: Mapping[str, Site], model: nn.Module, config: Config) -> None:
+def _check_sorted(found: _SortedTensors, places: Mapping[str, Site], model: nn.Module, config: PeftConfig) -> None:
     what = type(model).__name__
     if len(found.adapters) > 1:
         raise FileError(f"it has several adapters, {some(sorted(found.adapters))}; pass the tensors of one of them")
@@ -157,7 +161,7 @@ def _check(found: _Sorted, places: Mapping[str, Site], model: nn.Module, config:
             f"{some(sorted(found.strange))}"
         )
     if not found.layers:
-        raise FileError(f"it has no tensors of {config.type}: those are {', '.join(KINDS[config.type].tensors)}")
+        raise FileError(f"it has no tensors of {config.type}: those are {', '.join(PEFT_TYPES[config.type].tensors)}")
     lost = sorted((found.layers.keys() | found.biases.keys()) - places.keys())
     if lost:
         hint = next((f"; {path} is like {near[0]}" for path in lost if (near := nearest(path, places, limit=1))), "")
@@ -167,7 +171,7 @@ def _check(found: _Sorted, places: Mapping[str, Site], model: nn.Module, config:
         )
 
 
-def _remarks(found: _Sorted, places: Mapping[str, Site], config: Config) -> tuple[str, ...]:
+def _list_remarks(found: _SortedTensors, places: Mapping[str, Site], config: PeftConfig) -> tuple[str, ...]:
     remarks = []
     if found.saved:
         remarks.append(f"full copies of {some(sorted(found.saved))} (modules_to_save) are no adapters; left out")

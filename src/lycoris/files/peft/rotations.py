@@ -1,6 +1,7 @@
-"""The rotations of PEFT's OFT and BOFT: they turn what a layer takes in, and so are no `OFT` or `BOFT` of this library.
+"""The rotation matrices of PEFT's OFT and BOFT, which act on a layer's inputs and so are not this library's `OFT` or
+`BOFT`.
 
-Legend: n features turned, b features of a block, R the rotation (n, n); the weight becomes W·Rᵀ.
+Legend: n rotated features, b features in a block, R the rotation (n, n); the weight becomes W·Rᵀ.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ import torch
 from torch import Tensor
 
 from lycoris.errors import FileError
-from lycoris.files.peft.config import Config
+from lycoris.files.peft.config import PeftConfig
 from lycoris.ops.rotation import cayley
 
 
-def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
-    """From upper triangles (blocks, b·(b-1)/2), or one that all blocks share."""
+def make_oft_rotation(packed: Tensor, n: int, config: PeftConfig) -> Tensor:
+    """Build R from PEFT's OFT parameters.
+
+    Args:
+        packed: Upper triangles (blocks, b·(b-1)/2), or a single one with `block_share`.
+        n: Number of features.
+
+    Raises:
+        FileError: They do not form blocks of n features.
+    """
     size = (1 + math.isqrt(1 + 8 * packed.shape[-1])) // 2
-    shared = config.flag("block_share")
+    shared = config.get_flag("block_share")
     blocks = n // size if shared else len(packed)
     if packed.dim() != 2 or size * (size - 1) // 2 != packed.shape[-1] or blocks * size != n:
         raise FileError(f"oft_R of shape {tuple(packed.shape)} makes no blocks for {n} features")
@@ -26,32 +35,36 @@ def oft_rotation(packed: Tensor, n: int, config: Config) -> Tensor:
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = packed
     skew = skew - skew.mT
-    if config.flag("coft"):
-        skew = _limit_norm(skew, config.number("eps", 6e-5))
-    if config.flag("use_cayley_neumann", True):
-        turns = _neumann(skew, int(config.number("num_cayley_neumann_terms", 5)))
+    if config.get_flag("coft"):
+        skew = _limit_block_norms(skew, config.get_number("eps", 6e-5))
+    if config.get_flag("use_cayley_neumann", True):
+        turns = _apply_neumann(skew, int(config.get_number("num_cayley_neumann_terms", 5)))
     else:
-        turns = _cayley(skew)
+        turns = _apply_cayley(skew)
     return _join_blocks(turns.expand(blocks, -1, -1))
 
 
-def boft_rotation(stages: Tensor) -> Tensor:
-    """From (stages, blocks, b, b): each stage's blocks act on features that a butterfly brings together."""
+def make_boft_rotation(stages: Tensor) -> Tensor:
+    """Build R from PEFT's BOFT parameters (stages, blocks, b, b).
+
+    The blocks of each stage act on features that a butterfly permutation brings together. Raises `FileError` for other
+    shapes.
+    """
     if stages.dim() != 4 or stages.shape[2] != stages.shape[3]:
         raise FileError(f"boft_R of shape {tuple(stages.shape)} makes no stages of square blocks")
     count, blocks, size, _ = stages.shape
-    turns = _cayley(0.5 * (stages - stages.mT))
+    turns = _apply_cayley(0.5 * (stages - stages.mT))
     whole = torch.eye(blocks * size, dtype=stages.dtype)
     for at, stage in enumerate(turns):
         turned = _join_blocks(stage)
         if count > 1:
-            order = _butterfly(blocks * size, size, at)
+            order = _make_butterfly(blocks * size, size, at)
             turned = turned[order][:, order]
         whole = turned @ whole
     return whole
 
 
-def _butterfly(n: int, size: int, stage: int) -> Tensor:
+def _make_butterfly(n: int, size: int, stage: int) -> Tensor:
     """Which feature each place of a stage takes: in each stretch of `size`·2^stage, even half blocks, then odd ones."""
     half = size // 2
     stretch = size << stage
@@ -68,12 +81,12 @@ def _join_blocks(blocks: Tensor) -> Tensor:
     return whole
 
 
-def _cayley(skew: Tensor) -> Tensor:
+def _apply_cayley(skew: Tensor) -> Tensor:
     """(I - Q)·(I + Q)⁻¹."""
     return torch.eye(skew.shape[-1], dtype=skew.dtype) + cayley(-skew / 2)
 
 
-def _neumann(skew: Tensor, terms: int) -> Tensor:
+def _apply_neumann(skew: Tensor, terms: int) -> Tensor:
     """I + 2Q + 2Q² + ..., the last of the powers once, as PEFT cuts the series of (I + Q)·(I - Q)⁻¹ short."""
     total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew).clone()
     if terms < 2:
@@ -89,7 +102,7 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _limit_norm(skew: Tensor, eps: float) -> Tensor:
+def _limit_block_norms(skew: Tensor, eps: float) -> Tensor:
     """Each block within a Frobenius norm of eps / √blocks."""
     bound = eps / math.sqrt(len(skew))
     norm = torch.linalg.matrix_norm(skew, keepdim=True)

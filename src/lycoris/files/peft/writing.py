@@ -1,4 +1,4 @@
-"""From a bundle to a PEFT adapter."""
+"""Write a bundle as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lycoris.files import placing
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
 from lycoris.files.container.storage import save_tensors
 from lycoris.files.container.target import check_target
-from lycoris.files.peft.factors import Factors, makes, settings
-from lycoris.files.peft.layers import base_of, unlike
-from lycoris.files.peft.reading import PREFIX
+from lycoris.files.peft.factors import LokrFactors, choose_lokr_settings, is_representable
+from lycoris.files.peft.layers import explain_unsupported, read_base
+from lycoris.files.peft.reading import PEFT_PREFIX
 from lycoris.layers import paths
 from lycoris.layers.geometry import Geometry, Site, site
 
 
 @dataclass
-class _Layer:
+class _PeftLayer:
     """What one layer becomes."""
 
     geometry: Geometry
@@ -45,33 +45,36 @@ class _Layer:
 
 
 def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a bundle as PEFT names them, by `<path>.<tensor>`, and the settings of `adapter_config.json`.
+    """Return the tensors of a bundle by PEFT's names, and the settings of `adapter_config.json`.
 
-    `model`, where given, is asked for biases; see `write_peft`.
-    Raises `FileError` when layers have something that PEFT has no counterpart for, or not all of one kind.
+    Names are `<path>.<tensor>`, without PEFT's `base_model.model.`. `model`, if given, is asked for biases and for the
+    names of other modules; see `write_peft`.
+
+    Raises:
+        FileError: Layers have something that PEFT has no counterpart for, or adapters of different types.
     """
     if not bundle.entries:
         raise FileError("there are no adapters to write")
-    bundle = _separate(bundle)
-    types = {path: _type(path, stack, model) for path, stack in bundle.entries.items()}
+    bundle = _separate_layers(bundle)
+    types = {path: _choose_type(path, stack, model) for path, stack in bundle.entries.items()}
     _check_types(types, bundle)
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
     layers = {path: encoder(path, stack) for path, stack in bundle.entries.items()}
-    config = {"peft_type": type_, "target_modules": _targets(bundle, model), **_SETTINGS[type_](layers)}
+    config = {"peft_type": type_, "target_modules": _list_target_modules(bundle, model), **_SETTINGS[type_](layers)}
     tensors = {f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     return tensors, config
 
 
-def _separate(bundle: Bundle) -> Bundle:
+def _separate_layers(bundle: Bundle) -> Bundle:
     """With an adapter of its own for each layer, which is what PEFT has."""
-    places = placing.separate(bundle.entries, dense=False)
+    places = placing.separate_stacks(bundle.entries, dense=False)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
     return replace(bundle, entries=places.entries)
 
 
-def _targets(bundle: Bundle, model: nn.Module | None) -> list[str] | str:
+def _list_target_modules(bundle: Bundle, model: nn.Module | None) -> list[str] | str:
     """The paths. In a list each stands for every module that it is the end of: if there may be others, a pattern."""
     own = set(bundle.entries)
     there = dict(paths.named_modules(model)) if model is not None else bundle.base.layers if bundle.base else {}
@@ -91,14 +94,21 @@ def write_peft(
     model: nn.Module | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Write a folder that PEFT loads, whole or not at all. `base_model` is the name that PEFT keeps of the model.
+    """Write a folder that PEFT loads, completely or not at all.
 
-    LoRA, LoCon (a Tucker core is multiplied in), DyLoRA, DoRA over them with lengths of outputs, LoHa, LoKr and IA3
-    have counterparts, all layers of one kind. PEFT's IA3 scales the bias of a layer with its output: a stack that does
-    so, as `read_peft` makes it, is written when `model` is there to tell.
+    LoRA, LoCon (a Tucker core is multiplied in), DyLoRA, DoRA over them with output magnitude, LoHa, LoKr and IA3 have
+    counterparts, provided that all layers are of one type.
 
-    Raises `FileError` for everything else, naming layers and what to do, and with `overwrite=False` where the folder
-    has such files.
+    Args:
+        base_model: The name of the base model to store in the config.
+        dtype: Of the stored tensors; None: unchanged.
+        model: The model, needed for IA3 on outputs of layers with a bias: PEFT scales the bias too, and whether a stack
+            does so (as `read_peft` makes it) depends on the bias.
+        overwrite: Whether to replace an existing adapter in the folder.
+
+    Raises:
+        FileError: Something has no counterpart in PEFT (the message names the layers and what to do), or the folder has
+            an adapter and `overwrite` is False.
     """
     check_target(folder, overwrite=overwrite)
     tensors, config = encode_peft(bundle, model)
@@ -109,14 +119,16 @@ def write_peft(
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
     head = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": None}
     text = json.dumps(head | config, indent=2, sort_keys=True) + "\n"
-    _write(Path(folder), {PREFIX + key: tensor for key, tensor in tensors.items()}, text)
+    _write_folder(Path(folder), {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}, text)
 
 
-def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
-    """What diffusers reads from the header key `lora_adapter_metadata`: the settings of every component's LoRA.
+def encode_lora_metadata(bundles: Mapping[str, Bundle]) -> str:
+    """Return what diffusers reads from the header key `lora_adapter_metadata`: the settings of each component's LoRA,
+    as
+    JSON.
 
-    By component as the pipeline calls it: `unet`, `transformer`, `transformer_2`, `text_encoder`, ... Raises
-    `FileError` for bundles of anything but LoRA and DoRA.
+    `bundles` are by component as the pipeline calls it: `unet`, `transformer`, `text_encoder`, ... Raises `FileError`
+    for a bundle of anything but LoRA and DoRA.
     """
     told: dict[str, Any] = {}
     for component, bundle in bundles.items():
@@ -127,15 +139,18 @@ def lora_adapter_metadata(bundles: Mapping[str, Bundle]) -> str:
     return json.dumps(told, sort_keys=True)
 
 
-def refusal(stack: tuple[Entry, ...]) -> str:
-    """What of a layer's adapters PEFT has no counterpart for, written by themselves; "" where it has one."""
-    name, why = _type("", stack, None)
-    if name == "LOKR" and not makes(_factors(stack[0])):
+def explain_refusal(stack: tuple[Entry, ...]) -> str:
+    """Return what in a layer's adapters PEFT has no counterpart for; "" if it has one.
+
+    The layer is judged alone: that others must be of the same type is not considered.
+    """
+    name, why = _choose_type("", stack, None)
+    if name == "LOKR" and not is_representable(_describe_factors(stack[0])):
         return "lokr: no decompose_factor makes its shapes"
     return why
 
 
-def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
+def _choose_type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
     """The peft_type of a layer, or "" and why there is none."""
     first, *rest = stack
     algorithm, g = first.algorithm, first.geometry
@@ -143,11 +158,11 @@ def _type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple
     scaled = shifted and model is not None and _scales_bias(stack, site(model, path))
     if rest and not scaled and not (shifted and type(algorithm) in (LoRA, DyLoRA) and g.kind != "embedding"):
         return "", f"a stack of {' and '.join(entry.algorithm.name for entry in stack)}"
-    name = _type_of(algorithm)
+    name = _find_peft_type(algorithm)
     if not name:
         inner = f" over {algorithm.inner.name}, axis {algorithm.axis!r}" if isinstance(algorithm, DoRA) else ""
         return "", f"{algorithm.name}{inner}"
-    why = unlike(name, g)
+    why = explain_unsupported(name, g)
     if isinstance(algorithm, DoRA) and g.groups > 1:
         why = "PEFT has no DoRA for convolutions of several groups"
     if name == "IA3" and g.has_bias and not scaled and not (isinstance(algorithm, IA3) and algorithm.on_input):
@@ -164,12 +179,12 @@ def _scales_bias(stack: tuple[Entry, ...], place: Site) -> bool:
     algorithm, _, p = stack[0]
     if not isinstance(algorithm, IA3) or algorithm.on_input:
         return False
-    bias = base_of(place).bias
+    bias = read_base(place).bias
     change = stack[1].tensors["diff_b"]
     return bias is not None and torch.allclose(bias.to(change) * p["w"].flatten(), change, rtol=1e-4, atol=1e-7)
 
 
-def _type_of(algorithm: Algorithm) -> str:
+def _find_peft_type(algorithm: Algorithm) -> str:
     kinds = ((LoRA, "LORA"), (DyLoRA, "LORA"), (LoHa, "LOHA"), (LoKr, "LOKR"), (IA3, "IA3"))
     if isinstance(algorithm, DoRA) and algorithm.axis == "out" and type(algorithm.inner) in (LoRA, DyLoRA):
         return "LORA"
@@ -196,7 +211,7 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         raise FileError(f"a PEFT adapter is all of one kind, and this has {told}. Write one folder for each")
 
 
-def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
+def _encode_lora(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
     algorithm, g, p = stack[0]
     inner: Any = unwrap_dora(algorithm)
     # The Tucker core goes into `down`; a gate into `up`.
@@ -205,7 +220,7 @@ def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     )
     scale, rank = inner.scale(g), inner.rank
     if g.groups > 1:
-        up, down, rank = up, _by_group(down, g), rank * g.groups
+        up, down, rank = up, _expand_groups(down, g), rank * g.groups
     ones = (1,) * len(g.kernel)
     a, b = ("lora_embedding_A", "lora_embedding_B") if g.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     tensors = {a: down, b: up.reshape(*up.shape, *ones)}
@@ -214,20 +229,20 @@ def _lora(path: str, stack: tuple[Entry, ...]) -> _Layer:
     if len(stack) > 1:
         # PEFT multiplies it by the scale, as all that comes out of lora_B.
         tensors["lora_B.bias"] = stack[1].tensors["diff_b"] / scale
-    return _Layer(g, tensors, rank, scale * rank, {"dora": isinstance(algorithm, DoRA), "bias": len(stack) > 1})
+    return _PeftLayer(g, tensors, rank, scale * rank, {"dora": isinstance(algorithm, DoRA), "bias": len(stack) > 1})
 
 
-MOST_OF_A_LAYER = 2**30
+MAX_TENSOR_BYTES = 2**30
 """Bytes that one tensor of a file may take unasked."""
 
 
-def _by_group(down: Tensor, g: Geometry) -> Tensor:
+def _expand_groups(down: Tensor, g: Geometry) -> Tensor:
     """PEFT's `lora_A` of a grouped convolution sees all channels: ranks of their own for each group, zero elsewhere.
 
-    Raises `FileError` where that takes more than `MOST_OF_A_LAYER` bytes.
+    Raises `FileError` where that takes more than `MAX_TENSOR_BYTES` bytes.
     """
     r = down.shape[0]
-    if (size := down.numel() * g.groups**2 * down.itemsize) > MOST_OF_A_LAYER:
+    if (size := down.numel() * g.groups**2 * down.itemsize) > MAX_TENSOR_BYTES:
         raise FileError(
             f"a LoRA of rank {r} on a convolution of {g.groups} groups takes {size:,} bytes in PEFT's form, which has "
             f"ranks for every group, and {down.numel() * down.itemsize:,} here; write it in another format"
@@ -238,8 +253,8 @@ def _by_group(down: Tensor, g: Geometry) -> Tensor:
     return whole
 
 
-def _lora_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
-    config = _patterns(layers, "lora_alpha")
+def _make_lora_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
+    config = _make_rank_patterns(layers, "lora_alpha")
     if all(layer.extra["dora"] for layer in layers.values()):
         config["use_dora"] = True
     if any(layer.extra["bias"] for layer in layers.values()):
@@ -256,14 +271,14 @@ def _lora_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
     return config | ({"fan_in_fan_out": True} if linear and all(linear) else {})
 
 
-def _hada(path: str, stack: tuple[Entry, ...]) -> _Layer:
+def _encode_loha(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoHa)
     tensors = {f"hada_{name}": tensor for name, tensor in algorithm.export_tensors(p, g).items()}
-    return _Layer(g, _flat_cores(tensors, g), algorithm.rank, algorithm.scale(g) * algorithm.rank)
+    return _PeftLayer(g, _flatten_cores(tensors, g), algorithm.rank, algorithm.scale(g) * algorithm.rank)
 
 
-def _hada_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+def _make_loha_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
     kernels = {path: layer for path, layer in layers.items() if layer.geometry.kernel and not layer.geometry.pointwise}
     tucker = [path for path, layer in kernels.items() if "hada_t1" in layer.tensors]
     if tucker and len(tucker) < len(kernels):
@@ -272,45 +287,47 @@ def _hada_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
             f"PEFT has one switch (use_effective_conv2d) for all convolutions: {some(sorted(tucker))} have Tucker "
             f"cores, {plain} have none. Write one folder for each"
         )
-    return _patterns(layers, "alpha") | {"use_effective_conv2d": bool(tucker)}
+    return _make_rank_patterns(layers, "alpha") | {"use_effective_conv2d": bool(tucker)}
 
 
-def _lokr(path: str, stack: tuple[Entry, ...]) -> _Layer:
+def _encode_lokr(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, LoKr)
     tensors = {f"lokr_{name}": tensor for name, tensor in algorithm.export_tensors(p, g).items()}
-    return _Layer(g, _flat_cores(tensors, g), extra={"factors": _factors(stack[0]), "scale": algorithm.scale(g)})
+    return _PeftLayer(
+        g, _flatten_cores(tensors, g), extra={"factors": _describe_factors(stack[0]), "scale": algorithm.scale(g)}
+    )
 
 
-def _factors(entry: Entry) -> Factors:
+def _describe_factors(entry: Entry) -> LokrFactors:
     algorithm, g, p = entry
     assert isinstance(algorithm, LoKr)
     ol, im, w1_split, w2_split, _ = algorithm.layout_for(g)
-    return Factors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
+    return LokrFactors(g, ol, im, algorithm.rank, w1_split, w2_split, "t2" in p)
 
 
-def _lokr_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
-    config, ranks = settings({path: layer.extra["factors"] for path, layer in layers.items()})
+def _make_lokr_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
+    config, ranks = choose_lokr_settings({path: layer.extra["factors"] for path, layer in layers.items()})
     for path, layer in layers.items():
         layer.rank, layer.alpha = ranks[path], layer.extra["scale"] * ranks[path]
-    return _patterns(layers, "alpha") | config
+    return _make_rank_patterns(layers, "alpha") | config
 
 
-def _flat_cores(tensors: dict[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+def _flatten_cores(tensors: dict[str, Tensor], g: Geometry) -> dict[str, Tensor]:
     """PEFT's cores have two kernel dimensions, of a Conv1d too."""
     cores = ("hada_t1", "hada_t2", "lokr_t2")
     return {name: t.unsqueeze(-1) if name in cores and len(g.kernel) == 1 else t for name, t in tensors.items()}
 
 
-def _ia3(path: str, stack: tuple[Entry, ...]) -> _Layer:
+def _encode_ia3(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, IA3)
     length = 1 + p["w"].flatten()
     shape = (1, -1, *(1,) * len(g.kernel)) if g.kernel or algorithm.on_input else (-1, 1)
-    return _Layer(g, {"ia3_l": length.reshape(shape)}, extra={"on_input": algorithm.on_input})
+    return _PeftLayer(g, {"ia3_l": length.reshape(shape)}, extra={"on_input": algorithm.on_input})
 
 
-def _ia3_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
+def _make_ia3_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
     into = sorted(path for path, layer in layers.items() if layer.extra["on_input"])
     # PEFT takes any path that ends with one of these letters; a pattern takes whole paths.
     mixed = any(path.endswith(name) for path in layers.keys() - set(into) for name in into)
@@ -318,40 +335,40 @@ def _ia3_settings(layers: dict[str, _Layer]) -> dict[str, Any]:
     return {"feedforward_modules": pattern if mixed else into}
 
 
-def _patterns(layers: dict[str, _Layer], alpha: str) -> dict[str, Any]:
+def _make_rank_patterns(layers: dict[str, _PeftLayer], alpha: str) -> dict[str, Any]:
     """The most common rank and alpha, and the layers that have others."""
     (r, _), *_ = Counter(layer.rank for layer in layers.values()).most_common()
     (usual, _), *_ = Counter(layer.alpha for layer in layers.values()).most_common()
     # From the start of the path: a pattern alone would take every path that ends with it.
     return {
         "r": r,
-        alpha: _round(usual),
+        alpha: _to_number(usual),
         "rank_pattern": {f"^{re.escape(path)}": each.rank for path, each in layers.items() if each.rank != r},
         "alpha_pattern": {
-            f"^{re.escape(path)}": _round(each.alpha) for path, each in layers.items() if each.alpha != usual
+            f"^{re.escape(path)}": _to_number(each.alpha) for path, each in layers.items() if each.alpha != usual
         },
     }
 
 
-def _round(number: float) -> float | int:
+def _to_number(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-_ENCODERS: Mapping[str, Callable[[str, tuple[Entry, ...]], _Layer]] = {
-    "LORA": _lora,
-    "LOHA": _hada,
-    "LOKR": _lokr,
-    "IA3": _ia3,
+_ENCODERS: Mapping[str, Callable[[str, tuple[Entry, ...]], _PeftLayer]] = {
+    "LORA": _encode_lora,
+    "LOHA": _encode_loha,
+    "LOKR": _encode_lokr,
+    "IA3": _encode_ia3,
 }
-_SETTINGS: Mapping[str, Callable[[dict[str, _Layer]], dict[str, Any]]] = {
-    "LORA": _lora_settings,
-    "LOHA": _hada_settings,
-    "LOKR": _lokr_settings,
-    "IA3": _ia3_settings,
+_SETTINGS: Mapping[str, Callable[[dict[str, _PeftLayer]], dict[str, Any]]] = {
+    "LORA": _make_lora_settings,
+    "LOHA": _make_loha_settings,
+    "LOKR": _make_lokr_settings,
+    "IA3": _make_ia3_settings,
 }
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
+def _write_folder(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     """Both files into a new folder beside it, then in place; of a folder that is there, both or neither."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
@@ -361,7 +378,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
         save_tensors(tensors, made / WEIGHTS, {})
         (made / CONFIG).write_text(config, encoding="utf-8")
         if folder.exists():
-            _swap(made, folder)
+            _replace_files(made, folder)
         else:
             mask = os.umask(0)
             os.umask(mask)
@@ -371,7 +388,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _swap(made: Path, folder: Path) -> None:
+def _replace_files(made: Path, folder: Path) -> None:
     before = {name: made / f"{name}.before" for name in (WEIGHTS, CONFIG) if (folder / name).exists()}
     for name, kept in before.items():
         shutil.copy2(folder / name, kept)

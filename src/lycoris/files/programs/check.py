@@ -15,13 +15,13 @@ from lycoris.errors import FileError, unknown
 from lycoris.files.detect import Detection
 from lycoris.files.opening import Opened, open_file
 from lycoris.files.programs import PROGRAMS, Program, Verdict
-from lycoris.files.programs.parts import Part
+from lycoris.files.programs.parts import FilePart
 from lycoris.files.programs.portable import EXPORTS
-from lycoris.files.programs.written import denoiser_of, names_in_file, routed_by, scales_in, written_in
+from lycoris.files.programs.written import find_denoiser, find_scales, group_written, list_file_names, route_file
 
 
 @dataclass(frozen=True)
-class Check:
+class ProgramCheck:
     """What a program reads of a file. `str` tells it in lines, layers with the same verdict together."""
 
     program: str
@@ -43,17 +43,17 @@ class Check:
     @property
     def reasons(self) -> list[str]:
         """Why not all of it is."""
-        bad = [row for row in self.rows() if row[2] != "as trained"]
+        bad = [row for row in self.list_rows() if row[2] != "as trained"]
         found = [f"{count} layers of {algorithm} are read {reads}: {why}" for algorithm, count, reads, _, why in bad]
         return [*filter(None, [self.keys]), *found]
 
     @property
     def remedies(self) -> tuple[str, ...]:
         """What exports would do."""
-        found = {EXPORTS[each.remedy].does for each in self.layers.values() if each.remedy is not None}
+        found = {EXPORTS[each.remedy].description for each in self.layers.values() if each.remedy is not None}
         return tuple(sorted(found))
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
+    def list_rows(self) -> list[tuple[str, str, str, str, str]]:
         """(algorithm, layers, read, error, why), one for each verdict."""
         groups: dict[tuple[str, Verdict], list[str]] = {}
         for layer, verdict in self.layers.items():
@@ -71,7 +71,7 @@ class Check:
         lines = [str(self.detection), ""]
         if self.keys:
             lines.append(self.keys)
-        for algorithm, count, reads, error, why in self.rows():
+        for algorithm, count, reads, error, why in self.list_rows():
             off = f" (relative error of the change {error})" if error else ""
             lines.append(f"{count} layers of {algorithm}: {reads}{off}: {why}")
         if self.as_trained:
@@ -85,56 +85,60 @@ class Check:
         return "\n".join(lines)
 
 
-def check(path: str | os.PathLike[str], program: str, *, base: nn.Module | None = None) -> Check:
+def check(path: str | os.PathLike[str], program: str, *, base: nn.Module | None = None) -> ProgramCheck:
     """What a program makes of an adapter file, layer by layer, by its rules as they are known here.
 
     `base` as for `convert`. Raises `FileError` when the file is damaged or fits no model.
     """
     if program not in PROGRAMS:
         raise FileError(unknown("program", program, PROGRAMS))
-    return judge_opened(open_file(path, base), program)
+    return check_opened(open_file(path, base), program)
 
 
-def judge_opened(found: Opened, name: str) -> Check:
+def check_opened(found: Opened, name: str) -> ProgramCheck:
     """The same of a file that is open."""
     program = PROGRAMS[name]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
-    written = written_in(found.shapes, detection)
-    routed = routed_by(program, found, written)
-    taken_for = program.taken_for(found.shapes, denoiser_of(found)) if program.taken_for is not None else ""
+    written = group_written(found.shapes, detection)
+    routed = route_file(program, found, written)
+    taken_for = (
+        program.detect_algorithm(found.shapes, find_denoiser(found)) if program.detect_algorithm is not None else ""
+    )
     parts = [
-        Part(
+        FilePart(
             *(program, name, detection.dialect, layouts[name], bundles[name], written[name], routed, taken_for),
             family=found.family,
             model=found.assumed.get(name, ""),
-            scales=scales_in(found, written[name]),
+            scales=find_scales(found, written[name]),
         )
         for name in detection.components
     ]
     rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
-    if program.refuses is not None and (why := program.refuses(names_in_file(found), denoiser_of(found))):
+    if program.explain_rejection is not None and (
+        why := program.explain_rejection(list_file_names(found), find_denoiser(found))
+    ):
         rejected.append(f"{program.title} {why}")
-    rejected += [problem for part in parts for problem in (*part.problems, part.together) if problem]
+    rejected += [problem for part in parts for problem in (*part.problems, part.conflict) if problem]
     lost = len(found.shapes) - sum(part.taken_count for part in parts)
-    if program.unmatched is not None and lost > program.unmatched:
+    if program.max_unmatched is not None and lost > program.max_unmatched:
         rejected.append(
-            f"{program.title} rejects a file of which it does not know {lost} keys; {program.unmatched} are let by"
+            f"{program.title} rejects a file of which it does not know {lost} keys; {program.max_unmatched} are let by"
         )
     verdicts, algorithms = {}, {}
     for part in parts:
         for layer, verdict in part.verdicts.items():
             name = f"{part.component}.{layer}" if part.component else layer
-            verdicts[name] = _with_the_file(verdict, program) if rejected else verdict
-            algorithms[name] = _name_stack(part.bundle.entries[layer])
+            verdicts[name] = _reject_layer(verdict, program) if rejected else verdict
+            algorithms[name] = _name_algorithms(part.bundle.entries[layer])
     problems = [*rejected, *(part.unknown for part in parts if part.unknown)]
-    if detection.renamed and program.takes is None:
+    if detection.renamed and program.take_tensors is None:
         first, new = next(iter(detection.renamed.items()))
         problems.append(f"{program.title} is not known to read names such as {first}, read here as {new}: convert it")
     nowhere = not any(part.elsewhere for part in parts)
-    return Check(program.name, detection, "\n".join(problems), nowhere, verdicts, algorithms)
+    return ProgramCheck(program.name, detection, "\n".join(problems), nowhere, verdicts, algorithms)
 
 
-def _with_the_file(verdict: Verdict, program: Program) -> Verdict:
+def _reject_layer(verdict: Verdict, program: Program) -> Verdict:
     """What becomes of a layer in a file that is rejected for another reason."""
     if verdict.reads == "not at all":
         return verdict
@@ -142,7 +146,7 @@ def _with_the_file(verdict: Verdict, program: Program) -> Verdict:
     return Verdict("not at all", why, None, verdict.remedy or "format")
 
 
-def _name_stack(stack: tuple[Entry, ...]) -> str:
+def _name_algorithms(stack: tuple[Entry, ...]) -> str:
     names = []
     for entry in stack:
         own = entry.algorithm

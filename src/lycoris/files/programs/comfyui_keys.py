@@ -15,30 +15,30 @@ from lycoris.files.dialects import DIALECTS
 from lycoris.files.programs.keys import (
     COMFYUI_CLIP,
     DOTTED_CLIP,
-    EMBEDS,
+    T5_EMBEDDING,
     UNET_PROJECTIONS,
     UNETS,
-    Known,
-    partly,
-    wholly,
+    KnownKeys,
+    know_all,
+    know_except,
 )
-from lycoris.files.programs.taking import PROCESSOR, Place, Taken
+from lycoris.files.programs.taking import PROCESSOR_SUFFIXES, LayerPlace, TakenTensors
 from lycoris.models.families import ARCHITECTURES
-from lycoris.models.families.naming import DIFFUSERS
+from lycoris.models.families.naming import DIFFUSERS_NAMING
 
-OWN = ("diffusion_model.", "lora_unet_")
+OWN_PREFIXES = ("diffusion_model.", "lora_unet_")
 """What stands before the names of its own layers."""
-FLATS = "lora_unet__"
+WAN_FUN_PREFIX = "lora_unet__"
 """Flat names behind this are told to be Wan's by one tensor: convert_lora_wan_fun in comfy/lora_convert.py."""
 _FLUX = ("transformer.", "", "lycoris_", "lora_transformer_")
 
 
-NOTHING = r"(?!)"
+MATCHES_NOTHING = r"(?!)"
 """Matches no key."""
 
 
-class Model(NamedTuple):
-    """A class of models: what stands before which names, beside `OWN` before its own."""
+class ModelKeys(NamedTuple):
+    """A class of models: what stands before which names, beside `OWN_PREFIXES` before its own."""
 
     own: tuple[str, ...] = ()
     """More of what stands before its own names."""
@@ -46,79 +46,82 @@ class Model(NamedTuple):
     """What stands before diffusers' names, where they are others."""
     original: tuple[str, ...] = ()
     """What stands before the names of the published code, where they are others."""
-    lost: str = NOTHING
+    lost: str = MATCHES_NOTHING
     """Regular expression for keys of layers that have no place under any name."""
-    lost_theirs: str = NOTHING
+    lost_theirs: str = MATCHES_NOTHING
     """The same of diffusers' names and those of the published code, where they are others."""
-    alike: str = NOTHING
+    alike: str = MATCHES_NOTHING
     """Its own names that it knows behind `diffusers` or `original` too, for they are the same there."""
     few: bool = False
     """Whether those are so few that it cannot be said to know such files."""
     hinge: tuple[str, str] = ("", "")
-    """See `Known.hinge`."""
+    """See `KnownKeys.hinge`."""
 
 
 _REFINED = r"(?:layers|noise_refiner|context_refiner)[._]\d+[._]"
 _ORIGINAL = ("diffusion_model.", "transformer.")
 _HUNYUAN_TIMES = r".*(?:txt_in[._][tc]_embedder|time_in|guidance_in)[._].*|.*[qk]_norm"
 _HUNYUAN_ALIKE = r"(?!.*(?:self_attn|mod[._]lin|attn[._](?:qkv|proj)|mlp|(?<!LN_)modulation)).*"
-MODELS: Mapping[str, Model] = MappingProxyType(
+MODEL_KEYS: Mapping[str, ModelKeys] = MappingProxyType(
     {
         # mmdit_to_diffusers; `base_model.model.` is "format for flash-sd3 lora"
-        "sd3": Model(
+        "sd3": ModelKeys(
             diffusers=("transformer.", "base_model.model.", "lycoris_", "lora_transformer_"), alike="context_embedder"
         ),
         # flux_to_diffusers, for the classes Flux, Flux2 and Chroma
-        "flux1": Model(diffusers=_FLUX),
-        "flux2": Model(
+        "flux1": ModelKeys(diffusers=_FLUX),
+        "flux2": ModelKeys(
             diffusers=_FLUX,
             lost_theirs=r".*(double_stream_modulation_(img|txt)|single_stream_modulation)[._]linear"
             r"|.*time_guidance_embed[._]timestep_embedder[._]linear_[12]",
         ),
-        "chroma": Model(diffusers=_FLUX, lost_theirs=r".*distilled_guidance_layer[._].*"),
-        "qwen-image": Model(own=("transformer.", "", "lycoris_")),
+        "chroma": ModelKeys(diffusers=_FLUX, lost_theirs=r".*distilled_guidance_layer[._].*"),
+        "qwen-image": ModelKeys(own=("transformer.", "", "lycoris_")),
         # z_image_to_diffusers, for the class Lumina2: it knows diffusers' names of Z-Image, and not those of Lumina2.
-        "z-image": Model(
+        "z-image": ModelKeys(
             diffusers=("diffusion_model.", "transformer.", "", "lycoris_"),
             alike=rf"{_REFINED}(?:feed_forward|attention_norm\d|ffn_norm\d|adaLN_modulation).*|(?:cap|t)_embedder.*",
         ),
-        "lumina2": Model(
+        "lumina2": ModelKeys(
             diffusers=("transformer.", "", "lycoris_"),
             lost_theirs=r"(?!.*[._]ffn_norm\d$).*",
             few=True,
             alike=rf"{_REFINED}(?:feed_forward|attention_norm\d|ffn_norm\d).*|(?:cap|t)_embedder.*",
         ),
-        "wan": Model(own=(FLATS,), hinge=(f"{FLATS}.*", f"{FLATS}blocks_0_cross_attn_k.lora_down.weight")),
+        "wan": ModelKeys(
+            own=(WAN_FUN_PREFIX,),
+            hinge=(f"{WAN_FUN_PREFIX}.*", f"{WAN_FUN_PREFIX}blocks_0_cross_attn_k.lora_down.weight"),
+        ),
         # "diffusion-pipe lora format", for the class HunyuanVideo: the published names, in the blocks.
-        "hunyuanvideo": Model(original=_ORIGINAL, lost_theirs=_HUNYUAN_TIMES, alike=_HUNYUAN_ALIKE),
-        "hunyuanvideo-1.5": Model(
+        "hunyuanvideo": ModelKeys(original=_ORIGINAL, lost_theirs=_HUNYUAN_TIMES, alike=_HUNYUAN_ALIKE),
+        "hunyuanvideo-1.5": ModelKeys(
             original=_ORIGINAL, lost_theirs=rf"{_HUNYUAN_TIMES}|.*_attn_[qkv]", alike=_HUNYUAN_ALIKE
         ),
-        "hunyuanimage": Model(),
+        "hunyuanimage": ModelKeys(),
         # auraflow_to_diffusers
-        "auraflow": Model(diffusers=("transformer.",)),
+        "auraflow": ModelKeys(diffusers=("transformer.",)),
         # pixart_to_diffusers
-        "pixart": Model(diffusers=("transformer.", "base_model.model.", "unet.base_model.model.")),
+        "pixart": ModelKeys(diffusers=("transformer.", "base_model.model.", "unet.base_model.model.")),
         # Its parameters called weight lose that in its keys.
-        "hidream-i1": Model(own=("transformer.", "lycoris_"), lost=r".*ff_i[._]gate[._]weight"),
-        "ideogram4": Model(),
+        "hidream-i1": ModelKeys(own=("transformer.", "lycoris_"), lost=r".*ff_i[._]gate[._]weight"),
+        "ideogram4": ModelKeys(),
         # krea2_to_diffusers; the parameter of its norms is called scale.
-        "krea2": Model(
+        "krea2": ModelKeys(
             diffusers=("diffusion_model.", "transformer.", "", "lycoris_"),
             lost=r".*[._](\w*norm\d?|norm_[qk]|txtmlp[._]0)",
             lost_theirs=r".*scale_shift_table",
         ),
-        "ernie-image": Model(own=("transformer.",)),
-        "cosmos-predict2": Model(),
-        "ltx-video": Model(own=("",)),
-        "ltx-2": Model(own=("",)),
-        "mochi": Model(own=("",)),
-        "kandinsky5": Model(own=("", "transformer.")),
-        "minimax-h3": Model(),
+        "ernie-image": ModelKeys(own=("transformer.",)),
+        "cosmos-predict2": ModelKeys(),
+        "ltx-video": ModelKeys(own=("",)),
+        "ltx-2": ModelKeys(own=("",)),
+        "mochi": ModelKeys(own=("",)),
+        "kandinsky5": ModelKeys(own=("", "transformer.")),
+        "minimax-h3": ModelKeys(),
     }
 )
 """Denoisers but UNets, by architecture."""
-LACKS = frozenset({"flux3", "qwen-image-2.1", "sana", "framepack"})
+MISSING_MODELS = frozenset({"flux3", "qwen-image-2.1", "sana", "framepack"})
 """Architectures of which it has no model."""
 
 _SPELLED = frozenset(
@@ -142,16 +145,16 @@ _SPELLED = frozenset(
         *(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
         *(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")),
         *("oft_blocks", "rescale"),
-        *PROCESSOR,
+        *PROCESSOR_SUFFIXES,
     }
 )
 """Names of tensors that it looks for: load_lora in comfy/lora.py, and comfy/weight_adapter."""
 
 
-def takes(names: frozenset[str], key: str, place: Place = "") -> Taken:
+def take_by_comfyui(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
     """Those that it knows behind a layer's key; each bias has a key of its own behind `diffusion_model.`."""
     biases = {"bias.diff"} if key.startswith("diffusion_model.") and not place else set()
-    return Taken(names & (_SPELLED | biases))
+    return TakenTensors(names & (_SPELLED | biases))
 
 
 _PREFIXES = sorted(
@@ -165,36 +168,36 @@ _PREFIXES = sorted(
 )
 
 
-def find_known(architecture: str, naming: str) -> Known | None:
+def find_known(architecture: str, naming: str) -> KnownKeys | None:
     """What it knows of keys with the names that a naming gives an architecture's layers; None for UNets and others."""
-    model = MODELS.get(architecture)
+    model = MODEL_KEYS.get(architecture)
     if model is None:
         return None
-    own = (*OWN, *model.own)
-    if naming == DIALECTS["comfyui"].naming_for(ARCHITECTURES[architecture]):
-        others = _behind((*model.diffusers, *model.original), model.alike)
-        return Known(f"(?!{_behind(own)}|{others}).*|{model.lost}", hinge=model.hinge)
-    theirs = model.diffusers if naming == DIFFUSERS else model.original
-    rest = _behind(tuple(prefix for prefix in own if prefix not in theirs))
-    lost = f"(?!{_behind((*own, *theirs))}).*|{model.lost}|(?!{rest})(?:{model.lost_theirs})"
-    return Known(lost, named="comfyui", where=rest, hinge=model.hinge)
+    own = (*OWN_PREFIXES, *model.own)
+    if naming == DIALECTS["comfyui"].choose_naming(ARCHITECTURES[architecture]):
+        others = _match_behind((*model.diffusers, *model.original), model.alike)
+        return KnownKeys(f"(?!{_match_behind(own)}|{others}).*|{model.lost}", requires=model.hinge)
+    theirs = model.diffusers if naming == DIFFUSERS_NAMING else model.original
+    rest = _match_behind(tuple(prefix for prefix in own if prefix not in theirs))
+    lost = f"(?!{_match_behind((*own, *theirs))}).*|{model.lost}|(?!{rest})(?:{model.lost_theirs})"
+    return KnownKeys(lost, named="comfyui", named_pattern=rest, requires=model.hinge)
 
 
-def _behind(prefixes: tuple[str, ...], names: str = ".*") -> str:
+def _match_behind(prefixes: tuple[str, ...], names: str = ".*") -> str:
     """Regular expression for whole keys that have one of the prefixes and such a name."""
     bare = rf"(?!{'|'.join(map(re.escape, _PREFIXES))})"
     spelled = {"": bare, "lora_unet_": "lora_unet_(?!_)"}
-    return rf"(?:{'|'.join(spelled.get(each, re.escape(each)) for each in prefixes) or NOTHING})(?:{names})\Z"
+    return rf"(?:{'|'.join(spelled.get(each, re.escape(each)) for each in prefixes) or MATCHES_NOTHING})(?:{names})\Z"
 
 
-def _table(dialect: str) -> dict[str, Known]:
-    """Of the denoisers in `MODELS`, those that it knows by the names of a dialect."""
+def _list_known(dialect: str) -> dict[str, KnownKeys]:
+    """Of the denoisers in `MODEL_KEYS`, those that it knows by the names of a dialect."""
     prefixes = {prefix for prefix, component in DIALECTS[dialect].prefixes.items() if not component}
     found = {}
-    for name, model in MODELS.items():
-        naming, own = (DIALECTS[each].naming_for(ARCHITECTURES[name]) for each in (dialect, "comfyui"))
-        theirs = model.diffusers if naming == DIFFUSERS else model.original
-        behind = {*OWN, *model.own} if naming == own else set() if model.few else {*theirs}
+    for name, model in MODEL_KEYS.items():
+        naming, own = (DIALECTS[each].choose_naming(ARCHITECTURES[name]) for each in (dialect, "comfyui"))
+        theirs = model.diffusers if naming == DIFFUSERS_NAMING else model.original
+        behind = {*OWN_PREFIXES, *model.own} if naming == own else set() if model.few else {*theirs}
         there = find_known(name, naming) if prefixes & behind else None
         if there is not None:
             found[name] = there
@@ -202,40 +205,42 @@ def _table(dialect: str) -> dict[str, Known]:
 
 
 # `unet.` is before `attn1.processor.to_q`, which newer files do not have.
-_DOTTED = partly(*UNETS, lost=rf"{UNET_PROJECTIONS}|transformer\..*") | DOTTED_CLIP
+_DOTTED = know_except(*UNETS, lost=rf"{UNET_PROJECTIONS}|transformer\..*") | DOTTED_CLIP
 _HEAD = r".*lm_head"
-_OWN_ENCODERS = wholly(*DOTTED_CLIP) | partly("t5", lost=EMBEDS) | partly("language-model", lost=_HEAD)
-_FLAT_UNETS = partly(*UNETS, lost="(?!lora_unet_(?!_)).*")
-_OWN_UNETS = partly(*UNETS, lost=r"(?!diffusion_model\.).*")
+_OWN_ENCODERS = (
+    know_all(*DOTTED_CLIP) | know_except("t5", lost=T5_EMBEDDING) | know_except("language-model", lost=_HEAD)
+)
+_FLAT_UNETS = know_except(*UNETS, lost="(?!lora_unet_(?!_)).*")
+_OWN_UNETS = know_except(*UNETS, lost=r"(?!diffusion_model\.).*")
 _FLAT = _FLAT_UNETS | COMFYUI_CLIP
 # T5 alone is counted as the first text encoder. One language model alone has `lora_te_`.
 _T5_ALONE = ("chroma", "pixart", "ltx-video", "mochi", "cosmos-predict2")
-_FLAT_ENCODERS: Mapping[str, Known] = {
+_FLAT_ENCODERS: Mapping[str, KnownKeys] = {
     **_FLAT,
-    **{f"{family}/t5": Known(rf"(?!lora_te1_).*|{EMBEDS}") for family in _T5_ALONE},
-    **{f"{family}/language-model": Known(f"(?!lora_te_).*|{_HEAD}") for family in ("z-image", "lumina2")},
+    **{f"{family}/t5": KnownKeys(rf"(?!lora_te1_).*|{T5_EMBEDDING}") for family in _T5_ALONE},
+    **{f"{family}/language-model": KnownKeys(f"(?!lora_te_).*|{_HEAD}") for family in ("z-image", "lumina2")},
 }
-KEYS: Mapping[str, Mapping[str, Known]] = MappingProxyType(
+COMFYUI_KEYS: Mapping[str, Mapping[str, KnownKeys]] = MappingProxyType(
     {
-        "comfyui": _table("comfyui") | _OWN_UNETS | _OWN_ENCODERS,
-        "kohya": {**_table("kohya"), **_FLAT_ENCODERS},
-        "kohya-diffusers": {**_table("kohya-diffusers"), **_FLAT_ENCODERS},
+        "comfyui": _list_known("comfyui") | _OWN_UNETS | _OWN_ENCODERS,
+        "kohya": {**_list_known("kohya"), **_FLAT_ENCODERS},
+        "kohya-diffusers": {**_list_known("kohya-diffusers"), **_FLAT_ENCODERS},
         # unet_to_diffusers
-        "lycoris": _table("lycoris") | wholly(*UNETS),
-        "diffusers": _table("diffusers") | _DOTTED,
+        "lycoris": _list_known("lycoris") | know_all(*UNETS),
+        "diffusers": _list_known("diffusers") | _DOTTED,
         # `unet.` and nothing else, before the processors' names
-        "processors": partly(*UNETS, lost=r"transformer\..*"),
-        "musubi": _table("musubi"),
-        "musubi-other": _table("musubi-other"),
-        "onetrainer-comfy": _table("onetrainer-comfy") | _OWN_UNETS | _OWN_ENCODERS,
-        "onetrainer-kohya": {**_table("onetrainer-kohya"), **_FLAT_ENCODERS},
-        "onetrainer-diffusers": _table("onetrainer-diffusers") | _DOTTED,
-        "onetrainer-legacy": {**_table("onetrainer-legacy"), **_FLAT_ENCODERS},
-        "ai-toolkit": _table("ai-toolkit"),
+        "processors": know_except(*UNETS, lost=r"transformer\..*"),
+        "musubi": _list_known("musubi"),
+        "musubi-other": _list_known("musubi-other"),
+        "onetrainer-comfy": _list_known("onetrainer-comfy") | _OWN_UNETS | _OWN_ENCODERS,
+        "onetrainer-kohya": {**_list_known("onetrainer-kohya"), **_FLAT_ENCODERS},
+        "onetrainer-diffusers": _list_known("onetrainer-diffusers") | _DOTTED,
+        "onetrainer-legacy": {**_list_known("onetrainer-legacy"), **_FLAT_ENCODERS},
+        "ai-toolkit": _list_known("ai-toolkit"),
         # unet_to_diffusers: without a prefix
-        "bare": _table("bare") | partly(*UNETS, lost=UNET_PROJECTIONS),
-        "onetrainer-original": _table("onetrainer-original"),
+        "bare": _list_known("bare") | know_except(*UNETS, lost=UNET_PROJECTIONS),
+        "onetrainer-original": _list_known("onetrainer-original"),
         # Without the folder's config its scale is that of alpha = rank.
-        "peft": _table("peft"),
+        "peft": _list_known("peft"),
     }
 )

@@ -10,17 +10,21 @@ from lycoris.algorithms.dora import unwrap_dora
 from lycoris.files.peft.factors import factorize_like_peft
 
 
-def together(bundle: Bundle) -> str:
+def explain_lokr_conflict(bundle: Bundle) -> str:
     """_create_lokr_config: why it makes no LoKr of these shapes, or PEFT makes others; "" where neither is so."""
     layers = {path: stack[0] for path, stack in bundle.entries.items() if _is_lokr(stack[0])}
     if not layers:
         return ""
-    sizes = {path: _sizes(entry) for path, entry in layers.items()}
+    sizes = {path: _measure_factors(entry) for path, entry in layers.items()}
     tried = [*sorted({ol for ol, *_ in sizes.values()}), -1]
     if not any(all(_is_factored(size, factor) for size in sizes.values()) for factor in tried):
         return "diffusers rejects the file, for it finds no decompose_factor that makes the shapes of all LoKr in it"
     both = any("w1_a" in entry.tensors for entry in layers.values())
-    other = [path for path, entry in layers.items() if _made_whole(entry, sizes[path], both=both) != _had(entry)]
+    other = [
+        path
+        for path, entry in layers.items()
+        if _predict_unsplit(entry, sizes[path], both=both) != _find_unsplit(entry)
+    ]
     return f"diffusers rejects the file, for PEFT makes LoKr of other shapes for {some(sorted(other))}" if other else ""
 
 
@@ -28,7 +32,7 @@ def _is_lokr(entry: Entry) -> bool:
     return isinstance(unwrap_dora(entry.algorithm), LoKr)
 
 
-def _sizes(entry: Entry) -> tuple[int, int, int, int]:
+def _measure_factors(entry: Entry) -> tuple[int, int, int, int]:
     """Rows and columns of w1 and w2."""
     lokr, g = unwrap_dora(entry.algorithm), entry.geometry
     assert isinstance(lokr, LoKr)
@@ -41,12 +45,12 @@ def _is_factored(size: tuple[int, int, int, int], factor: int) -> bool:
     return (factorize_like_peft(ol * ok, factor), factorize_like_peft(im * inner, factor)) == ((ol, ok), (im, inner))
 
 
-def _had(entry: Entry) -> tuple[bool, bool]:
+def _find_unsplit(entry: Entry) -> tuple[bool, bool]:
     """Whether w1 and w2 are whole."""
     return "w1" in entry.tensors, "w2" in entry.tensors
 
 
-def _made_whole(entry: Entry, size: tuple[int, int, int, int], *, both: bool) -> tuple[bool, bool]:
+def _predict_unsplit(entry: Entry, size: tuple[int, int, int, int], *, both: bool) -> tuple[bool, bool]:
     """The same of what PEFT makes with the rank that diffusers finds."""
     t, (ol, im, ok, inner) = entry.tensors, size
     split = "w2_a" if "w2_a" in t else "w1_a" if "w1_a" in t else ""

@@ -29,7 +29,7 @@ def misplaced_alone(case: Case) -> float | None:
 def bias_share(case: Case) -> float | None:
     """How far off the change is without that of the bias, where all of it is stored."""
     t = case.entry.tensors
-    if case.beside or "diff" not in t or "diff_b" not in t:
+    if case.extra or "diff" not in t or "diff_b" not in t:
         return None
     bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
     return (bias / whole) ** 0.5 if whole else None

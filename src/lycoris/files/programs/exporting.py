@@ -12,21 +12,22 @@ from lycoris.errors import FileError, PlanError
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
-from lycoris.files.dialects.components import prefix_of
-from lycoris.files.layout import Layout
+from lycoris.files.dialects.components import find_prefix
+from lycoris.files.layout import ModelLayout
 from lycoris.files.opening import Opened
-from lycoris.files.programs import PROGRAMS, Place
-from lycoris.files.programs.holding import Holder, holders, holding, place_of
-from lycoris.files.programs.portable import Stack, as_lora, portable_stack
-from lycoris.files.skeleton import namings
+from lycoris.files.placing import Stack
+from lycoris.files.programs import PROGRAMS, LayerPlace
+from lycoris.files.programs.holding import Holder, find_holders, find_place, map_holders
+from lycoris.files.programs.portable import convert_to_lora, make_stack_portable
+from lycoris.files.skeleton import list_namings
 from lycoris.models.families import FAMILIES
 
 
-def dialects_of(program: str, found: Opened) -> list[str]:
+def list_known_dialects(program: str, found: Opened) -> list[str]:
     """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     keys = PROGRAMS[program].keys
-    return [each for each in keys if architecture is None or PROGRAMS[program].known_keys(each, architecture.name)]
+    return [each for each in keys if architecture is None or PROGRAMS[program].find_keys(each, architecture.name)]
 
 
 def export_bundle(
@@ -39,8 +40,8 @@ def export_bundle(
     bundles, done, problems = {}, dict[str, str](), dict[str, str]()
     for component, bundle in found.bundles.items():
         layout, entries = found.layouts[component], dict[str, Stack]()
-        keys = _keys(bundle, layout, to, _prefix(found, component, to))
-        places = _places(bundle, layout, program, to)
+        keys = _name_keys(bundle, layout, to, _find_export_prefix(found, component, to))
+        places = _find_places(bundle, layout, program, to)
         for layer, stack in bundle.entries.items():
             try:
                 entries[layer], what = _export_stack(
@@ -60,15 +61,15 @@ def export_bundle(
             if what != "nothing":
                 done[layer] = f"{stack[0].algorithm.name} {what}"
         bundles[component] = replace(bundle, entries=entries)
-        if PROGRAMS[program].taken_for is not None:
-            bundles[component] = _of_one_algorithm(bundles[component], program, done)
+        if PROGRAMS[program].detect_algorithm is not None:
+            bundles[component] = _unify_algorithms(bundles[component], program, done)
     if problems:
         first, why = next(iter(problems.items()))
         raise FileError(f"{len(problems)} layers cannot be written for {program}, such as {first}: {why}")
     return bundles, done
 
 
-def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bundle:
+def _unify_algorithms(bundle: Bundle, program: str, done: dict[str, str]) -> Bundle:
     """All as LoRA, where a program takes a file for one algorithm and this one has several.
 
     Raises `FileError` for a layer that no LoRA can stand for.
@@ -79,7 +80,7 @@ def _of_one_algorithm(bundle: Bundle, program: str, done: dict[str, str]) -> Bun
     entries = dict(bundle.entries)
     for layer, name in found.items():
         if name not in ("lora", "dylora"):
-            entries[layer] = (as_lora(entries[layer][0]), *entries[layer][1:])
+            entries[layer] = (convert_to_lora(entries[layer][0]), *entries[layer][1:])
             what = f"written as a LoRA, for {PROGRAMS[program].title} takes a file for one algorithm"
             done[layer] = f"{done[layer]}, then {what}" if layer in done else f"{name} {what}"
     return replace(bundle, entries=entries)
@@ -91,14 +92,14 @@ def _export_stack(
     to: str,
     layer: str,
     key: str,
-    place: Place,
-    layout: Layout,
+    place: LayerPlace,
+    layout: ModelLayout,
     weights: BaseWeights | None,
     model: str,
 ) -> tuple[Stack, str]:
     architecture = None if layout.architecture is None else layout.architecture.name
     export = partial(
-        portable_stack, stack, program, dialect=to, architecture=architecture, key=key, place=place, model=model
+        make_stack_portable, stack, program, dialect=to, architecture=architecture, key=key, place=place, model=model
     )
     try:
         return export()
@@ -111,29 +112,29 @@ def _export_stack(
         return export(base=weights.affine(layer, layout))
 
 
-def _prefix(found: Opened, component: str, to: str) -> str:
+def _find_export_prefix(found: Opened, component: str, to: str) -> str:
     family = FAMILIES[found.family] if found.family else None
-    return prefix_of(DIALECTS[to], family, component) or ""
+    return find_prefix(DIALECTS[to], family, component) or ""
 
 
-def _keys(bundle: Bundle, layout: Layout, to: str, prefix: str) -> Mapping[str, str]:
+def _name_keys(bundle: Bundle, layout: ModelLayout, to: str, prefix: str) -> Mapping[str, str]:
     """Layer → what the first of its parts is called in a dialect."""
     spelled = flatten if DIALECTS[to].style == "flat" else str
     if layout.architecture is None:
         return {layer: prefix + spelled(layer) for layer in bundle.entries}
-    home = namings(layout.architecture)[DIALECTS[to].naming_for(layout.architecture)].home
-    firsts = {layer: layout.spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
+    home = list_namings(layout.architecture)[DIALECTS[to].choose_naming(layout.architecture)].find_module
+    firsts = {layer: layout.find_spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
     return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
 
 
-def _places(bundle: Bundle, layout: Layout, program: str, to: str) -> Mapping[str, Place]:
+def _find_places(bundle: Bundle, layout: ModelLayout, program: str, to: str) -> Mapping[str, LayerPlace]:
     """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
-    held = holders(PROGRAMS[program], layout)
+    held = find_holders(PROGRAMS[program], layout)
     if layout.architecture is None or not held:
         return dict.fromkeys(bundle.entries, "")
-    there = holding(layout, DIALECTS[to].naming_for(layout.architecture))
-    own = layout.spans(layout.naming)
+    there = map_holders(layout, DIALECTS[to].choose_naming(layout.architecture))
+    own = layout.find_spans(layout.naming)
     return {
-        layer: place_of(there.get(own[layer].parts[0], Holder(layer, own[layer])), held, layout)
+        layer: find_place(there.get(own[layer].parts[0], Holder(layer, own[layer])), held, layout)
         for layer in bundle.entries
     }

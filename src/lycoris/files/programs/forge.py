@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 from lycoris.files.programs import keys
-from lycoris.files.programs.comfyui import FAILING, KRON, SHARED, STOPPED
-from lycoris.files.programs.conditions import (
-    all_of,
-    any_of,
-    core_without_contiguous,
-    dora_in,
-    flat_lengths,
+from lycoris.files.programs.adapter_conditions import (
+    has_algorithm,
+    has_flat_magnitude,
+    has_input_magnitude,
+    has_other_algorithm,
+    has_strided_core,
     has_unfolded_factors,
-    is_a,
-    is_exchanged,
-    is_named,
-    linear,
-    no_other_than,
-    not_,
-    square,
-    under_own_names,
+    is_linear,
+    is_square,
 )
-from lycoris.files.programs.program import ASKED, NAMES, Case, Program, Row
+from lycoris.files.programs.comfyui import FAILING_ROWS, KRON_FAILS, SHARED_ROWS, STOPPING_CORE_ROWS
+from lycoris.files.programs.conditions import all_of, any_of, has_own_names, is_exchanged, is_named, not_
+from lycoris.files.programs.program import EXAMINED_ALGORITHMS, EXAMINED_TENSORS, Case, Program, Row
 from lycoris.files.programs.replacements import changes_weight, replaces_bias, replaces_weight
-from lycoris.files.programs.taking import by_forge
+from lycoris.files.programs.taking import take_by_forge
 
-UNMATCHED = 12
+MAX_UNMATCHED = 12
 """More keys than these in a file that nothing takes, and it rejects the file."""
 
 
-def _misfits(case: Case) -> bool:
+def _has_unusable_magnitude(case: Case) -> bool:
     """Lengths as a vector where they do not broadcast over the columns."""
-    return flat_lengths(case) and case.name != "full" and not (linear(case) and (dora_in(case) or square(case)))
+    return (
+        has_flat_magnitude(case)
+        and case.name != "full"
+        and not (is_linear(case) and (has_input_magnitude(case) or is_square(case)))
+    )
 
 
-REPLACED = (
+FORGE_REPLACEMENT_ROWS = (
     Row(
-        all_of(replaces_bias, not_(under_own_names), replaces_weight),
+        all_of(replaces_bias, not_(has_own_names), replaces_weight),
         "differently",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",
     ),
     Row(
-        all_of(replaces_bias, not_(under_own_names), changes_weight),
+        all_of(replaces_bias, not_(has_own_names), changes_weight),
         "differently",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",
     ),
     Row(
-        all_of(replaces_bias, not_(under_own_names)),
+        all_of(replaces_bias, not_(has_own_names)),
         "not at all",
         "knows a bias in place of a layer's own behind diffusion_model. only",
         "joined",
@@ -65,66 +64,72 @@ REPLACED = (
         "format",
     ),
 )
-VECTORS = (
-    Row(_misfits, "not at all", "cannot divide lengths of DoRA that are a vector there, and stops", "anew", stops=True),
+VECTOR_ROWS = (
     Row(
-        all_of(flat_lengths, square, no_other_than("full")),
+        _has_unusable_magnitude,
+        "not at all",
+        "cannot divide lengths of DoRA that are a vector there, and stops",
+        "anew",
+        stops=True,
+    ),
+    Row(
+        all_of(has_flat_magnitude, is_square, has_other_algorithm("full")),
         "differently",
         "takes a vector of DoRA's lengths for those of rows and of columns at once; how far off that is depends on the "
         "base weight",
         "anew",
     ),
     Row(
-        all_of(has_unfolded_factors, any_of(is_a("loha"), is_a("lokr"))),
+        all_of(has_unfolded_factors, any_of(has_algorithm("loha"), has_algorithm("lokr"))),
         "not at all",
         "multiplies matrices, and stops at second factors that keep the kernel's dimensions",
         "anew",
         stops=True,
     ),
 )
-EXCHANGED = Row(
-    all_of(is_exchanged, is_a("full"), changes_weight),
+EXCHANGED_ROW = Row(
+    all_of(is_exchanged, has_algorithm("full"), changes_weight),
     "differently",
     "adds a difference stored whole without exchanging its halves",
     "format",
 )
-PROJECTION = r"text_encoder\.text_projection"
-OF_ANOTHER_ENCODER = (
+TEXT_PROJECTION = r"text_encoder\.text_projection"
+TEXT_PROJECTION_ROWS = (
     Row(
-        all_of(is_named(PROJECTION), is_a("lora", "loha", "lokr", "glora", "replace")),
+        all_of(is_named(TEXT_PROJECTION), has_algorithm("lora", "loha", "lokr", "glora", "replace")),
         "not at all",
         "takes the projection of the first text encoder for that of the second, and stops",
         "format",
         stops=True,
     ),
     Row(
-        is_named(PROJECTION),
+        is_named(TEXT_PROJECTION),
         "not at all",
         "takes the projection of the first text encoder for that of the second, and leaves it out",
         "format",
     ),
 )
-BARE, *OTHERS = SHARED
+FORGE_PARAMETER_ROW, *OTHER_SHARED_ROWS = SHARED_ROWS
 
-FORGE = Program(
+FORGE_PROGRAM = Program(
     "forge",
     "Forge",
-    keys.FORGE,
+    keys.FORGE_KEYS,
     (
         Row(
-            is_a("diag-oft", "boft"),
+            has_algorithm("diag-oft", "boft"),
             "not at all",
             "knows no rotations, and passes their keys over",
             "plain",
         ),
-        BARE,
-        *OF_ANOTHER_ENCODER,
-        *REPLACED,
-        *VECTORS,
-        EXCHANGED,
-        *STOPPED,
-        Row(core_without_contiguous, "not at all", f"{KRON}, and stops", "flat w2", stops=True),
-        *(row._replace(stops=True) if row in FAILING else row for row in OTHERS),
+        FORGE_PARAMETER_ROW,
+        *TEXT_PROJECTION_ROWS,
+        *FORGE_REPLACEMENT_ROWS,
+        *VECTOR_ROWS,
+        EXCHANGED_ROW,
+        *STOPPING_CORE_ROWS,
+        Row(has_strided_core, "not at all", f"{KRON_FAILS}, and stops", "flat w2", stops=True),
+        *(row._replace(stops=True) if row in FAILING_ROWS else row for row in OTHER_SHARED_ROWS),
         Row(
             replaces_weight,
             "as trained",
@@ -137,10 +142,10 @@ FORGE = Program(
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),
-    asked=ASKED | {"replace"},
-    names=NAMES | {"scale", "set_weight", "bias.set_weight"},
-    replaces=True,
-    unmatched=UNMATCHED,
-    takes=by_forge,
-    own="comfyui",
+    examined_algorithms=EXAMINED_ALGORITHMS | {"replace"},
+    examined_tensors=EXAMINED_TENSORS | {"scale", "set_weight", "bias.set_weight"},
+    supports_replacement=True,
+    max_unmatched=MAX_UNMATCHED,
+    take_tensors=take_by_forge,
+    native_dialect="comfyui",
 )

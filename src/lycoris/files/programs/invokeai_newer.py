@@ -10,20 +10,28 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from lycoris.adapters.load_report import some
-from lycoris.files.programs.invokeai_routes import KNOWN_ENDS, bare_pairs, cut, ends_elsewhere, flat, refuse, without
-from lycoris.files.programs.routes import Routed, Sent
+from lycoris.files.programs.invokeai_routes import (
+    KNOWN_ENDS,
+    explain_wrong_cut,
+    find_bare_pairs,
+    is_cut_wrongly,
+    is_flat,
+    refuse,
+    strip_prefix,
+)
+from lycoris.files.programs.routes import RoutedKeys, SentFile
 
-PREFIXES = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
-BUILT = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "on_input", "w_norm")
+NEWER_PREFIXES = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
+KNOWN_TENSOR_NAMES = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "on_input", "w_norm")
 
 
-def _unbuilt(sent: Sent, keys: Iterable[str]) -> str:
+def _explain_unknown(sent: SentFile, keys: Iterable[str]) -> str:
     """any_lora_layer_from_state_dict, which it asks of layers too that the model does not have."""
     strange = []
     for key in keys:
         names = set(sent.layers[key])
         lora = {"lora_A.weight", "lora_up.weight"} & names
-        if not lora and ("dora_scale" in names or not names & set(BUILT)):
+        if not lora and ("dora_scale" in names or not names & set(KNOWN_TENSOR_NAMES)):
             strange.append(key)
     return f"knows no such algorithm, and rejects the file for {some(sorted(strange))}" if strange else ""
 
@@ -45,20 +53,20 @@ _KREA2_DIFFUSERS = re.compile(
 )
 
 
-def _krea2(sent: Sent) -> Routed:
-    broken = [key for key in sent.layers if cut(sent, key, _KREA2_ENDS)]
+def _route_krea2(sent: SentFile) -> RoutedKeys:
+    broken = [key for key in sent.layers if is_cut_wrongly(sent, key, _KREA2_ENDS)]
     if broken:
-        return refuse(ends_elsewhere(broken))
+        return refuse(explain_wrong_cut(broken))
     kept = set()
     for key, names in sent.layers.items():
-        path = without(PREFIXES, key)
+        path = strip_prefix(NEWER_PREFIXES, key)
         own, theirs = _KREA2_OWN.fullmatch(path), _KREA2_DIFFUSERS.fullmatch(path)
         # _maybe_convert_kohya_krea2_state_dict
         whole = _KREA2_FLAT.fullmatch(key) and set(names) <= _KREA2_ENDS
         if whole or own or theirs:
             kept.add(key)
     lost = sent.layers.keys() - kept
-    return Routed(refused=_unbuilt(sent, lost), lost=frozenset(lost))
+    return RoutedKeys(refused=_explain_unknown(sent, lost), lost=frozenset(lost))
 
 
 # _KOHYA_UNET_KEY_REPLACEMENTS
@@ -74,14 +82,14 @@ _ANIMA = re.compile(
 )
 
 
-def _anima(sent: Sent) -> Routed:
+def _route_anima(sent: SentFile) -> RoutedKeys:
     # torch.nn.RMSNorm and the like are not in AUTOCAST_MODULE_TYPE_MAPPING.
-    norms = [key for key in sent.layers if without((*PREFIXES, "lora_unet_"), key) == "t_embedding_norm"]
+    norms = [key for key in sent.layers if strip_prefix((*NEWER_PREFIXES, "lora_unet_"), key) == "t_embedding_norm"]
     if norms:
         return refuse(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
     kron = {key for key, names in sent.layers.items() if {"lokr_w1", "lokr_w1_a"} & set(names)}
-    if sent.any_starts("lora_unet_", "lora_te_"):
-        broken = [key for key in sent.layers if cut(sent, key)]
+    if sent.has_prefix("lora_unet_", "lora_te_"):
+        broken = [key for key in sent.layers if is_cut_wrongly(sent, key)]
         lost = {key for key in sent.layers if not _ANIMA_FLAT.fullmatch(key) and not key.startswith("lora_te_")}
         if not any(map(_ANIMA_DOTTED.match, sent.layers)):
             # apply_smart_model_patch: where no name has a dot, it searches the model for each.
@@ -89,14 +97,18 @@ def _anima(sent: Sent) -> Routed:
         bare: frozenset[str] = frozenset()
         scaled: frozenset[str] = frozenset()
     else:
-        broken = [key for key in sent.layers if cut(sent, key, KNOWN_ENDS | _ANIMA_LOKR)]
-        lost = {key for key in sent.layers if flat(key) or not _ANIMA.fullmatch(without(PREFIXES, key))}
-        scaled, bare = bare_pairs(sent)
+        broken = [key for key in sent.layers if is_cut_wrongly(sent, key, KNOWN_ENDS | _ANIMA_LOKR)]
+        lost = {key for key in sent.layers if is_flat(key) or not _ANIMA.fullmatch(strip_prefix(NEWER_PREFIXES, key))}
+        scaled, bare = find_bare_pairs(sent)
     if broken:
-        return refuse(ends_elsewhere(broken))
+        return refuse(explain_wrong_cut(broken))
     # _make_layer_patch
     bare |= {key for key in kron if "dora_scale" in sent.layers[key]}
-    return Routed(_unbuilt(sent, lost - kron), frozenset(lost), without_scale=scaled, without_lengths=bare)
+    return RoutedKeys(
+        _explain_unknown(sent, lost - kron), frozenset(lost), without_scale=scaled, without_magnitude=bare
+    )
 
 
-NEWER: Mapping[str, Callable[[Sent], Routed]] = MappingProxyType({"krea2": _krea2, "cosmos-predict2": _anima})
+NEWER_ROUTES: Mapping[str, Callable[[SentFile], RoutedKeys]] = MappingProxyType(
+    {"krea2": _route_krea2, "cosmos-predict2": _route_anima}
+)

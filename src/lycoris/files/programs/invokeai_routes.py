@@ -10,21 +10,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from lycoris.adapters.load_report import some
-from lycoris.files.programs.routes import Routed, Sent
+from lycoris.files.programs.routes import RoutedKeys, SentFile
 
-PAIR = ("lora_A.weight", "lora_B.weight")
-PAIRS = (*PAIR, "lora.down.weight", "lora.up.weight")
-KRON = tuple(f"lokr_{name}" for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2"))
-HADA = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
-BLOCKS = ("double_blocks.", "single_blocks.")
-UNSUPPORTED = "finds no format of its own for Flux in these keys, and rejects the file"
-
-
-def refuse(why: str) -> Routed:
-    return Routed(refused=why)
+PEFT_PAIR = ("lora_A.weight", "lora_B.weight")
+PAIR_NAMES = (*PEFT_PAIR, "lora.down.weight", "lora.up.weight")
+LOKR_NAMES = tuple(f"lokr_{name}" for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2"))
+LOHA_NAMES = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+FLUX_BLOCKS = ("double_blocks.", "single_blocks.")
+UNKNOWN_FLUX_FORMAT = "finds no format of its own for Flux in these keys, and rejects the file"
 
 
-def flat(key: str) -> bool:
+def refuse(why: str) -> RoutedKeys:
+    return RoutedKeys(refused=why)
+
+
+def is_flat(key: str) -> bool:
     return "." not in key
 
 
@@ -32,8 +32,8 @@ def flat(key: str) -> bool:
 _SGM = re.compile(r"lora_unet_((in|out)put_blocks_|middle_block_|time_embed_|label_emb_|out_\d).*")
 
 
-def _unet(sent: Sent) -> Routed:
-    if not all(map(flat, sent.layers)):
+def _route_unet(sent: SentFile) -> RoutedKeys:
+    if not all(map(is_flat, sent.layers)):
         return refuse("takes names with underscores only for this model, and rejects the file")
     own = {key for key in sent.layers if key.startswith("lora_unet_")}
     stability = {key for key in own if _SGM.fullmatch(key)}
@@ -46,7 +46,7 @@ def _unet(sent: Sent) -> Routed:
         if stability and stability != own:
             return refuse("rejects the file, for only some of its keys have the original code's names of layers")
         stability = set()
-    return Routed(lost=frozenset(stability | {key for key in sent.layers if not key.startswith(known)}))
+    return RoutedKeys(lost=frozenset(stability | {key for key in sent.layers if not key.startswith(known)}))
 
 
 # FLUX_KOHYA_TRANSFORMER_KEY_REGEX and the others of flux_kohya_lora_conversion_utils
@@ -76,7 +76,7 @@ _OUTSIDE = frozenset(
 )
 
 
-def _of_diffusers(paths: Iterable[str]) -> str:
+def _explain_diffusers_names(paths: Iterable[str]) -> str:
     """Why its table of diffusers' names for Flux.1 does not take these layers; "" where it does."""
     groups: dict[tuple[str, bool], set[str]] = {}
     strange = []
@@ -98,13 +98,13 @@ def _of_diffusers(paths: Iterable[str]) -> str:
     )
 
 
-def _diffusers_like(sent: Sent) -> str:
+def _find_flux_version(sent: SentFile) -> str:
     """is_state_dict_likely_in_flux_diffusers_format: for which Flux it is; "" for none."""
-    if not sent.all_end(*PAIRS):
+    if not sent.all_have_suffix(*PAIR_NAMES):
         return ""
     for prefix in ("transformer.", "base_model.model."):
         wanted = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")
-        if all(set(PAIR) <= set(sent.layers.get(prefix + name, ())) for name in wanted):
+        if all(set(PEFT_PAIR) <= set(sent.layers.get(prefix + name, ())) for name in wanted):
             return "flux1"
     second = any(
         mark in name for name in sent.names for mark in ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in")
@@ -114,45 +114,45 @@ def _diffusers_like(sent: Sent) -> str:
         for key in sent.layers
         for prefix in ("transformer.", "base_model.model.", "")
     )
-    double = sent.any_starts(
+    double = sent.has_prefix(
         "transformer.transformer_blocks.", "base_model.model.transformer_blocks.", "transformer_blocks."
     )
     return "flux2" if second and (single or double) else ""
 
 
-def _strange_to_kohya(sent: Sent) -> str:
+def _explain_kohya_names(sent: SentFile) -> str:
     """Which layers of a file in kohya's format have names that it does not have there; "" where the file is another."""
     strange = [key for key in sent.layers if not _KOHYA.fullmatch(key)]
-    if not all(map(flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
+    if not all(map(is_flat, sent.layers)) or not all(key.startswith(("lora_unet_", "lora_te")) for key in sent.layers):
         return ""
     return f"rejects the file for {some(sorted(strange))}"
 
 
-def without(prefixes: tuple[str, ...], key: str) -> str:
+def strip_prefix(prefixes: tuple[str, ...], key: str) -> str:
     return next((key.removeprefix(each) for each in prefixes if key.startswith(each)), key)
 
 
-def _whole_names(sent: Sent, keys: Iterable[str]) -> list[str]:
+def _find_long_names(sent: SentFile, keys: Iterable[str]) -> list[str]:
     """Layers whose tensors have names of other than two parts, which it takes for a part of the path."""
     return sorted(key for key in keys if any(name.count(".") != 1 for name in sent.layers[key]))
 
 
-def _flux1(sent: Sent) -> Routed:
-    if kind := _diffusers_like(sent):
+def _route_invokeai_flux1(sent: SentFile) -> RoutedKeys:
+    if kind := _find_flux_version(sent):
         if kind == "flux2":
-            return Routed(lost=frozenset(sent.layers))
-        why = _of_diffusers(without(("base_model.model.", "transformer."), key) for key in sent.layers)
-        broken = _whole_names(sent, sent.layers)
+            return RoutedKeys(lost=frozenset(sent.layers))
+        why = _explain_diffusers_names(strip_prefix(("base_model.model.", "transformer."), key) for key in sent.layers)
+        broken = _find_long_names(sent, sent.layers)
         return refuse(why or (f"rejects the file for {some(broken)}" if broken else ""))
     if all(map(_KOHYA.fullmatch, sent.layers)):
         kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
-        return Routed(lost=frozenset(sent.layers.keys() - kept))
+        return RoutedKeys(lost=frozenset(sent.layers.keys() - kept))
     if all(map(_ONETRAINER.fullmatch, sent.layers)):
-        return refuse(_of_diffusers_flat(sent.layers))
-    return _flux_of_blocks(sent)
+        return refuse(_explain_flat_names(sent.layers))
+    return _route_original_names(sent)
 
 
-def _of_diffusers_flat(keys: Iterable[str]) -> str:
+def _explain_flat_names(keys: Iterable[str]) -> str:
     """insert_periods_into_kohya_key, which takes the first word that fits: of ff_context it takes ff."""
     paths, strange = [], []
     for key in keys:
@@ -167,33 +167,35 @@ def _of_diffusers_flat(keys: Iterable[str]) -> str:
         if name.startswith(("ff_context", "norm1_context")):
             strange.append(key)
         paths.append(f"{match['block']}.{match['at']}.{name}")
-    return f"rejects the file for {some(sorted(strange))}" if strange else _of_diffusers(paths)
+    return f"rejects the file for {some(sorted(strange))}" if strange else _explain_diffusers_names(paths)
 
 
-def _flux_of_blocks(sent: Sent) -> Routed:
+def _route_original_names(sent: SentFile) -> RoutedKeys:
     """The original code's names, behind `diffusion_model.`."""
-    if strange := _strange_to_kohya(sent):
+    if strange := _explain_kohya_names(sent):
         return refuse(strange)
-    if sent.any_starts(*(f"diffusion_model.{each}" for each in BLOCKS)) and not sent.any_ends(*KRON, *HADA):
+    if sent.has_prefix(*(f"diffusion_model.{each}" for each in FLUX_BLOCKS)) and not sent.has_suffix(
+        *LOKR_NAMES, *LOHA_NAMES
+    ):
         # is_state_dict_likely_in_flux_aitoolkit_format
         own = [key for key in sent.layers if key.startswith("diffusion_model.")]
         alone = [key for key in sent.layers if "." not in key]
-        broken = [*_whole_names(sent, own), *alone, *_cut_short(sent)]
+        broken = [*_find_long_names(sent, own), *alone, *_find_cut_short(sent)]
         if broken:
             return refuse(
                 f"takes tensors with two-part names only in such keys, such as lora_A.weight, and rejects the file for "
                 f"{some(broken)}"
             )
-        return Routed(lost=frozenset(sent.layers.keys() - set(own)))
-    ends = (*PAIR, *KRON, *HADA, "alpha", "dora_scale", "diff")
+        return RoutedKeys(lost=frozenset(sent.layers.keys() - set(own)))
+    ends = (*PEFT_PAIR, *LOKR_NAMES, *LOHA_NAMES, "alpha", "dora_scale", "diff")
     prefixes = ("diffusion_model.", "base_model.model.")
-    blocks = tuple(prefix + each for prefix in prefixes for each in BLOCKS)
-    if sent.all_end(*ends) and sent.any_starts(*blocks) and sent.all_start(*prefixes):
-        return Routed()
-    return refuse(UNSUPPORTED)
+    blocks = tuple(prefix + each for prefix in prefixes for each in FLUX_BLOCKS)
+    if sent.all_have_suffix(*ends) and sent.has_prefix(*blocks) and sent.all_have_prefix(*prefixes):
+        return RoutedKeys()
+    return refuse(UNKNOWN_FLUX_FORMAT)
 
 
-def _cut_short(sent: Sent) -> list[str]:
+def _find_cut_short(sent: SentFile) -> list[str]:
     """Layers of one step whose tensors have names of one part, so that nothing is left of the layer."""
     return [key for key, names in sent.layers.items() if key.count(".") < 1 and any("." not in name for name in names)]
 
@@ -205,40 +207,40 @@ _FLUX2 = re.compile(
 )
 
 
-def _flux2(sent: Sent) -> Routed:
-    kind = _diffusers_like(sent)
+def _route_invokeai_flux2(sent: SentFile) -> RoutedKeys:
+    kind = _find_flux_version(sent)
     if kind == "flux2":
-        return Routed()
+        return RoutedKeys()
     if kind == "flux1":
-        return _flux1(sent)
+        return _route_invokeai_flux1(sent)
     if all(map(_KOHYA.fullmatch, sent.layers)):
         kept = {key for key in sent.layers if _KOHYA_BLOCK.fullmatch(key) or key.startswith("lora_te")}
         kept = {key for key in kept if "_mod_lin" not in key and "_modulation_lin" not in key}
-        return Routed(lost=frozenset(sent.layers.keys() - kept | _parted_badly(sent, kept)))
+        return RoutedKeys(lost=frozenset(sent.layers.keys() - kept | _find_badly_split(sent, kept)))
     if all(map(_ONETRAINER.fullmatch, sent.layers)):
-        why = _of_diffusers_flat(sent.layers)
+        why = _explain_flat_names(sent.layers)
         lost = {key for key in sent.layers if re.search(r"_attn_(to|add)_[qkv](_proj)?$", key)}
-        return Routed(why, frozenset(lost))
-    found = _flux_of_blocks(sent)
+        return RoutedKeys(why, frozenset(lost))
+    found = _route_original_names(sent)
     if found.refused:
         return found
-    names = {key: without(("diffusion_model.", "base_model.model."), key) for key in sent.layers}
+    names = {key: strip_prefix(("diffusion_model.", "base_model.model."), key) for key in sent.layers}
     lost = {key for key, name in names.items() if not _FLUX2.fullmatch(name)} | found.lost
     fused = {key for key in sent.layers if key.endswith("_attn.qkv")}
-    if sent.any_ends(*KRON, *HADA):
+    if sent.has_suffix(*LOKR_NAMES, *LOHA_NAMES):
         # lora_model_from_flux2_bfl_peft_state_dict
         taken = {key for key in fused if {"lora_A.weight", "lokr_w1", "lokr_w1_a"} & set(sent.layers[key])}
         bare = {key for key in taken if "dora_scale" in sent.layers[key]}
-        return Routed(lost=frozenset(lost | fused - taken), without_lengths=frozenset(bare))
-    return Routed(lost=frozenset(lost | _parted_badly(sent, fused)))
+        return RoutedKeys(lost=frozenset(lost | fused - taken), without_magnitude=frozenset(bare))
+    return RoutedKeys(lost=frozenset(lost | _find_badly_split(sent, fused)))
 
 
-def _parted_badly(sent: Sent, keys: Iterable[str]) -> set[str]:
+def _find_badly_split(sent: SentFile, keys: Iterable[str]) -> set[str]:
     """Projections to q, k and v together, which it parts for plain LoRA only."""
     return {
         key
         for key in keys
-        if key.endswith("attn_qkv" if flat(key) else "attn.qkv")
+        if key.endswith("attn_qkv" if is_flat(key) else "attn.qkv")
         and ("dora_scale" in sent.layers[key] or not {"lora_up.weight", "lora_A.weight"} & set(sent.layers[key]))
     }
 
@@ -246,22 +248,22 @@ def _parted_badly(sent: Sent, keys: Iterable[str]) -> set[str]:
 KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"})
 
 
-def cut(sent: Sent, key: str, known: Collection[str] = KNOWN_ENDS) -> bool:
+def is_cut_wrongly(sent: SentFile, key: str, known: Collection[str] = KNOWN_ENDS) -> bool:
     """_group_by_layer: whether it takes another place for the end of the layer's name."""
-    return not flat(key) and any(
+    return not is_flat(key) and any(
         name not in known and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
         for name in sent.layers[key]
     )
 
 
-def bare_pairs(sent: Sent) -> tuple[frozenset[str], frozenset[str]]:
+def find_bare_pairs(sent: SentFile) -> tuple[frozenset[str], frozenset[str]]:
     """Of lora_A and lora_B it takes nothing that is beside them: the layers with alpha, and with a magnitude."""
     pairs = {key: set(names) for key, names in sent.layers.items() if "lora_A.weight" in names}
     scaled = frozenset(key for key, names in pairs.items() if "alpha" in names)
     return scaled, frozenset(key for key, names in pairs.items() if "dora_scale" in names)
 
 
-def ends_elsewhere(keys: Iterable[str]) -> str:
+def explain_wrong_cut(keys: Iterable[str]) -> str:
     return (
         "takes the last two dots of a name for the end of the layer's, which is right for LoRA only, and rejects the "
         f"file for {some(sorted(keys))}"
@@ -273,17 +275,17 @@ _Z_IMAGE = re.compile(
 )
 
 
-def _z_image(sent: Sent) -> Routed:
-    broken = [key for key in sent.layers if cut(sent, key)]
+def _route_z_image(sent: SentFile) -> RoutedKeys:
+    broken = [key for key in sent.layers if is_cut_wrongly(sent, key)]
     if broken:
-        return refuse(ends_elsewhere(broken))
+        return refuse(explain_wrong_cut(broken))
     prefixes: tuple[str, ...] = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
     prefixes += ("base_model.model.text_encoder.", "text_encoder.")
-    lost = {key for key in sent.layers if flat(key) and not _Z_IMAGE.fullmatch(key)}
+    lost = {key for key in sent.layers if is_flat(key) and not _Z_IMAGE.fullmatch(key)}
     lost |= {key for key in sent.layers if key.endswith((".attention.qkv", ".attention.out"))}
-    lost |= {key for key in sent.layers if without(prefixes, key).startswith(("final_layer.", "x_embedder"))}
-    scaled, bare = bare_pairs(sent)
-    return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
+    lost |= {key for key in sent.layers if strip_prefix(prefixes, key).startswith(("final_layer.", "x_embedder"))}
+    scaled, bare = find_bare_pairs(sent)
+    return RoutedKeys(lost=frozenset(lost), without_scale=scaled, without_magnitude=bare)
 
 
 # _KOHYA_MODULE_MAP
@@ -293,17 +295,17 @@ _QWEN = re.compile(
 )
 
 
-def _qwen(sent: Sent) -> Routed:
-    if sent.any_starts("lora_unet_transformer_blocks_"):
+def _route_qwen(sent: SentFile) -> RoutedKeys:
+    if sent.has_prefix("lora_unet_transformer_blocks_"):
         # _convert_kohya_format
-        dotted = [key for key in sent.layers if not flat(key)]
-        return Routed(lost=frozenset([*(key for key in sent.layers if not _QWEN.fullmatch(key)), *dotted]))
-    broken = [key for key in sent.layers if cut(sent, key)]
+        dotted = [key for key in sent.layers if not is_flat(key)]
+        return RoutedKeys(lost=frozenset([*(key for key in sent.layers if not _QWEN.fullmatch(key)), *dotted]))
+    broken = [key for key in sent.layers if is_cut_wrongly(sent, key)]
     if broken:
-        return refuse(ends_elsewhere(broken))
+        return refuse(explain_wrong_cut(broken))
     lost = {key for key in sent.layers if key.startswith(("diffusion_model.", "lora_", "lycoris_", "base_model."))}
-    scaled, bare = bare_pairs(sent)
-    return Routed(lost=frozenset(lost), without_scale=scaled, without_lengths=bare)
+    scaled, bare = find_bare_pairs(sent)
+    return RoutedKeys(lost=frozenset(lost), without_scale=scaled, without_magnitude=bare)
 
 
 # _KOHYA_WAN_RE, _KOHYA_SUBMODULE_MAP
@@ -318,30 +320,30 @@ _WAN_DOTTED = re.compile(
 )
 
 
-def _wan(sent: Sent) -> Routed:
+def _route_invokeai_wan(sent: SentFile) -> RoutedKeys:
     if any(map(_WAN_LIKE.fullmatch, sent.layers)):
         taken = {key for key in sent.layers if _WAN.fullmatch(key)}
         norms = [key for key in taken if key.endswith(("norm_q", "norm_k"))]
         if norms:
             # torch.nn.RMSNorm is not in AUTOCAST_MODULE_TYPE_MAPPING.
             return refuse(f"has no patches for norms of that class, and stops at {some(sorted(norms))}")
-        return Routed(lost=frozenset(sent.layers.keys() - taken))
+        return RoutedKeys(lost=frozenset(sent.layers.keys() - taken))
     prefixes = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
-    paths = {key: without(prefixes, key) for key in sent.layers}
+    paths = {key: strip_prefix(prefixes, key) for key in sent.layers}
     inside = {key for key, path in paths.items() if path.startswith("blocks.")}
-    broken = [key for key in inside if cut(sent, key)]
+    broken = [key for key in inside if is_cut_wrongly(sent, key)]
     if broken:
-        return refuse(ends_elsewhere(broken))
-    return Routed(lost=frozenset(key for key in sent.layers if not _WAN_DOTTED.fullmatch(paths[key])))
+        return refuse(explain_wrong_cut(broken))
+    return RoutedKeys(lost=frozenset(key for key in sent.layers if not _WAN_DOTTED.fullmatch(paths[key])))
 
 
-ROUTES: Mapping[str, Callable[[Sent], Routed]] = MappingProxyType(
+INVOKEAI_ROUTES: Mapping[str, Callable[[SentFile], RoutedKeys]] = MappingProxyType(
     {
-        **dict.fromkeys(("sd1.5-unet", "sd2-unet", "sdxl-unet"), _unet),
-        "flux1": _flux1,
-        "flux2": _flux2,
-        "z-image": _z_image,
-        "qwen-image": _qwen,
-        "wan": _wan,
+        **dict.fromkeys(("sd1.5-unet", "sd2-unet", "sdxl-unet"), _route_unet),
+        "flux1": _route_invokeai_flux1,
+        "flux2": _route_invokeai_flux2,
+        "z-image": _route_z_image,
+        "qwen-image": _route_qwen,
+        "wan": _route_invokeai_wan,
     }
 )

@@ -5,31 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.dora import unwrap_dora
+from lycoris.files.foreign import TensorShapes
 from lycoris.files.programs.program import Case
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import factorize
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def loads_otherwise(case: Case) -> bool:
+def mismatches_rebuilt_lokr(case: Case) -> bool:
     """A LoKr of which it makes tensors of other names or shapes, so that loading stops."""
     if not isinstance(unwrap_dora(case.entry.algorithm), LoKr):
         return False
     own = {name: tuple(tensor.shape) for name, tensor in case.entry.tensors.items() if name[:2] in ("w1", "w2", "t2")}
-    return _shapes_made(own, case.entry.geometry) != own
+    return _predict_shapes(own, case.entry.geometry) != own
 
 
-def _shapes_made(own: Shapes, g: Geometry) -> Shapes:
+def _predict_shapes(own: TensorShapes, g: Geometry) -> TensorShapes:
     """Names and shapes of the tensors that it makes for a file's."""
     rank = own["w1_a"][1] if "w1_a" in own else own["w2_a"][1] if "w2_a" in own else 0
     first = own["w1"] if "w1" in own else (own["w1_a"][0], own["w1_b"][1])
     second = own["w2"] if "w2" in own else (own["w2_a"][0], own["w2_b"][1])
-    factor = _factor(own, first, second)
+    factor = _predict_factor(own, first, second)
     (ol, ok), (im, inner) = factorize(g.out_features, factor), factorize(g.shape[1], factor)
     kernel = g.kernel if g.kind == "conv" else ()
     made: dict[str, tuple[int, ...]] = {}
@@ -49,7 +46,7 @@ def _shapes_made(own: Shapes, g: Geometry) -> Shapes:
     return made
 
 
-def _factor(own: Shapes, first: tuple[int, ...], second: tuple[int, ...]) -> int:
+def _predict_factor(own: TensorShapes, first: tuple[int, ...], second: tuple[int, ...]) -> int:
     """The factor that it finds; of kernels in w2_b and of cores it takes sizes for others."""
     whole = first[0] * second[0], first[1] * second[1]
     if (first[0], first[1]) == (factorize(whole[0])[0], factorize(whole[1])[0]):

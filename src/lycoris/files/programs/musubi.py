@@ -6,30 +6,28 @@ import re
 from collections.abc import Iterable
 
 from lycoris.files.programs import keys
-from lycoris.files.programs.conditions import (
-    all_of,
-    any_of,
-    beside,
+from lycoris.files.programs.adapter_conditions import (
     changes_bias,
-    dora,
+    has_algorithm,
     has_core,
-    is_a,
-    no_other_than,
-    off_pictures,
-    on,
-    w1_split,
-    without_alpha,
+    has_dora,
+    has_extra_entries,
+    has_no_alpha,
+    has_other_algorithm,
+    has_split_w1,
+    is_not_2d,
 )
+from lycoris.files.programs.conditions import all_of, any_of, is_for
 from lycoris.files.programs.program import Case, Program, Row
-from lycoris.files.programs.routes import Routed, Sent
+from lycoris.files.programs.routes import RoutedKeys, SentFile
 
-FIRST = (("lora_down", "lora"), ("lora_A", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"))
+ALGORITHM_MARKS = (("lora_down", "lora"), ("lora_A", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"))
 """Part of a tensor's name → algorithm. FramePack's lora_A is lora_down by then; no other model knows such a file."""
 
 
-by_network = on(*keys.MUSUBI_NETWORKS)
+is_merged_by_network = is_for(*keys.MUSUBI_NETWORKS)
 """Into models of these it merges through modules of its LoRA, one for each layer in a block."""
-by_hooks = on("ideogram4")
+is_merged_by_hooks = is_for("ideogram4")
 """Of those, it wants every tensor of the file to be of such a module."""
 
 
@@ -37,7 +35,7 @@ def detect_algorithm(names: Iterable[str], architecture: str | None) -> str:
     """detect_network_type: the algorithm of the first tensor that tells one; "" where each layer has its own."""
     if architecture in keys.MUSUBI_NETWORKS:
         return ""
-    return next((algorithm for name in names for part, algorithm in FIRST if part in name), "lora")
+    return next((algorithm for name in names for part, algorithm in ALGORITHM_MARKS if part in name), "lora")
 
 
 # convert_hunyuan_to_framepack
@@ -50,7 +48,7 @@ _OF_FRAMEPACK = re.compile(
 )
 
 
-def route(sent: Sent) -> Routed | None:
+def route_musubi(sent: SentFile) -> RoutedKeys | None:
     """convert_lora_for_framepack: it renames dotted keys, of which it keeps LoRA's factors and nothing else."""
     dotted = not sent.names[0].startswith("lora_unet_") and any("lora_A" in name for name in sent.names)
     if sent.architecture != "framepack" or not dotted:
@@ -60,33 +58,38 @@ def route(sent: Sent) -> Routed | None:
     older = any("double_blocks" in path or "single_blocks" in path for path in paths.values())
     named = _OF_HUNYUANVIDEO if older else _OF_FRAMEPACK
     kept = {key for key in pairs & paths.keys() if named.fullmatch(paths[key])}
-    return Routed(lost=frozenset(sent.layers.keys() - kept), without_scale=frozenset(kept))
+    return RoutedKeys(lost=frozenset(sent.layers.keys() - kept), without_scale=frozenset(kept))
 
 
-def _conv(case: Case) -> bool:
+def _is_conv(case: Case) -> bool:
     return case.dimensions > 0
 
 
-def _w2_split(case: Case) -> bool:
+def _has_split_w2(case: Case) -> bool:
     return "w2_a" in case.entry.tensors
 
 
-MUSUBI = Program(
+MUSUBI_PROGRAM = Program(
     "musubi",
     "musubi-tuner",
-    keys.MUSUBI,
+    keys.MUSUBI_KEYS,
     (
         Row(
-            all_of(by_hooks, any_of(no_other_than("lora"), beside, dora, has_core)),
+            all_of(is_merged_by_hooks, any_of(has_other_algorithm("lora"), has_extra_entries, has_dora, has_core)),
             "not at all",
             "takes LoRA and nothing else for this model, and stops",
             "lora",
             stops=True,
         ),
-        Row(is_a("norm"), "not at all", "has no adapters for norms"),
-        Row(all_of(by_network, no_other_than("lora")), "not at all", "merges LoRA only into this model", "lora"),
+        Row(has_algorithm("norm"), "not at all", "has no adapters for norms"),
         Row(
-            all_of(by_network, without_alpha),
+            all_of(is_merged_by_network, has_other_algorithm("lora")),
+            "not at all",
+            "merges LoRA only into this model",
+            "lora",
+        ),
+        Row(
+            all_of(is_merged_by_network, has_no_alpha),
             "not at all",
             "wants alpha beside every LoRA for this model, and stops",
             "format",
@@ -94,33 +97,33 @@ MUSUBI = Program(
         ),
         Row(changes_bias, "not at all", "has no adapters that change a bias"),
         Row(
-            all_of(no_other_than("lora", "loha", "lokr"), off_pictures),
+            all_of(has_other_algorithm("lora", "loha", "lokr"), is_not_2d),
             "not at all",
             "knows LoRA, LoHa and LoKr only, and of those LoKr alone on a convolution over one or three dimensions",
         ),
-        Row(no_other_than("lora", "loha", "lokr"), "not at all", "knows LoRA, LoHa and LoKr only", "lora"),
-        Row(w1_split, "not at all", "knows LoKr with a whole w1 only", "whole w1"),
+        Row(has_other_algorithm("lora", "loha", "lokr"), "not at all", "knows LoRA, LoHa and LoKr only", "lora"),
+        Row(has_split_w1, "not at all", "knows LoKr with a whole w1 only", "whole w1"),
         Row(
-            all_of(off_pictures, is_a("lora", "loha")),
+            all_of(is_not_2d, has_algorithm("lora", "loha")),
             "not at all",
             "cannot merge it into a convolution over one or three dimensions, and stops",
             stops=True,
         ),
         Row(
-            all_of(off_pictures, _w2_split),
+            all_of(is_not_2d, _has_split_w2),
             "not at all",
             "cannot merge a LoKr with a split w2 into a convolution, and stops",
             stops=True,
         ),
         Row(
-            all_of(_conv, is_a("loha")),
+            all_of(_is_conv, has_algorithm("loha")),
             "not at all",
             "cannot merge LoHa into a convolution, and stops",
             "lora",
             stops=True,
         ),
         Row(
-            all_of(_conv, _w2_split),
+            all_of(_is_conv, _has_split_w2),
             "not at all",
             "cannot merge a LoKr with a split w2 into a convolution, and stops",
             "lora",
@@ -128,26 +131,26 @@ MUSUBI = Program(
         ),
         Row(has_core, "differently", "leaves the core out", "no core"),
         Row(
-            all_of(dora, off_pictures),
+            all_of(has_dora, is_not_2d),
             "differently",
             "merges what is below DoRA's magnitude, and leaves that out with a warning; how far off that is depends on "
             "the base weight",
         ),
         Row(
-            dora,
+            has_dora,
             "differently",
             "merges what is below DoRA's magnitude, and leaves that out with a warning; how far off that is depends on "
             "the base weight",
             "lora",
         ),
-        Row(beside, "differently", "leaves out the change of the bias that is beside it"),
+        Row(has_extra_entries, "differently", "leaves out the change of the bias that is beside it"),
         Row(
-            is_a("lokr"),
+            has_algorithm("lokr"),
             "as trained",
             "computes what was trained when it merges; to train on, it has to be told the factor",
         ),
     ),
     kinds=("linear", "conv", "norm"),
-    taken_for=detect_algorithm,
-    route=route,
+    detect_algorithm=detect_algorithm,
+    route=route_musubi,
 )

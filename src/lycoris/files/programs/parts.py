@@ -15,32 +15,32 @@ from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import ALPHA
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
-from lycoris.files.layout import Layout
+from lycoris.files.layout import ModelLayout
 from lycoris.files.programs import Program, Remedy, Verdict
-from lycoris.files.programs.holding import Holder, holders, place_of
-from lycoris.files.programs.keys import Known
-from lycoris.files.programs.routes import Routed
-from lycoris.files.programs.taking import ALPHA_AND_LENGTHS, Place, Taken
-from lycoris.files.programs.written import Written
+from lycoris.files.programs.holding import Holder, find_holders, find_place
+from lycoris.files.programs.keys import KnownKeys
+from lycoris.files.programs.routes import RoutedKeys
+from lycoris.files.programs.taking import ALPHA_AND_MAGNITUDE, LayerPlace, TakenTensors
+from lycoris.files.programs.written import WrittenLayer
 from lycoris.models.families.naming import Span
 
-SAME = 1e-6
+UNIT_TOLERANCE = 1e-6
 """A scale this near to 1 is 1."""
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """What a file has for one component of a pipeline."""
 
     program: Program
     component: str
-    own: str
+    file_dialect: str
     """The file's dialect."""
-    layout: Layout
+    layout: ModelLayout
     bundle: Bundle
-    written: Mapping[str, Written]
+    written: Mapping[str, WrittenLayer]
     """By layer as written."""
-    routed: Routed | None = None
+    routed: RoutedKeys | None = None
     """What becomes of the whole file's keys; None: `Program.keys` says it."""
     taken_for: str = ""
     """The one algorithm that the program takes the whole file for; "" each layer has its own."""
@@ -64,27 +64,32 @@ class Part:
         """The dialect that usually has such keys for this component: that of the file, or if its layers have other
         names, one that the program knows; "" none.
         """
-        own, architecture = DIALECTS[self.own], self.layout.architecture
+        own, architecture = DIALECTS[self.file_dialect], self.layout.architecture
         # Text encoders have other names only by a level that some versions of a class have.
-        if architecture is None or self.component or own.folder or own.naming_for(architecture) == self.layout.naming:
-            return self.own
-        if all(each.naming_for(architecture) != self.layout.naming for each in DIALECTS.values()):
+        if (
+            architecture is None
+            or self.component
+            or own.is_folder
+            or own.choose_naming(architecture) == self.layout.naming
+        ):
+            return self.file_dialect
+        if all(each.choose_naming(architecture) != self.layout.naming for each in DIALECTS.values()):
             # Names that are only read.
-            return self.own
+            return self.file_dialect
         alike = (
             each.name
             for each in DIALECTS.values()
-            if self.prefix in each.prefixes and each.naming_for(architecture) == self.layout.naming
+            if self.prefix in each.prefixes and each.choose_naming(architecture) == self.layout.naming
         )
-        return next((name for name in alike if self.program.known_keys(name, architecture.name)), "")
+        return next((name for name in alike if self.program.find_keys(name, architecture.name)), "")
 
     @cached_property
-    def known_keys(self) -> Known | None:
+    def known_keys(self) -> KnownKeys | None:
         by_naming, architecture = self.program.by_naming, self.architecture
         named = (
             by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
         )
-        return named or self.program.known_keys(self.dialect, architecture, *self._finer)
+        return named or self.program.find_keys(self.dialect, architecture, *self._finer)
 
     @property
     def _finer(self) -> tuple[str, ...]:
@@ -94,7 +99,7 @@ class Part:
     @property
     def elsewhere(self) -> list[str]:
         """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.known_keys(each, self.architecture, *self._finer)]
+        return [each for each in self.program.keys if self.program.find_keys(each, self.architecture, *self._finer)]
 
     @property
     def problems(self) -> list[str]:
@@ -112,8 +117,8 @@ class Part:
             for layer, each in self.written.items()
             if re.fullmatch(self.known_keys.stops, each.key) or (self.known_keys.strict and self._is_unplaced(layer))
         )
-        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known_keys.needs, key))}
-        lacking = [key for key in self._absent if _among(key, self.known_keys.needs, groups)]
+        groups = {match.groups() for key in keys if (match := re.fullmatch(self.known_keys.complete_groups, key))}
+        lacking = [key for key in self._absent if _matches_group(key, self.known_keys.complete_groups, groups)]
         found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
@@ -128,18 +133,18 @@ class Part:
         if (self.known_keys is not None or self.routed is not None) and taken:
             return ""
         there, model = ", ".join(self._others), self.architecture or "this model"
-        if self.architecture in self.program.lacks:
+        if self.architecture in self.program.missing_architectures:
             return f"{self.program.title} has no such model as {model}"
         if self.routed is None and not self.program.is_examined(self.architecture):
             return f"which keys {self.program.title} knows for {model} was not looked at"
-        return f"{self.program.title} does not know keys of the format {self.own} for {model}" + (
+        return f"{self.program.title} does not know keys of the format {self.file_dialect} for {model}" + (
             f"; it knows {there}" if there else ", nor of any other known here"
         )
 
     @property
     def _others(self) -> list[str]:
         """The dialects that it does know for this architecture, but that of the file."""
-        return [each for each in self.elsewhere if each != self.own]
+        return [each for each in self.elsewhere if each != self.file_dialect]
 
     @property
     def _stop_reason(self) -> str:
@@ -154,27 +159,29 @@ class Part:
         return f"{self.program.title} rejects the file for {some(stopping)}: {next(iter(stopping.values()))}"
 
     @property
-    def together(self) -> str:
+    def conflict(self) -> str:
         """Why the program does not take layers together that it takes one by one; "" where it does."""
         stops = any(each.stops for each in self.verdicts.values())
-        if self.program.whole is None or stops:
+        if self.program.explain_conflict is None or stops:
             return ""
         entries = {at: each for at, each in self.bundle.entries.items() if not self._is_unplaced(self._as_written(at))}
-        return self.program.whole(replace(self.bundle, entries=entries))
+        return self.program.explain_conflict(replace(self.bundle, entries=entries))
 
     @property
     def taken_count(self) -> int:
         """How many tensors the program has a use for."""
         return sum(len(self._find_taken(layer).names) for layer in self.written)
 
-    def _find_taken(self, written: str) -> Taken:
+    def _find_taken(self, written: str) -> TakenTensors:
         """What the program makes of a layer's tensors by their names in the file."""
         own = self._of(written)
         if self._is_unplaced(written):
-            return Taken(frozenset())
+            return TakenTensors(frozenset())
         spelled = frozenset(own.spelled)
         return (
-            Taken(spelled) if self.program.takes is None else self.program.takes(spelled, own.own, self._place(written))
+            TakenTensors(spelled)
+            if self.program.take_tensors is None
+            else self.program.take_tensors(spelled, own.own, self._place(written))
         )
 
     def _find_left(self, written: str) -> frozenset[str]:
@@ -201,13 +208,13 @@ class Part:
                 found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
         return found
 
-    def _of(self, written: str) -> Written:
+    def _of(self, written: str) -> WrittenLayer:
         """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
         found = self.written.get(written) or self.written.get(written.removesuffix(".weight"))
-        return found or Written(self.prefix + written, {})
+        return found or WrittenLayer(self.prefix + written, {})
 
     def _as_written(self, layer: str) -> str:
-        return flatten(layer) if DIALECTS[self.own].style == "flat" else layer
+        return flatten(layer) if DIALECTS[self.file_dialect].style == "flat" else layer
 
     @cached_property
     def _among(self) -> frozenset[str]:
@@ -220,13 +227,15 @@ class Part:
         architecture, named = self.layout.architecture, self.known_keys.named if self.known_keys else ""
         if architecture is None or not named:
             return None
-        return self.layout.written_names(DIALECTS[named].naming_for(architecture), DIALECTS[self.own].style)
+        return self.layout.map_written_names(
+            DIALECTS[named].choose_naming(architecture), DIALECTS[self.file_dialect].style
+        )
 
     @cached_property
     def _absent(self) -> list[str]:
         """Keys of layers that the file has nothing for."""
         keys = {each.key for each in self.written.values()}
-        written = self.layout.written_names(self.layout.naming, DIALECTS[self.own].style)
+        written = self.layout.map_written_names(self.layout.naming, DIALECTS[self.file_dialect].style)
         # A layer that goes by two names counts once, by the longer.
         own = {layer: self.prefix + name for name, layer in written.items()}
         return [key for key in own.values() if key not in keys]
@@ -239,25 +248,25 @@ class Part:
 
     @cached_property
     def _holders(self) -> Mapping[str, Holder]:
-        return holders(self.program, self.layout)
+        return find_holders(self.program, self.layout)
 
     def _span(self, layer: str) -> Span:
-        return self.layout.spans(self.layout.naming).get(layer, Span((layer,)))
+        return self.layout.find_spans(self.layout.naming).get(layer, Span((layer,)))
 
     @cached_property
     def _layers(self) -> Mapping[str, str]:
         """Layer as written → the same in the layout's names."""
         return {self._as_written(layer): layer for layer in self.bundle.entries}
 
-    def _place(self, written: str) -> Place:
+    def _place(self, written: str) -> LayerPlace:
         """How the program's model holds a layer."""
         layer = self._layers.get(written, written)
-        return place_of(Holder(layer, self._span(layer)), self._holders, self.layout)
+        return find_place(Holder(layer, self._span(layer)), self._holders, self.layout)
 
     def _is_incomplete(self, written: str) -> bool:
         """Whether it is of layers that the program takes together only, and others of them are not there."""
         together = self.known_keys.together if self.known_keys is not None and self.routed is None else ""
-        return bool(together) and _among(self._of(written).key, together, self._incomplete)
+        return bool(together) and _matches_group(self._of(written).key, together, self._incomplete)
 
     def _is_unplaced(self, written: str) -> bool:
         """Whether the program has no place for a layer's keys."""
@@ -267,13 +276,15 @@ class Part:
             return True
         own = self._of(written)
         # What looks for tensors by their names looks for keys as the file has them.
-        key = own.key if self.program.takes is None else own.own
+        key = own.key if self.program.take_tensors is None else own.own
         unnamed = (
             self._known_names is not None
             and written not in self._known_names
-            and bool(re.fullmatch(self.known_keys.where, own.key))
+            and bool(re.fullmatch(self.known_keys.named_pattern, own.key))
         )
-        unhinged = bool(re.fullmatch(self.known_keys.hinge[0], own.key)) and not self._has(self.known_keys.hinge[1])
+        unhinged = bool(re.fullmatch(self.known_keys.requires[0], own.key)) and not self._has(
+            self.known_keys.requires[1]
+        )
         return not key or unnamed or unhinged or bool(re.fullmatch(self.known_keys.lost, key))
 
     def _has(self, name: str) -> bool:
@@ -294,7 +305,7 @@ class Part:
             return Verdict(
                 "not known", f"whether {title} has a place for such keys depends on the version of the model"
             )
-        if "bias_indices" in stored and self.program.takes is None:
+        if "bias_indices" in stored and self.program.take_tensors is None:
             return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
         verdict = self._by_the_table(layer, written, stack)
         own = unwrap_dora(stack[0].algorithm).name
@@ -316,7 +327,7 @@ class Part:
         key, stored = own.key, own.tensors
         if left_out := self._left_out(stack, key, stored):
             return left_out
-        if known is not None and re.fullmatch(known.bent, key):
+        if known is not None and re.fullmatch(known.misplaced, key):
             return Verdict("differently", f"{title} puts it on other rows of the weight")
         corrected = self.bundle.report.changed.get(layer)
         if corrected:
@@ -328,19 +339,19 @@ class Part:
     def _by_the_table(self, layer: str, written: str, stack: tuple[Entry, ...]) -> Verdict:
         """What the program makes of the layer's tensors that it looks for."""
         own = self._of(written)
-        verdict = self.program.verdict(
+        verdict = self.program.judge(
             stack[0],
             beside=stack[1:],
-            dialect=self.dialect or self.own,
+            dialect=self.dialect or self.file_dialect,
             architecture=self.architecture,
             key=own.key,
             stored=own.tensors,
             place=self._place(written),
             among=self._among,
-            spelled=frozenset() if self.program.takes is None else frozenset(own.spelled),
+            spelled=frozenset() if self.program.take_tensors is None else frozenset(own.spelled),
             model=self.model,
         )
-        if self.program.takes is not None:
+        if self.program.take_tensors is not None:
             verdict = self._of_taken(written, stack, verdict) or verdict
         if not self._is_incomplete(written) or verdict.stops:
             return verdict
@@ -350,7 +361,7 @@ class Part:
     def _of_taken(self, written: str, stack: tuple[Entry, ...], verdict: Verdict) -> Verdict | None:
         """What becomes of a layer of which the program does not look for all tensors; None: what its table says."""
         title, left, (taken, stops) = self.program.title, self._find_left(written), self._find_taken(written)
-        if not taken - ALPHA_AND_LENGTHS:
+        if not taken - ALPHA_AND_MAGNITUDE:
             if verdict.reads == "not at all" and verdict.stops == stops:
                 return None
             strange = some(sorted(set(self._of(written).spelled) - taken))
@@ -367,15 +378,15 @@ class Part:
             ours, its = self.scales[written]
         else:
             ours, its = entry.algorithm.scale(entry.geometry), 1.0
-        if not left or abs(its - ours) <= SAME * abs(ours):
+        if not left or abs(its - ours) <= UNIT_TOLERANCE * abs(ours):
             return None
         error = abs(its / ours - 1) if plain and ours else None
         return Verdict("differently", f"{title} does not look for {some(sorted(left))} there", error, "anew")
 
     def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
         """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""
-        title, dialect, (entry, *others) = self.program.title, DIALECTS[self.own], stack
-        if self.routed is not None and key in self.routed.without_lengths:
+        title, dialect, (entry, *others) = self.program.title, DIALECTS[self.file_dialect], stack
+        if self.routed is not None and key in self.routed.without_magnitude:
             return Verdict(
                 "differently",
                 f"{title} leaves DoRA's magnitude out; how far off that is depends on the base weight",
@@ -383,16 +394,16 @@ class Part:
                 "plain",
             )
         scale = entry.algorithm.scale(entry.geometry)
-        kept_outside = (dialect.scale == "header" and ALPHA not in stored) or dialect.folder
+        kept_outside = (dialect.scale == "header" and ALPHA not in stored) or dialect.is_folder
         outside = kept_outside and not self.program.reads_header
         inside = self.routed is not None and key in self.routed.without_scale
-        if (outside or inside) and abs(scale - 1) > SAME:
+        if (outside or inside) and abs(scale - 1) > UNIT_TOLERANCE:
             where = "a file's header or config" if outside else "alpha beside such tensors"
             error = None if others or isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
             return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
         return None
 
 
-def _among(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
+def _matches_group(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
     match = re.fullmatch(pattern, key)
     return match is not None and match.groups() in groups

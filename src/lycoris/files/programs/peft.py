@@ -7,37 +7,40 @@ from typing import get_args
 
 from lycoris.adapters.bundle import Bundle
 from lycoris.errors import FileError
-from lycoris.files.peft.layers import unlike
-from lycoris.files.peft.writing import encode_peft, refusal
+from lycoris.files.peft.layers import explain_unsupported
+from lycoris.files.peft.writing import encode_peft, explain_refusal
 from lycoris.files.programs import keys
-from lycoris.files.programs.conditions import all_of, changes_bias, dora, is_a
-from lycoris.files.programs.program import NAMES, Case, Program, Row
+from lycoris.files.programs.adapter_conditions import changes_bias, has_algorithm, has_dora
+from lycoris.files.programs.conditions import all_of
+from lycoris.files.programs.program import EXAMINED_TENSORS, Case, Program, Row
 from lycoris.layers.geometry import Kind
 
-STRENGTH = "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
+MAGNITUDE_NOT_SCALED = (
+    "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
+)
 
 
-def is_refused(case: Case) -> bool:
-    return bool(_why(case))
+def _is_refused(case: Case) -> bool:
+    return bool(_explain_peft_refusal(case))
 
 
-def _why(case: Case) -> str:
-    return refusal((case.entry, *case.beside))
+def _explain_peft_refusal(case: Case) -> str:
+    return explain_refusal((case.entry, *case.extra))
 
 
-def fits_lora(case: Case) -> bool:
+def _fits_lora(case: Case) -> bool:
     """Whether a LoRA in its place would be written."""
     g = case.entry.geometry
-    return g.kind in ("linear", "conv") and not (unlike("LORA", g) or changes_bias(case) or case.beside)
+    return g.kind in ("linear", "conv") and not (explain_unsupported("LORA", g) or changes_bias(case) or case.extra)
 
 
-def counterpart(case: Case) -> str:
-    return f"has no counterpart for {_why(case)}"
+def _describe_refusal(case: Case) -> str:
+    return f"has no counterpart for {_explain_peft_refusal(case)}"
 
 
-def together(bundle: Bundle) -> str:
+def explain_folder_conflict(bundle: Bundle) -> str:
     """Why one folder does not hold them all: of two kinds, or with no one decompose_factor."""
-    written = {path: stack for path, stack in bundle.entries.items() if not refusal(stack)}
+    written = {path: stack for path, stack in bundle.entries.items() if not explain_refusal(stack)}
     if not written:
         return ""
     try:
@@ -47,23 +50,23 @@ def together(bundle: Bundle) -> str:
     return ""
 
 
-PEFT = Program(
+PEFT_PROGRAM = Program(
     "peft",
     "PEFT",
-    keys.PEFT,
+    keys.PEFT_KEYS,
     (
-        Row(all_of(is_refused, fits_lora), "not at all", counterpart, "lora"),
-        Row(is_refused, "not at all", counterpart),
-        Row(dora, "as trained", STRENGTH),
+        Row(all_of(_is_refused, _fits_lora), "not at all", _describe_refusal, "lora"),
+        Row(_is_refused, "not at all", _describe_refusal),
+        Row(has_dora, "as trained", MAGNITUDE_NOT_SCALED),
         Row(
-            is_a("lokr"),
+            has_algorithm("lokr"),
             "as trained",
             "computes what was trained, if one decompose_factor fits all layers of the file",
         ),
     ),
     kinds=get_args(Kind),
-    transposes=True,
-    whole=together,
+    supports_transposed=True,
+    explain_conflict=explain_folder_conflict,
     reads_header=True,
-    names=NAMES | {"oft_R.weight", "ia3_l", "lora_up.bias"},
+    examined_tensors=EXAMINED_TENSORS | {"oft_R.weight", "ia3_l", "lora_up.bias"},
 )

@@ -23,17 +23,17 @@ from lycoris.algorithms.conversion import dense, low_rank
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.lokr import FactorSizes
 from lycoris.errors import FileError, unknown
-from lycoris.files.programs import PROGRAMS, Place, Remedy
+from lycoris.files.placing import Stack
+from lycoris.files.programs import PROGRAMS, LayerPlace, Remedy
 from lycoris.layers.geometry import Affine
 from lycoris.ops.rotation import limit_norm
 from lycoris.ops.rounding import widen
 from lycoris.ops.tucker import tucker
 
-Form = TypeVar("Form", LoRA, LoKr)
-Stack = tuple[Entry, ...]
+RankedAlgorithm = TypeVar("RankedAlgorithm", LoRA, LoKr)
 
 
-def portable(
+def make_portable(
     entry: Entry,
     program: str,
     base: Affine | None = None,
@@ -47,11 +47,11 @@ def portable(
 
     Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
     """
-    (made, *_), what = portable_stack((entry,), program, base, dialect=dialect, architecture=architecture)
+    (made, *_), what = make_stack_portable((entry,), program, base, dialect=dialect, architecture=architecture)
     return made, what
 
 
-def portable_stack(
+def make_stack_portable(
     stack: Stack,
     program: str,
     base: Affine | None = None,
@@ -59,7 +59,7 @@ def portable_stack(
     dialect: str | None = None,
     architecture: str | None = None,
     key: str = "",
-    place: Place = "",
+    place: LayerPlace = "",
     model: str = "",
 ) -> tuple[Stack, str]:
     """The same of all that a file has for a layer: an algorithm, and changes of its bias or of single places beside it.
@@ -72,10 +72,10 @@ def portable_stack(
     done: dict[Remedy, str] = {}
     # Nothing but this library reads places of the weight that are beside another algorithm.
     if any(isinstance(each.algorithm, Full) and each.algorithm.weight for each in stack[1:]):
-        stack, done["joined"] = join_changes(stack, base), EXPORTS["joined"].does
+        stack, done["joined"] = join_changes(stack, base), EXPORTS["joined"].description
     while True:
         first, *beside = stack
-        verdict = PROGRAMS[program].verdict(
+        verdict = PROGRAMS[program].judge(
             *(first, base),
             beside=tuple(beside),
             dialect=dialect,
@@ -90,8 +90,8 @@ def portable_stack(
             name, g = first.algorithm.name, first.geometry
             raise FileError(f"{verdict.why}; no export of {name} on a {g} is known that it reads as trained")
         export = EXPORTS[verdict.remedy]
-        done[verdict.remedy] = export.does
-        stack = join_changes(stack, base) if verdict.remedy == "joined" else (export.make(first, base), *beside)
+        done[verdict.remedy] = export.description
+        stack = join_changes(stack, base) if verdict.remedy == "joined" else (export.convert(first, base), *beside)
 
 
 def join_changes(stack: Stack, base: Affine | None = None) -> Stack:
@@ -110,12 +110,12 @@ def join_changes(stack: Stack, base: Affine | None = None) -> Stack:
     return (Entry(Full(weight="diff" in tensors, bias="diff_b" in tensors), g, tensors),)
 
 
-def plain(entry: Entry, base: Affine | None = None) -> Entry:
+def convert_to_smaller(entry: Entry, base: Affine | None = None) -> Entry:
     """LoRA where that holds fewer numbers, else the difference stored whole."""
     return low_rank(entry, base) or dense(entry, base)
 
 
-def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
+def convert_to_lora(entry: Entry, base: Affine | None = None) -> Entry:
     """LoRA, if need be of the weight's full rank: ΔW times an identity.
 
     Raises `FileError` when the adapter changes the bias.
@@ -140,7 +140,7 @@ def as_lora(entry: Entry, base: Affine | None = None) -> Entry:
     return Entry(LoRA(rank=full), g, {"up": up, "down": down})
 
 
-def without_core(entry: Entry, base: Affine | None = None) -> Entry:
+def multiply_out_core(entry: Entry, base: Affine | None = None) -> Entry:
     """LoRA with its Tucker core multiplied into `down`; under DoRA too."""
     lora, p = _unwrap_dora(entry, LoRA)
     if "mid" not in p:
@@ -149,7 +149,7 @@ def without_core(entry: Entry, base: Affine | None = None) -> Entry:
     return _rewrap_dora(entry, replace(lora, tucker=False), p)
 
 
-def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
+def flatten_w2(entry: Entry, base: Affine | None = None) -> Entry:
     """LoKr with w2 as a product of two matrices (ok, r)·(r, in·ΠK), which every program lays out alike; under DoRA too.
 
     A core is multiplied into its second factor, at the same rank; a whole w2 is an identity and itself.
@@ -176,7 +176,7 @@ def flat_w2(entry: Entry, base: Affine | None = None) -> Entry:
     return _rewrap_dora(entry, flat, p)
 
 
-def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
+def multiply_out_w1(entry: Entry, base: Affine | None = None) -> Entry:
     """LoKr with w1 multiplied out, and with it the scale where w2 is whole too; under DoRA too."""
     lokr, p = _unwrap_dora(entry, LoKr)
     g = entry.geometry
@@ -189,7 +189,7 @@ def whole_w1(entry: Entry, base: Affine | None = None) -> Entry:
     return _rewrap_dora(entry, replace(lokr, layout=layout._replace(w1_split=False)), p)
 
 
-def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
+def apply_limit(entry: Entry, base: Affine | None = None) -> Entry:
     """Rotations with their limit applied to the blocks, all of them together."""
     oft, p = entry.algorithm, dict(entry.tensors)
     if not isinstance(oft, OFT):
@@ -201,14 +201,14 @@ def without_limit(entry: Entry, base: Affine | None = None) -> Entry:
     return entry._replace(algorithm=replace(oft, constraint=0.0), tensors=p)
 
 
-def both_norms(entry: Entry, base: Affine | None = None) -> Entry:
+def complete_norm(entry: Entry, base: Affine | None = None) -> Entry:
     """A norm's scale with a shift of zeros beside it. Reading it again needs no shift in the layer."""
     p = dict(entry.tensors)
     p.setdefault("b", torch.zeros_like(p["w"]))
     return entry._replace(geometry=replace(entry.geometry, has_bias=True), tensors=p)
 
 
-def both_diffs(entry: Entry, base: Affine | None = None) -> Entry:
+def complete_diff(entry: Entry, base: Affine | None = None) -> Entry:
     """A change of the bias with a change of the weight by zeros beside it."""
     g, p = entry.geometry, dict(entry.tensors)
     p.setdefault("diff", p["diff_b"].new_zeros(g.stacked_shape(g.stored_shape)))
@@ -218,21 +218,23 @@ def both_diffs(entry: Entry, base: Affine | None = None) -> Entry:
 class Export(NamedTuple):
     """A way to write an adapter otherwise."""
 
-    does: str
-    make: Callable[[Entry, Affine | None], Entry]
+    description: str
+    convert: Callable[[Entry, Affine | None], Entry]
 
 
 EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
     {
-        "plain": Export("written as a LoRA where that is smaller, else as the difference stored whole", plain),
+        "plain": Export(
+            "written as a LoRA where that is smaller, else as the difference stored whole", convert_to_smaller
+        ),
         "dense": Export("written as the difference stored whole", dense),
-        "lora": Export("written as a LoRA", as_lora),
-        "no core": Export("its core multiplied into lora_down", without_core),
-        "flat w2": Export("its w2 written as a product of two matrices", flat_w2),
-        "whole w1": Export("its w1 multiplied out", whole_w1),
-        "unlimited": Export("its constraint applied to the rotations", without_limit),
-        "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", both_norms),
-        "both diffs": Export("a diff of zeros put beside diff_b", both_diffs),
+        "lora": Export("written as a LoRA", convert_to_lora),
+        "no core": Export("its core multiplied into lora_down", multiply_out_core),
+        "flat w2": Export("its w2 written as a product of two matrices", flatten_w2),
+        "whole w1": Export("its w1 multiplied out", multiply_out_w1),
+        "unlimited": Export("its constraint applied to the rotations", apply_limit),
+        "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", complete_norm),
+        "both diffs": Export("a diff of zeros put beside diff_b", complete_diff),
         "joined": Export("written with what is beside it as one difference stored whole", dense),
         # Reading a file has these already.
         "anew": Export("written as such adapters are today", lambda entry, base: entry),
@@ -242,7 +244,7 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
 )
 
 
-def _unwrap_dora(entry: Entry, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
+def _unwrap_dora(entry: Entry, kind: type[RankedAlgorithm]) -> tuple[RankedAlgorithm, dict[str, Tensor]]:
     """The algorithm itself, or what DoRA is over, with its scalar folded in."""
     algorithm = unwrap_dora(entry.algorithm)
     if not isinstance(algorithm, kind):

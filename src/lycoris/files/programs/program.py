@@ -11,9 +11,9 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import DoRA, Replace
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.dora import unwrap_dora
-from lycoris.files.programs.keys import ALL, LOOKED_AT, Keys, Known
+from lycoris.files.programs.keys import ANY_ARCHITECTURE, EXAMINED_ARCHITECTURES, KeysByDialect, KnownKeys
 from lycoris.files.programs.routes import Route
-from lycoris.files.programs.taking import Place, Takes
+from lycoris.files.programs.taking import LayerPlace, TakeTensors
 from lycoris.layers.geometry import Affine, Kind
 
 Reads = Literal["as trained", "differently", "not at all", "not known"]
@@ -33,9 +33,9 @@ Remedy = Literal[
     "format",
 ]
 """Names of exports, which `lycoris.files.programs.portable` makes."""
-ASKED = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
+EXAMINED_ALGORITHMS = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
 """Algorithms of which it was looked at what programs make of them; nothing is claimed of any other."""
-NAMES = frozenset(
+EXAMINED_TENSORS = frozenset(
     {
         *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values"),
         *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "bias_size", "lora_magnitude_vector"),
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
     entry: Entry
     base: Affine | None = None
-    beside: tuple[Entry, ...] = ()
+    extra: tuple[Entry, ...] = ()
     """What the file has for the layer besides."""
     dialect: str = ""
     architecture: str | None = None
@@ -78,8 +78,8 @@ class Case(NamedTuple):
     """The layer as its keys call it, with what they begin with; "" not known."""
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
-    place: Place = ""
-    among: frozenset[str] = frozenset()
+    place: LayerPlace = ""
+    file_suffixes: frozenset[str] = frozenset()
     """The own names of all tensors of the file, likewise."""
     spelled: frozenset[str] = frozenset()
     """The names of its tensors as the file spells them; none: as the dialect does."""
@@ -105,13 +105,13 @@ class Case(NamedTuple):
         return len(self.entry.geometry.kernel) if self.entry.geometry.kind == "conv" else 0
 
 
-Test = Callable[[Case], bool]
+Condition = Callable[[Case], bool]
 
 
 class Row(NamedTuple):
     """One line of a program's table: for which adapters it holds, and what comes of them."""
 
-    when: Test
+    when: Condition
     reads: Reads
     why: str | Callable[[Case], str]
     remedy: Remedy | None = None
@@ -127,55 +127,58 @@ class Program:
     name: str
     title: str
     """As it calls itself, with the version that was looked at where that matters."""
-    keys: Keys
+    keys: KeysByDialect
     """Dialects whose keys it knows, the one to write for it first → architecture → what of them."""
     rows: tuple[Row, ...]
     """The first that holds counts; where none does, it reads as trained."""
     kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
     """Kinds of layers that it has adapters for."""
-    transposes: bool = False
+    supports_transposed: bool = False
     """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
 
-    asked: frozenset[str] = ASKED
+    examined_algorithms: frozenset[str] = EXAMINED_ALGORITHMS
     """Algorithms of which it was looked at what it makes of them."""
-    by_naming: Callable[[str, str], Known | None] | None = None
+    by_naming: Callable[[str, str], KnownKeys | None] | None = None
     """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
     or of an architecture: as `keys` says."""
-    lacks: frozenset[str] = frozenset()
+    missing_architectures: frozenset[str] = frozenset()
     """Architectures of which it has no model."""
-    names: frozenset[str] = NAMES
+    examined_tensors: frozenset[str] = EXAMINED_TENSORS
     """Tensors of which it was looked at what it makes of them."""
-    replaces: bool = False
+    supports_replacement: bool = False
     """Whether it knows weights that stand in place of a layer's own."""
-    unmatched: int | None = None
+    max_unmatched: int | None = None
     """More keys than these that it passes over, and it rejects the file; None: any number."""
-    own: str = ""
+    native_dialect: str = ""
     """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
     route: Route | None = None
     """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
-    refuses: Callable[[Collection[str], str | None], str] | None = None
+    explain_rejection: Callable[[Collection[str], str | None], str] | None = None
     """Why it rejects a file by the names of its tensors and the denoiser's architecture; "" where it does not."""
-    takes: Takes | None = None
+    take_tensors: TakeTensors | None = None
     """The tensors of a layer that it looks for; None: not looked at, and taken to be all, however they are spelled."""
     stops: bool = False
     """Whether every layer that it cannot take costs the whole file."""
-    taken_for: Callable[[Iterable[str], str | None], str] | None = None
+    detect_algorithm: Callable[[Iterable[str], str | None], str] | None = None
     """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
     None or "": each layer has its own."""
     reads_header: bool = False
     """Whether it honors the scale that a file's header, or a config beside it, has."""
-    whole: Callable[[Bundle], str] | None = None
+    explain_conflict: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
-    def known_keys(self, dialect: str, architecture: str | None, *finer: str) -> Known | None:
+    def find_keys(self, dialect: str, architecture: str | None, *finer: str) -> KnownKeys | None:
         """What it knows of the keys that a dialect has for an architecture; None: nothing.
 
         `finer` are other names under which there may be something more exact.
         """
         there = self.keys.get(dialect, {})
-        return next((there[each] for each in (*finer, architecture or ALL, ALL) if each in there), None)
+        return next(
+            (there[each] for each in (*finer, architecture or ANY_ARCHITECTURE, ANY_ARCHITECTURE) if each in there),
+            None,
+        )
 
-    def verdict(
+    def judge(
         self,
         entry: Entry,
         base: Affine | None = None,
@@ -185,7 +188,7 @@ class Program:
         architecture: str | None = None,
         key: str = "",
         stored: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-        place: Place = "",
+        place: LayerPlace = "",
         among: frozenset[str] = frozenset(),
         spelled: frozenset[str] = frozenset(),
         model: str = "",
@@ -200,9 +203,9 @@ class Program:
         g = entry.geometry
         if g.kind not in self.kinds:
             return Verdict("not at all", f"{self.title} has no adapters for a layer of kind {g.kind}")
-        if g.transposed and g.kind != "embedding" and not self.transposes:
+        if g.transposed and g.kind != "embedding" and not self.supports_transposed:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
-        if not self.replaces and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
+        if not self.supports_replacement and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
             return Verdict("not at all", f"{self.title} is not known to put whole weights in place of a layer's own")
         case = Case(
             *(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among),
@@ -215,13 +218,13 @@ class Program:
                 why = row.why if isinstance(row.why, str) else row.why(case)
                 stops = row.reads == "not at all" and (row.stops or self.stops)
                 return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
-        if case.name not in self.asked:
+        if case.name not in self.examined_algorithms:
             return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
-        if strange := sorted(stored.keys() - self.names):
+        if strange := sorted(stored.keys() - self.examined_tensors):
             return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
         return Verdict("as trained", f"{self.title} computes what was trained")
 
     def is_examined(self, architecture: str | None) -> bool:
         """Whether it was looked at which keys it knows for an architecture."""
-        named = any(ALL in there or architecture in there for there in self.keys.values())
-        return architecture in LOOKED_AT or architecture in self.lacks or named
+        named = any(ANY_ARCHITECTURE in there or architecture in there for there in self.keys.values())
+        return architecture in EXAMINED_ARCHITECTURES or architecture in self.missing_architectures or named

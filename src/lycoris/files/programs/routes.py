@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentFile:
     """A file as it reaches a program."""
 
     layers: Mapping[str, tuple[str, ...]]
@@ -18,21 +18,21 @@ class Sent:
     names: tuple[str, ...]
     """Of all tensors."""
 
-    def any_ends(self, *ends: str) -> bool:
+    def has_suffix(self, *ends: str) -> bool:
         return any(name.endswith(ends) for name in self.names)
 
-    def all_end(self, *ends: str) -> bool:
+    def all_have_suffix(self, *ends: str) -> bool:
         return all(name.endswith(ends) for name in self.names)
 
-    def any_starts(self, *starts: str) -> bool:
+    def has_prefix(self, *starts: str) -> bool:
         return any(name.startswith(starts) for name in self.names)
 
-    def all_start(self, *starts: str) -> bool:
+    def all_have_prefix(self, *starts: str) -> bool:
         return all(name.startswith(starts) for name in self.names)
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedKeys:
     """What a program makes of the keys."""
 
     refused: str = ""
@@ -41,9 +41,9 @@ class Routed:
     """Layers, by their keys, that it passes over."""
     without_scale: frozenset[str] = frozenset()
     """Layers whose alpha it leaves out."""
-    without_lengths: frozenset[str] = frozenset()
+    without_magnitude: frozenset[str] = frozenset()
     """Layers whose DoRA magnitude it leaves out."""
 
 
-Route = Callable[[Sent], Routed | None]
+Route = Callable[[SentFile], RoutedKeys | None]
 """None: what becomes of each key does not depend on the others, and `Program.keys` says it."""

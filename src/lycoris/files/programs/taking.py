@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-Place = Literal["", "rows", "swapped", "renamed"]
+LayerPlace = Literal["", "rows", "swapped", "renamed"]
 """How a program's model holds a layer of a file: as one of its own, as some rows of one, as one whose two halves are
 the other way round, or as one of another name."""
 
 
-class Taken(NamedTuple):
+class TakenTensors(NamedTuple):
     """What a program makes of a layer's tensors by their names."""
 
     names: frozenset[str]
@@ -19,67 +19,67 @@ class Taken(NamedTuple):
     """Whether it gives the file up, since it uses none."""
 
 
-Takes = Callable[[frozenset[str], str, Place], Taken]
+TakeTensors = Callable[[frozenset[str], str, LayerPlace], TakenTensors]
 """The names of a layer's tensors, its key, and how the program's model holds it → what the program makes of them."""
 
-ALPHA_AND_LENGTHS = frozenset({"alpha", "dora_scale"})
+ALPHA_AND_MAGNITUDE = frozenset({"alpha", "dora_scale"})
 """What is taken whatever else there is, and changes nothing alone."""
-PROCESSOR = "_lora.up.weight", "_lora.down.weight"
+PROCESSOR_SUFFIXES = "_lora.up.weight", "_lora.down.weight"
 """Behind a projection's name, of attention processors."""
-_LORA = "lora_up.weight", "lora_down.weight"
-_PEFT = "lora_B.weight", "lora_A.weight"
-_HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
-_CORES = frozenset({"hada_t1", "hada_t2"})
-_LOKR = frozenset(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
-_GLORA = frozenset(f"{each}.weight" for each in ("a1", "a2", "b1", "b2"))
+_LORA_TENSORS = "lora_up.weight", "lora_down.weight"
+_PEFT_TENSORS = "lora_B.weight", "lora_A.weight"
+_LOHA_TENSORS = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+_LOHA_CORES = frozenset({"hada_t1", "hada_t2"})
+_LOKR_TENSORS = frozenset(f"lokr_{each}" for each in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
+_GLORA_TENSORS = frozenset(f"{each}.weight" for each in ("a1", "a2", "b1", "b2"))
 
 
-def by_forge(names: frozenset[str], key: str, place: Place = "") -> Taken:
+def take_by_forge(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
     """`load_lora` looks for all of these, and the last one that it finds of a weight counts."""
     pairs = (
-        _LORA,
-        PROCESSOR,
-        _PEFT,
+        _LORA_TENSORS,
+        PROCESSOR_SUFFIXES,
+        _PEFT_TENSORS,
         ("lora.up.weight", "lora.down.weight"),
         ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
     )
-    found = names & {*ALPHA_AND_LENGTHS, "diff", "diff_b", "set_weight", "w_norm", *_LOKR}
+    found = names & {*ALPHA_AND_MAGNITUDE, "diff", "diff_b", "set_weight", "w_norm", *_LOKR_TENSORS}
     pair = next((pair for pair in pairs if pair[0] in names), ())
-    found |= names & {*pair, *(("lora_mid.weight",) if pair == _LORA else ())}
+    found |= names & {*pair, *(("lora_mid.weight",) if pair == _LORA_TENSORS else ())}
     if "hada_w1_a" in names:
-        found |= names & (_HADA | _CORES if "hada_t1" in names else _HADA)
+        found |= names & (_LOHA_TENSORS | _LOHA_CORES if "hada_t1" in names else _LOHA_TENSORS)
     if "a1.weight" in names:
-        found |= names & _GLORA
+        found |= names & _GLORA_TENSORS
     if "w_norm" in names:
         found |= names & {"b_norm"}
     # What does not end in weight has a key of its own there.
     if key.startswith("diffusion_model."):
         found |= names & {"bias.diff", "bias.set_weight"}
-    return Taken(found)
+    return TakenTensors(found)
 
 
-def by_webui(names: frozenset[str], key: str, place: Place = "") -> Taken:
+def take_by_webui(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
     """The first kind of network that finds its tensors counts; `NetworkModule` takes what scales it beside them."""
     if key.startswith("transformer."):
         # Of SD 3's names the last two steps are the tensor's, and of others the layer is another one.
         names = frozenset(name for name in names if name.count(".") == 1)
-    taken = next((names & taken for needed, taken in _networks() if names >= needed), frozenset[str]())
-    return Taken(taken, stops=bool(names) and not taken)
+    taken = next((names & taken for needed, taken in _list_networks() if names >= needed), frozenset[str]())
+    return TakenTensors(taken, stops=bool(names) and not taken)
 
 
-def _networks() -> Iterator[tuple[frozenset[str], frozenset[str]]]:
+def _list_networks() -> Iterator[tuple[frozenset[str], frozenset[str]]]:
     """What each kind of network needs → what it takes."""
-    scaled = ALPHA_AND_LENGTHS | {"scale"}
-    yield frozenset(_LORA), scaled | {*_LORA, "lora_mid.weight"}
+    scaled = ALPHA_AND_MAGNITUDE | {"scale"}
+    yield frozenset(_LORA_TENSORS), scaled | {*_LORA_TENSORS, "lora_mid.weight"}
     # Of these two it makes a new layer, without anything else.
-    yield frozenset(_PEFT), frozenset(_PEFT)
-    yield _HADA, scaled | _HADA | _CORES
+    yield frozenset(_PEFT_TENSORS), frozenset(_PEFT_TENSORS)
+    yield _LOHA_TENSORS, scaled | _LOHA_TENSORS | _LOHA_CORES
     yield frozenset({"weight", "on_input"}), scaled | {"weight", "on_input"}
     for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}):
         for second in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}):
-            yield frozenset({*first, *second}), scaled | _LOKR
+            yield frozenset({*first, *second}), scaled | _LOKR_TENSORS
     yield frozenset({"diff"}), scaled | {"diff", "diff_b"}
     yield frozenset({"w_norm", "b_norm"}), scaled | {"w_norm", "b_norm"}
-    yield _GLORA | {"alpha"}, scaled | _GLORA
+    yield _GLORA_TENSORS | {"alpha"}, scaled | _GLORA_TENSORS
     for blocks in ("oft_blocks", "oft_diag"):
         yield frozenset({blocks}), scaled | {blocks, "rescale"}

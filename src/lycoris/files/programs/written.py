@@ -12,16 +12,16 @@ from lycoris.algorithms.tensors import ALPHA, RANK_TENSORS
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import Key
-from lycoris.files.dialects.components import component_of
+from lycoris.files.dialects.components import make_component_lookup
 from lycoris.files.opening import Opened
 from lycoris.files.programs import Program
-from lycoris.files.programs.routes import Routed, Sent
+from lycoris.files.programs.routes import RoutedKeys, SentFile
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
-_PROCESSOR = re.compile(r"(.+)(_lora\.(?:up|down)\.weight)")
+_PROCESSOR_NAME = re.compile(r"(.+)(_lora\.(?:up|down)\.weight)")
 
 
-class Written(NamedTuple):
+class WrittenLayer(NamedTuple):
     """A layer in a file."""
 
     key: str
@@ -37,16 +37,16 @@ class Written(NamedTuple):
     """The key as the file has it: of attention processors another one; "" none."""
 
 
-def written_in(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, Written]]:
+def group_written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, WrittenLayer]]:
     """Component → layer as written → what the file has."""
-    whose = component_of(FAMILIES[detection.family] if detection.family else None)
+    whose = make_component_lookup(FAMILIES[detection.family] if detection.family else None)
     in_file = {name: other for other, name in detection.renamed.items()}
-    found: dict[str, dict[str, Written]] = {component: {} for component in detection.components}
+    found: dict[str, dict[str, WrittenLayer]] = {component: {} for component in detection.components}
     for name, shape in shapes.items():
         key = DIALECTS[detection.dialect].split(name)
         if key is not None:
             layers = found.setdefault(whose(key), {})
-            before = layers.get(key.layer, Written(key.prefix + key.layer, {}))
+            before = layers.get(key.layer, WrittenLayer(key.prefix + key.layer, {}))
             own, spelled = _split_name(in_file.get(name, name), key)
             layers[key.layer] = before._replace(
                 tensors={**before.tensors, key.suffix: shape},
@@ -57,7 +57,7 @@ def written_in(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> d
     return found
 
 
-def names_in_file(found: Opened) -> list[str]:
+def list_file_names(found: Opened) -> list[str]:
     """Of all tensors, as the file has them."""
     in_file = {name: other for other, name in found.detection.renamed.items()}
     return [in_file.get(name, name) for name in found.shapes]
@@ -68,24 +68,27 @@ def _split_name(name: str, key: Key) -> tuple[str, str]:
     whole = key.prefix + key.layer
     if name == f"{whole}.{key.spelled}":
         return whole, key.spelled
-    found = _PROCESSOR.fullmatch(name)
+    found = _PROCESSOR_NAME.fullmatch(name)
     return (found[1], found[2]) if found is not None else ("", name)
 
 
-def scales_in(found: Opened, written: Mapping[str, Written]) -> dict[str, tuple[float, float]]:
+def find_scales(found: Opened, written: Mapping[str, WrittenLayer]) -> dict[str, tuple[float, float]]:
     """Layer as written → the scale that it has as a number of its own, and the one that alpha says."""
     scales = {}
     for layer, own in written.items():
-        scale = tensor_of(found, own, "scale")
+        scale = find_tensor(found, own, "scale")
         if scale is None or scale.numel() != 1:
             continue
-        alpha, ranked = tensor_of(found, own, ALPHA), next((name for name in RANK_TENSORS if name in own.tensors), None)
+        alpha, ranked = (
+            find_tensor(found, own, ALPHA),
+            next((name for name in RANK_TENSORS if name in own.tensors), None),
+        )
         its = 1.0 if alpha is None or ranked is None else float(alpha) / own.tensors[ranked][0]
         scales[layer] = (float(scale), its)
     return scales
 
 
-def tensor_of(found: Opened, written: Written, suffix: str) -> Tensor | None:
+def find_tensor(found: Opened, written: WrittenLayer, suffix: str) -> Tensor | None:
     """A tensor of a layer, by its name in LyCORIS' spelling."""
     if suffix not in written.tensors:
         return None
@@ -94,7 +97,7 @@ def tensor_of(found: Opened, written: Written, suffix: str) -> Tensor | None:
     return found.tensors.get(in_file.get(name, name))
 
 
-def routed_by(program: Program, found: Opened, written: Mapping[str, Mapping[str, Written]]) -> Routed | None:
+def route_file(program: Program, found: Opened, written: Mapping[str, Mapping[str, WrittenLayer]]) -> RoutedKeys | None:
     """What becomes of all keys together in a program that looks at all of them."""
     if program.route is None:
         return None
@@ -103,10 +106,10 @@ def routed_by(program: Program, found: Opened, written: Mapping[str, Mapping[str
         for component in written.values()
         for each in component.values()
     }
-    return program.route(Sent(layers, denoiser_of(found), tuple(found.shapes)))
+    return program.route(SentFile(layers, find_denoiser(found), tuple(found.shapes)))
 
 
-def denoiser_of(found: Opened) -> str | None:
+def find_denoiser(found: Opened) -> str | None:
     """The architecture of the denoiser that a file is for; None: not known."""
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     if architecture is None and found.family is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
 _FEED_FORWARD = (Rename("c_fc1", "linear_1"), Rename("c_fc2", "linear_2"), Rename("c_proj", "out_projection"))
 _FIRST = (
@@ -20,7 +20,7 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside(
+                *rename_inside(
                     "double_layers.*",
                     "joint_transformer_blocks.*",
                     # Here the first weights are of the text.
@@ -32,16 +32,16 @@ TRANSFORMER = Architecture(
                     Rename("attn.w2k", "attn.to_k"),
                     Rename("attn.w2v", "attn.to_v"),
                     Rename("attn.w2o", "attn.to_out.0"),
-                    *inside("mlpX", "ff", *_FEED_FORWARD),
-                    *inside("mlpC", "ff_context", *_FEED_FORWARD),
+                    *rename_inside("mlpX", "ff", *_FEED_FORWARD),
+                    *rename_inside("mlpC", "ff_context", *_FEED_FORWARD),
                     Rename("modX.1", "norm1.linear"),
                     Rename("modC.1", "norm1_context.linear"),
                 ),
-                *inside(
+                *rename_inside(
                     "single_layers.*",
                     "single_transformer_blocks.*",
                     *_FIRST,
-                    *inside("mlp", "ff", *_FEED_FORWARD),
+                    *rename_inside("mlp", "ff", *_FEED_FORWARD),
                     Rename("modCX.1", "norm1.linear"),
                 ),
                 Rename("t_embedder.mlp.0", "time_step_proj.linear_1"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.flux1 import DOUBLE, SINGLE
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.flux1 import FLUX1_DOUBLE, FLUX1_SINGLE
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
 _MODULATIONS = ("norm1.linear", "norm1_context.linear", "norm.linear")
 
@@ -16,9 +16,13 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *(e for e in DOUBLE if e.here not in _MODULATIONS)),
-                *inside(
-                    "single_blocks.*", "single_transformer_blocks.*", *(e for e in SINGLE if e.here not in _MODULATIONS)
+                *rename_inside(
+                    "double_blocks.*", "transformer_blocks.*", *(e for e in FLUX1_DOUBLE if e.here not in _MODULATIONS)
+                ),
+                *rename_inside(
+                    "single_blocks.*",
+                    "single_transformer_blocks.*",
+                    *(e for e in FLUX1_SINGLE if e.here not in _MODULATIONS),
                 ),
                 Rename("distilled_guidance_layer.layers.*.in_layer", "distilled_guidance_layer.layers.*.linear_1"),
                 Rename("distilled_guidance_layer.layers.*.out_layer", "distilled_guidance_layer.layers.*.linear_2"),
@@ -41,7 +45,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="chroma",
-    components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     kohya={"lora_unet": "", "lora_te3": "text_encoder"},
     comfyui={"t5xxl": "text_encoder"},
     versions=("chroma",),

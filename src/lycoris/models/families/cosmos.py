@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
-_ATTENTION = (
+_COSMOS_ATTENTION = (
     Rename("q_proj", "to_q"),
     Rename("k_proj", "to_k"),
     Rename("v_proj", "to_v"),
@@ -33,9 +33,9 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("blocks.*.self_attn", "transformer_blocks.*.attn1", *_ATTENTION),
-                *inside("blocks.*.cross_attn", "transformer_blocks.*.attn2", *_ATTENTION),
-                *inside(
+                *rename_inside("blocks.*.self_attn", "transformer_blocks.*.attn1", *_COSMOS_ATTENTION),
+                *rename_inside("blocks.*.cross_attn", "transformer_blocks.*.attn2", *_COSMOS_ATTENTION),
+                *rename_inside(
                     "blocks.*",
                     "transformer_blocks.*",
                     Rename("adaln_modulation_self_attn.1", "norm1.linear_1"),
@@ -63,7 +63,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="cosmos-predict2",
-    components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     comfyui={"t5xxl": "text_encoder"},
     versions=("cosmos-predict2", "cosmos_predict2", "cosmos2", "anima"),
 )

@@ -10,11 +10,11 @@ from lycoris.models.families.naming import Naming
 
 TimestepUnit = Literal["steps", "fraction", "reversed", "reversed steps"]
 """fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. steps: t itself, 0 (clean) to T (noise)."""
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 """What a known model's class is made with, where it differs from the defaults of the class."""
 
 
-class Trained(NamedTuple):
+class MusubiTargets(NamedTuple):
     """What Musubi Tuner trains of a model."""
 
     targets: Sequence[str]
@@ -30,7 +30,7 @@ class Architecture:
     name: str
     classes: tuple[str, ...]
     """Names of the classes that such a network has: first of diffusers or transformers, then of the original code."""
-    models: Mapping[str, Config] = field(default_factory=dict)
+    models: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Known models of it: name (of its outline too, which `make models` writes) → what the class is made with."""
     namings: Mapping[str, Naming] = field(default_factory=dict)
     """Beside diffusers' own: "original" for the published code, "comfyui" where ComfyUI has others than that, "sgm" for
@@ -41,7 +41,7 @@ class Architecture:
     """Classes of attention layers in them, of both codes."""
     feed_forward: tuple[str, ...] = ()
     """Classes of feed-forwards in them, of both codes."""
-    musubi: Trained | None = None
+    musubi_targets: MusubiTargets | None = None
     """What Musubi Tuner trains; None for a model that it does not recognize by its classes."""
     timestep: TimestepUnit = "steps"
     """What diffusers' pipelines hand to its first class as the timestep."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
-from lycoris.models.families.naming import Rename, Table, inside, square_but_last
-from lycoris.models.families.text_encoders import CLIP, T5
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
+from lycoris.models.families.naming import Rename, Table, rename_inside, split_square_last
+from lycoris.models.families.text_encoders import CLIP, T5_ENCODER
 
-DOUBLE_ATTENTION = (
+FLUX1_DOUBLE_ATTENTION = (
     Rename("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
     Rename("img_attn.proj", "attn.to_out.0"),
     Rename("img_attn.norm.query_norm", "attn.norm_q"),
@@ -17,8 +17,8 @@ DOUBLE_ATTENTION = (
     Rename("txt_attn.norm.key_norm", "attn.norm_added_k"),
 )
 """In a double block; other models of the same descent have them too."""
-DOUBLE = (
-    *DOUBLE_ATTENTION,
+FLUX1_DOUBLE = (
+    *FLUX1_DOUBLE_ATTENTION,
     Rename("img_mlp.0", "ff.net.0.proj"),
     Rename("img_mlp.2", "ff.net.2"),
     Rename("txt_mlp.0", "ff_context.net.0.proj"),
@@ -26,8 +26,8 @@ DOUBLE = (
     Rename("img_mod.lin", "norm1.linear"),
     Rename("txt_mod.lin", "norm1_context.linear"),
 )
-SINGLE = (
-    Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), sizes=square_but_last),
+FLUX1_SINGLE = (
+    Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), split=split_square_last),
     Rename("linear2", "proj_out"),
     Rename("norm.query_norm", "attn.norm_q"),
     Rename("norm.key_norm", "attn.norm_k"),
@@ -35,18 +35,18 @@ SINGLE = (
 )
 XLABS_SINGLE = (Rename("qkv", ("attn.to_q", "attn.to_k", "attn.to_v")), Rename("proj", "proj_out"))
 """XLabs' processors of single blocks have queries, keys and values without the feed-forward that shares their layer."""
-FINAL = (
+FLUX1_FINAL = (
     Rename("final_layer.linear", "proj_out"),
     Rename("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True),
 )
 
 
-def embedders(there: str, here: str) -> tuple[Rename, ...]:
+def rename_embedder(there: str, here: str) -> tuple[Rename, ...]:
     """An embedding of two layers."""
     return (Rename(f"{there}.in_layer", f"{here}.linear_1"), Rename(f"{there}.out_layer", f"{here}.linear_2"))
 
 
-MUSUBI = Trained(
+FLUX1_MUSUBI = MusubiTargets(
     ("DoubleStreamBlock", "SingleStreamBlock"),
     (r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*", r".*(norm).*"),
 )
@@ -62,20 +62,20 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE),
-                *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE),
+                *rename_inside("double_blocks.*", "transformer_blocks.*", *FLUX1_DOUBLE),
+                *rename_inside("single_blocks.*", "single_transformer_blocks.*", *FLUX1_SINGLE),
                 Rename("img_in", "x_embedder"),
                 Rename("txt_in", "context_embedder"),
-                *embedders("time_in", "time_text_embed.timestep_embedder"),
-                *embedders("vector_in", "time_text_embed.text_embedder"),
-                *embedders("guidance_in", "time_text_embed.guidance_embedder"),
-                *FINAL,
+                *rename_embedder("time_in", "time_text_embed.timestep_embedder"),
+                *rename_embedder("vector_in", "time_text_embed.text_embedder"),
+                *rename_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+                *FLUX1_FINAL,
             )
         ),
         "xlabs": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE_ATTENTION),
-                *inside("single_blocks.*", "single_transformer_blocks.*", *XLABS_SINGLE),
+                *rename_inside("double_blocks.*", "transformer_blocks.*", *FLUX1_DOUBLE_ATTENTION),
+                *rename_inside("single_blocks.*", "single_transformer_blocks.*", *XLABS_SINGLE),
             )
         ),
     },
@@ -87,13 +87,13 @@ TRANSFORMER = Architecture(
         *("DoubleStreamBlock.img_mlp", "DoubleStreamBlock.txt_mlp"),
         *("SingleStreamBlock.linear1", "SingleStreamBlock.linear2"),
     ),
-    musubi=MUSUBI,
+    musubi_targets=FLUX1_MUSUBI,
     timestep="fraction",
 )
 
 FAMILY = Family(
     name="flux1",
-    components={"": TRANSFORMER.name, "text_encoder": CLIP.name, "text_encoder_2": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": CLIP.name, "text_encoder_2": T5_ENCODER.name},
     kohya={
         "lora_unet": "",
         "lora_te1": "text_encoder",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.flux1 import DOUBLE_ATTENTION, FINAL, MUSUBI, embedders
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.flux1 import FLUX1_DOUBLE_ATTENTION, FLUX1_FINAL, FLUX1_MUSUBI, rename_embedder
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
 TRANSFORMER = Architecture(
     name="flux2",
@@ -29,16 +29,16 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside(
+                *rename_inside(
                     "double_blocks.*",
                     "transformer_blocks.*",
-                    *DOUBLE_ATTENTION,
+                    *FLUX1_DOUBLE_ATTENTION,
                     Rename("img_mlp.0", "ff.linear_in"),
                     Rename("img_mlp.2", "ff.linear_out"),
                     Rename("txt_mlp.0", "ff_context.linear_in"),
                     Rename("txt_mlp.2", "ff_context.linear_out"),
                 ),
-                *inside(
+                *rename_inside(
                     "single_blocks.*",
                     "single_transformer_blocks.*",
                     Rename("linear1", "attn.to_qkv_mlp_proj"),
@@ -48,12 +48,12 @@ TRANSFORMER = Architecture(
                 ),
                 Rename("img_in", "x_embedder"),
                 Rename("txt_in", "context_embedder"),
-                *embedders("time_in", "time_guidance_embed.timestep_embedder"),
-                *embedders("guidance_in", "time_guidance_embed.guidance_embedder"),
+                *rename_embedder("time_in", "time_guidance_embed.timestep_embedder"),
+                *rename_embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
                 Rename("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
                 Rename("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear"),
                 Rename("single_stream_modulation.lin", "single_stream_modulation.linear"),
-                *FINAL,
+                *FLUX1_FINAL,
             )
         )
     },
@@ -65,7 +65,7 @@ TRANSFORMER = Architecture(
         *("DoubleStreamBlock.img_mlp", "DoubleStreamBlock.txt_mlp"),
         *("SingleStreamBlock.linear1", "SingleStreamBlock.linear2"),
     ),
-    musubi=MUSUBI,
+    musubi_targets=FLUX1_MUSUBI,
     timestep="fraction",
 )
 

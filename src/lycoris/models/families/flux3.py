@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
-_BLOCK = (
+_FLUX3_BLOCK = (
     Rename("q_proj", "attn.to_q"),
     Rename("k_proj", "attn.to_k"),
     Rename("v_proj", "attn.to_v"),
@@ -23,9 +23,9 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("content_mode_blocks.*.*", "mode_blocks.*.*", *_BLOCK),
-                *inside("txt_mode_blocks.*", "txt_mode_blocks.*", *_BLOCK),
-                *inside("single_blocks.*", "single_transformer_blocks.*", *_BLOCK),
+                *rename_inside("content_mode_blocks.*.*", "mode_blocks.*.*", *_FLUX3_BLOCK),
+                *rename_inside("txt_mode_blocks.*", "txt_mode_blocks.*", *_FLUX3_BLOCK),
+                *rename_inside("single_blocks.*", "single_transformer_blocks.*", *_FLUX3_BLOCK),
                 Rename("early_stream_modulations.*.lin", "early_stream_modulations.*.linear"),
                 Rename("single_stream_modulations.*.lin", "single_stream_modulations.*.linear"),
                 Rename("emb_in", "x_embedders"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
-from lycoris.models.families.hunyuanvideo import BLOCKS, COMFYUI, FEED_FORWARD
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
+from lycoris.models.families.hunyuanvideo import HUNYUANVIDEO_BLOCKS, HUNYUANVIDEO_COMFYUI, HUNYUANVIDEO_FEED_FORWARD
 from lycoris.models.families.language_models import LANGUAGE_MODEL
 from lycoris.models.families.text_encoders import CLIP
 
@@ -13,11 +13,13 @@ TRANSFORMER = Architecture(
     models={
         "framepack-i2v": {"has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True},
     },
-    namings={"comfyui": COMFYUI},
-    blocks=BLOCKS,
+    namings={"comfyui": HUNYUANVIDEO_COMFYUI},
+    blocks=HUNYUANVIDEO_BLOCKS,
     attention=("Attention",),
-    feed_forward=FEED_FORWARD,
-    musubi=Trained(("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"), (r".*(norm).*",)),
+    feed_forward=HUNYUANVIDEO_FEED_FORWARD,
+    musubi_targets=MusubiTargets(
+        ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"), (r".*(norm).*",)
+    ),
 )
 
 FAMILY = Family(

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.flux1 import DOUBLE, FINAL, SINGLE, embedders
+from lycoris.models.families.flux1 import FLUX1_DOUBLE, FLUX1_FINAL, FLUX1_SINGLE, rename_embedder
 from lycoris.models.families.hunyuanvideo import (
     COMFYUI_CONTEXT,
     CONTEXT,
-    DOUBLE_ATTENTION,
-    DOUBLE_REST,
-    SINGLE_BLOCK,
-    timestep,
+    HUNYUANVIDEO_DOUBLE_ATTENTION,
+    HUNYUANVIDEO_DOUBLE_REST,
+    HUNYUANVIDEO_SINGLE,
+    rename_time_embedding,
 )
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
-_INPUTS = (
+_HUNYUANIMAGE_INPUTS = (
     Rename("img_in", "x_embedder"),
     Rename("byt5_in.layernorm", "context_embedder_2.norm"),
     Rename("byt5_in.fc1", "context_embedder_2.linear_1"),
@@ -41,22 +41,24 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE_ATTENTION, *DOUBLE_REST),
-                *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE_BLOCK),
+                *rename_inside(
+                    "double_blocks.*", "transformer_blocks.*", *HUNYUANVIDEO_DOUBLE_ATTENTION, *HUNYUANVIDEO_DOUBLE_REST
+                ),
+                *rename_inside("single_blocks.*", "single_transformer_blocks.*", *HUNYUANVIDEO_SINGLE),
                 *CONTEXT,
-                *_INPUTS,
-                *(each for there, here in _TIMES.items() for each in timestep(there, here)),
-                *FINAL,
+                *_HUNYUANIMAGE_INPUTS,
+                *(each for there, here in _TIMES.items() for each in rename_time_embedding(there, here)),
+                *FLUX1_FINAL,
             )
         ),
         "comfyui": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE),
-                *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE),
+                *rename_inside("double_blocks.*", "transformer_blocks.*", *FLUX1_DOUBLE),
+                *rename_inside("single_blocks.*", "single_transformer_blocks.*", *FLUX1_SINGLE),
                 *COMFYUI_CONTEXT,
-                *_INPUTS,
-                *(each for there, here in _TIMES.items() for each in embedders(there, here)),
-                *FINAL,
+                *_HUNYUANIMAGE_INPUTS,
+                *(each for there, here in _TIMES.items() for each in rename_embedder(there, here)),
+                *FLUX1_FINAL,
             )
         ),
     },

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
-from lycoris.models.families.flux1 import DOUBLE, FINAL, SINGLE, embedders
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
+from lycoris.models.families.flux1 import FLUX1_DOUBLE, FLUX1_FINAL, FLUX1_SINGLE, rename_embedder
 from lycoris.models.families.language_models import LANGUAGE_MODEL
-from lycoris.models.families.naming import Rename, Table, inside, square_but_last
+from lycoris.models.families.naming import Rename, Table, rename_inside, split_square_last
 from lycoris.models.families.text_encoders import CLIP
 
 _CONTEXT_TIME = "context_embedder.time_text_embed.timestep_embedder"
@@ -13,12 +13,12 @@ _CONTEXT_TEXT = "context_embedder.time_text_embed.text_embedder"
 _REFINER = ("txt_in.individual_token_refiner.blocks.*", "context_embedder.token_refiner.refiner_blocks.*")
 
 
-def timestep(there: str, here: str) -> tuple[Rename, ...]:
+def rename_time_embedding(there: str, here: str) -> tuple[Rename, ...]:
     """An embedding of two layers with an activation between them."""
     return (Rename(f"{there}.mlp.0", f"{here}.linear_1"), Rename(f"{there}.mlp.2", f"{here}.linear_2"))
 
 
-DOUBLE_REST = (
+HUNYUANVIDEO_DOUBLE_REST = (
     Rename("img_attn_proj", "attn.to_out.0"),
     Rename("img_attn_q_norm", "attn.norm_q"),
     Rename("img_attn_k_norm", "attn.norm_k"),
@@ -34,7 +34,7 @@ DOUBLE_REST = (
 )
 """In a double block, but for queries, keys and values."""
 CONTEXT = (
-    *inside(
+    *rename_inside(
         *_REFINER,
         Rename("self_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
         Rename("self_attn_proj", "attn.to_out.0"),
@@ -45,12 +45,12 @@ CONTEXT = (
     ),
     Rename(*_REFINER),
     Rename("txt_in.input_embedder", "context_embedder.proj_in"),
-    *timestep("txt_in.t_embedder", _CONTEXT_TIME),
+    *rename_time_embedding("txt_in.t_embedder", _CONTEXT_TIME),
     Rename("txt_in.c_embedder.linear_1", f"{_CONTEXT_TEXT}.linear_1"),
     Rename("txt_in.c_embedder.linear_2", f"{_CONTEXT_TEXT}.linear_2"),
 )
 COMFYUI_CONTEXT = (
-    *inside(
+    *rename_inside(
         *_REFINER,
         Rename("self_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
         Rename("self_attn.proj", "attn.to_out.0"),
@@ -60,54 +60,60 @@ COMFYUI_CONTEXT = (
     ),
     Rename(*_REFINER),
     Rename("txt_in.input_embedder", "context_embedder.proj_in"),
-    *embedders("txt_in.t_embedder", _CONTEXT_TIME),
-    *embedders("txt_in.c_embedder", _CONTEXT_TEXT),
+    *rename_embedder("txt_in.t_embedder", _CONTEXT_TIME),
+    *rename_embedder("txt_in.c_embedder", _CONTEXT_TEXT),
 )
-DOUBLE_ATTENTION = (
+HUNYUANVIDEO_DOUBLE_ATTENTION = (
     Rename("img_attn_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
     Rename("txt_attn_qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
 )
-SINGLE_BLOCK = (
-    Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), sizes=square_but_last),
+HUNYUANVIDEO_SINGLE = (
+    Rename("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), split=split_square_last),
     Rename("linear2", "proj_out"),
     Rename("q_norm", "attn.norm_q"),
     Rename("k_norm", "attn.norm_k"),
     Rename("modulation.linear", "norm.linear"),
 )
 
-ORIGINAL = Table(
+HUNYUANVIDEO_ORIGINAL = Table(
     (
-        *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE_ATTENTION, *DOUBLE_REST),
-        *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE_BLOCK),
+        *rename_inside(
+            "double_blocks.*", "transformer_blocks.*", *HUNYUANVIDEO_DOUBLE_ATTENTION, *HUNYUANVIDEO_DOUBLE_REST
+        ),
+        *rename_inside("single_blocks.*", "single_transformer_blocks.*", *HUNYUANVIDEO_SINGLE),
         *CONTEXT,
         Rename("img_in", "x_embedder"),
-        *timestep("time_in", "time_text_embed.timestep_embedder"),
-        *timestep("guidance_in", "time_text_embed.guidance_embedder"),
-        *embedders("vector_in", "time_text_embed.text_embedder"),
-        *FINAL,
+        *rename_time_embedding("time_in", "time_text_embed.timestep_embedder"),
+        *rename_time_embedding("guidance_in", "time_text_embed.guidance_embedder"),
+        *rename_embedder("vector_in", "time_text_embed.text_embedder"),
+        *FLUX1_FINAL,
     )
 )
-COMFYUI = Table(
+HUNYUANVIDEO_COMFYUI = Table(
     (
-        *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE),
-        *inside("single_blocks.*", "single_transformer_blocks.*", *SINGLE),
+        *rename_inside("double_blocks.*", "transformer_blocks.*", *FLUX1_DOUBLE),
+        *rename_inside("single_blocks.*", "single_transformer_blocks.*", *FLUX1_SINGLE),
         *COMFYUI_CONTEXT,
         Rename("img_in", "x_embedder"),
-        *embedders("time_in", "time_text_embed.timestep_embedder"),
-        *embedders("guidance_in", "time_text_embed.guidance_embedder"),
-        *embedders("vector_in", "time_text_embed.text_embedder"),
-        *FINAL,
+        *rename_embedder("time_in", "time_text_embed.timestep_embedder"),
+        *rename_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+        *rename_embedder("vector_in", "time_text_embed.text_embedder"),
+        *FLUX1_FINAL,
     )
 )
 
-BLOCKS = (
+HUNYUANVIDEO_BLOCKS = (
     *("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
     *("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
     "HunyuanVideoIndividualTokenRefinerBlock",
 )
-FEED_FORWARD = (
+HUNYUANVIDEO_FEED_FORWARD = (
     "FeedForward",
-    *(f"{block}.{layer}" for block in (BLOCKS[1], BLOCKS[3]) for layer in ("proj_mlp", "proj_out")),
+    *(
+        f"{block}.{layer}"
+        for block in (HUNYUANVIDEO_BLOCKS[1], HUNYUANVIDEO_BLOCKS[3])
+        for layer in ("proj_mlp", "proj_out")
+    ),
 )
 """In diffusers."""
 
@@ -117,19 +123,21 @@ TRANSFORMER = Architecture(
     models={
         "hunyuanvideo": {},
     },
-    namings={"original": ORIGINAL, "comfyui": COMFYUI},
-    blocks=(*BLOCKS, "MMDoubleStreamBlock", "MMSingleStreamBlock"),
+    namings={"original": HUNYUANVIDEO_ORIGINAL, "comfyui": HUNYUANVIDEO_COMFYUI},
+    blocks=(*HUNYUANVIDEO_BLOCKS, "MMDoubleStreamBlock", "MMSingleStreamBlock"),
     attention=(
         "Attention",
         *(f"MMDoubleStreamBlock.{side}_attn_{what}" for side in ("img", "txt") for what in ("qkv", "proj")),
         *("IndividualTokenRefinerBlock.self_attn_qkv", "IndividualTokenRefinerBlock.self_attn_proj"),
     ),
     feed_forward=(
-        *FEED_FORWARD,
+        *HUNYUANVIDEO_FEED_FORWARD,
         "MLP",
         *("MMSingleStreamBlock.linear1", "MMSingleStreamBlock.linear2"),
     ),
-    musubi=Trained(("MMDoubleStreamBlock", "MMSingleStreamBlock"), (r".*(img_mod|txt_mod|modulation).*",)),
+    musubi_targets=MusubiTargets(
+        ("MMDoubleStreamBlock", "MMSingleStreamBlock"), (r".*(img_mod|txt_mod|modulation).*",)
+    ),
 )
 
 FAMILY = Family(

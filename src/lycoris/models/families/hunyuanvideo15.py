@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
-from lycoris.models.families.flux1 import DOUBLE, FINAL, embedders
-from lycoris.models.families.hunyuanvideo import COMFYUI_CONTEXT, CONTEXT, DOUBLE_REST, timestep
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
+from lycoris.models.families.flux1 import FLUX1_DOUBLE, FLUX1_FINAL, rename_embedder
+from lycoris.models.families.hunyuanvideo import (
+    COMFYUI_CONTEXT,
+    CONTEXT,
+    HUNYUANVIDEO_DOUBLE_REST,
+    rename_time_embedding,
+)
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
-_INPUTS = (
+_HUNYUANVIDEO15_INPUTS = (
     Rename("img_in", "x_embedder"),
     Rename("byt5_in.layernorm", "context_embedder_2.norm"),
     Rename("byt5_in.fc1", "context_embedder_2.linear_1"),
@@ -30,7 +35,7 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside(
+                *rename_inside(
                     "double_blocks.*",
                     "transformer_blocks.*",
                     Rename("img_attn_q", "attn.to_q"),
@@ -39,23 +44,23 @@ TRANSFORMER = Architecture(
                     Rename("txt_attn_q", "attn.add_q_proj"),
                     Rename("txt_attn_k", "attn.add_k_proj"),
                     Rename("txt_attn_v", "attn.add_v_proj"),
-                    *DOUBLE_REST,
+                    *HUNYUANVIDEO_DOUBLE_REST,
                 ),
                 *CONTEXT,
-                *_INPUTS,
-                *timestep("time_in", "time_embed.timestep_embedder"),
-                *timestep("time_r_in", "time_embed.timestep_embedder_r"),
-                *FINAL,
+                *_HUNYUANVIDEO15_INPUTS,
+                *rename_time_embedding("time_in", "time_embed.timestep_embedder"),
+                *rename_time_embedding("time_r_in", "time_embed.timestep_embedder_r"),
+                *FLUX1_FINAL,
             )
         ),
         "comfyui": Table(
             (
-                *inside("double_blocks.*", "transformer_blocks.*", *DOUBLE),
+                *rename_inside("double_blocks.*", "transformer_blocks.*", *FLUX1_DOUBLE),
                 *COMFYUI_CONTEXT,
-                *_INPUTS,
-                *embedders("time_in", "time_embed.timestep_embedder"),
-                *embedders("time_r_in", "time_embed.timestep_embedder_r"),
-                *FINAL,
+                *_HUNYUANVIDEO15_INPUTS,
+                *rename_embedder("time_in", "time_embed.timestep_embedder"),
+                *rename_embedder("time_r_in", "time_embed.timestep_embedder_r"),
+                *FLUX1_FINAL,
             )
         ),
     },
@@ -68,12 +73,12 @@ TRANSFORMER = Architecture(
         *(f"MMDoubleStreamBlock.{side}_attn_{what}" for side in ("img", "txt") for what in ("q", "k", "v", "proj")),
     ),
     feed_forward=("FeedForward", "MLP"),
-    musubi=Trained(("MMDoubleStreamBlock",), (r".*(_in).*",)),
+    musubi_targets=MusubiTargets(("MMDoubleStreamBlock",), (r".*(_in).*",)),
 )
 
 FAMILY = Family(
     name="hunyuanvideo-1.5",
-    components={"": TRANSFORMER.name, "text_encoder_2": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder_2": T5_ENCODER.name},
     kohya={"lora_unet": ""},
     versions=("hunyuan-video-1.5", "hunyuan_video_1_5"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
 TRANSFORMER = Architecture(
     name="ideogram4",
@@ -11,7 +11,7 @@ TRANSFORMER = Architecture(
     models={"ideogram-4": {}},
     namings={
         "original": Table(
-            inside(
+            rename_inside(
                 "layers.*.attention",
                 "layers.*.attention",
                 Rename("qkv", ("to_q", "to_k", "to_v")),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
-_BLOCK = (
+_KREA2_BLOCK = (
     Rename("attn.wq", "attn.to_q"),
     Rename("attn.wk", "attn.to_k"),
     Rename("attn.wv", "attn.to_v"),
@@ -25,8 +25,10 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("blocks.*", "transformer_blocks.*", *_BLOCK, Rename("mod.lin", "scale_shift_table")),
-                *inside("txtfusion.*.*", "text_fusion.*.*", *_BLOCK),
+                *rename_inside(
+                    "blocks.*", "transformer_blocks.*", *_KREA2_BLOCK, Rename("mod.lin", "scale_shift_table")
+                ),
+                *rename_inside("txtfusion.*.*", "text_fusion.*.*", *_KREA2_BLOCK),
                 Rename("txtfusion.projector", "text_fusion.projector"),
                 Rename("first", "img_in"),
                 Rename("tmlp.0", "time_embed.linear_1"),

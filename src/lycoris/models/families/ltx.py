@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
-NORMS = inside(
+LTX_NORMS = rename_inside(
     "transformer_blocks.*.*", "transformer_blocks.*.*", Rename("q_norm", "norm_q"), Rename("k_norm", "norm_k")
 )
 """Of attention layers, of LTX-2 too."""
@@ -19,7 +19,7 @@ TRANSFORMER = Architecture(
         "ltx-video-13b": {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
     },
     namings={
-        "original": Table((*NORMS, Rename("patchify_proj", "proj_in"), Rename("adaln_single", "time_embed"))),
+        "original": Table((*LTX_NORMS, Rename("patchify_proj", "proj_in"), Rename("adaln_single", "time_embed"))),
     },
     blocks=("LTXVideoTransformerBlock",),
     attention=("LTXAttention",),
@@ -28,7 +28,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="ltx-video",
-    components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     comfyui={"t5xxl": "text_encoder"},
     versions=("ltx-video", "ltx_video", "ltxv"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.ltx import NORMS
+from lycoris.models.families.ltx import LTX_NORMS
 from lycoris.models.families.naming import Rename, Table
 
 _GATED = ("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod", "perturbed_attn")
@@ -18,7 +18,7 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *NORMS,
+                *LTX_NORMS,
                 Rename(
                     "transformer_blocks.*.scale_shift_table_a2v_ca_video",
                     "transformer_blocks.*.video_a2v_cross_attn_scale_shift_table",

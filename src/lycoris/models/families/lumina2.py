@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
 from lycoris.models.families.language_models import LANGUAGE_MODEL
-from lycoris.models.families.naming import Rename, Table, inside, square_first
+from lycoris.models.families.naming import Rename, Table, rename_inside, split_square_first
 
 TRANSFORMER = Architecture(
     name="lumina2",
@@ -17,10 +17,10 @@ TRANSFORMER = Architecture(
             (
                 # Without a modulation, its norms are plain here.
                 Rename("context_refiner.*.attention_norm1", "context_refiner.*.norm1"),
-                *inside(
+                *rename_inside(
                     "*.*",
                     "*.*",
-                    Rename("attention.qkv", ("attn.to_q", "attn.to_k", "attn.to_v"), sizes=square_first),
+                    Rename("attention.qkv", ("attn.to_q", "attn.to_k", "attn.to_v"), split=split_square_first),
                     Rename("attention.out", "attn.to_out.0"),
                     Rename("attention.q_norm", "attn.norm_q"),
                     Rename("attention.k_norm", "attn.norm_k"),

@@ -7,9 +7,9 @@ the rows as the published shards have them: head by head.
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
-_BLOCK = (
+_MINIMAX_BLOCK = (
     Rename("attn.qkv_proj", ("attn.to_q", "attn.to_k", "attn.to_v")),
     Rename("attn.out_proj", "attn.to_out.0"),
     Rename("attn.q_norm", "attn.norm_q"),
@@ -25,9 +25,9 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("blocks.*", "transformer_blocks.*", *_BLOCK),
+                *rename_inside("blocks.*", "transformer_blocks.*", *_MINIMAX_BLOCK),
                 Rename("blocks.*", "transformer_blocks.*"),
-                *inside("token_refiner.blocks.*", "token_refiner.refiner_blocks.*", *_BLOCK),
+                *rename_inside("token_refiner.blocks.*", "token_refiner.refiner_blocks.*", *_MINIMAX_BLOCK),
                 Rename("token_refiner.blocks.*", "token_refiner.refiner_blocks.*"),
                 Rename("video_patch_proj", "proj_in"),
                 Rename("audio_patch_proj", "audio_proj_in"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
 _LAST = 47
 """The last of its blocks, in which the modulation of the text has another class and name."""
@@ -17,7 +17,7 @@ TRANSFORMER = Architecture(
         "original": Table(
             (
                 Rename(f"blocks.{_LAST}.mod_y", f"transformer_blocks.{_LAST}.norm1_context.linear_1"),
-                *inside(
+                *rename_inside(
                     "blocks.*",
                     "transformer_blocks.*",
                     Rename("mod_x", "norm1.linear"),
@@ -53,7 +53,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="mochi",
-    components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     comfyui={"t5xxl": "text_encoder"},
     versions=("mochi", "genmo"),
 )

@@ -16,11 +16,11 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from lycoris.layers.geometry import Geometry
 
-Each = TypeVar("Each")
+Item = TypeVar("Item")
 
-DIFFUSERS = "diffusers"
+DIFFUSERS_NAMING = "diffusers"
 """What the naming in the middle goes by."""
-Sizes = Callable[[int, int, int], tuple[int, ...]]
+SplitSizes = Callable[[int, int, int], tuple[int, ...]]
 """(rows of the whole, columns, number of parts) → rows of each part."""
 
 
@@ -33,7 +33,7 @@ class Span(NamedTuple):
     gated: bool = False
     """Whether gate and value, the two halves of the rows of a feed-forward's first layer, are."""
 
-    def swaps(self, g: Geometry) -> bool:
+    def swaps_halves(self, g: Geometry) -> bool:
         """Whether that is so for a layer of this shape: of modulations, only those of just two chunks are exchanged."""
         return self.gated or (self.swapped and g.out_features == 2 * g.fan_in)
 
@@ -41,27 +41,27 @@ class Span(NamedTuple):
 class Naming(Protocol):
     """Names of layers, from and to diffusers'. Knows patterns only; which layers there are is for a model to say."""
 
-    def span(self, name: str) -> Span | None:
+    def find_span(self, name: str) -> Span | None:
         """What a name of this naming stands for; None when it has none of its own: it may be the same in both."""
 
-    def home(self, path: str) -> str | None:
+    def find_module(self, path: str) -> str | None:
         """The name of the module that holds a layer of diffusers; None as above."""
 
-    def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
+    def split_rows(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
         """How many rows each part of a module has."""
 
 
-def even(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+def split_evenly(rows: int, columns: int, parts: int) -> tuple[int, ...]:
     """Equal parts."""
     return (rows // parts,) * parts
 
 
-def square_first(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+def split_square_first(rows: int, columns: int, parts: int) -> tuple[int, ...]:
     """A square part, then equal ones: queries of the full width, keys and values of fewer heads."""
     return (columns, *((rows - columns) // (parts - 1),) * (parts - 1))
 
 
-def square_but_last(rows: int, columns: int, parts: int) -> tuple[int, ...]:
+def split_square_last(rows: int, columns: int, parts: int) -> tuple[int, ...]:
     """Square parts, then what is left: queries, keys and values beside the first half of a feed-forward."""
     return (*(columns,) * (parts - 1), rows - columns * (parts - 1))
 
@@ -76,14 +76,14 @@ class Rename:
     swapped: bool = False
     gated: bool = False
     """This and the one before: see `Span`."""
-    sizes: Sizes = even
+    split: SplitSizes = split_evenly
 
     @property
     def parts(self) -> tuple[str, ...]:
         return (self.here,) if isinstance(self.here, str) else tuple(self.here)
 
 
-def inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]:
+def rename_inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]:
     """Renames of what is in a module."""
     return tuple(
         replace(each, there=f"{there}.{each.there}", here=tuple(f"{here}.{part}" for part in each.parts))
@@ -97,23 +97,25 @@ class Table:
 
     renames: tuple[Rename, ...]
 
-    def span(self, name: str) -> Span | None:
-        for rename in self._there(_first(name)):
-            found = _match(rename.there, name)
+    def find_span(self, name: str) -> Span | None:
+        for rename in self._there(_first_step(name)):
+            found = _match_rename(rename.there, name)
             if found is not None:
                 return Span(tuple(_fill_stars(part, found) for part in rename.parts), rename.swapped, rename.gated)
         return None
 
-    def home(self, path: str) -> str | None:
-        for rename, part in self._here(_first(path)):
-            found = _match(part, path)
+    def find_module(self, path: str) -> str | None:
+        for rename, part in self._here(_first_step(path)):
+            found = _match_rename(part, path)
             if found is not None:
                 return _fill_stars(rename.there, found)
         return None
 
-    def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
-        rename = next((each for each in self._there(_first(name)) if _match(each.there, name) is not None), None)
-        return (rows,) if rename is None else rename.sizes(rows, columns, len(rename.parts))
+    def split_rows(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
+        rename = next(
+            (each for each in self._there(_first_step(name)) if _match_rename(each.there, name) is not None), None
+        )
+        return (rows,) if rename is None else rename.split(rows, columns, len(rename.parts))
 
     def _there(self, first: str) -> Sequence[Rename]:
         """The renames that a name of this naming with such a first step may match."""
@@ -126,29 +128,29 @@ class Table:
     @cached_property
     def _by_first(self) -> tuple[Mapping[str, Sequence[Rename]], Mapping[str, Sequence[tuple[Rename, str]]]]:
         """The renames by the first step of their patterns; those that start with a star are in all of them."""
-        there = [(_first(each.there), each) for each in self.renames]
-        here = [(_first(part), (each, part)) for each in self.renames for part in each.parts]
+        there = [(_first_step(each.there), each) for each in self.renames]
+        here = [(_first_step(part), (each, part)) for each in self.renames for part in each.parts]
         return _group_by_first_step(there), _group_by_first_step(here)
 
 
-def _first(name: str) -> str:
+def _first_step(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _group_by_first_step(all_: Sequence[tuple[str, Each]]) -> dict[str, list[Each]]:
+def _group_by_first_step(all_: Sequence[tuple[str, Item]]) -> dict[str, list[Item]]:
     firsts = {"*", *(first for first, _ in all_)}
     return {first: [each for own, each in all_ if own in (first, "*")] for first in firsts}
 
 
 @lru_cache(maxsize=4096)
-def _pattern(pattern: str) -> re.Pattern[str]:
+def _compile_rename(pattern: str) -> re.Pattern[str]:
     steps = (r"([^.]+)" if step == "*" else re.escape(step) for step in pattern.split("."))
     return re.compile(r"\.".join(steps) + r"((?:\..+)?)")
 
 
-def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+def _match_rename(pattern: str, name: str) -> tuple[str, ...] | None:
     """What the stars of a pattern stand for, and what comes behind it."""
-    found = _pattern(pattern).fullmatch(name)
+    found = _compile_rename(pattern).fullmatch(name)
     return None if found is None else found.groups()
 
 

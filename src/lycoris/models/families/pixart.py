@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
-ATTENTION = inside(
+PIXART_ATTENTION = rename_inside(
     "blocks.*",
     "transformer_blocks.*",
     Rename("attn.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
@@ -16,11 +16,11 @@ ATTENTION = inside(
     Rename("cross_attn.proj", "attn2.to_out.0"),
 )
 """Of Sana too."""
-CAPTION = (
+PIXART_CAPTION = (
     Rename("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
     Rename("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
 )
-FINAL = (
+PIXART_FINAL = (
     Rename("final_layer.linear", "proj_out"),
     Rename("final_layer.scale_shift_table", "scale_shift_table"),
     Rename("blocks.*.scale_shift_table", "transformer_blocks.*.scale_shift_table"),
@@ -36,8 +36,8 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *ATTENTION,
-                *inside(
+                *PIXART_ATTENTION,
+                *rename_inside(
                     "blocks.*",
                     "transformer_blocks.*",
                     Rename("mlp.fc1", "ff.net.0.proj"),
@@ -51,8 +51,8 @@ TRANSFORMER = Architecture(
                 Rename("ar_embedder.mlp.0", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
                 Rename("ar_embedder.mlp.2", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
                 Rename("t_block.1", "adaln_single.linear"),
-                *CAPTION,
-                *FINAL,
+                *PIXART_CAPTION,
+                *PIXART_FINAL,
             )
         ),
     },
@@ -63,7 +63,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="pixart",
-    components={"": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     comfyui={"t5xxl": "text_encoder"},
     versions=("pixart",),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
 
 TRANSFORMER = Architecture(
     name="qwen-image",
@@ -13,7 +13,7 @@ TRANSFORMER = Architecture(
     blocks=("QwenImageTransformerBlock",),
     attention=("Attention",),
     feed_forward=("FeedForward",),
-    musubi=Trained(("QwenImageTransformerBlock",), (r".*(_mod_).*",)),
+    musubi_targets=MusubiTargets(("QwenImageTransformerBlock",), (r".*(_mod_).*",)),
     timestep="fraction",
 )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
 from lycoris.models.families.language_models import LANGUAGE_MODEL
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.pixart import ATTENTION, CAPTION, FINAL
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.pixart import PIXART_ATTENTION, PIXART_CAPTION, PIXART_FINAL
 
 TRANSFORMER = Architecture(
     name="sana",
@@ -23,8 +23,8 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *ATTENTION,
-                *inside(
+                *PIXART_ATTENTION,
+                *rename_inside(
                     "blocks.*",
                     "transformer_blocks.*",
                     Rename("mlp.inverted_conv.conv", "ff.conv_inverted"),
@@ -35,9 +35,9 @@ TRANSFORMER = Architecture(
                 Rename("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
                 Rename("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
                 Rename("t_block.1", "time_embed.linear"),
-                *CAPTION,
+                *PIXART_CAPTION,
                 Rename("attention_y_norm", "caption_norm"),
-                *FINAL,
+                *PIXART_FINAL,
             )
         ),
     },

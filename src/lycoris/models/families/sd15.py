@@ -22,7 +22,7 @@ UNET = Architecture(
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
     },
-    namings={"sgm": UNet(plain=frozenset({0}))},
+    namings={"sgm": UNet(levels_without_attention=frozenset({0}))},
     blocks=("Transformer2DModel", "SpatialTransformer"),
     attention=("Attention", "CrossAttention"),
     feed_forward=("FeedForward",),

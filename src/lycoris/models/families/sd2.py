@@ -23,7 +23,7 @@ UNET = Architecture(
             "use_linear_projection": True,
         },
     },
-    namings={"sgm": UNet(plain=frozenset({0}))},
+    namings={"sgm": UNet(levels_without_attention=frozenset({0}))},
     blocks=("Transformer2DModel", "SpatialTransformer"),
     attention=("Attention", "CrossAttention"),
     feed_forward=("FeedForward",),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture, Family
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import CLIP_WITH_PROJECTION, T5
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import CLIP_WITH_PROJECTION, T5_ENCODER
 
 MMDIT = Table(
     (
-        *inside(
+        *rename_inside(
             "joint_blocks.*.x_block",
             "transformer_blocks.*",
             Rename("attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
@@ -23,7 +23,7 @@ MMDIT = Table(
             Rename("mlp.fc2", "ff.net.2"),
             Rename("adaLN_modulation.1", "norm1.linear"),
         ),
-        *inside(
+        *rename_inside(
             "joint_blocks.*.context_block",
             "transformer_blocks.*",
             Rename("attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
@@ -86,7 +86,7 @@ FAMILY = Family(
         "": TRANSFORMER.name,
         "text_encoder": CLIP_WITH_PROJECTION.name,
         "text_encoder_2": CLIP_WITH_PROJECTION.name,
-        "text_encoder_3": T5.name,
+        "text_encoder_3": T5_ENCODER.name,
     },
     kohya={
         "lora_unet": "",

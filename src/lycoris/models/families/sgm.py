@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from lycoris.models.families.naming import Rename, Span, Table
 
-RESIDUAL: Mapping[str, str] = MappingProxyType(
+RESIDUAL_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "in_layers.0": "norm1",
         "in_layers.2": "conv1",
@@ -24,9 +24,9 @@ RESIDUAL: Mapping[str, str] = MappingProxyType(
     }
 )
 """Inside a residual block, there → in diffusers. Attention blocks have the same names in both."""
-RESIDUAL_BACK: Mapping[str, str] = MappingProxyType({here: there for there, here in RESIDUAL.items()})
+RESIDUAL_NAMES_BACK: Mapping[str, str] = MappingProxyType({here: there for there, here in RESIDUAL_NAMES.items()})
 
-AROUND = Table(
+OUTER_LAYERS = Table(
     (
         Rename("input_blocks.0.0", "conv_in"),
         Rename("time_embed.0", "time_embedding.linear_1"),
@@ -39,29 +39,31 @@ AROUND = Table(
     )
 )
 
-_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?")
-_MIDDLE = re.compile(r"middle_block\.([02])(?:\.(.+))?")
-_LEVEL = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?:\.(.+))?")
-_MID = re.compile(r"mid_block\.resnets\.([01])(?:\.(.+))?")
+_SGM_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?")
+_SGM_MIDDLE = re.compile(r"middle_block\.([02])(?:\.(.+))?")
+_DIFFUSERS_LEVEL = re.compile(
+    r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?:\.(.+))?"
+)
+_DIFFUSERS_MIDDLE = re.compile(r"mid_block\.resnets\.([01])(?:\.(.+))?")
 
 
 @dataclass(frozen=True)
 class UNet:
     """The naming of a UNet."""
 
-    plain: frozenset[int] = frozenset()
+    levels_without_attention: frozenset[int] = frozenset()
     """Up levels of diffusers without attention: their upsampler has the place that attention has in others."""
     residuals: int = 2
     """R, residual blocks in a level."""
 
-    def span(self, name: str) -> Span | None:
-        around = AROUND.span(name)
+    def find_span(self, name: str) -> Span | None:
+        around = OUTER_LAYERS.find_span(name)
         if around is not None:
             return around
-        if found := _MIDDLE.fullmatch(name):
+        if found := _SGM_MIDDLE.fullmatch(name):
             at, rest = found.groups()
-            return _one(f"mid_block.resnets.{int(at) // 2}", RESIDUAL, rest)
-        found = _BLOCK.fullmatch(name)
+            return _name_residual(f"mid_block.resnets.{int(at) // 2}", RESIDUAL_NAMES, rest)
+        found = _SGM_BLOCK.fullmatch(name)
         if found is None:
             return None
         side, number, place, rest = found[1], int(found[2]), int(found[3]), found[4]
@@ -73,17 +75,17 @@ class UNet:
             return Span((f"up_blocks.{level}.upsamplers.0.conv",))
         where = f"{'down' if down else 'up'}_blocks.{level}"
         if place == 0:
-            return _one(f"{where}.resnets.{i}", RESIDUAL, rest)
+            return _name_residual(f"{where}.resnets.{i}", RESIDUAL_NAMES, rest)
         return Span((_join_path(f"{where}.attentions.{i}", rest),)) if place == 1 else None
 
-    def home(self, path: str) -> str | None:
-        around = AROUND.home(path)
+    def find_module(self, path: str) -> str | None:
+        around = OUTER_LAYERS.find_module(path)
         if around is not None:
             return around
-        if found := _MID.fullmatch(path):
+        if found := _DIFFUSERS_MIDDLE.fullmatch(path):
             at, rest = found.groups()
-            return _first(_one(f"middle_block.{int(at) * 2}", RESIDUAL_BACK, rest))
-        found = _LEVEL.fullmatch(path)
+            return _only_part(_name_residual(f"middle_block.{int(at) * 2}", RESIDUAL_NAMES_BACK, rest))
+        found = _DIFFUSERS_LEVEL.fullmatch(path)
         if found is None:
             return None
         side, level, what, i, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
@@ -92,17 +94,17 @@ class UNet:
         if what == "downsamplers":
             return f"{side}.{start + self.residuals}.0.op" if rest == "conv" else None
         if what == "upsamplers":
-            place = 1 if level in self.plain else 2
+            place = 1 if level in self.levels_without_attention else 2
             return f"{side}.{start + self.residuals}.{place}.conv" if rest == "conv" else None
         if what == "resnets":
-            return _first(_one(f"{side}.{start + i}.0", RESIDUAL_BACK, rest))
+            return _only_part(_name_residual(f"{side}.{start + i}.0", RESIDUAL_NAMES_BACK, rest))
         return _join_path(f"{side}.{start + i}.1", rest)
 
-    def sizes(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
+    def split_rows(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
         return (rows,)
 
 
-def _one(where: str, names: Mapping[str, str], rest: str | None) -> Span | None:
+def _name_residual(where: str, names: Mapping[str, str], rest: str | None) -> Span | None:
     """A residual block, or a part of it by its other name."""
     if rest is not None and rest not in names:
         return None
@@ -113,5 +115,5 @@ def _join_path(where: str, rest: str | None) -> str:
     return where if rest is None else f"{where}.{rest}"
 
 
-def _first(span: Span | None) -> str | None:
+def _only_part(span: Span | None) -> str | None:
     return None if span is None else span.parts[0]

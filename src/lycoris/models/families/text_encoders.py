@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from lycoris.models.families.family import Architecture
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
 
 def _openclip(root: str) -> Table:
     """OpenCLIP's own names. Its `text_projection` is called the same but stored transposed; adapters leave it alone."""
     return Table(
         (
-            *inside(
+            *rename_inside(
                 "transformer.resblocks.*",
                 f"{root}encoder.layers.*",
                 Rename("attn.in_proj_weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -97,7 +97,7 @@ CLIP_WITH_PROJECTION = Architecture(
     feed_forward=CLIP.feed_forward,
 )
 
-T5 = Architecture(
+T5_ENCODER = Architecture(
     name="t5",
     classes=("T5EncoderModel", "UMT5EncoderModel"),
     models={
@@ -120,4 +120,4 @@ T5 = Architecture(
     feed_forward=("T5DenseGatedActDense", "UMT5DenseGatedActDense"),
 )
 
-TEXT_ENCODERS = (CLIP, CLIP_WITH_PROJECTION, T5)
+TEXT_ENCODERS = (CLIP, CLIP_WITH_PROJECTION, T5_ENCODER)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
-from lycoris.models.families.naming import Rename, Table, inside
-from lycoris.models.families.text_encoders import T5
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
+from lycoris.models.families.naming import Rename, Table, rename_inside
+from lycoris.models.families.text_encoders import T5_ENCODER
 
-_ATTENTION = (
+_WAN_ATTENTION = (
     Rename("q", "to_q"),
     Rename("k", "to_k"),
     Rename("v", "to_v"),
@@ -35,9 +35,9 @@ TRANSFORMER = Architecture(
     namings={
         "original": Table(
             (
-                *inside("blocks.*.self_attn", "blocks.*.attn1", *_ATTENTION),
-                *inside("blocks.*.cross_attn", "blocks.*.attn2", *_ATTENTION),
-                *inside(
+                *rename_inside("blocks.*.self_attn", "blocks.*.attn1", *_WAN_ATTENTION),
+                *rename_inside("blocks.*.cross_attn", "blocks.*.attn2", *_WAN_ATTENTION),
+                *rename_inside(
                     "blocks.*",
                     "blocks.*",
                     Rename("self_attn", "attn1"),
@@ -49,7 +49,7 @@ TRANSFORMER = Architecture(
                     Rename("norm2", "norm3"),
                     Rename("modulation", "scale_shift_table"),
                 ),
-                *inside(
+                *rename_inside(
                     "img_emb.proj",
                     "condition_embedder.image_embedder",
                     Rename("0", "norm1"),
@@ -73,7 +73,7 @@ TRANSFORMER = Architecture(
         *("WanSelfAttention", "WanCrossAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
     ),
     feed_forward=("FeedForward", "WanAttentionBlock.ffn"),
-    musubi=Trained(
+    musubi_targets=MusubiTargets(
         ("WanAttentionBlock",),
         (r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",),
     ),
@@ -81,7 +81,7 @@ TRANSFORMER = Architecture(
 
 FAMILY = Family(
     name="wan",
-    components={"": TRANSFORMER.name, "transformer_2": TRANSFORMER.name, "text_encoder": T5.name},
+    components={"": TRANSFORMER.name, "transformer_2": TRANSFORMER.name, "text_encoder": T5_ENCODER.name},
     kohya={"lora_unet": ""},
     comfyui={"umt5xxl": "text_encoder"},
     versions=("wan",),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lycoris.models.families.family import Architecture, Family, Trained
+from lycoris.models.families.family import Architecture, Family, MusubiTargets
 from lycoris.models.families.language_models import LANGUAGE_MODEL
-from lycoris.models.families.naming import Rename, Table, inside
+from lycoris.models.families.naming import Rename, Table, rename_inside
 
 TRANSFORMER = Architecture(
     name="z-image",
@@ -15,7 +15,7 @@ TRANSFORMER = Architecture(
     namings={
         "comfyui": Table(
             (
-                *inside(
+                *rename_inside(
                     "*.*.attention",
                     "*.*.attention",
                     Rename("qkv", ("to_q", "to_k", "to_v")),
@@ -31,7 +31,7 @@ TRANSFORMER = Architecture(
     blocks=("ZImageTransformerBlock",),
     attention=("Attention", "ZImageAttention"),
     feed_forward=("FeedForward",),
-    musubi=Trained(("ZImageTransformerBlock",), (r".*(_modulation|_refiner).*",)),
+    musubi_targets=MusubiTargets(("ZImageTransformerBlock",), (r".*(_modulation|_refiner).*",)),
     timestep="reversed",
 )
 
