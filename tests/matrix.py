@@ -1,7 +1,7 @@
 """Prints what each program makes of each algorithm's file, as measured: `.venv/bin/python -m tests.matrix`.
 
 ‖Δ' - Δ‖ / ‖Δ‖ of the change to weight and bias (for PEFT and diffusers: to the output), "-" where a program refuses or
-passes over, and where nothing is written for PEFT; "?" where it was not looked at; behind
+passes over, and where nothing is written for PEFT; "?" where it was not examined; behind
 an arrow, the same of what `lycoris convert --portable` writes.
 """
 

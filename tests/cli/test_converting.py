@@ -102,7 +102,7 @@ def test_detect(tmp_path: Path) -> None:
         (["convert", "{a}", "{b}", "--to", "kohya", "--dtype", "fp8"], "unknown --dtype 'fp8'"),
         (["convert", "{a}", "{b}", "--portable", "comfyui"], "--base"),
         (["check", "{a}", "--for", "comfy"], "unknown program 'comfy'; did you mean 'comfyui'"),
-        (["check", "{other}", "--for", "comfyui"], "is of no known model"),
+        (["check", "{other}", "--for", "comfyui"], "matches no known model"),
     ],
 )
 def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_report_replaces_nothing_unasked_and_never_what_is_read(tmp_path: Pa
     words = ["sd-1.5", "--config", str(config), "--json"]
     refused = run(*words, str(report))
     assert refused.exit_code == 2
-    assert "exists; name another file, or write over it with --force" in refused.stderr
+    assert "exists; name another file, or overwrite it with --force" in refused.stderr
     assert report.read_text() == "something else"
     assert run(*words, str(report), "--force").exit_code == 0
     assert json.loads(report.read_text())["config"]["algo"] == "lokr"

@@ -333,5 +333,5 @@ def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
         if verdict.reads == "as trained":
             found = read_by(consumer, case.entry, case.base, 0.5, dialect)
             assert found is not None
-            told = "at another strength than 1" in verdict.why
+            told = "at strengths other than 1" in verdict.why
             assert told == (error(change(found, case.base), half) > SAME), consumer

@@ -44,8 +44,8 @@ def test_pickles(zipped: bool, tmp_path: Path) -> None:
         put_down(what)
         poor(path, "something other than tensors by name")
     for what, word in (
-        (torch.eye(3).to_sparse(), "no plain tensor"),
-        (torch.ones(3, device="meta"), "no plain tensor|cannot be read safely"),
+        (torch.eye(3).to_sparse(), "not a dense tensor"),
+        (torch.ones(3, device="meta"), "not a dense tensor|cannot be read safely"),
         (torch.ones(1).expand(10**12), "needs 4000000000000 bytes and has 4"),
         (os.getcwd, "cannot be read safely: it asks for .*getcwd"),
     ):

@@ -32,12 +32,12 @@ EXPORTED = {
     "core of lora under dora": (multiply_out_core, "conv3d", DoRA(inner=LoRA(rank=2, tucker=True), axis="in")),
     "core of lokr": (flatten_w2, "conv2d", CORE),
     "core of lokr under dora": (flatten_w2, "conv1d", DoRA(inner=CORE)),
-    "whole w2": (flatten_w2, "conv3d", LoKr(full_matrix=True, factor=4)),
+    "unsplit w2": (flatten_w2, "conv3d", LoKr(full_matrix=True, factor=4)),
     "tall w2": (flatten_w2, "linear", LoKr(full_matrix=True, factor=2)),
-    "whole w2, split w1": (flatten_w2, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
+    "unsplit w2, split w1": (flatten_w2, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
     "split w2": (flatten_w2, "linear", LoKr(rank=1)),
     "split w1": (multiply_out_w1, "linear", LoKr(rank=1, alpha=2.0, decompose_both=True, use_scalar=True)),
-    "split w1, whole w2": (multiply_out_w1, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
+    "split w1, unsplit w2": (multiply_out_w1, "linear", LoKr(rank=3, alpha=2.0, decompose_both=True, factor=8)),
     "limit of oft": (apply_limit, "linear", OFT(block_size=4, constraint=0.004)),
     "limit of boft": (apply_limit, "conv1d", BOFT(block_size=18, constraint=0.01)),
     "no limit": (apply_limit, "linear", OFT(block_size=4, constraint=1e6)),
@@ -58,7 +58,7 @@ def test_an_export_does_the_same(name: str) -> None:
     is_read_again(made)
 
 
-@pytest.mark.parametrize("name", ["core of lora", "whole w2", "split w1", "limit of oft", "all ranks"])
+@pytest.mark.parametrize("name", ["core of lora", "unsplit w2", "split w1", "limit of oft", "all ranks"])
 def test_half_precision_is_not_rounded_again(name: str) -> None:
     export, layer, algorithm = EXPORTED[name]
     entry, base = entry_of(ROOMY[layer], algorithm)
@@ -67,7 +67,7 @@ def test_half_precision_is_not_rounded_again(name: str) -> None:
 
 
 STACKED = {
-    "whole w2": (flatten_w2, LoKr(full_matrix=True, factor=2)),
+    "unsplit w2": (flatten_w2, LoKr(full_matrix=True, factor=2)),
     "split w1": (multiply_out_w1, LoKr(rank=1, alpha=2.0, decompose_both=True)),
     "limit": (apply_limit, OFT(block_size=2, constraint=0.01)),
     "lora": (convert_to_lora, LoHa(rank=1)),
@@ -123,7 +123,7 @@ def chained(entry: Entry, consumer: str) -> str:
     [
         (CORE, "conv1d", "webui", "its w2 written as a product of two matrices"),
         (LoRA(rank=2, tucker=True), "conv3d", "comfyui", "its core multiplied into lora_down"),
-        (LoRA(rank=2), "conv1d", "webui", "written as the difference stored whole"),
+        (LoRA(rank=2), "conv1d", "webui", "written as the dense difference"),
         (Full(bias=False), "linear", "diffusers", "written as a LoRA"),
         (LoKr(rank=1, decompose_both=True), "linear", "musubi", "its w1 multiplied out"),
         (LoRA(rank=2), "linear", "peft", "nothing"),

@@ -269,7 +269,7 @@ def test_rotations_that_do_not_fit_name_their_program() -> None:
         resolve(tensors, Net())
 
 
-# -- whole weights ---------------------------------------------------------------------------------------------------
+# -- full weights ---------------------------------------------------------------------------------------------------
 
 WHOLE: dict[str, Callable[[Tensor, Tensor], Tensors]] = {
     "as the model": lambda w, b: {"norm.weight": w, "norm.bias": b},
@@ -377,7 +377,7 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
     "textual inversion": ({"emb_params": torch.ones(2, 768)}, "textual inversion"),
     "textual inversion of two": ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "textual inversion"),
     "learned embeds": ({"<cat-toy>": torch.ones(768)}, "textual inversion"),
-    "checkpoint": (ones("model.diffusion_model.out.2.weight", "first_stage_model.conv.weight"), "whole weights"),
+    "checkpoint": (ones("model.diffusion_model.out.2.weight", "first_stage_model.conv.weight"), "full weights"),
     "transformer": (
         ones("transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_q.bias"),
         "whole weigh",

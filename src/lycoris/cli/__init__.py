@@ -1,4 +1,4 @@
-"""The command line: a table from a word to a typed function. A command parses, calls one function, prints."""
+"""The command line: a table from a word to a typed function, which parses, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ app.command("detect")(detect_command)
 
 
 def main() -> None:
-    """The program `lycoris`."""
+    """Run the program `lycoris`.
+
+    Other libraries are silenced unless `--debug` is given.
+    """
     if DEBUG not in sys.argv:
         silence_libraries()
     app()

@@ -31,7 +31,10 @@ def convert_command(
     ] = None,
     base: BaseOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Dtype of the written tensors: fp32, fp16 or bf16; unchanged by default.", show_default=False
+        ),
     ] = None,
     strict: Annotated[
         bool,
@@ -100,7 +103,10 @@ def detect_command(
 
 
 def open_base(name: str | None) -> tuple[Any, Any]:
-    """The model without weights, and its weights where a folder has them."""
+    """Return the base model without weights, and its weights if it is a folder with some.
+
+    (None, None) without a name. Raises `ConfigError` if there is no such model.
+    """
     if name is None:
         return None, None
     from lycoris.cli.model import load_empty_model

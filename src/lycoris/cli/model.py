@@ -1,4 +1,4 @@
-"""A model for a command line: an empty copy of a known one, or of one that a `config.json` describes."""
+"""Make the empty model that a command line names: a known one, or one that a `config.json` describes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from lycoris.models import outline
 
 
 def load_empty_model(model: str) -> nn.Module:
-    """The model of that name, or of the `config.json` at that path, on torch's meta device.
+    """Build a model on torch's meta device.
 
-    Raises `ConfigError` when there is neither, when the file describes no model, or when its library is missing.
+    `model` is a known name, the path of a `config.json` of diffusers or transformers, or a folder with one.
+
+    Raises:
+        ConfigError: There is neither, the config describes no model, or its library is not installed.
     """
     path = Path(model)
     if path.is_dir():
@@ -74,7 +77,7 @@ def _make_model(path: Path, make: Any) -> nn.Module:
         with torch.device("meta"):
             made: nn.Module = make()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"{path}: no model could be made of this: {error}") from error
+        raise ConfigError(f"{path}: no model can be built from this: {error}") from error
     return made
 
 

@@ -29,7 +29,10 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existin
 
 @contextmanager
 def print_errors(debug: bool) -> Iterator[None]:
-    """Print the library's own errors to stderr and exit with 2; Ctrl-C exits with 130. `debug` lets them through."""
+    """Print the library's own errors to stderr and exit with 2; on Ctrl-C exit with 130.
+
+    A context manager. With `debug` exceptions propagate, with their stack traces.
+    """
     try:
         yield
     except LycorisError as error:
@@ -45,15 +48,21 @@ def print_errors(debug: bool) -> Iterator[None]:
 
 
 def exit_if_interrupted(outcome: Outcome, command: str) -> None:
-    """After Ctrl-C: say what was saved and how to go on with `command`, and exit with 130."""
+    """Exit with 130 after a run that Ctrl-C stopped, saying what was saved and how to resume.
+
+    Returns if the run was finished. `command` is what to run again, without `--resume`.
+    """
     if outcome.report is None:
         print(f"interrupted; saved {outcome.checkpoint} and {outcome.adapter}", file=sys.stderr)
-        print(f"go on with: {command} --resume latest", file=sys.stderr)
+        print(f"resume with: {command} --resume latest", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, through whatever links."""
+    """Return whether two paths lead to the same file, through whatever links.
+
+    False if either does not exist.
+    """
     try:
         return one.samefile(other)
     except OSError:
@@ -61,7 +70,10 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def silence_libraries() -> None:
-    """Let other libraries say nothing but errors, in this whole process: for the program, not for who imports it."""
+    """Silence everything but errors of other libraries, in this process.
+
+    For the program, not for those who import this package: it changes loggers, warnings and environment variables.
+    """
     # Two of them set the level of their logger themselves, when they are imported, from these.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

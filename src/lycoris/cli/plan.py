@@ -30,18 +30,18 @@ def plan_command(
             help="A known model such as flux.1-dev, or a config.json, or the folder it is in.", show_default=False
         ),
     ],
-    config: Annotated[Path | None, typer.Option(help="lycoris_config.json; options below come over it.")] = None,
-    algo: Annotated[OptionalText, typer.Option(help="lora, loha, lokr, ...: `algo` of the config.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A lycoris_config.json; the options below override it.")] = None,
+    algo: Annotated[OptionalText, typer.Option(help="Algorithm, `algo` in the config: lora, loha, lokr, ...")] = None,
     linear_dim: Annotated[int | None, typer.Option(help="Rank.")] = None,
-    linear_alpha: Annotated[float | None, typer.Option(help="ΔW is multiplied by alpha / rank.")] = None,
-    factor: Annotated[int | None, typer.Option(help="Of lokr.")] = None,
+    linear_alpha: Annotated[float | None, typer.Option(help="Alpha; ΔW is multiplied by alpha / rank.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Factor of lokr.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other option of the config.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens, or positions, that every layer sees in a pass.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Passes at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the base and its activations: bf16, fp16 or fp32.")] = "bf16",
-    file_dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "fp32",
+    tokens: Annotated[int, typer.Option(help="Tokens (or positions) that each layer sees per sample.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base and its activations: bf16, fp16 or fp32.")] = "bf16",
+    file_dtype: Annotated[str, typer.Option(help="Dtype of the adapter file: bf16, fp16 or fp32.")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adafactor, lion, prodigy, sgd, ...")] = "adamw",
     report: Annotated[Path | None, typer.Option("--json", help="Write the full plan as JSON to this file.")] = None,
     force: ForceOption = False,
@@ -59,7 +59,7 @@ def plan_command(
         )
         if report is not None:
             _check_report(report, config, model, force)
-        # What is wrong with the options is told before torch is imported, which takes seconds.
+        # Mistakes in the options are reported before torch is imported, which takes seconds.
         from lycoris.analysis.explain import explain
         from lycoris.analysis.memory import memory
         from lycoris.cli.model import load_empty_model
@@ -94,7 +94,10 @@ def _parse_settings_options(settings: Sequence[str] | None) -> dict[str, Any]:
 
 
 def parse_dtype(option: str, name: str) -> Any:
-    """A precision by its short name. Raises `ConfigError` for another."""
+    """Return the torch dtype of a short name: bf16, fp16 or fp32.
+
+    `option` is named in the error. Raises `ConfigError` for other names.
+    """
     import torch
 
     known: Mapping[str, Any] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,7 +114,7 @@ def _check_report(path: Path, config: Path | None, model: str, force: bool) -> N
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file for --json")
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists; name another file, or write over it with --force")
+        raise ConfigError(f"{path} exists; name another file, or overwrite it with --force")
 
 
 def _write_report(path: Path, whole: Mapping[str, Any]) -> None:

@@ -11,11 +11,12 @@ from lycoris.cli.convert import BaseOption, open_base
 from lycoris.cli.outcome import DebugOption, ForceOption, print_errors
 
 InputArgument = Annotated[
-    Path, typer.Argument(metavar="FILE", help="An adapter file, or a folder of PEFT's.", show_default=False)
+    Path, typer.Argument(metavar="FILE", help="An adapter file, or a PEFT folder.", show_default=False)
 ]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="Of the tensors: fp32, fp16 or bf16; as they are.", show_default=False)
+    str | None,
+    typer.Option(help="Dtype of the written tensors: fp32, fp16 or bf16; unchanged by default.", show_default=False),
 ]
 
 
@@ -109,7 +110,10 @@ def combine_command(
 
 
 def parse_source(text: str) -> tuple[str, float]:
-    """`FILE:0.7` → the file and its strength, 1 without one. A colon that no number follows is part of the name."""
+    """Split `FILE:0.7` into the file and its strength, which is 1 by default.
+
+    A colon that no number follows is part of the name.
+    """
     name, colon, strength = text.rpartition(":")
     try:
         return (name, float(strength)) if colon and name else (text, 1.0)
@@ -118,7 +122,10 @@ def parse_source(text: str) -> tuple[str, float]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `20MB`, `1.5 GB`, `300k` or a plain number; units are powers of 1000. Raises `ConfigError`."""
+    """Return the bytes of `20MB`, `1.5 GB`, `300k` or a plain number.
+
+    Units are powers of 1000. Raises `ConfigError` for anything else.
+    """
     from lycoris.errors import ConfigError
 
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}

@@ -1,1 +1,1 @@
-"""A small model, real images and settings that make a first result on a CPU in minutes."""
+"""A small model, real images, and settings that give a first result on a CPU in minutes."""

@@ -1,4 +1,4 @@
-"""The demo: the trainer, on a base model and images that come with the package."""
+"""The demo: the trainer on a base model and images that come with the package."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ DEMO_ASSETS = Path(__file__).parent / "assets"
 
 
 def load_demo_settings(output_dir: Path, *, steps: int | None = None, resume: str | None = None) -> Settings:
-    """The demo's settings, `assets/config.json`, with what the user chose put over them.
+    """Return the demo's settings: `assets/config.json` with the user's choices applied.
 
-    In float32 where the machine is slow in bfloat16.
-
-    With a checkpoint in `output_dir` it goes on from the latest, so that the same command finishes what it began.
+    Uses float32 where the machine is slow in bfloat16. If `output_dir` has a checkpoint, training resumes from the
+    latest, so that the same command finishes what it began; `resume` names another.
     """
     if resume is None and checkpoint.existing(output_dir):
         resume = LATEST

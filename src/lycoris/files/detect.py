@@ -154,7 +154,7 @@ def judge(
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     plain = [name for name in found.strange if foreign.is_foreign(name)]
-    told = f"{len(plain)} tensors are no adapter's: {some(plain)}" if plain else ""
+    told = f"{len(plain)} tensors belong to no adapter: {some(plain)}" if plain else ""
     strange = tuple(name for name in found.strange if name not in plain)
     return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
 

@@ -48,7 +48,7 @@ _RESAVE_ADVICE = "save it from that program as a diffusers or kohya file"
 FOREIGN_KINDS: Sequence[ForeignKind] = (
     ForeignKind(
         re.compile(r"(unet|text_encoder(_\d)?):\d+:(up|down)"),
-        "a LoRA of cloneofsimo's lora, whose layers have only numbers",
+        "a LoRA of cloneofsimo's lora, whose layers are only numbered",
         _RESAVE_ADVICE,
     ),
     ForeignKind(
@@ -57,12 +57,12 @@ FOREIGN_KINDS: Sequence[ForeignKind] = (
         "transpose each of them and save them as lora_A.weight and lora_B.weight, the scale times the latter",
     ),
     ForeignKind(
-        re.compile(r"w_[ab]_\d+"), "a LoRA for Segment Anything (SAM), whose layers have only numbers", _KEEP_ADVICE
+        re.compile(r"w_[ab]_\d+"), "a LoRA for Segment Anything (SAM), whose layers are only numbered", _KEEP_ADVICE
     ),
     ForeignKind(
         re.compile(r".+\.(qkv_proj(_context)?|out_proj(_context)?|mlp_(context_)?fc[12])\.lora_(down|up)"),
-        "a LoRA that was packed for Nunchaku's quantized models",
-        "convert the LoRA that it was made from",
+        "a LoRA packed for Nunchaku's quantized models",
+        "convert the original LoRA",
     ),
     ForeignKind(re.compile(r"(image_proj|ip_adapter)\..+"), "an IP-Adapter, which adds attention layers", _KEEP_ADVICE),
     ForeignKind(re.compile(r"\d+\.\d+\.linear\.\d+\.(weight|bias)"), "a hypernetwork of WebUI's", _KEEP_ADVICE),
@@ -72,11 +72,11 @@ FOREIGN_KINDS: Sequence[ForeignKind] = (
     ),
     ForeignKind(
         re.compile(r"(control_model|input_hint_block|controlnet_(cond_embedding|down_blocks|mid_block|blocks))\b.*"),
-        "a ControlNet, a model of its own",
+        "a ControlNet, which is a separate model",
         _KEEP_ADVICE,
     ),
     ForeignKind(
-        re.compile(r".+_custom_diffusion(_out)?(\..+)?"), "a Custom Diffusion file: whole projections", _KEEP_ADVICE
+        re.compile(r".+_custom_diffusion(_out)?(\..+)?"), "a Custom Diffusion file: full projections", _KEEP_ADVICE
     ),
     ForeignKind(
         re.compile(r".*motion_modules\..+"), "a motion module of AnimateDiff, or a LoRA of one", _KEEP_ADVICE, True
@@ -88,7 +88,7 @@ FOREIGN_KINDS: Sequence[ForeignKind] = (
         True,
     ),
     ForeignKind(
-        re.compile(r"state\.\d+\..+|.*\.exp_avg(_sq)?"), "the state of an optimizer", "name the adapter beside it"
+        re.compile(r"state\.\d+\..+|.*\.exp_avg(_sq)?"), "the state of an optimizer", "give the adapter next to it"
     ),
 )
 """The first that has a mark counts."""
@@ -154,7 +154,7 @@ def explain_no_adapter(names: TensorShapes) -> str:
     Covers empty files, embeddings, entire models, and the kinds in `FOREIGN_KINDS`.
     """
     if not names:
-        return "it has no tensors; if it was just saved, nothing was given to be saved"
+        return "it has no tensors; if it was just saved, there was nothing to save"
     short = [name for name in names if len(name) <= LONGEST_NAME]
     if any(ADAPTER_NAMES.search(name) for name in short):
         return ""
@@ -169,7 +169,7 @@ def explain_no_adapter(names: TensorShapes) -> str:
     own = [name for name in short if CHECKPOINT_NAMES.fullmatch(name)]
     if len(own) * 2 > len(names) and any(len(names[name]) > 1 for name in own):
         return (
-            f"it is the whole weights of a model, {len(names)} tensors such as {some(own[:2])}, not an adapter; "
+            f"it is the full weights of a model, {len(names)} tensors such as {some(own[:2])}, not an adapter; "
             "extract one from it and the base model that it was trained from, or load it as the model"
         )
     return ""

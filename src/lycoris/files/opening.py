@@ -184,7 +184,7 @@ def _require_model(found: Detection, component: str) -> str:
     """The known models that a component may be for equally well, in words; raises `FileError` where there is none."""
     if component not in found.models:
         raise FileError(
-            f"its {component or 'denoiser'} is of no known model, so that its layers' names cannot be told for "
-            "certain; give the model with --base: the folder or the config.json of that denoiser"
+            f"its {component or 'denoiser'} matches no known model, so the names of its layers are ambiguous; "
+            "give the model with --base: the folder or the config.json of that denoiser"
         )
     return found.variants(component)

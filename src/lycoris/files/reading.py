@@ -255,7 +255,7 @@ def _find_unused(match: Match, layout: ModelLayout) -> tuple[dict[str, str], str
         if layer not in match.names:
             unused |= dict.fromkeys(group.values(), f"{layout.model_name} has no layer {layer}")
     plain = [name for name in unused if foreign.is_foreign(name)] if match.used_names() else []
-    told = f"{len(plain)} tensors are no adapter's and of no layer, left out: {some(plain)}" if plain else ""
+    told = f"{len(plain)} tensors belong to no adapter and no layer, left out: {some(plain)}" if plain else ""
     return {name: why for name, why in unused.items() if name not in plain}, told
 
 

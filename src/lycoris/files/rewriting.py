@@ -56,7 +56,7 @@ class RewrittenFile(NamedTuple):
     written: EncodedFile
     dialect: str
     folder: Bundle | None = None
-    """What a folder of PEFT's is to hold instead."""
+    """What a PEFT folder is to hold instead."""
     unchanged: bool = False
     rounded: Mapping[str, int] = MappingProxyType({})
 
@@ -223,7 +223,7 @@ class Rewriter:
     def _make_folder(self, ready: _PlacedBundles) -> RewrittenFile:
         if set(ready.bundles) != {""}:
             names = ", ".join(name or "the denoiser" for name in ready.bundles)
-            raise FileError(f"a folder of PEFT's holds the adapters of one model, and this file has those of {names}")
+            raise FileError(f"a PEFT folder holds the adapters of one model, and this file has those of {names}")
         return RewrittenFile(EncodedFile({}, {}, ready.notes), "peft", folder=ready.bundles[""])
 
     def _check(self, made: RewrittenFile, program: str) -> ProgramCheck:

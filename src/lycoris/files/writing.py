@@ -162,7 +162,7 @@ def store_tensors(encoded: EncodedFile, dtype: torch.dtype | None, header: Mappi
 
 def _cast_to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     if not dtype.is_floating_point:
-        raise FileError(f"dtype={dtype} cannot hold adapters, whose numbers are fractions; give float32 or bfloat16")
+        raise FileError(f"dtype={dtype} cannot hold adapters, whose values are not integers; give float32 or bfloat16")
     found = {}
     for key, tensor in tensors.items():
         whole = key.endswith(".alpha") or not tensor.is_floating_point()
@@ -326,11 +326,11 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
     kinds, told, lost = {algorithm.name}, algorithm.name, False
     if isinstance(algorithm, DoRA):
         kinds |= {algorithm.inner.name}
-        told = f"dora over {algorithm.inner.name}, lengths on the {algorithm.axis}put"
+        told = f"dora over {algorithm.inner.name} with {algorithm.axis}put magnitude"
         lost = algorithm.axis not in dialect.magnitudes
     if lost or (dialect.algorithms is not None and not kinds <= dialect.algorithms):
         held = ", ".join(sorted(dialect.algorithms or ()))
-        lengths = "" if "in" in dialect.magnitudes else ", with lengths on the output"
+        lengths = "" if "in" in dialect.magnitudes else ", with output magnitude"
         raise FileError(
             f"{layer} has {told}; {dialect.name} files hold only {held}{lengths}; `lycoris convert --portable` turns "
             "others into one of them"

@@ -1,4 +1,4 @@
-"""Which base model adapters were made for: its class, the names and shapes of its layers, and signs of its weights."""
+"""Identify the base model that adapters were made for, by its class, layers and the signs of some weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ SAME_WEIGHTS_SHARE = 0.995
 
 
 class Fingerprint(NamedTuple):
-    """What tells one base model from another."""
+    """What distinguishes one base model from another.
+
+    `str` encodes it as JSON, as it is stored in headers.
+    """
 
     model: str
     """Name of its class."""
@@ -39,7 +42,13 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fingerprint:
-    """Of a model, by its layers; `model` is the name of its class."""
+    """Make the fingerprint of a model from its layers.
+
+    Args:
+        model: The name of its class.
+        layers: By path; their order does not matter.
+        signs: See `sample_signs`.
+    """
     lines = sorted(
         f"{path} {geometry.kind} {geometry.stacked_shape(geometry.shape)}" for path, geometry in layers.items()
     )
@@ -47,10 +56,10 @@ def fingerprint_layers(model: str, layers: Mapping[str, Geometry], signs: str = 
 
 
 def sample_signs(model: nn.Module) -> str:
-    """The signs of a few evenly spaced numbers of each linear layer and convolution, as base64; a thousand layers take
-    as many bytes. Rounding keeps signs, training turns a few, another training half.
+    """Return the signs of a few evenly spaced weights of each linear layer and convolution, as base64.
 
-    "" for weights that are not at hand: on the meta device, sharded, or stored in few bits.
+    One byte per layer. Rounding preserves signs, fine-tuning flips a few, training from scratch half of them. "" if
+    weights are not available: on the meta device, sharded, or quantized.
     """
     found = []
     for place in sorted(sites(model), key=lambda each: each.path):
@@ -68,7 +77,10 @@ def sample_signs(model: nn.Module) -> str:
 
 
 def compare_signs(one: str, other: str) -> float | None:
-    """The share of signs that are equal; None where there are none, or not as many of each."""
+    """Return the share of signs that two samples have in common.
+
+    None if either is empty or damaged, or they have different lengths.
+    """
     bits = [_decode_signs(told) for told in (one, other)]
     if not len(bits[0]) or len(bits[0]) != len(bits[1]):
         return None
@@ -76,7 +88,13 @@ def compare_signs(one: str, other: str) -> float | None:
 
 
 def describe_other_layers(header: Mapping[str, str], owner: str, *layers: Mapping[str, Geometry]) -> str:
-    """What is to be said where a file tells of a base with other layers than any of these; "" where it does not."""
+    """Return what to say about a file made for a base with other layers; "" if it was not.
+
+    Args:
+        header: The file's header.
+        owner: What to call the model in the message.
+        layers: The model's layers, in one or several namings. One that matches is enough.
+    """
     made_for = read_fingerprint(header)
     if made_for is None or made_for.layers in [fingerprint_layers("", each).layers for each in layers]:
         return ""
@@ -84,7 +102,10 @@ def describe_other_layers(header: Mapping[str, str], owner: str, *layers: Mappin
 
 
 def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
-    """What is to be said where a file tells of a base with these layers and other weights; "" where it does not."""
+    """Return what to say about a file made for a base with the same layers but other weights; "" if it was not.
+
+    "" also if either has no signs to compare.
+    """
     made_for = read_fingerprint(header)
     if made_for is None or not made_for.signs:
         return ""
@@ -99,7 +120,7 @@ def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
 
 
 def read_fingerprint(header: Mapping[str, str]) -> Fingerprint | None:
-    """What a file's header says; None when it says nothing that can be read."""
+    """Return the fingerprint in a file's header; None if there is none or it cannot be read."""
     try:
         told = json_object(header.get(FINGERPRINT_KEY, ""))
         return Fingerprint(str(told["model"]), str(told["layers"]), str(told.get("signs", "")))

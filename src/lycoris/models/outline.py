@@ -1,12 +1,12 @@
-"""A model without its code: which modules it is made of, as data from which an empty copy is built.
+"""Describe a model without its code: its modules as data, from which an empty copy is built.
 
 An outline is enough to plan on: classes by name, layers by their sizes, parameters by their shapes. Those of well-known
 models come with this package, so that planning for them needs no model library and takes no time.
 
-    {"class": name, "layer": [class of torch, arguments], "parameters": {name: shape}, "children": {name: outline}}
+        {"class": name, "layer": [class of torch, arguments], "parameters": {name: shape}, "children": {name: outline}}
 
-Every key but the class may be missing. A child called "0..18" stands for nineteen alike, 0 to 18. The outermost may
-have "tied": {name: name} besides, for a parameter that is the same as an earlier one.
+Every key but the class may be missing. A child called "0..18" stands for nineteen identical ones, 0 to 18. The
+outermost may also have "tied": {name: name}, for a parameter that is the same as an earlier one.
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ OUTLINE_LAYERS: Mapping[str, tuple[str, ...]] = {
 
 
 def make_outline(model: nn.Module) -> dict[str, Any]:
-    """The outline of a model. A module that appears twice is told once, under its first path."""
+    """Return the outline of a model.
+
+    A module that appears twice is described once, under its first path.
+    """
     tied = _find_tied_names(model)
     return _outline_module(model, set()) | ({"tied": tied} if tied else {})
 
 
 def build_model(told: Outline) -> nn.Module:
-    """An empty model on torch's meta device: classes of the same names, layers and parameters of the same shapes."""
+    """Build an empty model on torch's meta device from its outline.
+
+    Its classes have the same names, and its layers and parameters the same shapes; its modules have no `forward`.
+    """
     with torch.device("meta"):
         made = _build_module(told)
     for name, first in told.get("tied", {}).items():
@@ -55,26 +61,35 @@ def build_model(told: Outline) -> nn.Module:
 
 
 def list_models() -> list[str]:
-    """The models whose outlines come with this package."""
+    """Return the names of the models whose outlines come with this package, sorted."""
     return sorted(
         entry.name.removesuffix(".json") for entry in _outlines_folder().iterdir() if entry.name.endswith(".json")
     )
 
 
 def load_model(name: str) -> nn.Module:
-    """An empty copy of a well-known model. Raises `ConfigError` for another name, with the nearest that exists."""
+    """Build an empty copy of a known model.
+
+    Raises `ConfigError` for an unknown name, with the nearest that exists.
+    """
     return build_model(load_outline(name))
 
 
 def load_outline(name: str) -> Outline:
-    """The outline of a well-known model. Raises `ConfigError` for an unknown name."""
+    """Return the outline of a known model.
+
+    Raises `ConfigError` for an unknown name, with the nearest that exists.
+    """
     if name not in list_models():
         raise ConfigError(unknown("model", name, list_models()))
     return json.loads((_outlines_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
 
 
 def iterate_layers(told: Outline) -> Iterator[tuple[str, Geometry]]:
-    """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
+    """Yield path and geometry of each layer in an outline, as `geometry.sites` would in the model.
+
+    Identical modules are built only once, so this is faster than building the model.
+    """
     own = {key: value for key, value in told.items() if key not in ("children", "tied")}
     yield from _find_own_layers(json.dumps(own))
     for name, child in told.get("children", {}).items():

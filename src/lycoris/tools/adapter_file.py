@@ -1,4 +1,4 @@
-"""An adapter file as the tools take it: read whole, changed layer by layer, and written back as what it was."""
+"""An adapter file as the tools use it: read in full, changed layer by layer, and written in the same format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lycoris.files.writing import compose, keep_header, store_tensors
 
 
 class LayerLocation(NamedTuple):
-    """Where an adapter is."""
+    """Where an adapter is: a component, and a path in it."""
 
     component: str
     """Of a pipeline, as diffusers names it; "" is the denoiser."""
@@ -35,21 +35,29 @@ class LayerLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file, or a folder of PEFT's, and where it is."""
+    """An opened adapter file, or PEFT folder, with its path."""
 
     path: Path
     opened: Opened
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], base: nn.Module | None = None, *, strict: bool = True) -> AdapterFile:
-        """Read it. `base` is the denoiser that it is for, on the meta device; None: a known one.
+        """Read a file.
 
-        Raises `FileError`, unless `strict` is False also for layers that cannot be read.
+        Args:
+            base: The denoiser it is for, on the meta device; None: a known model.
+            strict: Whether to refuse a file with layers that cannot be read.
+
+        Raises:
+            FileError: The file is damaged or fits no model, or, with `strict`, something in it cannot be read.
         """
         return cls(Path(path), open_file(path, base, strict=strict))
 
     def iterate_stacks(self) -> Iterator[tuple[LayerLocation, Stack]]:
-        """Every layer with its adapters, lowest first."""
+        """Yield every layer with its adapters, lowest first.
+
+        In the order of the file, component by component.
+        """
         for component, bundle in self.opened.bundles.items():
             for path, stack in bundle.entries.items():
                 yield LayerLocation(component, path), stack
@@ -62,9 +70,13 @@ class AdapterFile:
     def write(
         self, target: str | os.PathLike[str], stacks: Mapping[LayerLocation, Stack], dtype: torch.dtype | None = None
     ) -> None:
-        """Write other adapters of these layers in the format of this file, with what stays true of its header.
+        """Write other adapters for these layers in the format of this file.
 
-        Layers that are not in `stacks` are left out. Raises `FileError` for what the format cannot hold.
+        The header keeps what is still true. Layers that are not in `stacks` are left out. `dtype` is that of the
+        tensors; None: unchanged.
+
+        Raises:
+            FileError: `stacks` is empty, or the format cannot store it.
         """
         bundles = {}
         for component, bundle in self.opened.bundles.items():
@@ -77,7 +89,7 @@ class AdapterFile:
         if DIALECTS[dialect].is_folder:
             if set(bundles) != {""}:
                 names = ", ".join(name or "the denoiser" for name in bundles)
-                raise FileError(f"a folder of PEFT's holds the adapters of one model, and these are of {names}")
+                raise FileError(f"a PEFT folder holds the adapters of one model, and these are of {names}")
             write_peft(bundles[""], target, dtype=dtype)
             return
         encoded = compose(bundles, dialect, model=self.opened.layouts, family=self.opened.family)
@@ -86,11 +98,11 @@ class AdapterFile:
 
 
 def measure_on_disk(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
+    """Return the bytes of a file, or of the files in a folder."""
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
     return sum(each.stat().st_size for each in files)
 
 
 def count_bytes(*entries: Entry) -> int:
-    """Of their tensors."""
+    """Return the bytes of the tensors of some entries."""
     return sum(tensor.numel() * tensor.itemsize for entry in entries for tensor in entry.tensors.values())

@@ -1,4 +1,4 @@
-"""Several adapters as one."""
+"""Combine several adapter files into one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_COMBINED_GROWTH = 1.1
 
 
 class WeightedEntry(NamedTuple):
-    """An adapter of a layer, and how much of it is added."""
+    """An adapter of a layer, and the strength it is added with."""
 
     strength: float
     entry: Entry
@@ -39,7 +39,7 @@ class WeightedEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Combination:
-    """What `combine` did. `str` tells it in lines."""
+    """What `combine` did. `str` gives a summary in lines."""
 
     forms: Mapping[LayerLocation, str]
     """Layer → what its adapters became."""
@@ -67,16 +67,23 @@ def combine(
     allow_growth: bool = False,
     overwrite: bool = False,
 ) -> Combination:
-    """Write one adapter file that does what several do together, each at its strength: ΔW = Σ strength · ΔW.
+    """Write one adapter file that is the sum of several: ΔW = Σ strength · ΔW.
 
-    Exact unless `rank` is given, which truncates what came of several to the best LoRA of that rank. A layer that one
-    file alone has keeps its algorithm. Others become a LoRA of all their factors, or a whole difference where that is
-    smaller. The result has the format of the first file.
+    Exact unless `rank` is given. A layer that only one file has keeps its algorithm; others become a LoRA with the
+    ranks of all, or a dense difference where that is smaller. The result has the format of the first file.
 
-    Raises `ConfigError` for a strength of 0, which some programs take for a missing alpha, or one that is no finite
-    number. Raises `FileError` where a sum depends on the base's weights (two DoRA on one layer, or one at a strength
-    other than 1), for files of different models, and for a result that is more than 10 % larger than all of them
-    together, unless `allow_growth`.
+    Args:
+        sources: Files and their strengths. A strength of 0 is refused, since some programs take it for a missing alpha.
+        rank: Truncate each sum of several adapters to the best LoRA of this rank.
+        base: The denoiser they are for, on the meta device; None: a known model.
+        dtype: Of the stored tensors; None: unchanged.
+        allow_growth: Whether the result may be more than 10 % larger than all files together.
+        overwrite: Whether to replace an existing target.
+
+    Raises:
+        ConfigError: A strength is 0 or not finite, `rank` is less than 1, or there is no file.
+        FileError: The files are for different models, a sum depends on the base's weights (two DoRA on one layer, or
+            one at a strength other than 1), or the result would be too large.
     """
     if not sources:
         raise ConfigError("no file to combine was given")
@@ -106,9 +113,10 @@ def combine(
 
 
 def scale_entry(entry: Entry, strength: float, where: str) -> Entry:
-    """The same adapter, so that strength 1 does what `strength` did.
+    """Return an adapter that does at strength 1 what this one does at `strength`.
 
-    Raises `FileError` for a change that does not grow in proportion to some of its tensors.
+    Raises:
+        FileError: The change is not proportional to any of its tensors, as for rotations and DoRA.
     """
     if strength == 1:
         return entry
@@ -168,7 +176,7 @@ def _without_bias(entry: Entry) -> Entry:
 
 
 def _concatenate_factors(entries: list[Entry]) -> Entry:
-    """The sum as a LoRA with the ranks of all, or as a whole difference where that is smaller."""
+    """The sum as a LoRA with the ranks of all, or as a dense difference where that is smaller."""
     g = entries[0].geometry
     factors = [conversion.low_rank(entry, always=True) for entry in entries]
     pairs = [each for each in factors if each is not None]

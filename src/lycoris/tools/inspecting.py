@@ -1,4 +1,4 @@
-"""What is in an adapter file: settings, sizes, how strong each layer is, and how many ranks it uses."""
+"""Measure what is in an adapter file: settings, sizes, the strength of each layer, and how many ranks it uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED_ERROR = 0.01
 
 
 class LayerReport(NamedTuple):
-    """One layer of a file."""
+    """Settings and measurements of one layer."""
 
     algorithm: str
     rank: int | None
@@ -50,7 +50,7 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. `str` tells it in lines, `as_dict` for JSON."""
+    """What `inspect` found. `str` gives a summary in lines, `as_dict` everything for JSON."""
 
     path: str
     format: str
@@ -68,7 +68,10 @@ class Inspection:
         return sum(each.parameters for each in self.layers.values())
 
     def find_problems(self) -> dict[str, list[str]]:
-        """Problem → the layers that have it."""
+        """Return problem → the layers, or tensors, that have it.
+
+        A problem is "changes nothing", or "not read" with the reason.
+        """
         found: dict[str, list[str]] = {}
         for layer, each in self.layers.items():
             if each.problem:
@@ -78,7 +81,10 @@ class Inspection:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, in types that JSON has."""
+        """Return everything in types that JSON has.
+
+        Layers are keyed by `str` of their location.
+        """
         layers = {str(layer): each._asdict() for layer, each in self.layers.items()}
         own = {"path": self.path, "format": self.format, "family": self.family, "models": list(self.models)}
         return own | {
@@ -138,8 +144,13 @@ def inspect(
 ) -> Inspection:
     """Read an adapter file and measure every layer of it.
 
-    `base` is the denoiser that it is for, on the meta device; None: a known one. With its `weights` norms are relative
-    to those of the base, too, and changes that depend on them are measured. Raises `FileError` as `read` does.
+    Args:
+        base: The denoiser it is for, on the meta device; None: a known model.
+        weights: The base model's weights. With them, norms are also given relative to the base, and adapters that
+            depend on it are measured.
+
+    Raises:
+        FileError: The file is damaged or fits no model. Layers that cannot be read are in `unread` instead.
     """
     file = AdapterFile.open(path, base, strict=False)
     detection = file.opened.detection

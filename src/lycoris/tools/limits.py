@@ -1,4 +1,4 @@
-"""How much of an adapter to keep: a rank, an energy, an error, or a size."""
+"""How much of an adapter to keep: a rank, an energy, an error, or a file size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lycoris.errors import ConfigError
 
 
 class Truncatable(NamedTuple):
-    """A layer's change, as far as the choice of a rank depends on it."""
+    """What the choice of a rank depends on for one layer."""
 
     energies: Tensor
     """(n + 1), ‖ΔW - ΔW_k‖² for k = 0 ... n; see `lycoris.ops.svd.Decomposition.energies`."""

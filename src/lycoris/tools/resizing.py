@@ -1,4 +1,4 @@
-"""Adapters of fewer ranks."""
+"""Reduce the ranks of adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAGNITUDE_SLOT = "magnitude"
 
 
 class Truncation(NamedTuple):
-    """What became of one layer."""
+    """What happened to one layer."""
 
     before: str
     """The algorithm that it had."""
@@ -37,7 +37,7 @@ class Truncation(NamedTuple):
 
 @dataclass(frozen=True)
 class Resizing:
-    """What `resize` did. `str` tells it in lines."""
+    """What `resize` did. `str` gives a summary in lines."""
 
     layers: Mapping[LayerLocation, Truncation]
     left_alone: Mapping[LayerLocation, str]
@@ -150,7 +150,10 @@ def _truncate_entry(entry: Entry, found: Decomposition, rank: int, below: Affine
 
 
 def decompose_entry(entry: Entry) -> Decomposition:
-    """The singular values of what an adapter adds to a layer, with its scale, ΔW as (O, I·ΠK)."""
+    """Return the singular value decomposition of an adapter's ΔW, scale included, as (O, I·ΠK).
+
+    Computed from the factors where there are some, without building ΔW.
+    """
     factors = conversion.low_rank(entry, always=True)
     if factors is None:
         change = conversion.dense(entry)
@@ -163,7 +166,10 @@ def decompose_entry(entry: Entry) -> Decomposition:
 
 
 def truncate_to_lora(found: Decomposition, rank: int, like: Entry) -> Entry:
-    """The first ranks as a LoRA on the layer of an entry, in the dtype of its tensors, with a scale of 1."""
+    """Return the first ranks of a decomposition as a LoRA with a scale of 1.
+
+    `like` gives the layer and the dtype of the tensors.
+    """
     g, ones = like.geometry, (1,) * len(like.geometry.kernel)
     dtype = next(t.dtype for t in like.tensors.values() if t.is_floating_point())
     up, down = found.factors(rank)

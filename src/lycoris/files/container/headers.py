@@ -165,7 +165,7 @@ def _parse_header(text: str) -> tuple[dict[str, TensorInfo], dict[str, str], int
 
     found, at = _parse_members(text, 0, value)
     if (at := _skip_space(text, at)) != len(text):
-        raise FileError(f"its header goes on behind its end, with {_show(text[at : at + SHOWN_CHARS])}: it is damaged")
+        raise FileError(f"its header has data after its end, with {_show(text[at : at + SHOWN_CHARS])}: it is damaged")
     placed = {key: each for key, each in found.items() if each is not None}
     return {key: each.info for key, each in placed.items()}, metadata, _check_offsets(placed)
 
@@ -181,7 +181,7 @@ def _parse_members(
     while True:
         key, at = _parse_string(text, at)
         if key in found:
-            raise FileError(f"its header has the key {_show(key)}{where} twice: which is meant cannot be told")
+            raise FileError(f"its header has the key {_show(key)}{where} twice, which is ambiguous")
         if len(found) == MAX_KEYS:
             raise FileError(f"its header{where} has more than {MAX_KEYS} keys: it is no adapter's")
         found[key], at = value(key, _expect_sign(text, at, ":", where))
@@ -247,7 +247,7 @@ def _check_entry(key: str, dtype: Any, shape: Any, data_offsets: Any) -> _Placed
         raise FileError(f"{_show(key)} is of dtype {_show(dtype)}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise FileError(
-            f"{_show(key)} has shape {_show(shape)} where at most {MAX_DIMENSIONS} whole numbers from 0 on are expected"
+            f"{_show(key)} has shape {_show(shape)} where at most {MAX_DIMENSIONS} non-negative integers are expected"
         )
     if not _are_sizes(data_offsets) or len(data_offsets) != 2 or data_offsets[0] > data_offsets[1]:
         raise FileError(f"{_show(key)} has data_offsets {_show(data_offsets)} where [begin, end] is expected")

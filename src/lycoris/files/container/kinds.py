@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from lycoris.errors import FileError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-"""Files of a folder of PEFT's."""
+"""Files of a PEFT folder."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 HEAD_BYTES = 512
 HEADER_LIMIT = 100_000_000

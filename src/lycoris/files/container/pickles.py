@@ -91,9 +91,9 @@ def _check_zip(path: Path, size: int) -> None:
 
 def _explain_unsafe_tensor(tensor: Any) -> str | None:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_quantized:
-        return f"is a {type(tensor).__name__} of {tensor.dtype}, no plain tensor"
+        return f"is a {type(tensor).__name__} of {tensor.dtype}, not a dense tensor"
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        return f"is {tensor.layout} on {tensor.device}, no plain tensor"
+        return f"is {tensor.layout} on {tensor.device}, not a dense tensor"
     if (there := tensor.untyped_storage().nbytes()) < tensor.nbytes:
         return f"of shape {tuple(tensor.shape)} needs {tensor.nbytes} bytes and has {there}"
     return None

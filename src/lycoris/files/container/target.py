@@ -27,11 +27,11 @@ def check_target(target: str | os.PathLike[str], sources: Iterable[Path] = (), *
     candidates = written[1:] if os.path.isdir(path) else written[:1]  # noqa: PTH112 -- Path.is_dir raises for them
     there = next((each for each in candidates if os.path.exists(each)), None)  # noqa: PTH110 -- likewise
     if there is not None and not overwrite:
-        raise FileError(f"{there} exists; name another, or write over it (--force, in Python overwrite=True)")
+        raise FileError(f"{there} exists; name another, or overwrite it (--force, in Python overwrite=True)")
 
 
 def _list_paths(path: Path) -> tuple[Path, ...]:
-    """A path, and the files that it holds as a folder of PEFT's."""
+    """A path, and the files that it holds as a PEFT folder."""
     return path, path / WEIGHTS, path / CONFIG, path / PICKLE
 
 

@@ -27,8 +27,8 @@ REFUSED: Mapping[str, str] = {
     "reshape_weight": "changes the shape of a layer, which no adapter can",
     "lokr_t1": "is a Tucker core of LoKr's first factor, which nothing is known to write or read",
     "bm.weight": "is an experimental part of GLoRA that 4.1.3 never trains",
-    "ia3_l": "scales inputs or outputs, as PEFT does; load it as a PEFT folder, with its config",
-    "oft_R.weight": "turns the inputs of a layer, as PEFT and OneTrainer do; load it as a PEFT folder, with its config",
+    "ia3_l": "scales inputs or outputs, as in PEFT; load it as a PEFT folder, with its config",
+    "oft_R.weight": "rotates inputs, as in PEFT and OneTrainer; load it as a PEFT folder, with its config",
 }
 """Tensors that are known, and for which there is no place; each with the reason."""
 
@@ -137,7 +137,7 @@ def _read_rotation(own: TensorGroup, g: Geometry, where: str) -> None:
             own["oft_blocks"] = torch.linalg.solve(wide.mT + eye, (wide - eye).mT).mT / 2
         except RuntimeError as error:
             raise FileError(
-                f"{where}.oft_diag turns something by half a circle, which no oft_blocks generate"
+                f"{where}.oft_diag contains a rotation by 180 degrees, which no oft_blocks generate"
             ) from error
         own.setdefault(ALPHA, torch.tensor(0.0))
 
@@ -157,7 +157,7 @@ def _read_rotation_parts(own: TensorGroup, g: Geometry, where: str) -> None:
         raise FileError(f"{told} are square blocks (n, s, s), not {shapes}")
     rows = [shape[0] * shape[1] for shape in shapes]
     if sum(rows) != g.out_features:
-        raise FileError(f"{told} turn {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
+        raise FileError(f"{told} rotate {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
     if len(parts) == 1:
         own[OFT_BLOCKS] = parts[0]
         return

@@ -46,11 +46,11 @@ def restore_trained_scale(
     settings = settings_of(header)
     if _normalize_setting(settings.get("algo")) == "dylora":
         block = _parse_block_size(settings.get("block_size"), rank, layer)
-        told = f"its DyLoRA was trained at {block} times the scale that it says, and is read so"
+        told = f"its DyLoRA was trained at {block} times the stored scale, and is read at that"
         return _set_alpha(stack, alpha * block), told
     apart = parts > 1 and rank % parts == 0 and _is_block_diagonal(entry.tensors["up"], parts)
     if apart and _normalize_setting(settings.get("split_qkv")) == "true":
-        told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read so"
+        told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read that way"
         return _set_alpha(stack, alpha * parts), told
     return stack, ""
 

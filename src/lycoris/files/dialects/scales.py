@@ -67,13 +67,13 @@ def find_scale_sources(header: Mapping[str, str], dialect: Dialect, prefix: str)
     if name == CONFIG and dialect.style == "dotted":
         own = _parse_settings(text, name)
         found += (
-            [ScaleSource(f"the {name} beside it", _read_alpha_at_same_rank(own))]
+            [ScaleSource(f"the {name} next to it", _read_alpha_at_same_rank(own))]
             if own.get("peft_type") in (None, "LORA")
             else []
         )
     if name == LYCORIS_CONFIG and dialect.style == "flat":
         own = _parse_settings(text, name)
-        found += _make_alpha_source(f"the {name} beside it", own.get("linear_dim"), own.get("linear_alpha"))
+        found += _make_alpha_source(f"the {name} next to it", own.get("linear_dim"), own.get("linear_alpha"))
     if dialect.scale == "alpha":
         found += _make_alpha_source(
             "the header's ss_network_alpha", header.get("ss_network_dim"), header.get("ss_network_alpha")
@@ -193,5 +193,5 @@ class ScaleReader:
             if not self.agreeing[name] and not self.rewritten:
                 found.append(f"{name} says alpha {other:g} for {layer}, {first} {counted:g}; the latter counted")
         if self.unknown and (self.dialect.scale == "header" or self.dialect.style == "flat"):
-            found.append(f"nothing tells the scale of {self.unknown} layers; 1 was taken")
+            found.append(f"the scale of {self.unknown} layers is not stored; 1 was used")
         return found

@@ -134,7 +134,7 @@ class PeftConfig:
     def _check_pattern(self, name: str) -> None:
         pattern = self.values.get(name) or {}
         if not isinstance(pattern, Mapping):
-            raise FileError(f"{name} must map names to numbers, not be {pattern!r:.80}")
+            raise FileError(f"{name} must map names to numbers, not {pattern!r:.80}")
         for key, value in pattern.items():
             _check_number(f"{name}[{key!r:.80}]", value)
             _compile_layer_pattern(str(key))
@@ -174,7 +174,7 @@ class PeftConfig:
         """
         value = self._match_path("rank_pattern", path, "r", 8)
         if value < 1 or value != int(value):
-            raise FileError(f"the rank of {path} must be a whole number of at least 1, not {value!r}")
+            raise FileError(f"the rank of {path} must be an integer of at least 1, not {value!r}")
         return int(value)
 
     def get_alpha(self, path: str) -> float:

@@ -74,7 +74,7 @@ def explain_unsupported(type_: str, g: Geometry) -> str:
     if type_ in ("LORA", "OFT", "BOFT") and any(step != 1 for step in g.dilation):
         return f"PEFT leaves the dilation of a convolution out in its {type_}"
     if type_ in ("OFT", "BOFT") and (g.groups > 1 or len(set(g.kernel)) > 1):
-        return f"PEFT turns all channels of a convolution in square windows, and this one is {g} of {g.groups} groups"
+        return f"PEFT rotates all channels of a convolution in square windows, and this one is {g} of {g.groups} groups"
     uneven = len(set(g.stride)) > 1 or isinstance(g.padding, str) or len(set(g.padding)) > 1
     return "PEFT's BOFT takes one stride and one padding for both directions" if type_ == "BOFT" and uneven else ""
 
@@ -146,7 +146,7 @@ def _read_lokr(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[
         _check_rank(config, path, named[name])
     w1, w2 = named.get("lokr_w1"), named.get("lokr_w2")
     if g.kind == "conv" and len(g.kernel) == 1 and w2 is not None:
-        # PEFT multiplies a whole w2 of a Conv1d along other axes, and reshapes: a weight, though none of LoKr's.
+        # PEFT multiplies an unsplit w2 of a Conv1d along other axes, and reshapes: a weight, though none of LoKr's.
         first = named["lokr_w1_a"] @ named["lokr_w1_b"] if w1 is None else w1
         weight = torch.kron(first, w2) * config.get_scale(path)
         if weight.numel() != g.size:
@@ -191,7 +191,7 @@ def _read_boft(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[
     weight = read_base(place).weight
     turn = _make_rotation(make_boft_rotation, place, named["R"].double())
     if len(turn) != g.fan_in:
-        raise FileError(f"{path}: boft_R of shape {tuple(named['R'].shape)} does not turn {g.fan_in} features")
+        raise FileError(f"{path}: boft_R of shape {tuple(named['R'].shape)} does not rotate {g.fan_in} features")
     length = _reshape_checked(named["s"], (g.out_features,), f"{path}.boft_s").double()
     wide = weight.double()
     turned = ((wide.flatten(1) @ turn.T) * length.unsqueeze(1)).reshape(g.shape)

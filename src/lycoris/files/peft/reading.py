@@ -181,8 +181,8 @@ def _list_remarks(found: _SortedTensors, places: Mapping[str, Site], config: Pef
         )
     if found.changed:
         remarks.append(
-            f"{len(found.changed)} tensors are whole ones in place of the model's own, not adapters, and differ from "
-            f"them; left out: {some(sorted(found.changed))}"
+            f"{len(found.changed)} tensors replace the model's own and differ from them, so they are no adapters; "
+            f"left out: {some(sorted(found.changed))}"
         )
     windows = [
         path for path in found.layers if len(places[path].geometry.kernel) and not places[path].geometry.pointwise

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,10 +21,9 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.errors import FileError
 from lycoris.files import placing
-from lycoris.files.container.kinds import CONFIG, WEIGHTS
-from lycoris.files.container.storage import save_tensors
 from lycoris.files.container.target import check_target
 from lycoris.files.peft.factors import LokrFactors, choose_lokr_settings, is_representable
+from lycoris.files.peft.folder import write_folder
 from lycoris.files.peft.layers import explain_unsupported, read_base
 from lycoris.files.peft.reading import PEFT_PREFIX
 from lycoris.layers import paths
@@ -119,7 +116,7 @@ def write_peft(
         raise FileError(f"{bad} is not finite{'' if dtype is None else f' as {dtype}'}; nothing was written")
     head = {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": None}
     text = json.dumps(head | config, indent=2, sort_keys=True) + "\n"
-    _write_folder(Path(folder), {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}, text)
+    write_folder(Path(folder), {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}, text)
 
 
 def encode_lora_metadata(bundles: Mapping[str, Bundle]) -> str:
@@ -168,7 +165,7 @@ def _choose_type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -
     if name == "IA3" and g.has_bias and not scaled and not (isinstance(algorithm, IA3) and algorithm.on_input):
         why = "PEFT's IA3 scales a layer's output and with it the bias, which stays as it is here"
     if name == "LOKR" and g.kind == "conv" and len(g.kernel) == 1 and "w2" in first.tensors:
-        why = "PEFT multiplies a whole w2 of a Conv1d along other axes"
+        why = "PEFT multiplies an unsplit w2 of a Conv1d along other axes"
     if name == "LOKR" and len(g.kernel) == 1 and "t2" in first.tensors and first.tensors["t2"].shape[0] == 1:
         why = "PEFT fails to run a Tucker core of rank 1 on a Conv1d"
     return ("", f"{algorithm.name}: {why}") if why else (name, "")
@@ -366,39 +363,3 @@ _SETTINGS: Mapping[str, Callable[[dict[str, _PeftLayer]], dict[str, Any]]] = {
     "LOKR": _make_lokr_settings,
     "IA3": _make_ia3_settings,
 }
-
-
-def _write_folder(folder: Path, tensors: Mapping[str, Tensor], config: str) -> None:
-    """Both files into a new folder beside it, then in place; of a folder that is there, both or neither."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not folder.is_dir():
-        raise FileError(f"{folder} is a file; give a folder")
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
-    try:
-        save_tensors(tensors, made / WEIGHTS, {})
-        (made / CONFIG).write_text(config, encoding="utf-8")
-        if folder.exists():
-            _replace_files(made, folder)
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            made.chmod(0o777 & ~mask)
-            made.replace(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _replace_files(made: Path, folder: Path) -> None:
-    before = {name: made / f"{name}.before" for name in (WEIGHTS, CONFIG) if (folder / name).exists()}
-    for name, kept in before.items():
-        shutil.copy2(folder / name, kept)
-    try:
-        for name in (WEIGHTS, CONFIG):
-            (made / name).replace(folder / name)
-    except OSError:
-        for name in (WEIGHTS, CONFIG):
-            if name in before:
-                before[name].replace(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        raise

@@ -1,4 +1,4 @@
-"""Programs that read adapter files, one file each: what they make of which adapters, as far as it was looked at."""
+"""Programs that read adapter files, one module each: what each makes of which adapters, as far as it was examined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program makes of an adapter file, before it is given to it."""
+"""Predict what a program makes of an adapter file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lycoris.files.programs.written import find_denoiser, find_scales, group_wri
 
 @dataclass(frozen=True)
 class ProgramCheck:
-    """What a program reads of a file. `str` tells it in lines, layers with the same verdict together."""
+    """What a program reads of a file. `str` gives it in lines, with layers of the same verdict together."""
 
     program: str
     detection: Detection
@@ -37,24 +37,37 @@ class ProgramCheck:
 
     @property
     def as_trained(self) -> bool:
-        """Whether all of it is read as it was trained."""
+        """Whether the program reads all of the file as it was trained.
+
+        False also where that is not known.
+        """
         return not self.keys and all(each.reads == "as trained" for each in self.layers.values())
 
     @property
     def reasons(self) -> list[str]:
-        """Why not all of it is."""
+        """Why the file is not read as trained, one sentence each.
+
+        Empty if it is.
+        """
         bad = [row for row in self.list_rows() if row[2] != "as trained"]
         found = [f"{count} layers of {algorithm} are read {reads}: {why}" for algorithm, count, reads, _, why in bad]
         return [*filter(None, [self.keys]), *found]
 
     @property
     def remedies(self) -> tuple[str, ...]:
-        """What exports would do."""
+        """What conversion would change to fix it, sorted.
+
+        Empty if nothing is wrong, or no fix is known.
+        """
         found = {EXPORTS[each.remedy].description for each in self.layers.values() if each.remedy is not None}
         return tuple(sorted(found))
 
     def list_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(algorithm, layers, read, error, why), one for each verdict."""
+        """Return the verdicts as a table: (algorithm, layers, read, error, why).
+
+        One row for each verdict; all cells are strings. The error is relative to the trained change, and "" where the
+        tensors alone do not determine it.
+        """
         groups: dict[tuple[str, Verdict], list[str]] = {}
         for layer, verdict in self.layers.items():
             groups.setdefault((self.algorithms[layer], verdict._replace(error=None)), []).append(layer)
@@ -86,9 +99,18 @@ class ProgramCheck:
 
 
 def check(path: str | os.PathLike[str], program: str, *, base: nn.Module | None = None) -> ProgramCheck:
-    """What a program makes of an adapter file, layer by layer, by its rules as they are known here.
+    """Predict what a program makes of an adapter file, layer by layer.
 
-    `base` as for `convert`. Raises `FileError` when the file is damaged or fits no model.
+    The rules are those of the program versions named in `lycoris.files.programs`; the program itself is not run.
+
+    Args:
+        path: A file or a PEFT folder.
+        program: A name in `PROGRAMS`.
+        base: The denoiser it is for, which may be on the meta device; None: a known model, recognized by names and
+            sizes.
+
+    Raises:
+        FileError: The file is damaged or fits no model, or `program` is unknown.
     """
     if program not in PROGRAMS:
         raise FileError(unknown("program", program, PROGRAMS))
@@ -96,7 +118,10 @@ def check(path: str | os.PathLike[str], program: str, *, base: nn.Module | None 
 
 
 def check_opened(found: Opened, name: str) -> ProgramCheck:
-    """The same of a file that is open."""
+    """Predict what the program of that name makes of an opened file.
+
+    `name` must be in `PROGRAMS`. The same as `check` for a file that was read before.
+    """
     program = PROGRAMS[name]
     detection, bundles, layouts = found.detection, found.bundles, found.layouts
     written = group_written(found.shapes, detection)

@@ -131,13 +131,13 @@ REPLACEMENT_ROWS = (
     Row(
         all_of(replaces, changes_replaced),
         "differently",
-        "puts a whole weight or bias in place of what else there is for it",
+        "puts a full weight or bias in place of what else there is for it",
         "joined",
     ),
     Row(
         all_of(replaces_weight, is_exchanged),
         "differently",
-        "puts a whole weight as it is where its model holds the two halves exchanged",
+        "puts a full weight as it is where its model holds the two halves exchanged",
         "format",
     ),
     Row(
@@ -157,10 +157,10 @@ REPLACEMENT_ROWS = (
     Row(
         has_algorithm("replace"),
         "as trained",
-        "puts whole weights and biases in place of the own ones, at another strength than 1 too",
+        "puts full weights and biases in place of the own ones, at strengths other than 1 too",
     ),
 )
-"""Whole weights and biases. One beside another algorithm is judged by the rows of that."""
+"""Full weights and biases. One beside another algorithm is judged by the rows of that."""
 STACK_ROW = Row(
     all_of(is_stacked, has_algorithm("lora", "loha", "lokr", "glora")),
     "not at all",
@@ -173,7 +173,7 @@ MODULATION_ROWS = (
     Row(
         all_of(IS_MODULATION, replaces_weight),
         "not at all",
-        "keeps this parameter in another shape than a whole weight has, and stops",
+        "keeps this parameter in another shape than a full weight has, and stops",
         "lora",
         stops=True,
     ),
@@ -197,14 +197,14 @@ STACK_ROWS = (
     Row(
         all_of(IS_UNSPLIT_LOKR_STACK, has_dora),
         "differently",
-        "takes DoRA's lengths for those of a stack of one; how far off that is depends on the base weight",
+        "takes DoRA's magnitude for that of a stack of one; how far off that is depends on the base weight",
         "dense",
     ),
     Row(IS_UNSPLIT_LOKR_STACK, "as trained", "computes what was trained"),
     Row(
         all_of(is_stacked, has_algorithm("diag-oft", "boft")),
         "not at all",
-        "turns matrices and no stacks of them, and leaves the layer out",
+        "rotates matrices and no stacks of them, and leaves the layer out",
         "dense",
     ),
 )
@@ -226,14 +226,14 @@ SHARED_ROWS = (
     Row(
         all_of(has_dora, has_algorithm("full")),
         "differently",
-        "takes the difference and leaves DoRA's lengths out",
+        "applies the difference and ignores DoRA's magnitude",
         "plain",
     ),
     Row(
         has_output_magnitude,
         "differently",
-        "divides DoRA's lengths by those of the weight below instead of the adapted one; how far off that is depends "
-        "on the base weight",
+        "divides DoRA's magnitude by the norms of the base weight instead of the adapted one; how far off "
+        "that is depends on the base weight",
         "plain",
     ),
     Row(
@@ -266,7 +266,7 @@ COMFYUI_PROGRAM = Program(
         Row(
             all_of(has_algorithm("diag-oft"), has_row_magnitude),
             "differently",
-            "leaves the lengths of OFT's rows out",
+            "ignores the magnitude of OFT's rows",
             "plain",
         ),
         Row(
@@ -279,7 +279,7 @@ COMFYUI_PROGRAM = Program(
         Row(
             has_algorithm("diag-oft", "boft"),
             "as trained",
-            "turns the rows as trained; at another strength than 1 the strength counts twice",
+            "rotates the rows as trained; at strengths other than 1 the strength counts twice",
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),

@@ -38,7 +38,7 @@ MATCHES_NOTHING = r"(?!)"
 
 
 class ModelKeys(NamedTuple):
-    """A class of models: what stands before which names, beside `OWN_PREFIXES` before its own."""
+    """What ComfyUI knows for a class of models: prefixes and names, besides its own names behind `OWN_PREFIXES`."""
 
     own: tuple[str, ...] = ()
     """More of what stands before its own names."""
@@ -152,7 +152,10 @@ _SPELLED = frozenset(
 
 
 def take_by_comfyui(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
-    """Those that it knows behind a layer's key; each bias has a key of its own behind `diffusion_model.`."""
+    """Return the tensors that ComfyUI looks for behind a layer's key.
+
+    Each bias has a key of its own behind `diffusion_model.`.
+    """
     biases = {"bias.diff"} if key.startswith("diffusion_model.") and not place else set()
     return TakenTensors(names & (_SPELLED | biases))
 
@@ -169,7 +172,10 @@ _PREFIXES = sorted(
 
 
 def find_known(architecture: str, naming: str) -> KnownKeys | None:
-    """What it knows of keys with the names that a naming gives an architecture's layers; None for UNets and others."""
+    """Return what ComfyUI knows of keys with a naming's names of an architecture's layers.
+
+    None for UNets and text encoders, which `COMFYUI_KEYS` lists by dialect.
+    """
     model = MODEL_KEYS.get(architecture)
     if model is None:
         return None

@@ -32,23 +32,27 @@ IA3_CONVOLUTION_ROWS = (
 W2_AXES_ROW = Row(
     has_misplaced_w2,
     "differently",
-    "pairs the wrong axes of a whole w2 on a convolution over one or three dimensions",
+    "pairs the wrong axes of an unsplit w2 on a convolution over one or three dimensions",
     "flat w2",
     misplaced_alone,
 )
 COLUMN_MAGNITUDE_ROW = Row(
     has_output_magnitude,
     "differently",
-    "divides DoRA's lengths by those of the columns, whichever axis they are for; how far off that is depends on the "
-    "base weight",
+    "divides DoRA's magnitude by the norms of the columns, whichever axis it is for; how far off that is depends on "
+    "the base weight",
     "plain",
 )
 LONE_SHIFT_ROW = Row(has_lone_shift, "not at all", "looks for w_norm, and knows no b_norm without it", "both norms")
-EXTRA_BIAS_ROW = Row(has_extra_entries, "differently", "leaves out the change of the bias that is beside it", "joined")
+EXTRA_BIAS_ROW = Row(has_extra_entries, "differently", "ignores the change of the bias next to it", "joined")
 
 
 def make_core_rows(why: str) -> tuple[Row, ...]:
-    """What cannot be read off pictures, each with the export that keeps most of it."""
+    """Make the rows for Tucker cores that only fit convolutions over two dimensions.
+
+    Each has the export that keeps the adapter as small as possible. `why` completes a sentence that begins with the
+    program.
+    """
     return (
         Row(all_of(has_core, is_not_2d, has_algorithm("lokr")), "not at all", why, "flat w2"),
         Row(all_of(has_core, is_not_2d, has_algorithm("lora")), "not at all", why, "no core"),

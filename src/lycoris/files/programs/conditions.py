@@ -1,4 +1,4 @@
-"""What the rows of the tables ask of an adapter."""
+"""Conditions of program tables: combinations, and where and how a file stores the layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from lycoris.files.programs.program import Case, Condition
 
 
 def all_of(*tests: Condition) -> Condition:
+    """Make a condition that holds where all of these do.
+
+    They are evaluated in order, up to the first that fails.
+    """
     return lambda case: all(test(case) for test in tests)
 
 
 def any_of(*tests: Condition) -> Condition:
+    """Make a condition that holds where at least one of these does.
+
+    They are evaluated in order, up to the first that holds.
+    """
     return lambda case: any(test(case) for test in tests)
 
 
@@ -22,69 +30,81 @@ def not_(test: Condition) -> Condition:
 
 
 def is_for(*architectures: str) -> Condition:
+    """Make a condition for layers of these architectures."""
     return lambda case: case.architecture in architectures
 
 
 def is_written_as(*dialects: str) -> Condition:
+    """Make a condition for files in these dialects."""
     return lambda case: case.dialect in dialects
 
 
 def is_not_written_as(*dialects: str) -> Condition:
+    """Make a condition for files in any other dialect."""
     return lambda case: case.dialect not in dialects
 
 
 def has_own_names(case: Case) -> bool:
-    """Behind what ComfyUI's own names of layers stand behind."""
+    """Return whether the layer's key is one of ComfyUI's own names.
+
+    By its prefix; where the key is not known, by the dialect.
+    """
     if case.key:
         return case.key.startswith("diffusion_model.")
     return case.dialect in ("comfyui", "onetrainer-comfy", "musubi-other")
 
 
 def is_modeled_as(*models: str) -> Condition:
-    """Of a component that is taken to be such a model."""
+    """Make a condition for components that are taken to be one of these known models."""
     return lambda case: case.model in models
 
 
 def has_single_dot(case: Case) -> bool:
-    """With a tensor whose name in the file has one dot."""
+    """Return whether some tensor's name in the file has fewer than two dots.
+
+    WebUI takes the last two steps of SD 3's names for the tensor's.
+    """
     return any(f"{case.key}.{name}".count(".") < 2 for name in case.spelled or case.stored or (ALPHA,))
 
 
 def has_no_key(case: Case) -> bool:
-    """A layer of which it is not known what its keys call it."""
+    """Return whether it is not known what the file calls the layer."""
     return not case.key
 
 
 def is_not_behind(*prefixes: str) -> Condition:
-    """A layer whose keys begin otherwise."""
+    """Make a condition for layers whose keys have none of these prefixes.
+
+    Does not hold where the key is not known.
+    """
     return lambda case: bool(case.key) and not case.key.startswith(prefixes)
 
 
 def is_named(pattern: str) -> Condition:
-    """A layer whose keys are called so."""
+    """Make a condition for layers whose entire key matches a regular expression."""
     return lambda case: re.fullmatch(pattern, case.key) is not None
 
 
 def is_dotted(case: Case) -> bool:
-    """In a dialect whose paths have dots."""
+    """Return whether the dialect's paths have dots."""
     return DIALECTS[case.dialect].style == "dotted"
 
 
 def lacks_base(case: Case) -> bool:
-    """With a base weight that is not at hand."""
+    """Return whether the verdict would depend on a base weight that was not given."""
     return case.base is None
 
 
 def is_in_rows(case: Case) -> bool:
-    """A layer that the program's model holds as rows of a larger one, or with its halves exchanged."""
+    """Return whether the program's model stores the layer as rows of a larger one, or with its halves swapped."""
     return case.place in ("rows", "swapped")
 
 
 def is_renamed(case: Case) -> bool:
-    """A layer that the program's model calls otherwise."""
+    """Return whether the program's model has the layer under another name, in rows of another, or swapped."""
     return bool(case.place)
 
 
 def is_exchanged(case: Case) -> bool:
-    """A layer whose halves the program exchanges."""
+    """Return whether the program's model stores the layer with its two halves swapped."""
     return case.place == "swapped"

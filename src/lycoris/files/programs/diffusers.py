@@ -31,7 +31,11 @@ PADDING_DIFFERS = "pads with zeros beside a layer that does not; how far off tha
 
 
 def make_lora_rows(when: Condition, reads: Reads, why: str) -> tuple[Row, Row]:
-    """What LoRA makes right, on layers where PEFT's LoRA itself is right. What is not read costs the whole file."""
+    """Make the rows for an adapter that diffusers misreads but that converts exactly to LoRA.
+
+    Where PEFT's LoRA itself does not fit the layer, no remedy is offered. An adapter that is not read at all makes
+    diffusers reject the file.
+    """
     beside = Row(all_of(when, misfits_peft_lora), reads, f"{why}; nor does its LoRA fit here", stops=True)
     return beside, Row(when, reads, why, "lora", stops=True)
 
@@ -54,7 +58,10 @@ _is_flux1_in_diffusers_names = all_of(is_for("flux1"), is_written_as("diffusers"
 
 
 def is_from_kohya(case: Case) -> bool:
-    """In a file of kohya's, of which the converter for Flux.2 leaves out what it has no use for."""
+    """Return whether a file has kohya's names.
+
+    The converter for Flux.2 drops what it has no use for from such files.
+    """
     return "lora_down.weight" in case.file_suffixes
 
 
@@ -129,7 +136,7 @@ DIFFUSERS_PROGRAM = Program(
                 has_algorithm("lora"),
             ),
             "differently",
-            "leaves out the change of the bias that is beside it",
+            "ignores the change of the bias next to it",
         ),
         Row(
             all_of(any_of(has_other_algorithm("lora"), changes_bias), _is_flux1_in_diffusers_names),
@@ -163,12 +170,12 @@ DIFFUSERS_PROGRAM = Program(
                 any_of(_is_converted, is_written_as("kohya", "musubi")),
             ),
             "not at all",
-            "rejects files with DoRA's lengths for Wan",
+            "rejects files with DoRA's magnitude for Wan",
         ),
         *make_lora_rows(
             all_of(has_dora_scale, any_of(has_algorithm("lora"), _is_accepted_lokr)),
             "differently",
-            "leaves DoRA's lengths out, which in this format are called dora_scale; how far off that is depends on the "
+            "ignores DoRA's magnitude, which in this format is called dora_scale; how far off that is depends on the "
             "base weight",
         ),
         Row(
@@ -188,9 +195,9 @@ DIFFUSERS_PROGRAM = Program(
         *make_lora_rows(
             all_of(has_input_magnitude, is_square),
             "differently",
-            "takes DoRA's lengths of inputs for those of outputs, and how far off that is depends on the base weight",
+            "takes DoRA's input magnitude for one of outputs, and how far off that is depends on the base weight",
         ),
-        *make_lora_rows(has_input_magnitude, "not at all", "knows DoRA's lengths of outputs only"),
+        *make_lora_rows(has_input_magnitude, "not at all", "knows DoRA's output magnitude only"),
         Row(
             all_of(has_core, misfits_peft_lora),
             "not at all",

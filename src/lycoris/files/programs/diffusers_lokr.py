@@ -1,4 +1,4 @@
-"""The LoKr that diffusers (0.42) makes of a file, by the shapes of all its tensors together."""
+"""Predict the LoKr that diffusers (0.42) makes of a file from the shapes of all its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from lycoris.files.peft.factors import factorize_like_peft
 
 
 def explain_lokr_conflict(bundle: Bundle) -> str:
-    """_create_lokr_config: why it makes no LoKr of these shapes, or PEFT makes others; "" where neither is so."""
+    """Return why diffusers rejects these LoKr as a whole, or "" if it does not.
+
+    It looks for one decompose_factor for all layers (`_create_lokr_config`), and PEFT then makes factors that must have
+    the file's shapes.
+    """
     layers = {path: stack[0] for path, stack in bundle.entries.items() if _is_lokr(stack[0])}
     if not layers:
         return ""

@@ -97,5 +97,9 @@ _ROUTES: Mapping[str, Callable[[SentFile], RoutedKeys | None]] = MappingProxyTyp
 
 
 def route_diffusers(sent: SentFile) -> RoutedKeys | None:
+    """Return what diffusers' converter makes of the keys of a file.
+
+    None for architectures whose converter treats each key alone.
+    """
     own = _ROUTES.get(sent.architecture or "")
     return None if own is None else own(sent)

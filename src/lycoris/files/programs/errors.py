@@ -1,4 +1,4 @@
-"""How far off a program is, as relative errors of the change, where the tensors alone tell."""
+"""How far off a program is, as the relative error of the change, where the tensors alone determine it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from lycoris.files.programs.program import Case
 
 
 def unscaled_error(case: Case) -> float | None:
-    """How far off the change is without its scale."""
+    """Return the relative error of the change if its scale is ignored: |1 / scale - 1|.
+
+    None for a scale of 0.
+    """
     scale = case.entry.algorithm.scale(case.entry.geometry)
     return abs(1 / scale - 1) if scale else None
 
 
 def misplacement_error(case: Case) -> float:
-    """How far off ΔW is when `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K), and reshape hides it."""
+    """Return the relative error of ΔW if `kron` pairs the last axes of w1 (ol, im) and w2 (ok, in, *K).
+
+    The result has the right number of elements, so a reshape hides the mistake.
+    """
     p = {name: tensor.double() for name, tensor in case.entry.tensors.items()}
     w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
     right = torch.einsum("ab,cdk->acbdk", w1, p["w2"].flatten(2)).flatten()
@@ -22,12 +28,15 @@ def misplacement_error(case: Case) -> float:
 
 
 def misplaced_alone(case: Case) -> float | None:
-    """The same where nothing but ΔW counts."""
+    """Return `misplacement_error`, or None under DoRA, where it depends on the base weight."""
     return None if case.dora else misplacement_error(case)
 
 
 def bias_share(case: Case) -> float | None:
-    """How far off the change is without that of the bias, where all of it is stored."""
+    """Return the relative error of the change if that of the bias is ignored.
+
+    None unless weight and bias are both stored as full differences.
+    """
     t = case.entry.tensors
     if case.extra or "diff" not in t or "diff_b" not in t:
         return None

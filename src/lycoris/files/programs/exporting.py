@@ -1,4 +1,4 @@
-"""A file for a program: in a dialect of its own, with every adapter in a form that it evaluates as trained."""
+"""Rewrite a file's adapters in forms that a program evaluates as trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from lycoris.models.families import FAMILIES
 
 
 def list_known_dialects(program: str, found: Opened) -> list[str]:
-    """The dialects in which a program knows keys of a file's denoiser, the one to write for it first."""
+    """Return the dialects in which a program knows keys of a file's denoiser, the preferred one first.
+
+    All dialects that it knows for any model if the denoiser is not known.
+    """
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     keys = PROGRAMS[program].keys
     return [each for each in keys if architecture is None or PROGRAMS[program].find_keys(each, architecture.name)]
@@ -33,9 +36,19 @@ def list_known_dialects(program: str, found: Opened) -> list[str]:
 def export_bundle(
     found: Opened, program: str, to: str, weights: BaseWeights | None
 ) -> tuple[dict[str, Bundle], dict[str, str]]:
-    """Every adapter as a program reads it as trained in a dialect, and what was done to which.
+    """Return every adapter of a file in a form that a program reads as trained in a dialect.
 
-    Raises `FileError` where no export is known, or one needs the base model's weights and there are none.
+    Args:
+        found: The file.
+        program: A name in `PROGRAMS`.
+        to: The dialect to write.
+        weights: The base model's, for adapters that depend on them.
+
+    Returns:
+        Component → bundle, and layer → what was done to it.
+
+    Raises:
+        FileError: No such form of an adapter is known, or it depends on the base model's weights and there are none.
     """
     bundles, done, problems = {}, dict[str, str](), dict[str, str]()
     for component, bundle in found.bundles.items():

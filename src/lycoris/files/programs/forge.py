@@ -68,15 +68,15 @@ VECTOR_ROWS = (
     Row(
         _has_unusable_magnitude,
         "not at all",
-        "cannot divide lengths of DoRA that are a vector there, and stops",
+        "cannot divide a DoRA magnitude that is a vector there, and stops",
         "anew",
         stops=True,
     ),
     Row(
         all_of(has_flat_magnitude, is_square, has_other_algorithm("full")),
         "differently",
-        "takes a vector of DoRA's lengths for those of rows and of columns at once; how far off that is depends on the "
-        "base weight",
+        "takes a vector of DoRA's magnitude for that of rows and of columns at once; how far off that is depends on "
+        "the base weight",
         "anew",
     ),
     Row(
@@ -90,7 +90,7 @@ VECTOR_ROWS = (
 EXCHANGED_ROW = Row(
     all_of(is_exchanged, has_algorithm("full"), changes_weight),
     "differently",
-    "adds a difference stored whole without exchanging its halves",
+    "adds a dense difference without exchanging its halves",
     "format",
 )
 TEXT_PROJECTION = r"text_encoder\.text_projection"
@@ -133,12 +133,12 @@ FORGE_PROGRAM = Program(
         Row(
             replaces_weight,
             "as trained",
-            "puts the stored weight in place of the layer's own, and at another strength than 1 it does the same",
+            "puts the stored weight in place of the layer's own, and at strengths other than 1 it does the same",
         ),
         Row(
             replaces_bias,
             "as trained",
-            "puts the stored bias in place of the layer's own, and at another strength than 1 it does the same",
+            "puts the stored bias in place of the layer's own, and at strengths other than 1 it does the same",
         ),
     ),
     kinds=("linear", "conv", "norm", "embedding", "parameter"),

@@ -1,4 +1,4 @@
-"""How the model of a program holds the layers that a file names."""
+"""How a program's model stores the layers that a file names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from lycoris.models.families.naming import Span
 
 
 class Holder(NamedTuple):
-    """A layer of a program's model."""
+    """A layer of a program's model, and the layers of diffusers that it holds."""
 
     name: str
     span: Span
 
 
 def find_holders(program: Program, layout: ModelLayout) -> Mapping[str, Holder]:
-    """Layer of diffusers → the layer of the program's model that has its rows; none where its names are not known."""
+    """Return, for each layer of diffusers, the layer of a program's model that holds its rows.
+
+    {} if the program's names are not known.
+    """
     if not program.native_dialect or layout.architecture is None:
         return {}
     return map_holders(layout, DIALECTS[program.native_dialect].choose_naming(layout.architecture))
 
 
 def map_holders(layout: ModelLayout, naming: str) -> Mapping[str, Holder]:
-    """Layer of diffusers → the layer of a naming that has its rows."""
+    """Return, for each layer of diffusers, the module of a naming that holds its rows."""
     return {part: Holder(name, span) for name, span in layout.find_spans(naming).items() for part in span.parts}
 
 
 def find_place(written: Holder, holders: Mapping[str, Holder], layout: ModelLayout) -> LayerPlace:
-    """How the program's model holds what a file calls one layer."""
+    """Return how a program's model stores the layer that a file calls `written`.
+
+    "" if it has one of its own under the same name, or nothing is known.
+    """
     held = holders.get(written.span.parts[0])
     if held is None:
         return ""

@@ -29,7 +29,10 @@ from lycoris.files.programs.routes import RoutedKeys, SentFile
 
 
 def route_invokeai(sent: SentFile) -> RoutedKeys:
-    """What becomes of a file's keys; a model that is not in the tables is not known to be read."""
+    """Return what InvokeAI's converter makes of the keys of a file.
+
+    A model that is not in the tables is refused, since it is not known to be read.
+    """
     own = {**INVOKEAI_ROUTES, **NEWER_ROUTES}.get(sent.architecture or "")
     return refuse("is not known to read adapters for this model") if own is None else own(sent)
 

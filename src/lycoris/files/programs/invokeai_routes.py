@@ -249,7 +249,10 @@ KNOWN_ENDS = frozenset({"lora_A.weight", "lora_B.weight", "lora_down.weight", "l
 
 
 def is_cut_wrongly(sent: SentFile, key: str, known: Collection[str] = KNOWN_ENDS) -> bool:
-    """_group_by_layer: whether it takes another place for the end of the layer's name."""
+    """Return whether `_group_by_layer` splits a name at the wrong place into layer and tensor.
+
+    `known` are the tensor names it recognizes; others have to have two parts.
+    """
     return not is_flat(key) and any(
         name not in known and (name.count(".") != 1 or name in ("up.weight", "down.weight"))
         for name in sent.layers[key]
@@ -257,7 +260,11 @@ def is_cut_wrongly(sent: SentFile, key: str, known: Collection[str] = KNOWN_ENDS
 
 
 def find_bare_pairs(sent: SentFile) -> tuple[frozenset[str], frozenset[str]]:
-    """Of lora_A and lora_B it takes nothing that is beside them: the layers with alpha, and with a magnitude."""
+    """Return the layers of which InvokeAI reads nothing but lora_A and lora_B.
+
+    Returns:
+        Those that have an alpha, and those that have a magnitude.
+    """
     pairs = {key: set(names) for key, names in sent.layers.items() if "lora_A.weight" in names}
     scaled = frozenset(key for key, names in pairs.items() if "alpha" in names)
     return scaled, frozenset(key for key, names in pairs.items() if "dora_scale" in names)

@@ -1,4 +1,5 @@
-"""Which keys a program knows: dialect → architecture → what of it. The function that says so stands beside each.
+"""Which keys a program knows: dialect → architecture → what of it. The program's function that decides is named next to
+each.
 
 A dialect is listed for the names that it usually has there; the first one is what to write for the program.
 """
@@ -45,10 +46,15 @@ ANY_ARCHITECTURE = "*"
 
 
 def know_all(*architectures: str) -> dict[str, KnownKeys]:
+    """Make entries for architectures of which a program knows all keys."""
     return dict.fromkeys(architectures, KnownKeys())
 
 
 def know_except(*architectures: str, lost: str) -> dict[str, KnownKeys]:
+    """Make entries for architectures of which a program knows all keys but those that match `lost`.
+
+    `lost` is a regular expression for entire keys.
+    """
     return dict.fromkeys(architectures, KnownKeys(lost))
 
 

@@ -1,6 +1,6 @@
-"""The LoKr that LyCORIS 4.1.3 makes of a file before it copies the tensors in.
+"""Predict the LoKr that LyCORIS 4.1.3 builds for a file before it copies the tensors in.
 
-`LokrModule.make_module_from_state_dict` finds rank and factor from the shapes, and makes a module with them.
+`LokrModule.make_module_from_state_dict` infers rank and factor from the shapes, and builds a module with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from lycoris.ops.factorization import factorize
 
 
 def mismatches_rebuilt_lokr(case: Case) -> bool:
-    """A LoKr of which it makes tensors of other names or shapes, so that loading stops."""
+    """Return whether LyCORIS 4.1.3 builds a LoKr with other tensors than the file's, so that loading fails.
+
+    False for other algorithms.
+    """
     if not isinstance(unwrap_dora(case.entry.algorithm), LoKr):
         return False
     own = {name: tuple(tensor.shape) for name, tensor in case.entry.tensors.items() if name[:2] in ("w1", "w2", "t2")}

@@ -1,4 +1,4 @@
-"""musubi-tuner (2026), as it merges: weight by weight, by the first algorithm that it finds in a file."""
+"""musubi-tuner (2026), as it merges: weight by weight, by the first algorithm that it detects in a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ is_merged_by_hooks = is_for("ideogram4")
 
 
 def detect_algorithm(names: Iterable[str], architecture: str | None) -> str:
-    """detect_network_type: the algorithm of the first tensor that tells one; "" where each layer has its own."""
+    """Return the algorithm that musubi-tuner takes an entire file for (`detect_network_type`).
+
+    The first tensor whose name tells one decides. "" for architectures where each layer has its own.
+    """
     if architecture in keys.MUSUBI_NETWORKS:
         return ""
     return next((algorithm for name in names for part, algorithm in ALGORITHM_MARKS if part in name), "lora")
@@ -49,7 +52,10 @@ _OF_FRAMEPACK = re.compile(
 
 
 def route_musubi(sent: SentFile) -> RoutedKeys | None:
-    """convert_lora_for_framepack: it renames dotted keys, of which it keeps LoRA's factors and nothing else."""
+    """Return what `convert_lora_for_framepack` makes of the keys of a file.
+
+    It renames dotted keys, and of these keeps LoRA's factors only. None for other models and names.
+    """
     dotted = not sent.names[0].startswith("lora_unet_") and any("lora_A" in name for name in sent.names)
     if sent.architecture != "framepack" or not dotted:
         return None
@@ -102,7 +108,7 @@ MUSUBI_PROGRAM = Program(
             "knows LoRA, LoHa and LoKr only, and of those LoKr alone on a convolution over one or three dimensions",
         ),
         Row(has_other_algorithm("lora", "loha", "lokr"), "not at all", "knows LoRA, LoHa and LoKr only", "lora"),
-        Row(has_split_w1, "not at all", "knows LoKr with a whole w1 only", "whole w1"),
+        Row(has_split_w1, "not at all", "knows LoKr with an unsplit w1 only", "unsplit w1"),
         Row(
             all_of(is_not_2d, has_algorithm("lora", "loha")),
             "not at all",
@@ -143,11 +149,11 @@ MUSUBI_PROGRAM = Program(
             "the base weight",
             "lora",
         ),
-        Row(has_extra_entries, "differently", "leaves out the change of the bias that is beside it"),
+        Row(has_extra_entries, "differently", "ignores the change of the bias next to it"),
         Row(
             has_algorithm("lokr"),
             "as trained",
-            "computes what was trained when it merges; to train on, it has to be told the factor",
+            "computes what was trained when it merges; to train on, it needs the factor as an argument",
         ),
     ),
     kinds=("linear", "conv", "norm"),

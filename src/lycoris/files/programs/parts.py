@@ -1,27 +1,22 @@
-"""What a program makes of the part of a file that is for one component of a pipeline."""
+"""Predict what a program makes of a file's part for one component of a pipeline."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.load_report import some
 from lycoris.algorithms import ALGORITHMS, DoRA
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import ALPHA
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.dialects.base import flatten
-from lycoris.files.layout import ModelLayout
-from lycoris.files.programs import Program, Remedy, Verdict
+from lycoris.files.programs import Remedy, Verdict
 from lycoris.files.programs.holding import Holder, find_holders, find_place
-from lycoris.files.programs.keys import KnownKeys
-from lycoris.files.programs.routes import RoutedKeys
+from lycoris.files.programs.part_keys import PartKeys, matches_group
 from lycoris.files.programs.taking import ALPHA_AND_MAGNITUDE, LayerPlace, TakenTensors
-from lycoris.files.programs.written import WrittenLayer
 from lycoris.models.families.naming import Span
 
 UNIT_TOLERANCE = 1e-6
@@ -29,81 +24,15 @@ UNIT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """What a file has for one component of a pipeline."""
-
-    program: Program
-    component: str
-    file_dialect: str
-    """The file's dialect."""
-    layout: ModelLayout
-    bundle: Bundle
-    written: Mapping[str, WrittenLayer]
-    """By layer as written."""
-    routed: RoutedKeys | None = None
-    """What becomes of the whole file's keys; None: `Program.keys` says it."""
-    taken_for: str = ""
-    """The one algorithm that the program takes the whole file for; "" each layer has its own."""
-    family: str | None = None
-    model: str = ""
-    """The known model that the component is taken to be; "" not known."""
-    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Layer as written → the scale that the file has as a number of its own, and the one that it has without that."""
-
-    @property
-    def architecture(self) -> str | None:
-        return None if self.layout.architecture is None else self.layout.architecture.name
-
-    @property
-    def prefix(self) -> str:
-        """What its keys begin with."""
-        return next((each.key.removesuffix(layer) for layer, each in self.written.items()), "")
-
-    @cached_property
-    def dialect(self) -> str:
-        """The dialect that usually has such keys for this component: that of the file, or if its layers have other
-        names, one that the program knows; "" none.
-        """
-        own, architecture = DIALECTS[self.file_dialect], self.layout.architecture
-        # Text encoders have other names only by a level that some versions of a class have.
-        if (
-            architecture is None
-            or self.component
-            or own.is_folder
-            or own.choose_naming(architecture) == self.layout.naming
-        ):
-            return self.file_dialect
-        if all(each.choose_naming(architecture) != self.layout.naming for each in DIALECTS.values()):
-            # Names that are only read.
-            return self.file_dialect
-        alike = (
-            each.name
-            for each in DIALECTS.values()
-            if self.prefix in each.prefixes and each.choose_naming(architecture) == self.layout.naming
-        )
-        return next((name for name in alike if self.program.find_keys(name, architecture.name)), "")
-
-    @cached_property
-    def known_keys(self) -> KnownKeys | None:
-        by_naming, architecture = self.program.by_naming, self.architecture
-        named = (
-            by_naming(architecture, self.layout.naming) if by_naming and architecture and not self.component else None
-        )
-        return named or self.program.find_keys(self.dialect, architecture, *self._finer)
-
-    @property
-    def _finer(self) -> tuple[str, ...]:
-        """Other names of what the architecture is here."""
-        return (f"{self.family}/{self.architecture}", self.model)
-
-    @property
-    def elsewhere(self) -> list[str]:
-        """Dialects that the program does know for this architecture."""
-        return [each for each in self.program.keys if self.program.find_keys(each, self.architecture, *self._finer)]
+class FilePart(PartKeys):
+    """A file's adapters for one component of a pipeline, as a program meets them."""
 
     @property
     def problems(self) -> list[str]:
-        """Why the program rejects a file with this component."""
+        """Why the program rejects a file with this component, one sentence each.
+
+        Empty if it does not, and if it knows none of the keys: see `unknown`.
+        """
         title = self.program.title
         if self.unknown or (self.routed is not None and self.routed.refused):
             return []
@@ -118,7 +47,7 @@ class FilePart:
             if re.fullmatch(self.known_keys.stops, each.key) or (self.known_keys.strict and self._is_unplaced(layer))
         )
         groups = {match.groups() for key in keys if (match := re.fullmatch(self.known_keys.complete_groups, key))}
-        lacking = [key for key in self._absent if _matches_group(key, self.known_keys.complete_groups, groups)]
+        lacking = [key for key in self._absent if matches_group(key, self.known_keys.complete_groups, groups)]
         found = [*stopped, *([f"{title} rejects the file for {some(stopping)}"] if stopping else [])]
         if lacking:
             found.append(f"{title} rejects the file, for it wants all layers of that kind, and lacks {some(lacking)}")
@@ -126,7 +55,10 @@ class FilePart:
 
     @property
     def unknown(self) -> str:
-        """That the program knows none of its keys; "" where it does."""
+        """A sentence saying that the program knows none of the component's keys.
+
+        "" if it knows some.
+        """
         if self.routed is not None and self.routed.refused:
             return ""
         taken = not self.written or not all(map(self._is_unplaced, self.written))
@@ -136,15 +68,10 @@ class FilePart:
         if self.architecture in self.program.missing_architectures:
             return f"{self.program.title} has no such model as {model}"
         if self.routed is None and not self.program.is_examined(self.architecture):
-            return f"which keys {self.program.title} knows for {model} was not looked at"
+            return f"which keys {self.program.title} knows for {model} was not examined"
         return f"{self.program.title} does not know keys of the format {self.file_dialect} for {model}" + (
             f"; it knows {there}" if there else ", nor of any other known here"
         )
-
-    @property
-    def _others(self) -> list[str]:
-        """The dialects that it does know for this architecture, but that of the file."""
-        return [each for each in self.elsewhere if each != self.file_dialect]
 
     @property
     def _stop_reason(self) -> str:
@@ -160,7 +87,10 @@ class FilePart:
 
     @property
     def conflict(self) -> str:
-        """Why the program does not take layers together that it takes one by one; "" where it does."""
+        """Why the program does not accept these layers together, though it accepts each one.
+
+        "" if it does.
+        """
         stops = any(each.stops for each in self.verdicts.values())
         if self.program.explain_conflict is None or stops:
             return ""
@@ -169,7 +99,10 @@ class FilePart:
 
     @property
     def taken_count(self) -> int:
-        """How many tensors the program has a use for."""
+        """The number of tensors that the program uses.
+
+        Compared with `Program.max_unmatched` by subtraction.
+        """
         return sum(len(self._find_taken(layer).names) for layer in self.written)
 
     def _find_taken(self, written: str) -> TakenTensors:
@@ -191,7 +124,10 @@ class FilePart:
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
-        """What becomes of each layer."""
+        """Layer → what the program makes of its adapters.
+
+        By the names of layers in the file.
+        """
         found = {layer: self._verdict(layer, stack) for layer, stack in self.bundle.entries.items()}
         pattern = self.known_keys.together if self.known_keys is not None and self.routed is None else ""
         if not pattern:
@@ -208,43 +144,10 @@ class FilePart:
                 found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
         return found
 
-    def _of(self, written: str) -> WrittenLayer:
-        """What the file has for a layer; nothing where PEFT has names of its own, as for IA3."""
-        found = self.written.get(written) or self.written.get(written.removesuffix(".weight"))
-        return found or WrittenLayer(self.prefix + written, {})
-
-    def _as_written(self, layer: str) -> str:
-        return flatten(layer) if DIALECTS[self.file_dialect].style == "flat" else layer
-
     @cached_property
     def _among(self) -> frozenset[str]:
         """The own names of all tensors."""
         return frozenset(name for each in self.written.values() for name in each.tensors)
-
-    @cached_property
-    def _known_names(self) -> Collection[str] | None:
-        """The layers' names, as written, that the program knows; None: any."""
-        architecture, named = self.layout.architecture, self.known_keys.named if self.known_keys else ""
-        if architecture is None or not named:
-            return None
-        return self.layout.map_written_names(
-            DIALECTS[named].choose_naming(architecture), DIALECTS[self.file_dialect].style
-        )
-
-    @cached_property
-    def _absent(self) -> list[str]:
-        """Keys of layers that the file has nothing for."""
-        keys = {each.key for each in self.written.values()}
-        written = self.layout.map_written_names(self.layout.naming, DIALECTS[self.file_dialect].style)
-        # A layer that goes by two names counts once, by the longer.
-        own = {layer: self.prefix + name for name, layer in written.items()}
-        return [key for key in own.values() if key not in keys]
-
-    @cached_property
-    def _incomplete(self) -> set[tuple[str | None, ...]]:
-        """Groups of keys that go together, of which the file lacks some."""
-        together = self.known_keys.together if self.known_keys is not None else ""
-        return {match.groups() for key in self._absent if together and (match := re.fullmatch(together, key))}
 
     @cached_property
     def _holders(self) -> Mapping[str, Holder]:
@@ -263,40 +166,12 @@ class FilePart:
         layer = self._layers.get(written, written)
         return find_place(Holder(layer, self._span(layer)), self._holders, self.layout)
 
-    def _is_incomplete(self, written: str) -> bool:
-        """Whether it is of layers that the program takes together only, and others of them are not there."""
-        together = self.known_keys.together if self.known_keys is not None and self.routed is None else ""
-        return bool(together) and _matches_group(self._of(written).key, together, self._incomplete)
-
-    def _is_unplaced(self, written: str) -> bool:
-        """Whether the program has no place for a layer's keys."""
-        if self.routed is not None:
-            return self._of(written).key in self.routed.lost
-        if self.known_keys is None:
-            return True
-        own = self._of(written)
-        # What looks for tensors by their names looks for keys as the file has them.
-        key = own.key if self.program.take_tensors is None else own.own
-        unnamed = (
-            self._known_names is not None
-            and written not in self._known_names
-            and bool(re.fullmatch(self.known_keys.named_pattern, own.key))
-        )
-        unhinged = bool(re.fullmatch(self.known_keys.requires[0], own.key)) and not self._has(
-            self.known_keys.requires[1]
-        )
-        return not key or unnamed or unhinged or bool(re.fullmatch(self.known_keys.lost, key))
-
-    def _has(self, name: str) -> bool:
-        """Whether the file has a tensor."""
-        return any(name in each.names for each in self.written.values())
-
     def _verdict(self, layer: str, stack: tuple[Entry, ...]) -> Verdict:
         title, written = self.program.title, self._as_written(layer)
         key, stored = self._of(written).key, self._of(written).tensors
         known = None if self.routed is not None else self.known_keys
         if self.known_keys is None and self.routed is None and not self.program.is_examined(self.architecture):
-            return Verdict("not known", f"which keys {title} knows for this model was not looked at")
+            return Verdict("not known", f"which keys {title} knows for this model was not examined")
         if self._is_unplaced(written) or (known is not None and re.fullmatch(known.stops, key)):
             return Verdict(
                 "not at all", f"{title} has no place for such keys", None, "format" if self._others else None
@@ -315,7 +190,8 @@ class FilePart:
             and not issubclass(ALGORITHMS[own], ALGORITHMS[self.taken_for])
         ):
             why = (
-                f"{title} takes a whole file for one algorithm, by its first tensors, and this one for {self.taken_for}"
+                f"{title} takes an entire file for one algorithm, by its first tensors, and this one for "
+                f"{self.taken_for}"
             )
             return Verdict("not at all", why, None, "lora")
         return self._otherwise(layer, stack) or verdict if verdict.reads == "as trained" else verdict
@@ -402,8 +278,3 @@ class FilePart:
             error = None if others or isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
             return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
         return None
-
-
-def _matches_group(key: str, pattern: str, groups: set[tuple[str | None, ...]]) -> bool:
-    match = re.fullmatch(pattern, key)
-    return match is not None and match.groups() in groups

@@ -16,7 +16,7 @@ from lycoris.files.programs.program import EXAMINED_TENSORS, Case, Program, Row
 from lycoris.layers.geometry import Kind
 
 MAGNITUDE_NOT_SCALED = (
-    "computes what was trained; at another strength than 1 it weakens what is below DoRA's lengths, not these"
+    "computes what was trained; at strengths other than 1 it weakens what is below DoRA's magnitude, not the magnitude"
 )
 
 
@@ -39,7 +39,11 @@ def _describe_refusal(case: Case) -> str:
 
 
 def explain_folder_conflict(bundle: Bundle) -> str:
-    """Why one folder does not hold them all: of two kinds, or with no one decompose_factor."""
+    """Return why one PEFT folder cannot hold all these adapters, or "" if it can.
+
+    They may be of two types, or of LoKr for which no one decompose_factor fits. Layers that PEFT refuses alone are left
+    out.
+    """
     written = {path: stack for path, stack in bundle.entries.items() if not explain_refusal(stack)}
     if not written:
         return ""

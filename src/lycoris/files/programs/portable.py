@@ -1,7 +1,7 @@
-"""Exports: a layer's adapter in a form that a program evaluates as trained.
+"""Rewrite a layer's adapter in a form that a program evaluates as trained.
 
-All are exact. Which one a program needs says its table in `lycoris.files.programs`. Those that depend on the weight
-below are tied to it, and need it as `base`.
+All rewrites are exact. Which one a program needs is in its table in `lycoris.files.programs`. Those that depend on the
+base weight need it as `base`.
 
 Legend: O out features, I in features per group, K kernel dimensions; LoKr's w1 is (ol, im), its w2 (ok, in, *K).
 """
@@ -41,11 +41,20 @@ def make_portable(
     dialect: str | None = None,
     architecture: str | None = None,
 ) -> tuple[Entry, str]:
-    """The adapter as a program evaluates it as trained, and what was done to it ("nothing" where it is so already).
+    """Return an adapter in a form that a program evaluates as trained, and what was done to it.
 
-    `dialect` and `architecture` are what it is written as and for; see `Program.verdict`.
+    Args:
+        program: A name in `PROGRAMS`.
+        base: The weight below, for rewrites that depend on it.
+        dialect: What it is written as; None: the program's preferred dialect.
+        architecture: What it is for; None: not known.
 
-    Raises `FileError` for an unknown program and where no export is known, `PlanError` where one needs `base`.
+    Returns:
+        The adapter, and a description: "nothing" if it is in such a form already.
+
+    Raises:
+        FileError: The program is unknown, or no such form is known.
+        PlanError: The rewrite needs `base`.
     """
     (made, *_), what = make_stack_portable((entry,), program, base, dialect=dialect, architecture=architecture)
     return made, what
@@ -62,10 +71,15 @@ def make_stack_portable(
     place: LayerPlace = "",
     model: str = "",
 ) -> tuple[Stack, str]:
-    """The same of all that a file has for a layer: an algorithm, and changes of its bias or of single places beside it.
+    """Return all that a file has for a layer in a form that a program evaluates as trained.
 
-    `key` is what the file calls the layer, `place` how the program's model holds it, `model` the known model that it is
-    taken to be of.
+    That is an algorithm with changes of its bias, or sparse changes of the weight, next to it. Arguments, result and
+    exceptions as for `make_portable`, and:
+
+    Args:
+        key: What the file calls the layer; "" for unknown.
+        place: How the program's model stores the layer.
+        model: The known model that it is taken to belong to; "" for unknown.
     """
     if program not in PROGRAMS:
         raise FileError(unknown("program", program, PROGRAMS))
@@ -95,7 +109,10 @@ def make_stack_portable(
 
 
 def join_changes(stack: Stack, base: Affine | None = None) -> Stack:
-    """An algorithm and the changes beside it as one difference of the weight and the bias."""
+    """Return an algorithm and the changes next to it as one difference of weight and bias.
+
+    Raises `PlanError` if it depends on the base weight and `base` is None.
+    """
     g, tensors = stack[0].geometry, dict[str, Tensor]()
     parts = [dense(entry, base) for entry in stack]
     norms = {"diff": "w", "diff_b": "b"} if any(isinstance(part.algorithm, Norm) for part in parts) else {}
@@ -111,14 +128,17 @@ def join_changes(stack: Stack, base: Affine | None = None) -> Stack:
 
 
 def convert_to_smaller(entry: Entry, base: Affine | None = None) -> Entry:
-    """LoRA where that holds fewer numbers, else the difference stored whole."""
+    """Return an adapter as a LoRA if that has fewer parameters, else as a dense difference.
+
+    Raises `PlanError` if it depends on the base weight and `base` is None.
+    """
     return low_rank(entry, base) or dense(entry, base)
 
 
 def convert_to_lora(entry: Entry, base: Affine | None = None) -> Entry:
-    """LoRA, if need be of the weight's full rank: ΔW times an identity.
+    """Return an adapter as a LoRA, if need be of the weight's full rank: ΔW times an identity.
 
-    Raises `FileError` when the adapter changes the bias.
+    Raises `FileError` if the adapter changes the bias.
     """
     g = entry.geometry
     full = min(g.out_features, g.fan_in)
@@ -141,7 +161,10 @@ def convert_to_lora(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def multiply_out_core(entry: Entry, base: Affine | None = None) -> Entry:
-    """LoRA with its Tucker core multiplied into `down`; under DoRA too."""
+    """Return a LoRA with its Tucker core multiplied into `down`, under DoRA as well.
+
+    An adapter without a core is returned as it is.
+    """
     lora, p = _unwrap_dora(entry, LoRA)
     if "mid" not in p:
         return entry
@@ -150,9 +173,10 @@ def multiply_out_core(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def flatten_w2(entry: Entry, base: Affine | None = None) -> Entry:
-    """LoKr with w2 as a product of two matrices (ok, r)·(r, in·ΠK), which every program lays out alike; under DoRA too.
+    """Return a LoKr with w2 as a product (ok, r)·(r, in·ΠK), which every program lays out alike, under DoRA as well.
 
-    A core is multiplied into its second factor, at the same rank; a whole w2 is an identity and itself.
+    A core is multiplied into the second factor at the same rank; an unsplit w2 becomes the product of an identity and
+    itself.
     """
     lokr, p = _unwrap_dora(entry, LoKr)
     g = entry.geometry
@@ -177,7 +201,10 @@ def flatten_w2(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def multiply_out_w1(entry: Entry, base: Affine | None = None) -> Entry:
-    """LoKr with w1 multiplied out, and with it the scale where w2 is whole too; under DoRA too."""
+    """Return a LoKr with w1 multiplied out, under DoRA as well.
+
+    If w2 is unsplit too, the scale goes into w1, since there is no rank left that alpha would be divided by.
+    """
     lokr, p = _unwrap_dora(entry, LoKr)
     g = entry.geometry
     layout, scale = lokr.layout_for(g), lokr.scale(g)
@@ -190,7 +217,10 @@ def multiply_out_w1(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def apply_limit(entry: Entry, base: Affine | None = None) -> Entry:
-    """Rotations with their limit applied to the blocks, all of them together."""
+    """Return a rotation with its limit applied to the blocks and removed.
+
+    Raises `FileError` for other algorithms.
+    """
     oft, p = entry.algorithm, dict(entry.tensors)
     if not isinstance(oft, OFT):
         raise FileError(f"{oft.name} has no limit; only rotations have one")
@@ -202,21 +232,24 @@ def apply_limit(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def complete_norm(entry: Entry, base: Affine | None = None) -> Entry:
-    """A norm's scale with a shift of zeros beside it. Reading it again needs no shift in the layer."""
+    """Return a norm's scale with a shift of zeros next to it.
+
+    Reading the result does not need a shift in the layer.
+    """
     p = dict(entry.tensors)
     p.setdefault("b", torch.zeros_like(p["w"]))
     return entry._replace(geometry=replace(entry.geometry, has_bias=True), tensors=p)
 
 
 def complete_diff(entry: Entry, base: Affine | None = None) -> Entry:
-    """A change of the bias with a change of the weight by zeros beside it."""
+    """Return a change of the bias with a change of the weight by zeros next to it."""
     g, p = entry.geometry, dict(entry.tensors)
     p.setdefault("diff", p["diff_b"].new_zeros(g.stacked_shape(g.stored_shape)))
     return entry._replace(algorithm=Full(), tensors=p)
 
 
 class Export(NamedTuple):
-    """A way to write an adapter otherwise."""
+    """A way to write an adapter in another form: what it does, in words, and the function that does it."""
 
     description: str
     convert: Callable[[Entry, Affine | None], Entry]
@@ -224,18 +257,16 @@ class Export(NamedTuple):
 
 EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
     {
-        "plain": Export(
-            "written as a LoRA where that is smaller, else as the difference stored whole", convert_to_smaller
-        ),
-        "dense": Export("written as the difference stored whole", dense),
+        "plain": Export("written as a LoRA where that is smaller, else as the dense difference", convert_to_smaller),
+        "dense": Export("written as the dense difference", dense),
         "lora": Export("written as a LoRA", convert_to_lora),
         "no core": Export("its core multiplied into lora_down", multiply_out_core),
         "flat w2": Export("its w2 written as a product of two matrices", flatten_w2),
-        "whole w1": Export("its w1 multiplied out", multiply_out_w1),
+        "unsplit w1": Export("its w1 multiplied out", multiply_out_w1),
         "unlimited": Export("its constraint applied to the rotations", apply_limit),
         "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", complete_norm),
         "both diffs": Export("a diff of zeros put beside diff_b", complete_diff),
-        "joined": Export("written with what is beside it as one difference stored whole", dense),
+        "joined": Export("written with what is next to it as one dense difference", dense),
         # Reading a file has these already.
         "anew": Export("written as such adapters are today", lambda entry, base: entry),
         "scale": Export("written with the scale that was trained", lambda entry, base: entry),

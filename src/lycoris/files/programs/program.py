@@ -1,4 +1,4 @@
-"""What a program is that reads adapter files: a table of what it does with which adapters."""
+"""What defines a program that reads adapter files: a table of what it does with which adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Remedy = Literal[
     "lora",
     "no core",
     "flat w2",
-    "whole w1",
+    "unsplit w1",
     "unlimited",
     "both norms",
     "both diffs",
@@ -65,7 +65,10 @@ class Verdict(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A layer's adapter in a file, and what lies below it where that is known."""
+    """A layer's adapter in a file, and the base weight where that is known.
+
+    What conditions of program tables are asked about.
+    """
 
     entry: Entry
     base: Affine | None = None
@@ -88,20 +91,29 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the algorithm, under DoRA's lengths if it has them; a file of DyLoRA is one of LoRA."""
+        """The name of the algorithm, or of the one under DoRA.
+
+        "lora" for DyLoRA, since its files are those of a LoRA.
+        """
         algorithm = self.entry.algorithm
         name = unwrap_dora(algorithm).name
         return "lora" if name == "dylora" else name
 
     @property
     def dora(self) -> str:
-        """The axis of DoRA's lengths; "" without them."""
+        """The axis of DoRA's magnitude, "out" or "in".
+
+        "" without DoRA.
+        """
         algorithm = self.entry.algorithm
         return algorithm.axis if isinstance(algorithm, DoRA) else ""
 
     @property
     def dimensions(self) -> int:
-        """Of the kernel; 0 for everything but convolutions."""
+        """The number of kernel dimensions.
+
+        0 for everything but convolutions.
+        """
         return len(self.entry.geometry.kernel) if self.entry.geometry.kind == "conv" else 0
 
 
@@ -109,7 +121,7 @@ Condition = Callable[[Case], bool]
 
 
 class Row(NamedTuple):
-    """One line of a program's table: for which adapters it holds, and what comes of them."""
+    """One line of a program's table: for which adapters it holds, and what the program does with them."""
 
     when: Condition
     reads: Reads
@@ -122,7 +134,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A program that reads adapter files."""
+    """A program that reads adapter files, as far as it was examined.
+
+    `judge` answers for one layer; `lycoris.files.check` for a file.
+    """
 
     name: str
     title: str
@@ -168,9 +183,9 @@ class Program:
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 
     def find_keys(self, dialect: str, architecture: str | None, *finer: str) -> KnownKeys | None:
-        """What it knows of the keys that a dialect has for an architecture; None: nothing.
+        """Return what the program knows of the keys that a dialect has for an architecture; None: nothing.
 
-        `finer` are other names under which there may be something more exact.
+        `finer` are more specific names that are tried first, such as that of a known model.
         """
         there = self.keys.get(dialect, {})
         return next(
@@ -193,12 +208,22 @@ class Program:
         spelled: frozenset[str] = frozenset(),
         model: str = "",
     ) -> Verdict:
-        """What the program makes of an adapter. `base`, where it is at hand, settles what depends on it.
+        """Return what the program makes of an adapter: the first row of its table that holds decides.
 
-        `beside` is what the file has for the layer besides, `dialect` how it writes them (None: as is usual for the
-        program), `key` what it calls the layer, `stored` the shapes of its tensors there by name, `place` how the
-        program's model holds the layer, `among` the names of all tensors of the file, `spelled` those of the layer's as
-        written, `model` the known model that the component is taken to be.
+        Args:
+            base: The weight below; without it some verdicts are "not known".
+            next to: What else the file has for the layer.
+            dialect: How the file writes it; None: the program's preferred dialect.
+            architecture: That of the model; None: not known.
+            key: What the file calls the layer.
+            stored: Shapes of its tensors in the file, by suffix.
+            place: How the program's model stores the layer.
+            among: Suffixes of all tensors in the file.
+            spelled: Suffixes of the layer's tensors as the file spells them.
+            model: The known model that the component is taken to be.
+
+        Returns:
+            The verdict; "not known" for algorithms and tensors of which it was not examined what the program does.
         """
         g = entry.geometry
         if g.kind not in self.kinds:
@@ -206,7 +231,7 @@ class Program:
         if g.transposed and g.kind != "embedding" and not self.supports_transposed:
             return Verdict("not at all", f"{self.title} knows no layers that keep their weight as (inputs, outputs)")
         if not self.supports_replacement and any(isinstance(each.algorithm, Replace) for each in (entry, *beside)):
-            return Verdict("not at all", f"{self.title} is not known to put whole weights in place of a layer's own")
+            return Verdict("not at all", f"{self.title} is not known to put full weights in place of a layer's own")
         case = Case(
             *(entry, base, beside, dialect or next(iter(self.keys)), architecture, key, stored, place, among),
             spelled=spelled,
@@ -219,12 +244,12 @@ class Program:
                 stops = row.reads == "not at all" and (row.stops or self.stops)
                 return Verdict(row.reads, f"{self.title} {why}", error, row.remedy, stops)
         if case.name not in self.examined_algorithms:
-            return Verdict("not known", f"what {self.title} makes of {case.name} was not looked at")
+            return Verdict("not known", f"what {self.title} makes of {case.name} was not examined")
         if strange := sorted(stored.keys() - self.examined_tensors):
-            return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not looked at")
+            return Verdict("not known", f"what {self.title} makes of {', '.join(strange)} was not examined")
         return Verdict("as trained", f"{self.title} computes what was trained")
 
     def is_examined(self, architecture: str | None) -> bool:
-        """Whether it was looked at which keys it knows for an architecture."""
+        """Return whether it was examined which keys the program knows for an architecture."""
         named = any(ANY_ARCHITECTURE in there or architecture in there for there in self.keys.values())
         return architecture in EXAMINED_ARCHITECTURES or architecture in self.missing_architectures or named

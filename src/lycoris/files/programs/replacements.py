@@ -1,4 +1,4 @@
-"""What the rows of the tables ask of weights and biases that replace a layer's own."""
+"""Conditions of program tables on weights and biases that replace a layer's own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from lycoris.files.programs.program import Case
 
 
 def replaces_weight(case: Case) -> bool:
-    """A weight in place of the layer's own, alone or beside others."""
+    """Return whether a weight replaces the layer's own, alone or with other changes."""
     return any(isinstance(each.algorithm, Replace) and "w" in each.tensors for each in (case.entry, *case.extra))
 
 
 def replaces_bias(case: Case) -> bool:
-    """A bias in place of the layer's own, alone or beside others."""
+    """Return whether a bias replaces the layer's own, alone or with other changes."""
     return any(isinstance(each.algorithm, Replace) and "b" in each.tensors for each in (case.entry, *case.extra))
 
 
 def changes_replaced(case: Case) -> bool:
-    """A change of a weight or a bias on top of one that replaces it."""
+    """Return whether a weight or bias is changed on top of one that replaces it."""
     replaced: set[str] = set()
     for each in (case.entry, *case.extra):
         if isinstance(each.algorithm, Replace):
@@ -28,27 +28,27 @@ def changes_replaced(case: Case) -> bool:
 
 
 def replaces_only_bias(case: Case) -> bool:
-    """Nothing but whole biases."""
+    """Return whether the file replaces the layer's bias and changes nothing else."""
     return not replaces_weight(case) and not case.extra
 
 
 def has_only_biases(case: Case) -> bool:
-    """Nothing but biases, whole or changes of them."""
+    """Return whether the file has nothing but biases for the layer, replaced or changed."""
     return all(each.tensors.keys() <= {"b", "diff_b"} for each in (case.entry, *case.extra))
 
 
 def replaces(case: Case) -> bool:
-    """A weight or bias in place of the layer's own, alone or beside another algorithm."""
+    """Return whether a weight or bias replaces the layer's own, alone or with another algorithm."""
     return any(isinstance(each.algorithm, Replace) for each in (case.entry, *case.extra))
 
 
 def only_replaces(case: Case) -> bool:
-    """Nothing but weights and biases in place of the layer's own, and changes of its bias."""
+    """Return whether there are only replacements of weight and bias, and changes of the bias."""
     return replaces(case) and not changes_weight(case)
 
 
 def changes_weight(case: Case) -> bool:
-    """A change of the weight that the layer has, or that stands in its place."""
+    """Return whether the weight is changed, be it the layer's own or one that replaces it."""
     return any(
         not isinstance(each.algorithm, Replace) and not each.tensors.keys() <= {"diff_b"}
         for each in (case.entry, *case.extra)

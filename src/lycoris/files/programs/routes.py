@@ -1,4 +1,4 @@
-"""What becomes of a whole file's keys in a program that looks at all of them before it takes one."""
+"""Programs that look at all keys of a file before they read one: what they see, and what they make of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SentFile:
-    """A file as it reaches a program."""
+    """A file as it reaches a program: its keys, and the denoiser's architecture."""
 
     layers: Mapping[str, tuple[str, ...]]
     """Each layer as its keys call it, with what they begin with → the ends of its tensors' names, as written; of names
@@ -33,7 +33,10 @@ class SentFile:
 
 @dataclass(frozen=True)
 class RoutedKeys:
-    """What a program makes of the keys."""
+    """What a program makes of a file's keys.
+
+    By default it reads all of them.
+    """
 
     refused: str = ""
     """Why it does not take the file, as the end of a sentence that begins with the program; "" where it does."""

@@ -26,7 +26,7 @@ SIMPLETUNER_PROGRAM = Program(
     keys.SIMPLETUNER_KEYS,
     (
         Row(has_algorithm("ia3"), "not at all", "stops when it loads an IA3 file", "plain", stops=True),
-        Row(has_lone_bias, "not at all", "recognises no diff_b without diff, and passes it over", "both diffs"),
+        Row(has_lone_bias, "not at all", "does not recognize diff_b without diff, and passes it over", "both diffs"),
         Row(
             all_of(has_algorithm("norm"), lacks_shift),
             "not at all",
@@ -37,11 +37,11 @@ SIMPLETUNER_PROGRAM = Program(
         Row(
             has_first_glora_layout, "not at all", "knows the later layout of GLoRA only, and stops", "anew", stops=True
         ),
-        Row(has_old_rotation, "not at all", "recognises no oft_diag, and passes it over", "anew"),
+        Row(has_old_rotation, "not at all", "does not recognize oft_diag, and passes it over", "anew"),
         Row(
             all_of(has_dora, has_algorithm("full")),
             "differently",
-            "takes the difference and leaves DoRA's lengths out",
+            "applies the difference and ignores DoRA's magnitude",
             "plain",
         ),
         Row(
@@ -51,7 +51,7 @@ SIMPLETUNER_PROGRAM = Program(
             "plain",
             stops=True,
         ),
-        Row(has_input_magnitude, "not at all", "cannot load DoRA's lengths of inputs", "plain", stops=True),
+        Row(has_input_magnitude, "not at all", "cannot load DoRA's input magnitude", "plain", stops=True),
         Row(
             all_of(has_algorithm("tlora"), has_kernel),
             "not at all",
@@ -76,17 +76,17 @@ SIMPLETUNER_PROGRAM = Program(
         Row(
             all_of(has_algorithm("diag-oft"), has_row_magnitude),
             "as trained",
-            "turns the rows as trained; at another strength than 1 their lengths still count fully",
+            "rotates the rows as trained; at strengths other than 1 their magnitude still counts fully",
         ),
         Row(
             has_algorithm("boft"),
             "as trained",
-            "turns the rows as trained; at another strength than 1 it weakens every rotation instead of their effect",
+            "rotates the rows as trained; at strengths other than 1 it weakens every rotation instead of their effect",
         ),
         Row(
             has_dora,
             "as trained",
-            "computes what was trained; at another strength than 1 it weakens the lengths, not the change below them",
+            "computes what was trained; at strengths other than 1 it weakens the magnitude, not the change below it",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Which tensors of a layer a program looks for, by their names as a file spells them."""
+"""Which tensors of a layer a program looks for, by their names as the file spells them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ the other way round, or as one of another name."""
 
 
 class TakenTensors(NamedTuple):
-    """What a program makes of a layer's tensors by their names."""
+    """The tensors of a layer that a program uses."""
 
     names: frozenset[str]
     """Those that it uses."""
@@ -35,7 +35,10 @@ _GLORA_TENSORS = frozenset(f"{each}.weight" for each in ("a1", "a2", "b1", "b2")
 
 
 def take_by_forge(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
-    """`load_lora` looks for all of these, and the last one that it finds of a weight counts."""
+    """Return the tensors that Forge's `load_lora` uses.
+
+    It looks for all of these, and the last one found for a weight counts.
+    """
     pairs = (
         _LORA_TENSORS,
         PROCESSOR_SUFFIXES,
@@ -59,7 +62,10 @@ def take_by_forge(names: frozenset[str], key: str, place: LayerPlace = "") -> Ta
 
 
 def take_by_webui(names: frozenset[str], key: str, place: LayerPlace = "") -> TakenTensors:
-    """The first kind of network that finds its tensors counts; `NetworkModule` takes what scales it beside them."""
+    """Return the tensors that WebUI uses.
+
+    The first kind of network that finds its tensors counts; `NetworkModule` reads the scale next to them.
+    """
     if key.startswith("transformer."):
         # Of SD 3's names the last two steps are the tensor's, and of others the layer is another one.
         names = frozenset(name for name in names if name.count(".") == 1)

@@ -1,4 +1,4 @@
-"""The WebUI of AUTOMATIC1111 (1.10). A layer that it cannot read costs the whole file."""
+"""The WebUI of AUTOMATIC1111 (1.10). A layer that it cannot read makes it reject the file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def _has_webui_unusable_magnitude(case: Case) -> bool:
 
 
 def explain_rejection(names: Collection[str], architecture: str | None) -> str:
-    """Why it rejects a file by the names of its tensors; "" where it does not."""
+    """Return why WebUI rejects a file by the names of its tensors, as the end of a sentence; "" if it does not.
+
+    `architecture` is the denoiser's; None: not known.
+    """
     if architecture == "sd3" and (short := sorted(name for name in names if name.count(".") < 2)):
         return f"takes the last two dots of a name of SD 3's for its tensor, and rejects the file for {some(short)}"
     embeddings: dict[str, set[str]] = {}
@@ -133,13 +136,13 @@ WEBUI_PROGRAM = Program(
         Row(
             has_misplaced_w2,
             "not at all",
-            "cannot give a whole w2 the shape of a convolution over one or three dimensions, and leaves the layer out",
+            "cannot give an unsplit w2 the shape of a one- or three-dimensional convolution, and leaves the layer out",
             "flat w2",
         ),
         Row(
             _has_webui_unusable_magnitude,
             "not at all",
-            "cannot divide lengths of DoRA that are a vector there, and leaves the layer out",
+            "cannot divide a DoRA magnitude that is a vector there, and leaves the layer out",
             "anew",
         ),
         COLUMN_MAGNITUDE_ROW,

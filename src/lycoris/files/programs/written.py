@@ -1,4 +1,4 @@
-"""The layers of a file under the names that it has for them and for their tensors."""
+"""The layers of a file under the names that the file has for them and for their tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROCESSOR_NAME = re.compile(r"(.+)(_lora\.(?:up|down)\.weight)")
 
 
 class WrittenLayer(NamedTuple):
-    """A layer in a file."""
+    """A layer as a file writes it: its key, and its tensors' names and shapes."""
 
     key: str
     """What the names of its tensors have in common."""
@@ -38,7 +38,10 @@ class WrittenLayer(NamedTuple):
 
 
 def group_written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -> dict[str, dict[str, WrittenLayer]]:
-    """Component → layer as written → what the file has."""
+    """Group a file's tensors: component → layer as written → what the file has for it.
+
+    Every detected component is a key, even without layers. Names of other dialects are left out.
+    """
     whose = make_component_lookup(FAMILIES[detection.family] if detection.family else None)
     in_file = {name: other for other, name in detection.renamed.items()}
     found: dict[str, dict[str, WrittenLayer]] = {component: {} for component in detection.components}
@@ -58,7 +61,10 @@ def group_written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -
 
 
 def list_file_names(found: Opened) -> list[str]:
-    """Of all tensors, as the file has them."""
+    """Return the names of all tensors as the file has them.
+
+    They differ from `found.shapes` for tensors that were renamed to be read.
+    """
     in_file = {name: other for other, name in found.detection.renamed.items()}
     return [in_file.get(name, name) for name in found.shapes]
 
@@ -73,7 +79,11 @@ def _split_name(name: str, key: Key) -> tuple[str, str]:
 
 
 def find_scales(found: Opened, written: Mapping[str, WrittenLayer]) -> dict[str, tuple[float, float]]:
-    """Layer as written → the scale that it has as a number of its own, and the one that alpha says."""
+    """Return the layers that store a scale as a number of its own.
+
+    Returns:
+        Layer as written → that scale, and the one that alpha says.
+    """
     scales = {}
     for layer, own in written.items():
         scale = find_tensor(found, own, "scale")
@@ -89,7 +99,10 @@ def find_scales(found: Opened, written: Mapping[str, WrittenLayer]) -> dict[str,
 
 
 def find_tensor(found: Opened, written: WrittenLayer, suffix: str) -> Tensor | None:
-    """A tensor of a layer, by its name in LyCORIS' spelling."""
+    """Return a tensor of a layer by its suffix in LyCORIS' spelling.
+
+    None if the file has none.
+    """
     if suffix not in written.tensors:
         return None
     name = dict(zip(written.tensors, written.names, strict=True))[suffix]
@@ -98,7 +111,10 @@ def find_tensor(found: Opened, written: WrittenLayer, suffix: str) -> Tensor | N
 
 
 def route_file(program: Program, found: Opened, written: Mapping[str, Mapping[str, WrittenLayer]]) -> RoutedKeys | None:
-    """What becomes of all keys together in a program that looks at all of them."""
+    """Return what a program makes of all keys together.
+
+    None if it treats each key alone.
+    """
     if program.route is None:
         return None
     layers = {
@@ -110,7 +126,10 @@ def route_file(program: Program, found: Opened, written: Mapping[str, Mapping[st
 
 
 def find_denoiser(found: Opened) -> str | None:
-    """The architecture of the denoiser that a file is for; None: not known."""
+    """Return the architecture of the denoiser that a file is for; None if it is not known.
+
+    A file with text encoders only is assigned one by its family.
+    """
     architecture = found.layouts[""].architecture if "" in found.layouts else None
     if architecture is None and found.family is not None:
         architecture = ARCHITECTURES[FAMILIES[found.family].components[""]]

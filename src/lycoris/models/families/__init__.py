@@ -1,4 +1,4 @@
-"""What is known of each family of models, as data: one file for each, and nothing of them elsewhere.
+"""What is known about each family of models, as data: one module per family.
 
 A new family is a new file here, its name in `_MODULES`, and `make models`, which writes its outlines.
 """

@@ -1,4 +1,4 @@
-"""What a family of models is: all that is known of it, in one file of this package."""
+"""What defines a family of models; everything known about one is in its module of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ModelConfig = Mapping[str, Any]
 
 
 class MusubiTargets(NamedTuple):
-    """What Musubi Tuner trains of a model."""
+    """The layers of a model that Musubi Tuner trains."""
 
     targets: Sequence[str]
     """Classes of the code that it runs whose linear layers are meant."""
@@ -25,7 +25,10 @@ class MusubiTargets(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One kind of network: a denoiser, a text encoder, a language model."""
+    """One kind of network: a denoiser, a text encoder, a language model.
+
+    All known models of an architecture have the same names of layers, in different numbers and sizes.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -33,8 +36,8 @@ class Architecture:
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Known models of it: name (of its outline too, which `make models` writes) → what the class is made with."""
     namings: Mapping[str, Naming] = field(default_factory=dict)
-    """Beside diffusers' own: "original" for the published code, "comfyui" where ComfyUI has others than that, "sgm" for
-    the original of UNets, ... A missing one is the same as diffusers'."""
+    """Besides diffusers' own: "original" for the published code, "comfyui" where ComfyUI has others, "sgm" for the
+    original of UNets, ... A missing one is the same as diffusers'."""
     blocks: tuple[str, ...] = ()
     """Classes of its transformer blocks in diffusers and in the original code; presets mean all layers in them."""
     attention: tuple[str, ...] = ()
@@ -48,13 +51,13 @@ class Architecture:
 
     @property
     def outlines(self) -> tuple[str, ...]:
-        """Names of the known models, by which `lycoris.models.outline` has them."""
+        """Names of the known models, as in `lycoris.models.outline`."""
         return tuple(self.models)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are used by the same pipelines; their adapters go by the same names."""
+    """Models that the same pipelines use; their adapter files have the same names."""
 
     name: str
     components: Mapping[str, str]

@@ -42,7 +42,7 @@ FLUX1_FINAL = (
 
 
 def rename_embedder(there: str, here: str) -> tuple[Rename, ...]:
-    """An embedding of two layers."""
+    """Return the renames of an embedding of two layers."""
     return (Rename(f"{there}.in_layer", f"{here}.linear_1"), Rename(f"{there}.out_layer", f"{here}.linear_2"))
 
 

@@ -14,7 +14,7 @@ _REFINER = ("txt_in.individual_token_refiner.blocks.*", "context_embedder.token_
 
 
 def rename_time_embedding(there: str, here: str) -> tuple[Rename, ...]:
-    """An embedding of two layers with an activation between them."""
+    """Return the renames of an embedding of two layers with an activation between them."""
     return (Rename(f"{there}.mlp.0", f"{here}.linear_1"), Rename(f"{there}.mlp.2", f"{here}.linear_2"))
 
 

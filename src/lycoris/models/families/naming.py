@@ -1,9 +1,9 @@
-"""One model, several ways to call its layers.
+"""Translate names of layers between diffusers and other code.
 
 A layer has a name in diffusers (for text encoders: in transformers), and others in the code that the model was
-published with and in the programs that load it. A module there may hold the rows of several here, such as one
-projection to queries, keys and values; the two halves of a final modulation are exchanged. Diffusers' names are the
-middle: every other naming says what its names stand for in them.
+published with and in the programs that load it. A module there may hold the rows of several layers here, such as one
+projection to queries, keys and values; the two halves of a final modulation are swapped. Every naming is defined by
+what its names mean in diffusers, so any two can be translated.
 """
 
 from __future__ import annotations
@@ -34,41 +34,65 @@ class Span(NamedTuple):
     """Whether gate and value, the two halves of the rows of a feed-forward's first layer, are."""
 
     def swaps_halves(self, g: Geometry) -> bool:
-        """Whether that is so for a layer of this shape: of modulations, only those of just two chunks are exchanged."""
+        """Return whether the two halves of the rows are in the other order for a layer of this shape.
+
+        Of modulations, only those of exactly two chunks are swapped.
+        """
         return self.gated or (self.swapped and g.out_features == 2 * g.fan_in)
 
 
 class Naming(Protocol):
-    """Names of layers, from and to diffusers'. Knows patterns only; which layers there are is for a model to say."""
+    """Names of layers, translated to and from diffusers' by patterns.
+
+    Which layers exist is up to the model: a naming translates any name that matches.
+    """
 
     def find_span(self, name: str) -> Span | None:
-        """What a name of this naming stands for; None when it has none of its own: it may be the same in both."""
+        """Return the layers of diffusers that a name of this naming stands for.
+
+        None if the naming has no rule for it: the name may be the same in both.
+        """
 
     def find_module(self, path: str) -> str | None:
-        """The name of the module that holds a layer of diffusers; None as above."""
+        """Return the name of the module that holds a layer of diffusers.
+
+        None if the naming has no rule for it: the name may be the same in both.
+        """
 
     def split_rows(self, name: str, rows: int, columns: int) -> tuple[int, ...]:
-        """How many rows each part of a module has."""
+        """Return how many of a module's rows belong to each of its parts.
+
+        `rows` and `columns` are the size of its weight.
+        """
 
 
 def split_evenly(rows: int, columns: int, parts: int) -> tuple[int, ...]:
-    """Equal parts."""
+    """Split rows into equal parts.
+
+    Arguments and result as in `SplitSizes`.
+    """
     return (rows // parts,) * parts
 
 
 def split_square_first(rows: int, columns: int, parts: int) -> tuple[int, ...]:
-    """A square part, then equal ones: queries of the full width, keys and values of fewer heads."""
+    """Split rows into a square part and equal ones: queries of full width, keys and values of fewer heads.
+
+    Arguments and result as in `SplitSizes`.
+    """
     return (columns, *((rows - columns) // (parts - 1),) * (parts - 1))
 
 
 def split_square_last(rows: int, columns: int, parts: int) -> tuple[int, ...]:
-    """Square parts, then what is left: queries, keys and values beside the first half of a feed-forward."""
+    """Split rows into square parts and the rest: queries, keys and values, then the first half of a feed-forward.
+
+    Arguments and result as in `SplitSizes`.
+    """
     return (*(columns,) * (parts - 1), rows - columns * (parts - 1))
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One line of a naming: patterns of dotted names in which `*` is any whole step, the same on both sides."""
+    """One rule of a naming: patterns of dotted names, in which `*` matches any one step, the same on both sides."""
 
     there: str
     here: str | Sequence[str]
@@ -84,7 +108,10 @@ class Rename:
 
 
 def rename_inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]:
-    """Renames of what is in a module."""
+    """Return renames that apply inside a module.
+
+    `there` and `here` are put before both sides of each rename.
+    """
     return tuple(
         replace(each, there=f"{there}.{each.there}", here=tuple(f"{here}.{part}" for part in each.parts))
         for each in renames
@@ -93,7 +120,10 @@ def rename_inside(there: str, here: str, *renames: Rename) -> tuple[Rename, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """A naming as a list of renames; the first that matches counts. What is in a renamed module moves along."""
+    """A naming as a list of renames.
+
+    The first that matches counts. What is inside a renamed module is renamed with it.
+    """
 
     renames: tuple[Rename, ...]
 

@@ -1,7 +1,4 @@
-"""Networks of which only classes and timesteps are known here: they have no outline, so files of them are not told.
-
-Presets reach them and T-LoRA's schedule follows them. One that gets an outline gets a file of its own.
-"""
+"""Networks of which only classes and timesteps are known: they have no outline, so their files are not recognized."""
 
 from __future__ import annotations
 

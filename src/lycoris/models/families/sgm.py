@@ -49,7 +49,7 @@ _DIFFUSERS_MIDDLE = re.compile(r"mid_block\.resnets\.([01])(?:\.(.+))?")
 
 @dataclass(frozen=True)
 class UNet:
-    """The naming of a UNet."""
+    """The naming of a UNet in Stable Diffusion's own code, where blocks of all levels are numbered consecutively."""
 
     levels_without_attention: frozenset[int] = frozenset()
     """Up levels of diffusers without attention: their upsampler has the place that attention has in others."""

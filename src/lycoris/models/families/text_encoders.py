@@ -1,4 +1,4 @@
-"""Text encoders, which families share."""
+"""Text encoders that families share."""
 
 from __future__ import annotations
 
