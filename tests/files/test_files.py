@@ -112,7 +112,7 @@ def test_cut_short_anywhere(good: Path, model: Model) -> None:
     header = 8 + int.from_bytes(whole[:8], "little")
     for length in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         (good.parent / "cut.safetensors").write_bytes(whole[:length])
-        refused(good.parent / "cut.safetensors", model, "cut short")
+        refused(good.parent / "cut.safetensors", model, "truncated")
 
 
 def test_too_long_and_header_beyond_the_end(good: Path, model: Model) -> None:

@@ -174,7 +174,7 @@ class TestOldForms:
         }
         found = resolve(named, self.MODEL)
         assert len(found.entries["0"]) == 2
-        assert "its scale is taken to be 1" in str(found.report)
+        assert "its scale is assumed to be 1" in str(found.report)
 
     def test_scale_of_what_has_no_ranks(self) -> None:
         w1, w2 = torch.randn(2, 1, dtype=torch.float16), torch.randn(3, 5)
@@ -189,7 +189,7 @@ class TestOldForms:
         """A control LoRA of Black Forest Labs has the scales of norms under that name."""
         with pytest.raises(FileError, match=r"0\.scale must be one finite number"):
             self.entries(lora_up__weight=torch.randn(6, 2), lora_down__weight=torch.randn(2, 5), scale=scale)
-        with pytest.raises(FileError, match=r"0\.scale is beside oft_blocks, which has no scale"):
+        with pytest.raises(FileError, match=r"0\.scale is next to oft_blocks, which has no scale"):
             self.entries(oft_blocks=torch.zeros(3, 2, 2), scale=torch.tensor(1.0))
 
     @pytest.mark.parametrize("names", [("diff", "diff_b"), ("diff",), ("diff_b",), ("w_norm",), ("b_norm",)])

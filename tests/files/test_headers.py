@@ -128,7 +128,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "hole between": ({"a": entry(shape=[1], at=[0, 4]), "b": entry(shape=[0], at=[8, 8])}, "bytes 4 to 8"),
     "overlap": ({"a": entry(), "b": entry(at=[4, 12])}, "'a' ends at byte 8 of its data and 'b' begins at 4"),
     "same place": ({"a": entry(), "b": entry()}, "'a' ends at byte 8"),
-    "too little": ({"a": entry(shape=[4], at=[0, 16])}, "cut short; fetch it again"),
+    "too little": ({"a": entry(shape=[4], at=[0, 16])}, "truncated; download it again"),
     "too much": ({"a": entry(shape=[1], at=[0, 4])}, "the rest is no tensor's"),
 }
 
@@ -142,11 +142,11 @@ def test_each_violation_of_the_header(case: str, tmp_path: Path) -> None:
 def test_cut_short_says_how_much_there_is_and_should_be(tmp_path: Path) -> None:
     whole = save(TENSORS)
     refused(
-        put(tmp_path, whole[:-3]), f"has {len(whole) - 3} bytes, its header speaks of {len(whole)}", "fetch it again"
+        put(tmp_path, whole[:-3]), f"has {len(whole) - 3} bytes, its header describes {len(whole)}", "download it again"
     )
     head = 8 + int.from_bytes(whole[:8], "little")
-    refused(put(tmp_path, whole[:30]), "has 30 bytes", f"its header alone {head}", "cut short")
-    refused(put(tmp_path, whole[:5]), "has 5 bytes", "cut short")
+    refused(put(tmp_path, whole[:30]), "has 30 bytes", f"its header alone {head}", "truncated")
+    refused(put(tmp_path, whole[:5]), "has 5 bytes", "truncated")
 
 
 @pytest.mark.parametrize("length", [0, 1, 100_000_001, 2**31, 2**32, 2**63, 2**64 - 1])

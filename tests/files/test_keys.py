@@ -437,7 +437,7 @@ def test_names_of_adapters_in_names_of_tensors(adapter: str) -> None:
     loha = {f"1.hada_{name}.{adapter}": torch.ones((6, 2) if name.endswith("a") else (2, 6)) for name in names}
     tensors = {f"base_model.model.{key}": tensor for key, tensor in (lora | loha).items()}
     found = resolve(tensors, model)
-    assert "its scale is taken to be 1" in str(found.report)
+    assert "its scale is assumed to be 1" in str(found.report)
     assert not found.report.unused
     assert [entry.algorithm.name for (entry,) in found.entries.values()] == ["lora", "loha"]
     two = tensors | {"base_model.model.0.lora_A.other.weight": torch.zeros(2, 4)}

@@ -75,7 +75,7 @@ def test_a_config_next_to_the_file(name: str, tmp_path: Path) -> None:
     found = read(tmp_path / "a.safetensors", Block())
     assert scales(found) == pytest.approx({"to_q": query, "to_k": key})
     assert found.report.remarks == (
-        "the scale of 2 layers without an alpha tensor is from the adapter_config.json beside it",
+        "the scale of 2 layers without an alpha tensor is from the adapter_config.json next to it",
     )
 
 

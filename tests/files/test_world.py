@@ -117,7 +117,7 @@ def test_what_wrappers_put_before_a_name_is_left_out(prefix: str) -> None:
     found = parse_opened(flux(prefix=prefix + FLUX), {})
     assert same(found, parse_opened(flux(), {}))
     told = "\n".join(found.detection.remarks) + "\n".join(found.bundles[""].report.remarks)
-    assert "left out" in told or "taken to be 1" in told
+    assert "left out" in told or "assumed to be 1" in told
 
 
 @pytest.mark.parametrize("how", FLAT)

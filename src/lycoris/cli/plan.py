@@ -70,8 +70,8 @@ def plan_command(
         parameters = sum(parameter.numel() for parameter in base.parameters())
         needed = memory(explained, parameters, optimizer=optimizer, batch=batch)
         if report is not None:
-            whole = {"model": model, "base_parameters": parameters, "config": recipe.as_dict()}
-            _write_report(report, whole | explained.as_dict() | {"batch": batch, "memory": needed.as_dict()})
+            content = {"model": model, "base_parameters": parameters, "config": recipe.as_dict()}
+            _write_report(report, content | explained.as_dict() | {"batch": batch, "memory": needed.as_dict()})
         _print_report(f"{type(base).__name__}: {parameters:,} parameters", explained, needed, optimizer, batch)
 
 
@@ -117,11 +117,11 @@ def _check_report(path: Path, config: Path | None, model: str, force: bool) -> N
         raise ConfigError(f"{path} exists; name another file, or overwrite it with --force")
 
 
-def _write_report(path: Path, whole: Mapping[str, Any]) -> None:
+def _write_report(path: Path, content: Mapping[str, Any]) -> None:
     from lycoris.training.jsonfile import write_object
 
     try:
-        write_object(whole, path)
+        write_object(content, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -22,8 +22,8 @@ def find_unknown_base(header: Mapping[str, str]) -> str:
 
     As "key = value", for a message; "" if there is none.
     """
-    told = [(key, header[key]) for key in VERSION_KEYS if header.get(key, "").strip()]
-    return next((f"{key} = {value:.60}" for key, value in told if find_header_family({key: value}) is None), "")
+    stated = [(key, header[key]) for key in VERSION_KEYS if header.get(key, "").strip()]
+    return next((f"{key} = {value:.60}" for key, value in stated if find_header_family({key: value}) is None), "")
 
 
 def describe_disagreement(header: Mapping[str, str]) -> str:
@@ -31,12 +31,12 @@ def describe_disagreement(header: Mapping[str, str]) -> str:
 
     The first one counts; "" if the header names at most one.
     """
-    told = {
+    stated = {
         key: family for key in VERSION_KEYS if (family := find_header_family({key: header.get(key, "")})) is not None
     }
-    if len({family.name for family in told.values()}) < 2:
+    if len({family.name for family in stated.values()}) < 2:
         return ""
-    named = ", ".join(f"{family.name} ({key})" for key, family in told.items())
+    named = ", ".join(f"{family.name} ({key})" for key, family in stated.items())
     return f"its header names several bases: {named}; the first counted"
 
 
@@ -51,11 +51,11 @@ def narrow_by_header(found: list[Fit], header: Mapping[str, str]) -> list[Fit]:
         same = [each for each in found if each.outline and _hash_layers(each) == made_for.layers]
         if same:
             return same
-    told = [_normalize_name(words) for words in _collect_base_names(header)]
+    stated = [_normalize_name(words) for words in _collect_base_names(header)]
     named = [
         (len(name), each)
         for each in found
-        if (name := _normalize_name(each.outline or "")) and any(name in t for t in told)
+        if (name := _normalize_name(each.outline or "")) and any(name in t for t in stated)
     ]
     longest = max((length for length, _ in named), default=0)
     return [each for length, each in named if length == longest] or found
@@ -81,10 +81,10 @@ def _collect_base_names(header: Mapping[str, str]) -> list[str]:
     found = [header[key] for key in (*VERSION_KEYS, *BASE_NAME_KEYS) if key in header]
     for key in BASE_SETTINGS_KEYS:
         try:
-            told = json_object(header.get(key, "{}"))
+            settings = json_object(header.get(key, "{}"))
         except ValueError:
             continue
-        found += [value for name, value in told.items() if isinstance(value, str) and name.endswith(BASE_NAME_KEYS)]
+        found += [value for name, value in settings.items() if isinstance(value, str) and name.endswith(BASE_NAME_KEYS)]
     return found
 
 

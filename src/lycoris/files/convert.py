@@ -50,8 +50,8 @@ class Conversion:
         lines = [f"from {found.dialect}: {sum(len(each.applied) for each in self.reports.values())} layers"]
         if self.assumed:
             models = ", ".join(f"{name or 'denoiser'} {model}" for name, model in self.assumed.items())
-            told = f"{found.family} ({models})" if found.family else models
-            lines.append(f"taken to be for {told}; {found.confidence}")
+            shown = f"{found.family} ({models})" if found.family else models
+            lines.append(f"taken to be for {shown}; {found.confidence}")
         lines += found.remarks
         for component, report in self.reports.items():
             name = component or "denoiser"
@@ -156,5 +156,5 @@ def _check_request(to: str | None, portable: str | None) -> None:
 
 def _summarize_forms(shapes: Mapping[str, tuple[int, ...]], dialect: str) -> str:
     counts = count_forms(shapes, DIALECTS[dialect]).most_common()
-    told = [f"{count} {form}" for form, count in counts[:SHOWN]]
-    return ", ".join(told) + (f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else "")
+    shown = [f"{count} {form}" for form, count in counts[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else "")

@@ -26,7 +26,7 @@ FIELD_CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """Field → the words that it may be."""
 GEOMETRY_FIELDS = tuple(each.name for each in fields(Geometry) if each.name not in ("kind", "shape"))
-"""What a description has of a layer beside its kind and its shape, where it is not the usual."""
+"""What a description has of a layer next to its kind and its shape, where it is not the usual."""
 
 
 def encode_base_layers(base: Base) -> str | None:
@@ -41,10 +41,10 @@ def encode_base_layers(base: Base) -> str | None:
     for path, geometry in base.layers.items():
         own = {name: getattr(geometry, name) for name in GEOMETRY_FIELDS}
         usual = Geometry(kind=geometry.kind, shape=geometry.shape)
-        told = {"kind": geometry.kind, "shape": geometry.shape}
-        told |= {name: value for name, value in own.items() if value != getattr(usual, name)}
-        groups.setdefault(json.dumps(told), []).append(path)
-    text = json.dumps({"layers": [json.loads(told) | {"at": paths} for told, paths in groups.items()]})
+        entry = {"kind": geometry.kind, "shape": geometry.shape}
+        entry |= {name: value for name, value in own.items() if value != getattr(usual, name)}
+        groups.setdefault(json.dumps(entry), []).append(path)
+    text = json.dumps({"layers": [json.loads(entry) | {"at": paths} for entry, paths in groups.items()]})
     return text if len(text) <= LONGEST_DESCRIPTION else None
 
 
@@ -69,16 +69,16 @@ def decode_base(header: Mapping[str, str]) -> ModelLayout | None:
     return ModelLayout.from_layers(made_for.model, layers)
 
 
-def _decode_group(told: Mapping[str, Any]) -> list[tuple[str, Geometry]]:
+def _decode_group(entry: Mapping[str, Any]) -> list[tuple[str, Geometry]]:
     """Raises `ValueError`, `KeyError` or `TypeError` for what describes no layer."""
-    kind, shape, paths = told["kind"], tuple(told["shape"]), told["at"]
-    own = {name: _check_field(name, told[name], len(shape) - 2) for name in GEOMETRY_FIELDS if name in told}
+    kind, shape, paths = entry["kind"], tuple(entry["shape"]), entry["at"]
+    own = {name: _check_field(name, entry[name], len(shape) - 2) for name in GEOMETRY_FIELDS if name in entry}
     usual = kind in get_args(Kind) and len(shape) >= (1 if kind == "norm" else 2)
     if not usual or not all(_is_size(number) for number in shape) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"no layer: {told!r:.80}")
+        raise ValueError(f"no layer: {entry!r:.80}")
     geometry = Geometry(kind=kind, shape=shape, **own)
     if kind == "conv" and not len(geometry.stride) == len(geometry.dilation) == len(geometry.kernel):
-        raise ValueError(f"no convolution: {told!r:.80}")
+        raise ValueError(f"no convolution: {entry!r:.80}")
     return [(path, geometry) for path in paths]
 
 

@@ -154,9 +154,9 @@ def judge(
     if found is None:
         raise FileError(f"none of its {len(shapes)} keys is of an adapter: {some(shapes)}")
     plain = [name for name in found.strange if foreign.is_foreign(name)]
-    told = f"{len(plain)} tensors belong to no adapter: {some(plain)}" if plain else ""
+    remark = f"{len(plain)} tensors belong to no adapter: {some(plain)}" if plain else ""
     strange = tuple(name for name in found.strange if name not in plain)
-    return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, told))))
+    return replace(found, strange=strange, remarks=(*found.remarks, *filter(None, (aside, remark))))
 
 
 def _measure_explained(found: Detection) -> tuple[int, int, int]:
@@ -241,13 +241,13 @@ def _read_dialect(
     parted = {name: key for name, key in keys.items() if key is not None}
     denoiser = _group_by_component(parted, shapes, lambda key: key.component).get("", {})
     found = fits.candidates(denoiser, dialect)
-    told, foreign = known or find_header_family(metadata), "" if known else base_model.find_unknown_base(metadata)
-    fitting = _filter_family(found, told, "")
-    family, remarks = told, [] if known else [base_model.describe_disagreement(metadata)]
-    if told is None or (known is None and found and not fitting):
+    stated, foreign = known or find_header_family(metadata), "" if known else base_model.find_unknown_base(metadata)
+    fitting = _filter_family(found, stated, "")
+    family, remarks = stated, [] if known else [base_model.describe_disagreement(metadata)]
+    if stated is None or (known is None and found and not fitting):
         family = find_family({"": found[0].architecture}) if found and not find_ambiguous(found) else None
-    if known is None and told is not None and found and not fitting:
-        remarks.append(f"its header says {told.name}, which has no such layers; taken for what they are")
+    if known is None and stated is not None and found and not fitting:
+        remarks.append(f"its header says {stated.name}, which has no such layers; the layers decide")
     if foreign:
         like = f"; its layers are like those of {family.name}" if family is not None else ""
         family = None
@@ -292,12 +292,12 @@ def _group_by_layer(
 
 def _describe_misfit(best: Fit, layers: int) -> str:
     """What of some layers the model that they fit best does not have; "" where it has all of them."""
-    told = []
+    found = []
     if best.named < layers:
-        told.append(f"{layers - best.named} of its {layers} layers are none of {best.outline}'s")
+        found.append(f"{layers - best.named} of its {layers} layers are none of {best.outline}'s")
     if best.shaped < best.named:
-        told.append(f"{best.named - best.shaped} have other sizes than {best.outline}'s")
-    return ", ".join(told)
+        found.append(f"{best.named - best.shaped} have other sizes than {best.outline}'s")
+    return ", ".join(found)
 
 
 def _filter_family(found: Iterable[Fit], family: Family | None, component: str) -> list[Fit]:

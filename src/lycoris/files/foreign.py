@@ -29,7 +29,7 @@ IGNORED_NAMES: Sequence[tuple[re.Pattern[str], str]] = (
     (re.compile(r"(vae|first_stage_model|image_encoder|feature_extractor|controlnet)\..+"), "weights of another model"),
     (re.compile(r"(optimizer|lr_scheduler|ema|state|scheduler|global_step|epoch|step)(\..+)?"), "state of a trainer"),
 )
-"""Tensors beside adapters that are none, by their whole names."""
+"""Tensors next to adapters that are none, by their whole names."""
 
 
 class ForeignKind(NamedTuple):
@@ -110,9 +110,9 @@ def split_foreign(names: TensorShapes) -> tuple[dict[str, tuple[int, ...]], str]
     lost = {name for own in aside.values() for name in own}
     if len(lost) == len(names):
         return dict(names), ""
-    told = "; ".join(f"{len(own)} {what}: {some(own)}" for what, own in aside.items())
-    return {name: shape for name, shape in names.items() if name not in lost}, f"no adapter, left out: {told}" * bool(
-        told
+    listed = "; ".join(f"{len(own)} {what}: {some(own)}" for what, own in aside.items())
+    return {name: shape for name, shape in names.items() if name not in lost}, f"no adapter, left out: {listed}" * bool(
+        listed
     )
 
 

@@ -31,7 +31,7 @@ GROWTH_ADVICE = "Nothing was written; to write it all the same: --allow-growth (
 NAMES_ALLOWANCE = 2**16
 """Bytes by which names and header may be longer besides: in files of a few layers they are most of it."""
 HEADER_ALLOWANCE = 512
-"""Bytes of a header beside its entries."""
+"""Bytes of a header next to its entries."""
 
 _FACTOR_PAIRS: Mapping[type, Mapping[str, str]] = {LoRA: {"up": "down"}, LoHa: {"w1_a": "w1_b", "w2_a": "w2_b"}}
 """Factors of outputs, (O, r, ...) → of inputs, (r, ...)."""
@@ -215,12 +215,12 @@ def count_forms(shapes: Mapping[str, tuple[int, ...]], dialect: Dialect) -> Coun
 
 def _name_form(tensors: Mapping[str, tuple[int, ...]]) -> str:
     plain = tensors.keys() - {"alpha", "dora_scale", "lora_magnitude_vector"}
-    # A change of the bias beside another algorithm.
+    # A change of the bias next to another algorithm.
     main = plain - {"diff_b", "lora_up.bias"} or plain
     kind = next((each.name for each in match_algorithms({name: tensors[name] for name in main})), "other")
-    lengths = "dora over " if plain != tensors.keys() - {"alpha"} else ""
+    magnitude = "dora over " if plain != tensors.keys() - {"alpha"} else ""
     rank = next((tensors[name][0] for name in RANK_TENSORS if tensors.get(name)), None)
-    return f"{lengths}{kind}" + ("" if rank is None else f" of rank {rank}")
+    return f"{magnitude}{kind}" + ("" if rank is None else f" of rank {rank}")
 
 
 def drop_unused_ranks(entry: Entry) -> Entry:

@@ -85,10 +85,10 @@ def parse_opened(
         shapes, metadata, None if denoiser is None else _find_opened_family(metadata, denoiser), settle=denoiser is None
     )
     if base is None and denoiser is not None:
-        told = (
+        remark = (
             f"its header describes the base, a {denoiser.model_name} of {len(denoiser.layers)} layers: judged by those"
         )
-        found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, told))
+        found = replace(found, fits={**found.fits, "": ()}, remarks=(*found.remarks, remark))
     tensors, shapes = _rename_with_shapes(tensors, found.renamed)
     if renamed:
         found = replace(found, renamed=renamed, remarks=(*found.remarks, wrappers.describe_renames(renamed)))
@@ -97,8 +97,8 @@ def parse_opened(
         layout = denoiser
         if layout is None or component:
             assumed[component] = _require_model(found, component)
-            layout, told = _detect_variant(load_layout(found.fits[component][0]), found, component, shapes)
-            found = replace(found, remarks=(*found.remarks, *filter(None, (told,))))
+            layout, remark = _detect_variant(load_layout(found.fits[component][0]), found, component, shapes)
+            found = replace(found, remarks=(*found.remarks, *filter(None, (remark,))))
         try:
             bundle, layouts[component] = resolve_as_written(
                 tensors, layout, found.dialect, metadata, component, found.family, strict=strict
@@ -134,8 +134,8 @@ def _detect_variant(
         key = dialect.split(name)
         if key is None or key.suffix != DOWN or key.layer not in written or len(shape) < 2 or whose(key) != component:
             continue
-        if told := variants.describe_variant(layout, naming, written[key.layer], shape[1]):
-            return variants.widen_model(layout, naming, written[key.layer], shape[1]), f"{told}; taken to be for that"
+        if remark := variants.describe_variant(layout, naming, written[key.layer], shape[1]):
+            return variants.widen_model(layout, naming, written[key.layer], shape[1]), f"{remark}; taken to be for that"
     return layout, ""
 
 
@@ -174,9 +174,9 @@ def _without_guess(bundle: Bundle, assumed: Mapping[str, str], component: str) -
 
 def _find_opened_family(metadata: Mapping[str, str], denoiser: ModelLayout) -> Family | None:
     """The family of a file whose denoiser is known: that of its header, unless that has other denoisers."""
-    architecture, told = denoiser.architecture, find_header_family(metadata)
-    if told is not None and (architecture is None or told.components.get("") == architecture.name):
-        return told
+    architecture, stated = denoiser.architecture, find_header_family(metadata)
+    if stated is not None and (architecture is None or stated.components.get("") == architecture.name):
+        return stated
     return find_family({"": architecture})
 
 

@@ -76,20 +76,20 @@ def place_stacks(
         found.add(stacks)
         return found
     theirs, own = layout.find_spans(naming), layout.find_spans(layout.naming)
-    whole = {span.parts: name for name, span in own.items()}
+    held = {span.parts: name for name, span in own.items()}
     waiting: dict[str, dict[str, Stack]] = {}
     holder = {part: name for name, span in own.items() for part in span.parts}
     for name, stack in stacks.items():
         span = theirs[name]
         try:
-            if span.parts in whole:
-                to = whole[span.parts]
+            if span.parts in held:
+                to = held[span.parts]
                 g = stack[0].geometry
                 found.entries[to] = _swap_stack(stack, span.swaps_halves(g) != own[to].swaps_halves(g), found, to)
                 continue
             for part, single in _split_stack(stack, span, layout, found).items():
-                if (part,) in whole:
-                    found.add({whole[part,]: single})
+                if (part,) in held:
+                    found.add({held[part,]: single})
                 else:
                     waiting.setdefault(holder[part], {})[part] = single
         except FileError as error:
@@ -109,11 +109,11 @@ def separate_stacks(stacks: Mapping[str, Stack], *, dense: bool = True) -> Place
     return found
 
 
-def _swap_stack(stack: Stack, turn: bool, found: PlacedStacks, name: str) -> Stack:
-    if not turn:
+def _swap_stack(stack: Stack, swapped: bool, found: PlacedStacks, name: str) -> Stack:
+    if not swapped:
         return stack if found.shared else found.remove_slices(stack, name)
-    turned = tuple(_take_note(rows.share_swapped_halves(entry, name, dense=found.dense), found, name) for entry in stack)
-    return turned if found.shared else found.remove_slices(turned, name)
+    moved = tuple(_take_note(rows.share_swapped_halves(entry, name, dense=found.dense), found, name) for entry in stack)
+    return moved if found.shared else found.remove_slices(moved, name)
 
 
 def _split_stack(stack: Stack, span: Span, layout: ModelLayout, found: PlacedStacks) -> dict[str, Stack]:

@@ -190,7 +190,7 @@ def _resolve_tensors(
     if whole := foreign.explain_no_adapter(get_shapes(tensors)):
         raise FileError(whole)
     whose, contradiction = _choose_family(family, header, component, layout)
-    # A prefix of one's own is that of this component, whatever a family's files mean by it.
+    # A custom prefix is that of this component, whatever it means in a family's files.
     whose = whose if prefix is None else None
 
     tensors, match, _, remarks = _settle_names(
@@ -204,7 +204,7 @@ def _resolve_tensors(
         layout = layout.convert_to_naming(match.naming)
     unscaled = match.dialect.is_folder and not any(ALPHA in group for group in match.groups.values())
     if unscaled and not find_scale_sources(header, match.dialect, match.prefix):
-        remarks.append(f"its scale is taken to be 1: PEFT's tensors tell it only beside their {CONFIG}")
+        remarks.append(f"its scale is assumed to be 1: PEFT stores it in {CONFIG}, which is missing")
     found, mismatched = _read_stacks(tensors, match, layout, header)
     places = placing.place_stacks(found.stacks, layout, match.naming, shared=shared)
     mismatched |= places.refused
@@ -240,12 +240,16 @@ def _choose_family(
         if name not in FAMILIES:
             raise FileError(unknown("family", name, FAMILIES))
         return FAMILIES[name], ""
-    told, architecture = find_header_family(header), layout.architecture
-    if told is None or architecture is None or told.components.get(component, architecture.name) == architecture.name:
-        return told or find_family({component: architecture}), ""
+    stated, architecture = find_header_family(header), layout.architecture
+    if (
+        stated is None
+        or architecture is None
+        or stated.components.get(component, architecture.name) == architecture.name
+    ):
+        return stated or find_family({component: architecture}), ""
     return find_family(
         {component: architecture}
-    ), f"its header says {told.name}, and the model is a {architecture.name}"
+    ), f"its header says {stated.name}, and the model is a {architecture.name}"
 
 
 def _find_unused(match: Match, layout: ModelLayout) -> tuple[dict[str, str], str]:
@@ -255,8 +259,8 @@ def _find_unused(match: Match, layout: ModelLayout) -> tuple[dict[str, str], str
         if layer not in match.names:
             unused |= dict.fromkeys(group.values(), f"{layout.model_name} has no layer {layer}")
     plain = [name for name in unused if foreign.is_foreign(name)] if match.used_names() else []
-    told = f"{len(plain)} tensors belong to no adapter and no layer, left out: {some(plain)}" if plain else ""
-    return {name: why for name, why in unused.items() if name not in plain}, told
+    remark = f"{len(plain)} tensors belong to no adapter and no layer, left out: {some(plain)}" if plain else ""
+    return {name: why for name, why in unused.items() if name not in plain}, remark
 
 
 class _SettledNames(NamedTuple):
@@ -283,7 +287,7 @@ def _settle_names(
         )
         others = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         again = match_best(others) if renamed else match
-        # Layers alone do not tell: another name may be that of one more tensor of a layer that is there already.
+        # Counting layers is not enough: another name may be that of one more tensor of a layer that is there already.
         if (len(again.used_names()), again.standing) > (len(match.used_names()), match.standing):
             return _SettledNames(others, again, renamed, [*filter(None, (aside,)), wrappers.describe_renames(renamed)])
     return _SettledNames(
@@ -334,8 +338,8 @@ def _read_stacks(
         own = {suffix: tensors[key] for suffix, key in group.items()}
         try:
             if DOWN in own and own[DOWN].dim() and "scale" not in own:
-                told = scales.choose_alpha(name, len(own[DOWN]), _read_alpha_value(own))
-                own |= {} if told is None or ALPHA in own else {ALPHA: torch.tensor(told, dtype=torch.float64)}
+                alpha = scales.choose_alpha(name, len(own[DOWN]), _read_alpha_value(own))
+                own |= {} if alpha is None or ALPHA in own else {ALPHA: torch.tensor(alpha, dtype=torch.float64)}
             stack = _read_layer_stack(own, geometry, name)
             stack, note = history.restore_trained_scale(
                 stack, layer, layout.count_parts(match.naming, name), match.dialect, header

@@ -29,7 +29,7 @@ class Fit(NamedTuple):
     naming: str
     """"diffusers", or one of the architecture's namings."""
     outline: str | None
-    """The known model; None for one whose layers have such names but other sizes or numbers."""
+    """The known model; None for one whose layers have such names but other sizes or another number of blocks."""
     named: int
     """Layers whose names it has."""
     shaped: int
@@ -172,11 +172,11 @@ def _list_paths_once(model: str) -> frozenset[str]:
     return frozenset(_walk_outline(outline.load_outline(model), ""))
 
 
-def _walk_outline(told: outline.Outline, path: str) -> Iterator[str]:
+def _walk_outline(node: outline.Outline, path: str) -> Iterator[str]:
     """The paths of an outline; of modules that are alike, those of the first."""
     yield path
     start = f"{path}." if path else ""
-    yield from (start + name for name in told.get("parameters", ()))
-    for name, child in told.get("children", {}).items():
+    yield from (start + name for name in node.get("parameters", ()))
+    for name, child in node.get("children", {}).items():
         first, _, last = name.partition("..")
         yield from _walk_outline(child, start + (first if last.isdigit() else name))

@@ -111,10 +111,10 @@ class Rewriter:
         best, reasons, grown = self._find_smallest(program, wanted)
         if best is not None:
             return best
-        told = "\n".join(f"  {', '.join(dialects)}: {why}" for why, dialects in reasons.items())
+        listed = "\n".join(f"  {', '.join(dialects)}: {why}" for why, dialects in reasons.items())
         others = "" if to is None else self._find_readable_dialects(program, [each for each in dialects if each != to])
         kind = GrowthError if grown else FileError
-        raise kind(f"no file of it that {title} reads as trained was written:\n{told}{others}")
+        raise kind(f"no file of it that {title} reads as trained was written:\n{listed}{others}")
 
     def _find_smallest(
         self, program: str, dialects: list[str]
@@ -206,7 +206,7 @@ class Rewriter:
                 try:
                     ready = self._prepare({name: sample.bundle}, to, program)
                 except LycorisError:
-                    # The reason is for the conversion itself to tell.
+                    # The conversion itself reports the reason.
                     continue
                 total += sample.alike * count_stack_bytes(ready.bundles[name].entries, self.dtype)
                 notes += ready.notes.values()
@@ -261,8 +261,8 @@ def _place_bundle(
     own = layout.convert_to_naming(_find_naming(layout, to))
     if kind.is_folder and base is not None:
         own = ModelLayout.from_model(base)
-    whole = not kind.is_folder and (kind.algorithms is None or Full.name in kind.algorithms)
-    places = placing.place_stacks(bundle.entries, own, layout.naming, dense=whole)
+    dense = not kind.is_folder and (kind.algorithms is None or Full.name in kind.algorithms)
+    places = placing.place_stacks(bundle.entries, own, layout.naming, dense=dense)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
     notes |= places.notes
@@ -289,16 +289,16 @@ def _count_rounded(before: EncodedFile, after: EncodedFile) -> dict[str, int]:
 def _merge_headers(found: Opened, own: Mapping[str, str]) -> dict[str, str]:
     """What a file says of itself: `own` of what is written, and of the source's header what stays true.
 
-    The base and its family are told where the source's header has them or the base was given, never by a guess.
+    The base and its family are stored if the source's header has them or the base was given, never by a guess.
     """
-    told = {key: value for key, value in keep_header(found.header).items() if key != FAMILY_KEY}
+    header = {key: value for key, value in keep_header(found.header).items() if key != FAMILY_KEY}
     layout, guessed = found.layouts.get(""), "" in found.assumed
     if layout is not None and not guessed:
-        other = fingerprint.describe_other_layers(told, layout.model_name, layout.layers, layout.diffusers_layers)
-        told = {key: value for key, value in told.items() if key != fingerprint.FINGERPRINT_KEY or not other}
+        other = fingerprint.describe_other_layers(header, layout.model_name, layout.layers, layout.diffusers_layers)
+        header = {key: value for key, value in header.items() if key != fingerprint.FINGERPRINT_KEY or not other}
     known = find_header_family(found.header)
     sure = not guessed or (known is not None and known.name == found.family)
-    return {**{key: value for key, value in own.items() if key != FAMILY_KEY or sure}, **told}
+    return {**{key: value for key, value in own.items() if key != FAMILY_KEY or sure}, **header}
 
 
 def _free_from_base(bundle: Bundle, to: str, layout: ModelLayout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
@@ -336,11 +336,11 @@ def _check_unambiguous(detection: Detection, component: str, bundle: Bundle, to:
 def _name_parts(fit: Fit, bundle: Bundle, style: Style, to: str) -> dict[str, list[str]]:
     """Layer → what a dialect calls its parts, if the file is for this model."""
     layout, target = load_layout(fit), DIALECTS[to].choose_naming(fit.architecture)
-    home = list_namings(fit.architecture)[target].find_module
+    find_module = list_namings(fit.architecture)[target].find_module
     names, spans = layout.map_written_names(fit.naming, style), layout.find_spans(fit.naming)
     spelled = flatten if style == "flat" else str
     written = flatten if DIALECTS[to].style == "flat" else str
     return {
-        layer: [*dict.fromkeys(written(home(part) or part) for part in spans[names[spelled(layer)]].parts)]
+        layer: [*dict.fromkeys(written(find_module(part) or part) for part in spans[names[spelled(layer)]].parts)]
         for layer in bundle.entries
     }

@@ -85,7 +85,7 @@ def compose(
     models = model if isinstance(model, Mapping) else {component: model}
     found, owner = EncodedFile({}, {}, {}), dict[str, str]()
     own = dict.fromkeys(bundles, prefix) if isinstance(prefix, str) else prefix or {}
-    # A prefix of one's own is for layers as they are called here.
+    # With a custom prefix, layers keep the names they have here.
     layouts = {name: _find_layout(each, kind, models.get(name)) for name, each in bundles.items() if not own}
     whose = FAMILIES[family] if family else find_family({name: each.architecture for name, each in layouts.items()})
     by_prefix: dict[str, Bundle] = {}
@@ -165,8 +165,8 @@ def _cast_to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
         raise FileError(f"dtype={dtype} cannot hold adapters, whose values are not integers; give float32 or bfloat16")
     found = {}
     for key, tensor in tensors.items():
-        whole = key.endswith(".alpha") or not tensor.is_floating_point()
-        found[key] = tensor if whole else tensor.to(dtype)
+        unchanged = key.endswith(".alpha") or not tensor.is_floating_point()
+        found[key] = tensor if unchanged else tensor.to(dtype)
         if not found[key].any() and tensor.any():
             raise FileError(
                 f"all of {key} is too small for {dtype} and would become 0; give float32. Nothing was written"
@@ -223,14 +223,17 @@ def _make_header(
         for prefix, bundle in by_prefix.items()
         for layer, stack in bundle.entries.items()
     }
-    told = {format_version.FORMAT_KEY: str(format_version.FORMAT_VERSION), history.SCALES_KEY: _scale_as_json(scales)}
+    content = {
+        format_version.FORMAT_KEY: str(format_version.FORMAT_VERSION),
+        history.SCALES_KEY: _scale_as_json(scales),
+    }
     if family is not None:
-        told[FAMILY_KEY] = family.name
+        content[FAMILY_KEY] = family.name
     if main is not None and main.base is not None:
-        told[fingerprint.FINGERPRINT_KEY] = str(fingerprint.fingerprint_layers(*main.base))
+        content[fingerprint.FINGERPRINT_KEY] = str(fingerprint.fingerprint_layers(*main.base))
         layers = described.encode_base_layers(main.base)
-        told |= {} if layers is None else {described.DESCRIPTION_KEY: layers}
-    return told
+        content |= {} if layers is None else {described.DESCRIPTION_KEY: layers}
+    return content
 
 
 def _find_layout(bundle: Bundle, dialect: Dialect, model: nn.Module | ModelLayout | None) -> ModelLayout:
@@ -252,12 +255,12 @@ def _name_stacks(
     bundle: Bundle, dialect: Dialect, layout: ModelLayout | None, notes: dict[str, str]
 ) -> Mapping[str, placing.Stack]:
     """The stacks under the names that a dialect uses for them; None: under their own."""
-    whole = dialect.algorithms is None or Full.name in dialect.algorithms
+    dense = dialect.algorithms is None or Full.name in dialect.algorithms
     if layout is None or layout.architecture is None:
-        places = placing.separate_stacks(bundle.entries, dense=whole)
+        places = placing.separate_stacks(bundle.entries, dense=dense)
     else:
         to = layout.convert_to_naming(dialect.choose_naming(layout.architecture))
-        places = placing.place_stacks(bundle.entries, to, layout.naming, dense=whole)
+        places = placing.place_stacks(bundle.entries, to, layout.naming, dense=dense)
     if places.refused:
         raise FileError(f"{len(places.refused)} layers cannot be written: {some(places.refused.values())}")
     notes |= places.notes
@@ -310,7 +313,7 @@ def _find_position(entry: Entry) -> int:
 
 
 def _find_main(stack: tuple[Entry, ...]) -> Entry:
-    """The entry that the others are beside."""
+    """The entry that the others are next to."""
     return next((entry for entry in stack if _find_position(entry) == 1), stack[0])
 
 
@@ -323,29 +326,29 @@ def _check_held(entry: Entry, layer: str, dialect: Dialect) -> None:
         )
     if not re.fullmatch(dialect.layer_pattern or ".*", layer):
         raise FileError(f"{layer} has no place in {dialect.name} files, which hold attention's projections only")
-    kinds, told, lost = {algorithm.name}, algorithm.name, False
+    kinds, content, lost = {algorithm.name}, algorithm.name, False
     if isinstance(algorithm, DoRA):
         kinds |= {algorithm.inner.name}
-        told = f"dora over {algorithm.inner.name} with {algorithm.axis}put magnitude"
+        content = f"dora over {algorithm.inner.name} with {algorithm.axis}put magnitude"
         lost = algorithm.axis not in dialect.magnitudes
     if lost or (dialect.algorithms is not None and not kinds <= dialect.algorithms):
         held = ", ".join(sorted(dialect.algorithms or ()))
-        lengths = "" if "in" in dialect.magnitudes else ", with output magnitude"
+        magnitude = "" if "in" in dialect.magnitudes else ", with output magnitude"
         raise FileError(
-            f"{layer} has {told}; {dialect.name} files hold only {held}{lengths}; `lycoris convert --portable` turns "
-            "others into one of them"
+            f"{layer} has {content}; {dialect.name} files hold only {held}{magnitude}; `lycoris convert "
+            "--portable` converts others"
         )
 
 
 def _encode_magnitude(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:
-    """DoRA's lengths as a dialect has them: PEFT's broadcast over outputs, ours over weights."""
+    """Tensors with DoRA's magnitude as a dialect stores it: PEFT's broadcasts over outputs, ours over weights."""
     algorithm, g = entry.algorithm, entry.geometry
-    # PEFT has no word for the lengths of a stack.
+    # PEFT has no magnitude for stacks.
     if not isinstance(algorithm, DoRA) or dialect.magnitudes[algorithm.axis] != MAGNITUDE_VECTOR or g.stack:
         return tensors
-    lengths, conv = tensors[MAGNITUDE], g.kind == "conv"
+    magnitude, conv = tensors[MAGNITUDE], g.kind == "conv"
     rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != MAGNITUDE}
-    return rest | {MAGNITUDE_VECTOR: lengths.transpose(0, 1) if conv else lengths.flatten()}
+    return rest | {MAGNITUDE_VECTOR: magnitude.transpose(0, 1) if conv else magnitude.flatten()}
 
 
 def _apply_scale(tensors: dict[str, Tensor], entry: Entry, dialect: Dialect) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def compare_signs(one: str, other: str) -> float | None:
 
     None if either is empty or damaged, or they have different lengths.
     """
-    bits = [_decode_signs(told) for told in (one, other)]
+    bits = [_decode_signs(text) for text in (one, other)]
     if not len(bits[0]) or len(bits[0]) != len(bits[1]):
         return None
     return float((bits[0] == bits[1]).double().mean())
@@ -122,8 +122,8 @@ def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
 def read_fingerprint(header: Mapping[str, str]) -> Fingerprint | None:
     """Return the fingerprint in a file's header; None if there is none or it cannot be read."""
     try:
-        told = json_object(header.get(FINGERPRINT_KEY, ""))
-        return Fingerprint(str(told["model"]), str(told["layers"]), str(told.get("signs", "")))
+        stored = json_object(header.get(FINGERPRINT_KEY, ""))
+        return Fingerprint(str(stored["model"]), str(stored["layers"]), str(stored.get("signs", "")))
     except (ValueError, KeyError):
         return None
 
@@ -134,9 +134,9 @@ def _encode_signs(signs: Tensor) -> str:
     return base64.b64encode(bytes(values.tolist())).decode()
 
 
-def _decode_signs(told: str) -> Tensor:
+def _decode_signs(text: str) -> Tensor:
     try:
-        values = torch.tensor([*base64.b64decode(told, validate=True)], dtype=torch.int64)
+        values = torch.tensor([*base64.b64decode(text, validate=True)], dtype=torch.int64)
     except (binascii.Error, ValueError):
         return torch.zeros(0)
     return (values[:, None] >> torch.arange(8)) & 1

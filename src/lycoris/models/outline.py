@@ -47,14 +47,14 @@ def make_outline(model: nn.Module) -> dict[str, Any]:
     return _outline_module(model, set()) | ({"tied": tied} if tied else {})
 
 
-def build_model(told: Outline) -> nn.Module:
+def build_model(node: Outline) -> nn.Module:
     """Build an empty model on torch's meta device from its outline.
 
     Its classes have the same names, and its layers and parameters the same shapes; its modules have no `forward`.
     """
     with torch.device("meta"):
-        made = _build_module(told)
-    for name, first in told.get("tied", {}).items():
+        made = _build_module(node)
+    for name, first in node.get("tied", {}).items():
         path, _, own = name.rpartition(".")
         made.get_submodule(path).register_parameter(own, made.get_parameter(first))
     return made
@@ -85,23 +85,23 @@ def load_outline(name: str) -> Outline:
     return json.loads((_outlines_folder() / f"{name}.json").read_text(encoding="utf-8"))["outline"]
 
 
-def iterate_layers(told: Outline) -> Iterator[tuple[str, Geometry]]:
+def iterate_layers(node: Outline) -> Iterator[tuple[str, Geometry]]:
     """Yield path and geometry of each layer in an outline, as `geometry.sites` would in the model.
 
     Identical modules are built only once, so this is faster than building the model.
     """
-    own = {key: value for key, value in told.items() if key not in ("children", "tied")}
+    own = {key: value for key, value in node.items() if key not in ("children", "tied")}
     yield from _find_own_layers(json.dumps(own))
-    for name, child in told.get("children", {}).items():
+    for name, child in node.get("children", {}).items():
         inner = [*iterate_layers(child)]
         for each, _ in _expand_ranges({name: child}):
             yield from ((f"{each}.{path}" if path else each, geometry) for path, geometry in inner)
 
 
 @lru_cache(maxsize=4096)
-def _find_own_layers(told: str) -> tuple[tuple[str, Geometry], ...]:
+def _find_own_layers(text: str) -> tuple[tuple[str, Geometry], ...]:
     """Those of a module without children. Most of a model's are alike, and so are many of several models."""
-    return tuple((site.path, site.geometry) for site in sites(build_model(json.loads(told))))
+    return tuple((site.path, site.geometry) for site in sites(build_model(json.loads(text))))
 
 
 def _outlines_folder() -> Any:
@@ -121,19 +121,19 @@ def _find_tied_names(model: nn.Module) -> dict[str, str]:
 
 def _outline_module(module: nn.Module, seen: set[int]) -> dict[str, Any]:
     seen.add(id(module))
-    told: dict[str, Any] = {"class": type(module).__name__}
+    node: dict[str, Any] = {"class": type(module).__name__}
     layer = next(
         (c for c in type(module).__mro__ if c.__name__ in OUTLINE_LAYERS and c.__module__.startswith("torch.")),
         None,
     )
     if layer is not None:
-        told["layer"] = [layer.__name__, {name: getattr(module, name) for name in OUTLINE_LAYERS[layer.__name__]}]
+        node["layer"] = [layer.__name__, {name: getattr(module, name) for name in OUTLINE_LAYERS[layer.__name__]}]
         bias = module._parameters.get("bias")
         if "bias" in module._parameters and bias is None:
-            told["layer"][1]["bias"] = False
+            node["layer"][1]["bias"] = False
         if getattr(module, "padding_mode", "zeros") != "zeros":
-            told["layer"][1]["padding_mode"] = module.padding_mode
-        return told
+            node["layer"][1]["padding_mode"] = module.padding_mode
+        return node
     parameters = {name: [*p.shape] for name, p in module._parameters.items() if p is not None}
     children = {
         name: _outline_module(child, seen)
@@ -141,7 +141,7 @@ def _outline_module(module: nn.Module, seen: set[int]) -> dict[str, Any]:
         if child is not None and id(child) not in seen
     }
     return (
-        told
+        node
         | ({"parameters": parameters} if parameters else {})
         | ({"children": _join_ranges(children)} if children else {})
     )
@@ -169,19 +169,19 @@ def _expand_ranges(children: Mapping[str, Outline]) -> Iterator[tuple[str, Outli
             yield name, child
 
 
-def _build_module(told: Outline) -> nn.Module:
-    if "layer" in told:
-        base, arguments = told["layer"]
+def _build_module(node: Outline) -> nn.Module:
+    if "layer" in node:
+        base, arguments = node["layer"]
         if base == "Embedding":  # left to fill its weight, it makes torch import its compiler
             weight = torch.empty(arguments["num_embeddings"], arguments["embedding_dim"])
             arguments = {**arguments, "_weight": weight}
         made = getattr(nn, base)(**arguments)
-        if told["class"] != base:
-            made.__class__ = type(told["class"], (type(made),), {})
+        if node["class"] != base:
+            made.__class__ = type(node["class"], (type(made),), {})
         return made
-    made = type(told["class"], (nn.Module,), {})()
-    for name, shape in told.get("parameters", {}).items():
+    made = type(node["class"], (nn.Module,), {})()
+    for name, shape in node.get("parameters", {}).items():
         made.register_parameter(name, nn.Parameter(torch.empty(shape)))
-    for name, child in _expand_ranges(told.get("children", {})):
+    for name, child in _expand_ranges(node.get("children", {})):
         made.add_module(name, _build_module(child))
     return made

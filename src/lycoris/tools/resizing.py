@@ -50,10 +50,10 @@ class Resizing:
     def __str__(self) -> str:
         ranks = sorted(each.rank for each in self.layers.values())
         kinds = Counter(each.before for each in self.layers.values())
-        told = ", ".join(f"{count} of {name}" for name, count in kinds.most_common())
+        listed = ", ".join(f"{count} of {name}" for name, count in kinds.most_common())
         lines = []
         if ranks:
-            lines.append(f"{len(ranks)} layers ({told}) became LoRA of rank {_format_span(ranks)}")
+            lines.append(f"{len(ranks)} layers ({listed}) became LoRA of rank {_format_span(ranks)}")
             worst = sorted(self.layers.items(), key=lambda item: -item[1].error)[:3]
             lines.append(f"relative error {self.error:.2e} in all; largest " + _find_worst(worst))
         for why, count in Counter(self.left_alone.values()).most_common():

@@ -122,7 +122,7 @@ def _read_header_text(path: Path, size: int) -> tuple[str, int]:
     with path.open("rb") as file:
         start = file.read(9)
         if len(start) < 8:
-            raise FileError(f"it has {size} bytes, fewer than the 8 that every file begins with: it was cut short")
+            raise FileError(f"it has {size} bytes, fewer than the 8 that every file begins with: it is truncated")
         length = int.from_bytes(start[:8], "little")
         if length > HEADER_LIMIT:
             raise FileError(
@@ -134,22 +134,28 @@ def _read_header_text(path: Path, size: int) -> tuple[str, int]:
         if start[8:] not in (b"{", b""):
             raise FileError(f"its header begins with {start[8:]!r} where {{ is expected: it is damaged or no such file")
         if length > size - 8:
-            raise FileError(f"it has {size} bytes, and its header alone {8 + length}: it was cut short; fetch it again")
+            raise FileError(
+                f"it has {size} bytes, and its header alone {8 + length}: it is truncated; download it again"
+            )
         file.seek(8)
         content = file.read(length)
     if len(content) < length:
-        raise FileError("it was cut short while it was read; fetch it again")
+        raise FileError("it was truncated while being read; download it again")
     try:
         return content.decode(), 8 + length
     except UnicodeDecodeError as error:
-        raise FileError(f"its header is not UTF-8 at byte {8 + error.start}: it is damaged; fetch it again") from None
+        raise FileError(
+            f"its header is not UTF-8 at byte {8 + error.start}: it is damaged; download it again"
+        ) from None
 
 
 def _check_size(size: int, spoken: int) -> None:
     if size < spoken:
-        raise FileError(f"it has {size} bytes, its header speaks of {spoken}: it was cut short; fetch it again")
+        raise FileError(f"it has {size} bytes, its header describes {spoken}: it is truncated; download it again")
     if size > spoken:
-        raise FileError(f"it has {size} bytes, its header speaks of {spoken}: the rest is no tensor's; fetch it again")
+        raise FileError(
+            f"it has {size} bytes, its header describes {spoken}: the rest is no tensor's; download it again"
+        )
 
 
 def _parse_header(text: str) -> tuple[dict[str, TensorInfo], dict[str, str], int]:

@@ -49,7 +49,7 @@ def examine(path: Path) -> Examined:
     except OSError as error:
         raise FileError(f"{path} cannot be opened: {error.strerror}. Check its rights and its disk") from error
     if not head:
-        raise FileError(f"{path} cannot be read: it is empty; it was cut short or never written; fetch it again")
+        raise FileError(f"{path} cannot be read: it is empty; it is truncated or never written; download it again")
     kind = _detect_container(head)
     if kind == "unknown" and (what := _explain_kind(head, pickles=path.suffix.lower() in PICKLES)):
         raise FileError(f"{path} cannot be read: {what}")
@@ -72,12 +72,12 @@ def _explain_kind(head: bytes, *, pickles: bool) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return "it is a web page, not the file itself; the download failed or needs a login. Fetch it again"
+        return "it is a web page, not the file itself; the download failed or needs a login. Download it again"
     if head.startswith(b"GGUF"):
         return "it is a GGUF file, and adapters are read from safetensors; convert it"
     # Older pickles are text too, so under their names text may be one.
     if not pickles and len(head) > 8 and head.isascii() and head.decode().replace("\n", " ").isprintable():
-        return f"it is text that begins {head[:40].decode()!r}, maybe a server's answer; fetch it again"
+        return f"it is text that begins {head[:40].decode()!r}, maybe a server's answer; download it again"
     return ""
 
 

@@ -50,7 +50,7 @@ def load_pickle(path: Path, size: int, *, zipped: bool) -> dict[str, Tensor]:
         storage = tensor.untyped_storage()
         memory[storage.data_ptr()] = storage.nbytes()
     if sum(memory.values()) > size:
-        raise FileError(f"{path} has {size} bytes and speaks of {sum(memory.values())}: it is damaged. {PICKLE_ADVICE}")
+        raise FileError(f"{path} has {size} bytes and describes {sum(memory.values())}: it is damaged. {PICKLE_ADVICE}")
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
@@ -74,8 +74,8 @@ def _explain_pickle_error(error: Exception) -> str:
     if code := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {code[1]}, which is code and not tensors"
     if text.startswith("Weights only load failed"):
-        told = re.search(r"\n\n+(.+)", text)
-        text = "it is damaged or holds more than tensors" + (f" ({told[1]})" if told else "")
+        detail = re.search(r"\n\n+(.+)", text)
+        text = "it is damaged or holds more than tensors" + (f" ({detail[1]})" if detail else "")
     return " ".join(text.split())[:200] or type(error).__name__
 
 

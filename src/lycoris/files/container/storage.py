@@ -24,7 +24,7 @@ from lycoris.files.container.pickles import load_pickle
 logger = logging.getLogger("LyCORIS")
 
 ENTRY_BYTES = 300
-"""Bytes that an entry of a header takes at most beside its name."""
+"""Bytes that an entry of a header takes at most next to its name."""
 
 
 def load_tensors(
@@ -109,7 +109,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
             raise FileError(f"metadata {key!r} holds half a character, which is no text; {path} was not written")
     metadata = trim_metadata(metadata, tensors, path)
     try:
-        whole = make_storable(tensors)
+        stored = make_storable(tensors)
     except FileError as error:
         raise FileError(f"{error}; {path} was not written") from error
     try:
@@ -119,7 +119,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
     os.close(handle)
     try:
-        save_file(whole, temporary, metadata={"format": "pt"} | dict(metadata))
+        save_file(stored, temporary, metadata={"format": "pt"} | dict(metadata))
         # mkstemp makes files that only their owner can read; others expect the usual mode.
         mask = os.umask(0)
         os.umask(mask)
@@ -184,10 +184,10 @@ def make_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for key, tensor in tensors.items():
         _check_storable(key, tensor)
-        whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        memory = whole.untyped_storage().data_ptr()
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = dense.untyped_storage().data_ptr()
         # Two names for one memory are two tensors in a file; safetensors refuses to choose.
-        found[key] = whole.clone() if memory in seen else whole
+        found[key] = dense.clone() if memory in seen else dense
         seen.add(memory)
     return found
 

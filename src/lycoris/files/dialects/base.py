@@ -27,9 +27,9 @@ class Key(NamedTuple):
 
     prefix: str
     component: str
-    """Which model of a pipeline it belongs to, as diffusers names it, as far as the prefix tells; "" the denoiser."""
+    """Component of a pipeline, as diffusers names it and as far as the prefix determines it; "" for the denoiser."""
     layer: str
-    """The layer's path as written: dotted, or with every dot turned into an underscore."""
+    """The layer's path as written: dotted, or with underscores for dots."""
     suffix: str
     """The tensor's own name, in LyCORIS' spelling."""
     spelled: str
@@ -53,10 +53,10 @@ class Dialect:
     namings: Mapping[str, str] = field(default_factory=dict)
     """The same for single architectures."""
     spelling: Mapping[str, str] = field(default_factory=dict)
-    """Tensor names that are written otherwise than LyCORIS does."""
+    """LyCORIS' tensor name → the one that is written, where they differ."""
     magnitudes: Mapping[str, str] = field(default_factory=lambda: {"out": MAGNITUDE, "in": MAGNITUDE})
-    """Axis of DoRA's lengths → the tensor that they are; an axis that is not there cannot be held. In PEFT's
-    `MAGNITUDE_VECTOR` they have its shape, which broadcasts over outputs."""
+    """Axis of DoRA's magnitude → the tensor that stores it; an axis that is missing cannot be stored. PEFT's
+    `MAGNITUDE_VECTOR` has a shape that broadcasts over outputs."""
     scale: Scale = "alpha"
     """Where the scale of an adapter is: a tensor `alpha`, multiplied into a LoRA's up (or both its factors), or in the
     file's header."""
@@ -67,7 +67,7 @@ class Dialect:
     layer_pattern: str = ""
     """Regular expression for the layers that they can hold adapters of, by their names there; "": all."""
     is_folder: bool = False
-    """Whether such adapters are a folder with a config, without which the tensors do not tell their scale."""
+    """Whether such adapters are a folder with a config, which stores their scale."""
     header_marks: tuple[str, ...] = ()
     """Header keys that files of this kind have and files that look like it do not."""
 

@@ -22,15 +22,15 @@ def find_header_family(header: Mapping[str, str]) -> Family | None:
     The first of `VERSION_KEYS` that names one counts, and of families that fit the one with the longest match.
     """
     for key in VERSION_KEYS:
-        told = header.get(key, "").lower()
+        stated = header.get(key, "").lower()
         # The longest beginning: "flux" is one of "flux.2" too.
         fitting = [
             (len(version), family)
             for family in FAMILIES.values()
             for version in (family.name, *family.versions)
-            if told.startswith(version)
+            if stated.startswith(version)
         ]
-        if told and fitting:
+        if stated and fitting:
             return max(fitting, key=lambda each: each[0])[1]
     return None
 

@@ -79,10 +79,10 @@ def normalize_tensors(group: Mapping[str, Tensor], g: Geometry, where: str) -> l
 
 
 def _read_magnitude_vector(own: TensorGroup, g: Geometry, where: str) -> None:
-    """PEFT's name of DoRA's lengths: one per output, for convolutions in a shape that broadcasts over them."""
+    """PEFT's name of DoRA's magnitude: one value per output, for convolutions in a shape that broadcasts over them."""
     if "lora_magnitude_vector" in own:
-        lengths = own.pop("lora_magnitude_vector")
-        own["dora_scale"] = lengths.reshape(-1, *(1,) * (len(g.shape) - 1))
+        magnitude = own.pop("lora_magnitude_vector")
+        own["dora_scale"] = magnitude.reshape(-1, *(1,) * (len(g.shape) - 1))
 
 
 def _read_replacements(own: TensorGroup, g: Geometry, where: str) -> None:
@@ -116,22 +116,22 @@ def _apply_scale_number(own: TensorGroup, g: Geometry, where: str) -> None:
         return
     scale = number(own.pop("scale"), f"{where}.scale")
     ranked = next((own[key] for key in RANK_TENSORS if key in own and own[key].dim()), None)
-    whole = next((key for key in (DIFF, "lokr_w1") if key in own), None)
+    unsplit = next((key for key in (DIFF, "lokr_w1") if key in own), None)
     if ranked is not None:
         own[ALPHA] = torch.tensor(scale * ranked.shape[0], dtype=torch.float64)
-    elif whole is not None:
-        own[whole] = widen(own[whole]) * scale
+    elif unsplit is not None:
+        own[unsplit] = widen(own[unsplit]) * scale
     else:
-        raise FileError(f"{where}.scale is beside {', '.join(sorted(own)) or 'nothing'}, which has no scale")
+        raise FileError(f"{where}.scale is next to {', '.join(sorted(own)) or 'nothing'}, which has no scale")
 
 
 def _read_rotation(own: TensorGroup, g: Geometry, where: str) -> None:
     """Rotations themselves, where later files have what generates them: Q = (R - I)(R + I)⁻¹, B = Q/2."""
     if "oft_diag" in own:
-        turn = own.pop("oft_diag")
-        wide = widen(turn)
+        rotation = own.pop("oft_diag")
+        wide = widen(rotation)
         if wide.dim() != 3 or wide.shape[1] != wide.shape[2]:
-            raise FileError(f"{where}.oft_diag has shape {tuple(turn.shape)}; square blocks (n, s, s) are expected")
+            raise FileError(f"{where}.oft_diag has shape {tuple(rotation.shape)}; square blocks (n, s, s) are expected")
         eye = torch.eye(wide.shape[-1], dtype=wide.dtype)
         try:
             own["oft_blocks"] = torch.linalg.solve(wide.mT + eye, (wide - eye).mT).mT / 2
@@ -149,15 +149,15 @@ def _read_rotation_parts(own: TensorGroup, g: Geometry, where: str) -> None:
     parts = [own.pop(f"{OFT_BLOCKS}.{n}") for n in range(MAX_OFT_PARTS) if f"{OFT_BLOCKS}.{n}" in own]
     if not parts:
         return
-    shapes, told = (
+    shapes, what = (
         [tuple(part.shape) for part in parts],
         f"{where}.{OFT_BLOCKS}.N, as sd-scripts' networks.oft_flux has them,",
     )
     if any(len(shape) != 3 or shape[1] != shape[2] or not shape[1] for shape in shapes):
-        raise FileError(f"{told} are square blocks (n, s, s), not {shapes}")
+        raise FileError(f"{what} are square blocks (n, s, s), not {shapes}")
     rows = [shape[0] * shape[1] for shape in shapes]
     if sum(rows) != g.out_features:
-        raise FileError(f"{told} rotate {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
+        raise FileError(f"{what} rotate {' + '.join(map(str, rows))} rows, and a {g} has {g.out_features}")
     if len(parts) == 1:
         own[OFT_BLOCKS] = parts[0]
         return
@@ -170,7 +170,7 @@ def _read_rotation_parts(own: TensorGroup, g: Geometry, where: str) -> None:
         for shape, start, count in zip(shapes, starts, rows, strict=True)
     ):
         raise FileError(
-            f"{told} have blocks of {[shape[1] for shape in shapes]} rows, which make no blocks of one size"
+            f"{what} have blocks of {[shape[1] for shape in shapes]} rows, which make no blocks of one size"
         )
     own[OFT_BLOCKS] = torch.cat([_merge_rotation_blocks(part, size) for part in wide])
     own[ALPHA] = torch.tensor(0.0)
@@ -217,7 +217,7 @@ def _take_up_bias(own: TensorGroup, g: Geometry, where: str) -> TensorGroup | No
 
 
 def _take_bias(own: TensorGroup, g: Geometry, where: str) -> TensorGroup | None:
-    """A change of the bias beside another algorithm, as ComfyUI and OneTrainer allow."""
+    """A change of the bias next to another algorithm, as ComfyUI and OneTrainer allow."""
     if DIFF_B not in own or own.keys() <= {DIFF, DIFF_B}:
         return None
     return {DIFF_B: own.pop(DIFF_B)}

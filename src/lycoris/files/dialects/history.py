@@ -46,12 +46,12 @@ def restore_trained_scale(
     settings = settings_of(header)
     if _normalize_setting(settings.get("algo")) == "dylora":
         block = _parse_block_size(settings.get("block_size"), rank, layer)
-        told = f"its DyLoRA was trained at {block} times the stored scale, and is read at that"
-        return _set_alpha(stack, alpha * block), told
+        note = f"its DyLoRA was trained at {block} times the stored scale, and is read at that"
+        return _set_alpha(stack, alpha * block), note
     apart = parts > 1 and rank % parts == 0 and _is_block_diagonal(entry.tensors["up"], parts)
     if apart and _normalize_setting(settings.get("split_qkv")) == "true":
-        told = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read that way"
-        return _set_alpha(stack, alpha * parts), told
+        note = f"its rows were trained as {parts} adapters of rank {rank // parts}, and are read that way"
+        return _set_alpha(stack, alpha * parts), note
     return stack, ""
 
 
@@ -71,9 +71,9 @@ def _is_block_diagonal(up: Tensor, parts: int) -> bool:
     return all(int(a.max()) < int(b.min()) for a, b in pairwise(columns))
 
 
-def _parse_block_size(told: Any, rank: int, layer: str) -> int:
+def _parse_block_size(value: Any, rank: int, layer: str) -> int:
     """Raises `FileError` for what is no number of ranks: the scale hangs on it."""
-    text = _normalize_setting(DYLORA_BLOCK if told is None else told)
+    text = _normalize_setting(DYLORA_BLOCK if value is None else value)
     if not text.isdecimal() or not 1 <= int(text[:9]) <= rank:
         raise FileError(
             f"{layer} is a DyLoRA of rank {rank} and block_size {text:.40}, as its header says; 1 to {rank} is expected"

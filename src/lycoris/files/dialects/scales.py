@@ -88,17 +88,17 @@ def _parse_settings(text: str, what: str) -> dict[str, Any]:
         raise FileError(f"{what} is no JSON object: {error}") from error
 
 
-def _select_component(told: Mapping[str, Any], component: str) -> dict[str, Any]:
+def _select_component(settings: Mapping[str, Any], component: str) -> dict[str, Any]:
     """The settings of a component: behind its name and a dot, in an object of that name, or without any name."""
     names = [component, *(DENOISER_NAMES if component in ("", *DENOISER_NAMES) else ())]
     for name in names:
-        inner = told.get(name)
+        inner = settings.get(name)
         if name and isinstance(inner, dict):
             return dict(inner)
-        own = {key[len(name) + 1 :]: value for key, value in told.items() if name and key.startswith(f"{name}.")}
+        own = {key[len(name) + 1 :]: value for key, value in settings.items() if name and key.startswith(f"{name}.")}
         if own:
             return own
-    return dict(told) if component in ("", *DENOISER_NAMES) and {"r", "lora_alpha"} & told.keys() else {}
+    return dict(settings) if component in ("", *DENOISER_NAMES) and {"r", "lora_alpha"} & settings.keys() else {}
 
 
 def _read_alpha(own: Mapping[str, Any]) -> Alpha:
@@ -165,15 +165,15 @@ class ScaleReader:
             rank: Its rank.
             tensor: What its alpha tensor says, which takes precedence; None if it has none.
         """
-        told = [(each.name, own) for each in self.sources if (own := each.alpha(path, rank)) is not None]
+        stored = [(each.name, own) for each in self.sources if (own := each.alpha(path, rank)) is not None]
         if tensor is not None:
-            told.insert(0, ("its alpha tensors", tensor))
-        if not told:
+            stored.insert(0, ("its alpha tensors", tensor))
+        if not stored:
             self.unknown += 1
             return None
-        first, counted = told[0]
+        first, counted = stored[0]
         self.used[first] += 1
-        for name, other in told[1:]:
+        for name, other in stored[1:]:
             if math.isclose(other, counted, rel_tol=1e-3):
                 self.agreeing[name] += 1
             else:

@@ -41,10 +41,10 @@ SPELLING_VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """LyCORIS' spelling → others that mean the same."""
 
 MAX_OFT_PARTS = 8
-"""The most parts of a layer that sd-scripts turns apart from each other; Flux.1's have up to four."""
+"""The most parts of a layer that sd-scripts rotates separately; Flux.1's have up to four."""
 
 MAGNITUDE_VECTOR = "lora_magnitude_vector"
-"""PEFT's name of DoRA's lengths, one for each output."""
+"""PEFT's name of DoRA's magnitude, one value per output."""
 
 FOREIGN_SUFFIXES = (
     "lora_up.bias",
@@ -62,7 +62,7 @@ FOREIGN_SUFFIXES = (
     "bm.weight",
     *(f"oft_blocks.{part}" for part in range(MAX_OFT_PARTS)),
 )
-"""Tensors that `lycoris.files.dialects.forms` puts into other words, or refuses, before an algorithm sees them."""
+"""Tensors that `lycoris.files.dialects.forms` converts to other forms, or refuses, before an algorithm sees them."""
 
 OWN_SUFFIXES = frozenset(
     {ALPHA, *FOREIGN_SUFFIXES, *(name for algorithm in ALGORITHMS.values() for name in algorithm.tensor_names.values())}

@@ -18,7 +18,7 @@ COMPONENT_STEPS = (
     *("transformer", "unet", "diffusion_model", "transformer_2"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders"),
 )
-"""Steps that tell the part of a pipeline; doubled ones tell it no better."""
+"""Steps that name a component of a pipeline; a repeated one adds nothing."""
 FLAT_OUTER_STEPS = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "module_", "model_")
 FLAT_PREFIX = r"(?:lora|oft|lycoris)_(?:unet_{1,2}|transformer_|te\d?_)?"
 
@@ -52,13 +52,13 @@ def strip_surroundings(name: str) -> str:
     if "_" in name.partition(".")[0] and name.count(".") <= 3:
         name = _flatten_surroundings(name)
     head, *steps = name.split(".")
-    kept: list[str] = []
+    component: list[str] = []
     steps = [head, *steps]
     while len(steps) > 2 and steps[0] in (*OUTER_STEPS, *COMPONENT_STEPS):
         step = steps.pop(0)
         if step in COMPONENT_STEPS:
-            kept = [step]
-    name = _JOINED.sub(r"\1.\2", ".".join([*kept, *steps]))
+            component = [step]
+    name = _JOINED.sub(r"\1.\2", ".".join([*component, *steps]))
     found = _PARAMETER.fullmatch(name)
     return name if found is None else f"{found[1]}.{found[2]}"
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""PEFT's adapter folders: `adapter_config.json` next to `adapter_model.safetensors`."""
 
 from __future__ import annotations
 

@@ -242,8 +242,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
         FileError: The file leads elsewhere.
     """
     path = folder / name
-    home = folder.resolve()
-    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     if path.exists() and not any(path.resolve().is_relative_to(place) for place in allowed):
         raise FileError(f"{path} leads out of its folder, to {path.resolve()}; copy the file itself there")
     return path

@@ -64,13 +64,13 @@ def explain_unsupported(type_: str, g: Geometry) -> str:
         "BOFT": ("linear", "conv"),
     }[type_]
     dimensions = {"LORA": (1, 2, 3), "LOHA": (1, 2), "LOKR": (1, 2), "IA3": (2, 3), "OFT": (2,), "BOFT": (2,)}[type_]
-    turned = g.kind == "linear" and g.transposed and type_ not in ("LORA", "IA3")
-    if g.kind not in kinds or turned or (g.kind == "conv" and len(g.kernel) not in dimensions):
+    transposed = g.kind == "linear" and g.transposed and type_ not in ("LORA", "IA3")
+    if g.kind not in kinds or transposed or (g.kind == "conv" and len(g.kernel) not in dimensions):
         return f"PEFT has no {type_} for this {g}"
     if g.kind != "conv":
         return ""
     if type_ not in ("IA3", "OFT") and g.padding_mode != "zeros":
-        return f"PEFT pads with zeros beside a convolution that pads with {g.padding_mode}"
+        return f"PEFT pads with zeros next to a convolution that pads with {g.padding_mode}"
     if type_ in ("LORA", "OFT", "BOFT") and any(step != 1 for step in g.dilation):
         return f"PEFT leaves the dilation of a convolution out in its {type_}"
     if type_ in ("OFT", "BOFT") and (g.groups > 1 or len(set(g.kernel)) > 1):
@@ -177,25 +177,25 @@ def _read_oft(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[E
     embedded = g.kind == "embedding"
     named = _rename_layer_tensors({"oft_embedding_R" if embedded else "oft_R": "R"}, tensors, place.path)
     weight = read_base(place).weight
-    turn = _make_rotation(
+    rotation = _make_rotation(
         make_oft_rotation, place, named["R"].double(), g.out_features if embedded else g.fan_in, config
     )
     wide = weight.double()
-    turned = turn.T @ wide if embedded else (wide.flatten(1) @ turn.T).reshape(g.shape)
-    return (_make_dense_entry(g, (turned - wide).to(weight.dtype)),)
+    rotated = rotation.T @ wide if embedded else (wide.flatten(1) @ rotation.T).reshape(g.shape)
+    return (_make_dense_entry(g, (rotated - wide).to(weight.dtype)),)
 
 
 def _read_boft(config: PeftConfig, place: Site, tensors: NamedTensors) -> tuple[Entry, ...]:
     g, path = place.geometry, place.path
     named = _rename_layer_tensors({"boft_R": "R", "boft_s": "s"}, tensors, path)
     weight = read_base(place).weight
-    turn = _make_rotation(make_boft_rotation, place, named["R"].double())
-    if len(turn) != g.fan_in:
+    rotation = _make_rotation(make_boft_rotation, place, named["R"].double())
+    if len(rotation) != g.fan_in:
         raise FileError(f"{path}: boft_R of shape {tuple(named['R'].shape)} does not rotate {g.fan_in} features")
-    length = _reshape_checked(named["s"], (g.out_features,), f"{path}.boft_s").double()
+    magnitude = _reshape_checked(named["s"], (g.out_features,), f"{path}.boft_s").double()
     wide = weight.double()
-    turned = ((wide.flatten(1) @ turn.T) * length.unsqueeze(1)).reshape(g.shape)
-    return (_make_dense_entry(g, (turned - wide).to(weight.dtype)),)
+    rotated = ((wide.flatten(1) @ rotation.T) * magnitude.unsqueeze(1)).reshape(g.shape)
+    return (_make_dense_entry(g, (rotated - wide).to(weight.dtype)),)
 
 
 _READERS: Mapping[str, Callable[[PeftConfig, Site, NamedTensors], tuple[Entry, ...]]] = {

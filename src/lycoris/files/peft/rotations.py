@@ -38,10 +38,10 @@ def make_oft_rotation(packed: Tensor, n: int, config: PeftConfig) -> Tensor:
     if config.get_flag("coft"):
         skew = _limit_block_norms(skew, config.get_number("eps", 6e-5))
     if config.get_flag("use_cayley_neumann", True):
-        turns = _apply_neumann(skew, int(config.get_number("num_cayley_neumann_terms", 5)))
+        rotations = _apply_neumann(skew, int(config.get_number("num_cayley_neumann_terms", 5)))
     else:
-        turns = _apply_cayley(skew)
-    return _join_blocks(turns.expand(blocks, -1, -1))
+        rotations = _apply_cayley(skew)
+    return _join_blocks(rotations.expand(blocks, -1, -1))
 
 
 def make_boft_rotation(stages: Tensor) -> Tensor:
@@ -53,15 +53,15 @@ def make_boft_rotation(stages: Tensor) -> Tensor:
     if stages.dim() != 4 or stages.shape[2] != stages.shape[3]:
         raise FileError(f"boft_R of shape {tuple(stages.shape)} makes no stages of square blocks")
     count, blocks, size, _ = stages.shape
-    turns = _apply_cayley(0.5 * (stages - stages.mT))
-    whole = torch.eye(blocks * size, dtype=stages.dtype)
-    for at, stage in enumerate(turns):
-        turned = _join_blocks(stage)
+    rotations = _apply_cayley(0.5 * (stages - stages.mT))
+    product = torch.eye(blocks * size, dtype=stages.dtype)
+    for at, stage in enumerate(rotations):
+        stage_rotation = _join_blocks(stage)
         if count > 1:
             order = _make_butterfly(blocks * size, size, at)
-            turned = turned[order][:, order]
-        whole = turned @ whole
-    return whole
+            stage_rotation = stage_rotation[order][:, order]
+        product = stage_rotation @ product
+    return product
 
 
 def _make_butterfly(n: int, size: int, stage: int) -> Tensor:
@@ -77,8 +77,8 @@ def _make_butterfly(n: int, size: int, stage: int) -> Tensor:
 
 def _join_blocks(blocks: Tensor) -> Tensor:
     """Along the diagonal of one matrix."""
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch has no types for it
-    return whole
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return matrix
 
 
 def _apply_cayley(skew: Tensor) -> Tensor:

@@ -127,13 +127,13 @@ def encode_lora_metadata(bundles: Mapping[str, Bundle]) -> str:
     `bundles` are by component as the pipeline calls it: `unet`, `transformer`, `text_encoder`, ... Raises `FileError`
     for a bundle of anything but LoRA and DoRA.
     """
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for component, bundle in bundles.items():
         config = encode_peft(bundle)[1]
         if config.pop("peft_type") != "LORA":
             raise FileError(f"{component}: diffusers' pipelines read LoRA alone, and this is {bundle}")
-        told |= {f"{component}.{name}": value for name, value in config.items()}
-    return json.dumps(told, sort_keys=True)
+        metadata |= {f"{component}.{name}": value for name, value in config.items()}
+    return json.dumps(metadata, sort_keys=True)
 
 
 def explain_refusal(stack: tuple[Entry, ...]) -> str:
@@ -194,9 +194,9 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         if not name:
             refused.setdefault(why, []).append(path)
     if refused:
-        told = "\n  ".join(f"{why}: {some(sorted(paths))}" for why, paths in refused.items())
+        listed = "\n  ".join(f"{why}: {some(sorted(paths))}" for why, paths in refused.items())
         raise FileError(
-            f"PEFT has no counterpart for what {sum(map(len, refused.values()))} of {len(types)} layers have:\n  {told}"
+            f"PEFT has no counterpart for {sum(map(len, refused.values()))} of {len(types)} layers:\n  {listed}"
             "\nWrite a file of this library with lycoris.files.write, or merge them into the model and save that"
         )
     kinds: dict[str, list[str]] = {}
@@ -204,8 +204,8 @@ def _check_types(types: Mapping[str, tuple[str, str]], bundle: Bundle) -> None:
         dora = " with DoRA" if isinstance(bundle.entries[path][0].algorithm, DoRA) else ""
         kinds.setdefault(name + dora, []).append(path)
     if len(kinds) > 1:
-        told = "; ".join(f"{name}: {some(sorted(paths))}" for name, paths in kinds.items())
-        raise FileError(f"a PEFT adapter is all of one kind, and this has {told}. Write one folder for each")
+        listed = "; ".join(f"{name}: {some(sorted(paths))}" for name, paths in kinds.items())
+        raise FileError(f"a PEFT adapter is all of one kind, and this has {listed}. Write one folder for each")
 
 
 def _encode_lora(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
@@ -244,10 +244,10 @@ def _expand_groups(down: Tensor, g: Geometry) -> Tensor:
             f"a LoRA of rank {r} on a convolution of {g.groups} groups takes {size:,} bytes in PEFT's form, which has "
             f"ranks for every group, and {down.numel() * down.itemsize:,} here; write it in another format"
         )
-    whole = down.new_zeros(g.groups * r, g.groups * g.in_features, *g.kernel)
+    expanded = down.new_zeros(g.groups * r, g.groups * g.in_features, *g.kernel)
     for at in range(g.groups):
-        whole[at * r : (at + 1) * r, at * g.in_features : (at + 1) * g.in_features] = down
-    return whole
+        expanded[at * r : (at + 1) * r, at * g.in_features : (at + 1) * g.in_features] = down
+    return expanded
 
 
 def _make_lora_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _make_lora_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:
         config["lora_bias"] = True
         off = [path for path, layer in layers.items() if layer.geometry.kind == "embedding"]
         if off:
-            raise FileError(f"PEFT has no lora_bias beside adapters on embeddings: {some(sorted(off))}")
+            raise FileError(f"PEFT has no lora_bias next to adapters on embeddings: {some(sorted(off))}")
         for layer in layers.values():
             layer.tensors.setdefault(
                 "lora_B.bias", layer.tensors["lora_B.weight"].new_zeros(layer.geometry.out_features)
@@ -319,9 +319,9 @@ def _flatten_cores(tensors: dict[str, Tensor], g: Geometry) -> dict[str, Tensor]
 def _encode_ia3(path: str, stack: tuple[Entry, ...]) -> _PeftLayer:
     algorithm, g, p = stack[0]
     assert isinstance(algorithm, IA3)
-    length = 1 + p["w"].flatten()
+    factors = 1 + p["w"].flatten()
     shape = (1, -1, *(1,) * len(g.kernel)) if g.kernel or algorithm.on_input else (-1, 1)
-    return _PeftLayer(g, {"ia3_l": length.reshape(shape)}, extra={"on_input": algorithm.on_input})
+    return _PeftLayer(g, {"ia3_l": factors.reshape(shape)}, extra={"on_input": algorithm.on_input})
 
 
 def _make_ia3_settings(layers: dict[str, _PeftLayer]) -> dict[str, Any]:

@@ -75,8 +75,8 @@ class ProgramCheck:
         for (algorithm, verdict), layers in groups.items():
             errors = [error for layer in layers if (error := self.layers[layer].error) is not None]
             span = f"{min(errors):.2g} to {max(errors):.2g}" if errors and min(errors) != max(errors) else ""
-            told = span or (f"{errors[0]:.2g}" if errors else "")
-            found.append((algorithm, str(len(layers)), verdict.reads, told, verdict.why))
+            shown = span or (f"{errors[0]:.2g}" if errors else "")
+            found.append((algorithm, str(len(layers)), verdict.reads, shown, verdict.why))
         return found
 
     def __str__(self) -> str:

@@ -81,7 +81,7 @@ HELD_ROWS = (
         has_up_bias,
         "differently",
         "looks for no bias of a LoRA's second factor; written as diff_b it does",
-        "anew",
+        "rewritten",
     ),
     Row(
         all_of(is_in_rows, changes_any_bias),
@@ -103,10 +103,10 @@ CORELESS_ROWS = (
     Row(
         all_of(has_unread_core, has_kernel),
         "not at all",
-        "looks for no core beside factors of these names, and leaves the layer out",
+        "looks for no core next to factors of these names, and leaves the layer out",
         "no core",
     ),
-    Row(has_unread_core, "differently", "looks for no core beside factors of these names", "no core"),
+    Row(has_unread_core, "differently", "looks for no core next to factors of these names", "no core"),
 )
 STOPPING_CORE_ROWS = tuple(row._replace(stops=True) for row in make_core_rows(f"{CORES_ON_IMAGES}, and stops"))
 PARAMETER_ROW = Row(
@@ -123,7 +123,7 @@ GLORA_KERNEL_ROW = Row(
     "not at all",
     "multiplies the weight of a GLoRA of the first layout, or of as many ranks as inputs and outputs, as a matrix, and "
     "fails on the kernel",
-    "plain",
+    "smaller",
 )
 _FORGOTTEN = "a bias in place of the layer's own, which it knows by its own names behind diffusion_model. only"
 _NO_BIASES = any_of(is_renamed, is_not_behind("diffusion_model."))
@@ -160,7 +160,7 @@ REPLACEMENT_ROWS = (
         "puts full weights and biases in place of the own ones, at strengths other than 1 too",
     ),
 )
-"""Full weights and biases. One beside another algorithm is judged by the rows of that."""
+"""Full weights and biases. One next to another algorithm is judged by the rows of that."""
 STACK_ROW = Row(
     all_of(is_stacked, has_algorithm("lora", "loha", "lokr", "glora")),
     "not at all",
@@ -210,8 +210,8 @@ STACK_ROWS = (
 )
 SHARED_ROWS = (
     PARAMETER_ROW,
-    Row(has_algorithm("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "plain"),
-    Row(has_algorithm("ia3"), "not at all", "knows no IA3, and passes its keys over", "plain"),
+    Row(has_algorithm("tlora"), "not at all", "knows no T-LoRA, and passes its keys over", "smaller"),
+    Row(has_algorithm("ia3"), "not at all", "knows no IA3, and passes its keys over", "smaller"),
     STACK_ROW,
     GLORA_KERNEL_ROW,
     Row(
@@ -219,7 +219,7 @@ SHARED_ROWS = (
         "differently",
         "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout; how far off that is depends "
         "on the base weight",
-        "plain",
+        "smaller",
     ),
     *EMBEDDING_ROWS,
     *CORELESS_ROWS,
@@ -227,20 +227,20 @@ SHARED_ROWS = (
         all_of(has_dora, has_algorithm("full")),
         "differently",
         "applies the difference and ignores DoRA's magnitude",
-        "plain",
+        "smaller",
     ),
     Row(
         has_output_magnitude,
         "differently",
         "divides DoRA's magnitude by the norms of the base weight instead of the adapted one; how far off "
         "that is depends on the base weight",
-        "plain",
+        "smaller",
     ),
     Row(
         has_input_magnitude_of_one_row,
         "differently",
         "takes DoRA's magnitude of the columns for that of the one row; how far off that is depends on the base weight",
-        "plain",
+        "smaller",
     ),
     W2_AXES_ROW,
     LONE_SHIFT_ROW,
@@ -262,12 +262,12 @@ COMFYUI_PROGRAM = Program(
         *STOPPING_CORE_ROWS,
         Row(has_strided_core, "not at all", f"{KRON_FAILS}, and leaves the layer out", "flat w2"),
         *SHARED_ROWS,
-        Row(has_old_rotation, "not at all", "knows no oft_diag, and passes it over", "anew"),
+        Row(has_old_rotation, "not at all", "knows no oft_diag, and passes it over", "rewritten"),
         Row(
             all_of(has_algorithm("diag-oft"), has_row_magnitude),
             "differently",
             "ignores the magnitude of OFT's rows",
-            "plain",
+            "smaller",
         ),
         Row(
             has_effective_limit,

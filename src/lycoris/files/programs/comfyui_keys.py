@@ -29,7 +29,7 @@ from lycoris.models.families.naming import DIFFUSERS_NAMING
 OWN_PREFIXES = ("diffusion_model.", "lora_unet_")
 """What stands before the names of its own layers."""
 WAN_FUN_PREFIX = "lora_unet__"
-"""Flat names behind this are told to be Wan's by one tensor: convert_lora_wan_fun in comfy/lora_convert.py."""
+"""Flat names with this prefix are recognized as Wan's by one tensor: convert_lora_wan_fun in comfy/lora_convert.py."""
 _FLUX = ("transformer.", "", "lycoris_", "lora_transformer_")
 
 

@@ -24,10 +24,10 @@ IA3_CONVOLUTION_ROWS = (
         is_output_ia3_on_square_conv1d,
         "differently",
         "takes the factors of the outputs for those of the inputs; how far off that is depends on the base weight",
-        "plain",
+        "smaller",
     ),
-    Row(is_output_ia3_on_conv, "not at all", "cannot apply IA3 to the outputs of a convolution", "plain"),
-    Row(is_input_ia3_on_groups, "not at all", "cannot apply IA3 to the inputs of a convolution with groups", "plain"),
+    Row(is_output_ia3_on_conv, "not at all", "cannot apply IA3 to the outputs of a convolution", "smaller"),
+    Row(is_input_ia3_on_groups, "not at all", "cannot apply IA3 to the inputs of a convolution with groups", "smaller"),
 )
 W2_AXES_ROW = Row(
     has_misplaced_w2,
@@ -41,7 +41,7 @@ COLUMN_MAGNITUDE_ROW = Row(
     "differently",
     "divides DoRA's magnitude by the norms of the columns, whichever axis it is for; how far off that is depends on "
     "the base weight",
-    "plain",
+    "smaller",
 )
 LONE_SHIFT_ROW = Row(has_lone_shift, "not at all", "looks for w_norm, and knows no b_norm without it", "both norms")
 EXTRA_BIAS_ROW = Row(has_extra_entries, "differently", "ignores the change of the bias next to it", "joined")
@@ -56,5 +56,5 @@ def make_core_rows(why: str) -> tuple[Row, ...]:
     return (
         Row(all_of(has_core, is_not_2d, has_algorithm("lokr")), "not at all", why, "flat w2"),
         Row(all_of(has_core, is_not_2d, has_algorithm("lora")), "not at all", why, "no core"),
-        Row(all_of(has_core, is_not_2d), "not at all", why, "plain"),
+        Row(all_of(has_core, is_not_2d), "not at all", why, "smaller"),
     )

@@ -27,7 +27,7 @@ from lycoris.files.programs.errors import unscaled_error
 from lycoris.files.programs.peft import MAGNITUDE_NOT_SCALED
 from lycoris.files.programs.program import Case, Condition, Program, Reads, Row
 
-PADDING_DIFFERS = "pads with zeros beside a layer that does not; how far off that is depends on the input"
+PADDING_DIFFERS = "pads with zeros next to a layer that does not; how far off that is depends on the input"
 
 
 def make_lora_rows(when: Condition, reads: Reads, why: str) -> tuple[Row, Row]:
@@ -41,7 +41,7 @@ def make_lora_rows(when: Condition, reads: Reads, why: str) -> tuple[Row, Row]:
 
 
 def _is_wan_bias(case: Case) -> bool:
-    """A change of the bias beside a LoRA, which is taken for that of its second factor."""
+    """A change of the bias next to a LoRA, which is taken for that of its second factor."""
     # _convert_non_diffusers_wan_lora_to_diffusers
     alone = all(set(each.tensors) == {"diff_b"} for each in case.extra)
     blocks = case.key.startswith("diffusion_model.blocks.") or not case.key
@@ -124,7 +124,7 @@ DIFFUSERS_PROGRAM = Program(
         Row(
             all_of(_is_taken_for_lokr, not_(has_no_scale)),
             "differently",
-            "reads no scale beside LoKr for this model, and takes 1",
+            "reads no scale next to LoKr for this model, and takes 1",
             "lora",
             unscaled_error,
         ),

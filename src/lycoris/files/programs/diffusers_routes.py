@@ -1,6 +1,6 @@
 """diffusers (0.42): what its converters make of all keys of a file together.
 
-The names of its functions, in diffusers/loaders/lora_conversion_utils.py, stand beside the rules.
+The names of its functions, in diffusers/loaders/lora_conversion_utils.py, stand next to the rules.
 """
 
 from __future__ import annotations

@@ -40,5 +40,5 @@ def bias_share(case: Case) -> float | None:
     t = case.entry.tensors
     if case.extra or "diff" not in t or "diff_b" not in t:
         return None
-    bias, whole = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
-    return (bias / whole) ** 0.5 if whole else None
+    bias, total = (float(sum(t[name].double().square().sum() for name in names)) for names in (["diff_b"], t))
+    return (bias / total) ** 0.5 if total else None

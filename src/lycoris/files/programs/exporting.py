@@ -135,9 +135,9 @@ def _name_keys(bundle: Bundle, layout: ModelLayout, to: str, prefix: str) -> Map
     spelled = flatten if DIALECTS[to].style == "flat" else str
     if layout.architecture is None:
         return {layer: prefix + spelled(layer) for layer in bundle.entries}
-    home = list_namings(layout.architecture)[DIALECTS[to].choose_naming(layout.architecture)].find_module
+    find_module = list_namings(layout.architecture)[DIALECTS[to].choose_naming(layout.architecture)].find_module
     firsts = {layer: layout.find_spans(layout.naming)[layer].parts[0] for layer in bundle.entries}
-    return {layer: prefix + spelled(home(part) or part) for layer, part in firsts.items()}
+    return {layer: prefix + spelled(find_module(part) or part) for layer, part in firsts.items()}
 
 
 def _find_places(bundle: Bundle, layout: ModelLayout, program: str, to: str) -> Mapping[str, LayerPlace]:

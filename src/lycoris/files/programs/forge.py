@@ -69,7 +69,7 @@ VECTOR_ROWS = (
         _has_unusable_magnitude,
         "not at all",
         "cannot divide a DoRA magnitude that is a vector there, and stops",
-        "anew",
+        "rewritten",
         stops=True,
     ),
     Row(
@@ -77,13 +77,13 @@ VECTOR_ROWS = (
         "differently",
         "takes a vector of DoRA's magnitude for that of rows and of columns at once; how far off that is depends on "
         "the base weight",
-        "anew",
+        "rewritten",
     ),
     Row(
         all_of(has_unfolded_factors, any_of(has_algorithm("loha"), has_algorithm("lokr"))),
         "not at all",
         "multiplies matrices, and stops at second factors that keep the kernel's dimensions",
-        "anew",
+        "rewritten",
         stops=True,
     ),
 )
@@ -120,7 +120,7 @@ FORGE_PROGRAM = Program(
             has_algorithm("diag-oft", "boft"),
             "not at all",
             "knows no rotations, and passes their keys over",
-            "plain",
+            "smaller",
         ),
         FORGE_PARAMETER_ROW,
         *TEXT_PROJECTION_ROWS,

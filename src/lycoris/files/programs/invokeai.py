@@ -56,17 +56,20 @@ INVOKEAI_PROGRAM = Program(
             has_algorithm("tlora", "glora", "diag-oft", "boft"),
             "not at all",
             "knows no such algorithm, and stops",
-            "plain",
+            "smaller",
         ),
         Row(has_lone_bias, "not at all", "knows no diff_b without diff, and stops", "both diffs"),
         Row(
             all_of(has_dora, _has_lost_magnitude),
             "differently",
             "leaves DoRA's magnitude out; how far off that is depends on the base weight",
-            "plain",
+            "smaller",
         ),
         Row(
-            all_of(has_dora, has_other_algorithm("lora")), "not at all", "knows DoRA over LoRA only, and stops", "plain"
+            all_of(has_dora, has_other_algorithm("lora")),
+            "not at all",
+            "knows DoRA over LoRA only, and stops",
+            "smaller",
         ),
         Row(
             all_of(has_dora, has_core, has_kernel), "not at all", "leaves the core out under DoRA, and stops", "no core"

@@ -1,6 +1,6 @@
 """InvokeAI (6.14): its converters for Krea 2 and Anima.
 
-The names of its functions, in invokeai/backend/patches/lora_conversions, stand beside the rules.
+The names of its functions, in invokeai/backend/patches/lora_conversions, stand next to the rules.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """InvokeAI (6.14): which of its converters takes a file, by all keys, and what of it that keeps.
 
-The names of its functions, in invokeai/backend/patches/lora_conversions, stand beside the rules.
+The names of its functions, in invokeai/backend/patches/lora_conversions, stand next to the rules.
 """
 
 from __future__ import annotations

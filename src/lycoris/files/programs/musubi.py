@@ -97,7 +97,7 @@ MUSUBI_PROGRAM = Program(
         Row(
             all_of(is_merged_by_network, has_no_alpha),
             "not at all",
-            "wants alpha beside every LoRA for this model, and stops",
+            "wants alpha next to every LoRA for this model, and stops",
             "format",
             stops=True,
         ),

@@ -141,7 +141,7 @@ class FilePart(PartKeys):
         for layer, group in groups.items():
             if group in failing and found[layer].reads != "not at all":
                 why = f"{self.program.title} takes such layers together, and leaves all out when one fails"
-                found[layer] = Verdict("not at all", why, None, found[layer].remedy or "plain")
+                found[layer] = Verdict("not at all", why, None, found[layer].remedy or "smaller")
         return found
 
     @cached_property
@@ -181,7 +181,7 @@ class FilePart(PartKeys):
                 "not known", f"whether {title} has a place for such keys depends on the version of the model"
             )
         if "bias_indices" in stored and self.program.take_tensors is None:
-            return Verdict("differently", f"{title} leaves out the single places of the weight", None, "joined")
+            return Verdict("differently", f"{title} ignores the sparse change of the weight", None, "joined")
         verdict = self._by_the_table(layer, written, stack)
         own = unwrap_dora(stack[0].algorithm).name
         if (
@@ -242,13 +242,13 @@ class FilePart(PartKeys):
                 return None
             strange = some(sorted(set(self._of(written).spelled) - taken))
             why = f"{title} looks for no tensors called {strange}" + ", and rejects the file" * stops
-            return Verdict("not at all", why, None, verdict.remedy or "anew", stops=stops)
+            return Verdict("not at all", why, None, verdict.remedy or "rewritten", stops=stops)
         if verdict.reads != "as trained":
             return None
         entry = stack[0]
         plain = len(stack) == 1 and not isinstance(entry.algorithm, DoRA)
         if left - {ALPHA, "scale"}:
-            remedy: Remedy = "joined" if "bias_indices" in left else "anew"
+            remedy: Remedy = "joined" if "bias_indices" in left else "rewritten"
             return Verdict("differently", f"{title} leaves out {some(sorted(left - {ALPHA, 'scale'}))}", None, remedy)
         if "scale" in left:
             ours, its = self.scales[written]
@@ -257,7 +257,7 @@ class FilePart(PartKeys):
         if not left or abs(its - ours) <= UNIT_TOLERANCE * abs(ours):
             return None
         error = abs(its / ours - 1) if plain and ours else None
-        return Verdict("differently", f"{title} does not look for {some(sorted(left))} there", error, "anew")
+        return Verdict("differently", f"{title} does not look for {some(sorted(left))} there", error, "rewritten")
 
     def _left_out(self, stack: tuple[Entry, ...], key: str, stored: Collection[str]) -> Verdict | None:
         """What becomes of a layer whose scale or magnitude the program does not look for where the file has it."""
@@ -267,14 +267,14 @@ class FilePart(PartKeys):
                 "differently",
                 f"{title} leaves DoRA's magnitude out; how far off that is depends on the base weight",
                 None,
-                "plain",
+                "smaller",
             )
         scale = entry.algorithm.scale(entry.geometry)
         kept_outside = (dialect.scale == "header" and ALPHA not in stored) or dialect.is_folder
         outside = kept_outside and not self.program.reads_header
         inside = self.routed is not None and key in self.routed.without_scale
         if (outside or inside) and abs(scale - 1) > UNIT_TOLERANCE:
-            where = "a file's header or config" if outside else "alpha beside such tensors"
+            where = "a file's header or config" if outside else "alpha next to such tensors"
             error = None if others or isinstance(entry.algorithm, DoRA) else abs(1 / scale - 1) if scale else None
             return Verdict("differently", f"{title} reads no scale from {where}, and takes 1", error, "scale")
         return None

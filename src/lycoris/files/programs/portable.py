@@ -84,7 +84,7 @@ def make_stack_portable(
     if program not in PROGRAMS:
         raise FileError(unknown("program", program, PROGRAMS))
     done: dict[Remedy, str] = {}
-    # Nothing but this library reads places of the weight that are beside another algorithm.
+    # Only this library reads sparse changes of the weight next to another algorithm.
     if any(isinstance(each.algorithm, Full) and each.algorithm.weight for each in stack[1:]):
         stack, done["joined"] = join_changes(stack, base), EXPORTS["joined"].description
     while True:
@@ -145,10 +145,10 @@ def convert_to_lora(entry: Entry, base: Affine | None = None) -> Entry:
     thin = low_rank(entry, base, always=True)
     if thin is not None and isinstance(thin.algorithm, LoRA) and thin.algorithm.rank <= full:
         return thin
-    whole = dense(entry, base)
-    if whole.tensors.keys() != {"diff"}:
+    dense_entry = dense(entry, base)
+    if dense_entry.tensors.keys() != {"diff"}:
         raise FileError(f"{entry.algorithm.name} on a {g} changes more than the weight, and LoRA cannot")
-    diff = g.transpose_stored(whole.tensors["diff"])
+    diff = g.transpose_stored(dense_entry.tensors["diff"])
     ones = (1,) * len(g.kernel)
     eye = torch.eye(full, dtype=diff.dtype, device=diff.device)
     eye = eye.expand(g.stacked_shape((full, full)))
@@ -257,7 +257,7 @@ class Export(NamedTuple):
 
 EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
     {
-        "plain": Export("written as a LoRA where that is smaller, else as the dense difference", convert_to_smaller),
+        "smaller": Export("written as a LoRA where that is smaller, else as the dense difference", convert_to_smaller),
         "dense": Export("written as the dense difference", dense),
         "lora": Export("written as a LoRA", convert_to_lora),
         "no core": Export("its core multiplied into lora_down", multiply_out_core),
@@ -265,10 +265,10 @@ EXPORTS: Mapping[Remedy, Export] = MappingProxyType(
         "unsplit w1": Export("its w1 multiplied out", multiply_out_w1),
         "unlimited": Export("its constraint applied to the rotations", apply_limit),
         "both norms": Export("w_norm and b_norm both written, zeros for the one that was not there", complete_norm),
-        "both diffs": Export("a diff of zeros put beside diff_b", complete_diff),
+        "both diffs": Export("a diff of zeros put next to diff_b", complete_diff),
         "joined": Export("written with what is next to it as one dense difference", dense),
         # Reading a file has these already.
-        "anew": Export("written as such adapters are today", lambda entry, base: entry),
+        "rewritten": Export("written as such adapters are today", lambda entry, base: entry),
         "scale": Export("written with the scale that was trained", lambda entry, base: entry),
         "format": Export("written in a format whose names it knows", lambda entry, base: entry),
     }
@@ -287,6 +287,6 @@ def _unwrap_dora(entry: Entry, kind: type[RankedAlgorithm]) -> tuple[RankedAlgor
 
 
 def _rewrap_dora(entry: Entry, algorithm: Additive, p: dict[str, Tensor]) -> Entry:
-    """The same entry with other tensors, under its lengths again if it had them."""
-    whole: Algorithm = replace(entry.algorithm, inner=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
-    return Entry(whole, entry.geometry, p)
+    """The entry with another algorithm and other tensors, under DoRA again if it was."""
+    wrapped: Algorithm = replace(entry.algorithm, inner=algorithm) if isinstance(entry.algorithm, DoRA) else algorithm
+    return Entry(wrapped, entry.geometry, p)

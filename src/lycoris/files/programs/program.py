@@ -18,7 +18,7 @@ from lycoris.layers.geometry import Affine, Kind
 
 Reads = Literal["as trained", "differently", "not at all", "not known"]
 Remedy = Literal[
-    "plain",
+    "smaller",
     "dense",
     "lora",
     "no core",
@@ -28,7 +28,7 @@ Remedy = Literal[
     "both norms",
     "both diffs",
     "joined",
-    "anew",
+    "rewritten",
     "scale",
     "format",
 ]
@@ -178,7 +178,7 @@ class Program:
     """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
     None or "": each layer has its own."""
     reads_header: bool = False
-    """Whether it honors the scale that a file's header, or a config beside it, has."""
+    """Whether it honors the scale that a file's header, or a config next to it, has."""
     explain_conflict: Callable[[Bundle], str] | None = None
     """Why it does not take adapters together that it takes one by one; "" where it does."""
 

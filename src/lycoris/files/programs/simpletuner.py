@@ -25,7 +25,7 @@ SIMPLETUNER_PROGRAM = Program(
     "SimpleTuner",
     keys.SIMPLETUNER_KEYS,
     (
-        Row(has_algorithm("ia3"), "not at all", "stops when it loads an IA3 file", "plain", stops=True),
+        Row(has_algorithm("ia3"), "not at all", "stops when it loads an IA3 file", "smaller", stops=True),
         Row(has_lone_bias, "not at all", "does not recognize diff_b without diff, and passes it over", "both diffs"),
         Row(
             all_of(has_algorithm("norm"), lacks_shift),
@@ -35,42 +35,46 @@ SIMPLETUNER_PROGRAM = Program(
         ),
         LONE_SHIFT_ROW,
         Row(
-            has_first_glora_layout, "not at all", "knows the later layout of GLoRA only, and stops", "anew", stops=True
+            has_first_glora_layout,
+            "not at all",
+            "knows the later layout of GLoRA only, and stops",
+            "rewritten",
+            stops=True,
         ),
-        Row(has_old_rotation, "not at all", "does not recognize oft_diag, and passes it over", "anew"),
+        Row(has_old_rotation, "not at all", "does not recognize oft_diag, and passes it over", "rewritten"),
         Row(
             all_of(has_dora, has_algorithm("full")),
             "differently",
             "applies the difference and ignores DoRA's magnitude",
-            "plain",
+            "smaller",
         ),
         Row(
             mismatches_rebuilt_lokr,
             "not at all",
             "makes a LoKr of other shapes than the file's, and stops",
-            "plain",
+            "smaller",
             stops=True,
         ),
-        Row(has_input_magnitude, "not at all", "cannot load DoRA's input magnitude", "plain", stops=True),
+        Row(has_input_magnitude, "not at all", "cannot load DoRA's input magnitude", "smaller", stops=True),
         Row(
             all_of(has_algorithm("tlora"), has_kernel),
             "not at all",
             "cannot run T-LoRA on a convolution with a kernel",
-            "plain",
+            "smaller",
         ),
         Row(
             all_of(has_algorithm("tlora"), lacks_base),
             "not known",
             "takes what T-LoRA started from to be the base weight's largest singular triplets, exactly; whether they "
             "are depends on the base weight",
-            "plain",
+            "smaller",
         ),
         Row(
             starts_elsewhere,
             "differently",
             "takes what T-LoRA started from to be the base weight's largest singular triplets, exactly; how far off "
             "that is depends on the base weight",
-            "plain",
+            "smaller",
         ),
         EXTRA_BIAS_ROW,
         Row(

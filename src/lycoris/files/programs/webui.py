@@ -89,13 +89,13 @@ WEBUI_PROGRAM = Program(
             stops=True,
         ),
         Row(is_embedding, "not at all", "has no adapters for embeddings, and passes them over"),
-        Row(has_algorithm("tlora"), "not at all", "knows no T-LoRA, and rejects the file", "plain", stops=True),
+        Row(has_algorithm("tlora"), "not at all", "knows no T-LoRA, and rejects the file", "smaller", stops=True),
         Row(
             all_of(fits_both_glora_layouts, is_pointwise),
             "differently",
             "takes a GLoRA of as many ranks as inputs and outputs for one of its first layout, and leaves its scale "
             "out; how far off that is depends on the base weight",
-            "plain",
+            "smaller",
         ),
         Row(
             all_of(has_first_glora_layout, is_linear, any_of(has_no_scale, has_scale_tensor)),
@@ -106,13 +106,13 @@ WEBUI_PROGRAM = Program(
             all_of(has_first_glora_layout, is_linear),
             "differently",
             "leaves the scale of a GLoRA of the first layout out; how far off that is depends on the base weight",
-            "plain",
+            "smaller",
         ),
         Row(
             has_algorithm("glora"),
             "not at all",
             "reads GLoRA's tensors in another layout, and leaves the layer out",
-            "plain",
+            "smaller",
         ),
         Row(
             has_lone_bias, "not at all", "knows no diff_b without diff, and rejects the file", "both diffs", stops=True
@@ -143,7 +143,7 @@ WEBUI_PROGRAM = Program(
             _has_webui_unusable_magnitude,
             "not at all",
             "cannot divide a DoRA magnitude that is a vector there, and leaves the layer out",
-            "anew",
+            "rewritten",
         ),
         COLUMN_MAGNITUDE_ROW,
         Row(

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2, and Anima, which has the denoiser of its 2B model and a text adapter beside it."""
+"""Cosmos-Predict2, and Anima, which has the denoiser of its 2B model and a text adapter next to it."""
 
 from __future__ import annotations
 
