@@ -46,7 +46,11 @@ def convert_command(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Convert an adapter file to the format of another program, without loss or not at all."""
+    """Convert an adapter file to the format of another program, without loss or not at all.
+
+    Give a dialect with --to, the program that must load the file with --portable, or both: lycoris convert
+    in.safetensors out.safetensors --portable comfyui
+    """
     with print_errors(debug):
         from lycoris.cli.plan import parse_dtype
         from lycoris.files import convert as run
@@ -81,7 +85,11 @@ def check_command(
     base: BaseOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Check whether a program loads an adapter file as it was trained; exit with 1 if not."""
+    """Check whether a program loads an adapter file as it was trained; exit with 1 if not.
+
+    Lists what the program does with each layer, and how to convert the file if that is wrong: lycoris check
+    adapter.safetensors --for webui
+    """
     with print_errors(debug):
         from lycoris.files import check as run
 
@@ -95,7 +103,10 @@ def detect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file.", show_default=False)],
     debug: DebugOption = False,
 ) -> None:
-    """Identify an adapter file from its header: format, algorithms, base model."""
+    """Identify an adapter file from its header: format, algorithms, base model.
+
+    The tensors are not read.
+    """
     with print_errors(debug):
         from lycoris.files import detect as run
 

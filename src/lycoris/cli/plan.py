@@ -47,7 +47,10 @@ def plan_command(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Estimate what adapters cost on a model: parameters, FLOPs and memory. Needs no weights."""
+    """Estimate what adapters cost on a model: parameters, FLOPs and memory. Needs no weights.
+
+    For example: lycoris plan flux.1-dev --algo lokr --linear-dim 16
+    """
     with print_errors(debug):
         from lycoris.targeting.recipe import Recipe
 

@@ -26,7 +26,10 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, including every layer.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what is in an adapter file: format, settings, size, norm and effective rank of each layer."""
+    """Show what is in an adapter file: format, settings, size, norm and effective rank of each layer.
+
+    With --base and the base model's folder, norms are given relative to the base weights, too.
+    """
     with print_errors(debug):
         import json
 
@@ -56,7 +59,10 @@ def resize_command(
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Reduce the rank of an adapter with the smallest possible error, and report the error."""
+    """Reduce the rank of an adapter with the smallest possible error, and report the error.
+
+    Exactly one of --rank, --energy, --error and --size says how much to keep.
+    """
     with print_errors(debug):
         from lycoris.cli.plan import parse_dtype
         from lycoris.tools import Limit

@@ -61,7 +61,10 @@ def build_model(node: Outline) -> nn.Module:
 
 
 def list_models() -> list[str]:
-    """Return the names of the models whose outlines come with this package, sorted."""
+    """Return the names of the models whose outlines come with this package, sorted.
+
+    These are the names that `load_model`, `load_outline` and `lycoris plan` accept.
+    """
     return sorted(
         entry.name.removesuffix(".json") for entry in _outlines_folder().iterdir() if entry.name.endswith(".json")
     )

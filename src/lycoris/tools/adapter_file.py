@@ -22,7 +22,10 @@ from lycoris.files.writing import compose, keep_header, store_tensors
 
 
 class LayerLocation(NamedTuple):
-    """Where an adapter is: a component, and a path in it."""
+    """Where an adapter is: a component, and a path in it.
+
+    `str` is the path, after the component unless that is the denoiser.
+    """
 
     component: str
     """Of a pipeline, as diffusers names it; "" is the denoiser."""
@@ -35,7 +38,10 @@ class LayerLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An opened adapter file, or PEFT folder, with its path."""
+    """An opened adapter file, or PEFT folder, with its path.
+
+    Files are read completely when opened; `write` needs the source no more.
+    """
 
     path: Path
     opened: Opened
@@ -98,7 +104,10 @@ class AdapterFile:
 
 
 def measure_on_disk(path: Path) -> int:
-    """Return the bytes of a file, or of the files in a folder."""
+    """Return the bytes of a file, or of the files in a folder.
+
+    Subfolders are not counted.
+    """
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
     return sum(each.stat().st_size for each in files)
 

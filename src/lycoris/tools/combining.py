@@ -39,7 +39,10 @@ class WeightedEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Combination:
-    """What `combine` did. `str` gives a summary in lines."""
+    """What `combine` did. `str` gives a summary in lines.
+
+    Layers that were only scaled, or kept, are listed in `forms` too; only truncated ones in `errors`.
+    """
 
     forms: Mapping[LayerLocation, str]
     """Layer → what its adapters became."""

@@ -26,7 +26,10 @@ NEEDED_ERROR = 0.01
 
 
 class LayerReport(NamedTuple):
-    """Settings and measurements of one layer."""
+    """Settings and measurements of one layer.
+
+    Measurements are None where they do not apply, or depend on base weights that were not given.
+    """
 
     algorithm: str
     rank: int | None

@@ -26,7 +26,10 @@ MAGNITUDE_SLOT = "magnitude"
 
 
 class Truncation(NamedTuple):
-    """What happened to one layer."""
+    """What happened to one layer.
+
+    What it was, the rank of the LoRA that replaces it, and the relative error.
+    """
 
     before: str
     """The algorithm that it had."""
@@ -37,7 +40,10 @@ class Truncation(NamedTuple):
 
 @dataclass(frozen=True)
 class Resizing:
-    """What `resize` did. `str` gives a summary in lines."""
+    """What `resize` did. `str` gives a summary in lines.
+
+    Each layer of the file is either in `layers` or in `left_alone`.
+    """
 
     layers: Mapping[LayerLocation, Truncation]
     left_alone: Mapping[LayerLocation, str]

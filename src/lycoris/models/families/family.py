@@ -15,12 +15,15 @@ ModelConfig = Mapping[str, Any]
 
 
 class MusubiTargets(NamedTuple):
-    """The layers of a model that Musubi Tuner trains."""
+    """The layers of a model that Musubi Tuner trains.
+
+    All linear layers inside modules of these classes, except those that a pattern excludes.
+    """
 
     targets: Sequence[str]
-    """Classes of the code that it runs whose linear layers are meant."""
+    """Classes of modules, in the code that it runs, whose linear layers are trained."""
     excludes: Sequence[str] = ()
-    """Regular expressions that match the whole paths of layers that are left out."""
+    """Regular expressions that match entire paths of layers that are left out."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,19 @@ class Architecture:
 
     @property
     def outlines(self) -> tuple[str, ...]:
-        """Names of the known models, as in `lycoris.models.outline`."""
+        """Names of the known models, as in `lycoris.models.outline`.
+
+        In the order of `models`.
+        """
         return tuple(self.models)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that the same pipelines use; their adapter files have the same names."""
+    """Models that the same pipelines use; their adapter files have the same names.
+
+    A family is defined by its components: the denoiser's architecture and those of its text encoders.
+    """
 
     name: str
     components: Mapping[str, str]

@@ -25,7 +25,10 @@ SplitSizes = Callable[[int, int, int], tuple[int, ...]]
 
 
 class Span(NamedTuple):
-    """What a name stands for: the rows of these layers of diffusers, one after the other."""
+    """What a name stands for: the rows of these layers of diffusers, one after the other.
+
+    A single part for a layer that is one in both.
+    """
 
     parts: tuple[str, ...]
     swapped: bool = False
