@@ -55,7 +55,7 @@ class ModelKeys(NamedTuple):
     few: bool = False
     """Whether those are so few that it cannot be said to know such files."""
     hinge: tuple[str, str] = ("", "")
-    """See `KnownKeys.hinge`."""
+    """See `KnownKeys.requires`."""
 
 
 _REFINED = r"(?:layers|noise_refiner|context_refiner)[._]\d+[._]"

@@ -13,36 +13,36 @@ from lycoris.models.families import FAMILIES
 
 
 class KnownKeys(NamedTuple):
-    """What a program knows of the keys for one architecture: all but what is named here.
+    """Which keys for one architecture a program knows: all but those named here.
 
-    Each is a regular expression for a whole key without the tensor's own name, such as lora_unet_img_in.
+    Each is a regular expression for an entire key without the tensor's own name, such as lora_unet_img_in.
     """
 
     lost: str = ""
-    """Keys that it passes over."""
+    """Keys that it ignores."""
     misplaced: str = ""
-    """Keys whose adapters it puts on other rows of the weight."""
+    """Keys whose adapters it applies to other rows of the weight."""
     stops: str = ""
     """Keys for which it rejects the file."""
     named: str = ""
-    """The dialect of its own whose names of layers are all that it knows, whatever stands before them; "" any."""
+    """The dialect whose names of layers are all that it knows, behind any prefix; "": any names."""
     named_pattern: str = ".*"
-    """The keys of which `named` holds."""
+    """The keys that `named` applies to."""
     requires: tuple[str, str] = ("", "")
-    """Keys that it passes over unless the file has the tensor that is named second."""
+    """Keys that it ignores unless the file has the tensor named second."""
     together: str = ""
-    """Keys of which it passes over those whose groups not all keys with the same groups have."""
+    """Keys that it ignores unless all keys with the same regular expression groups are there."""
     unsure: str = ""
-    """Keys that it knows in some models of the architecture."""
+    """Keys that it knows in some models of the architecture only."""
     complete_groups: str = ""
-    """Keys that go together: for one of them it wants all that have the same groups, else it rejects the file."""
+    """Keys of which it requires all with the same regular expression groups, and otherwise rejects the file."""
     strict: bool = False
     """Whether it rejects the file for keys that it does not know."""
 
 
 KeysByDialect = Mapping[str, Mapping[str, KnownKeys]]
 ANY_ARCHITECTURE = "*"
-"""In place of an architecture: every one, known here or not."""
+"""Stands for every architecture, known here or not."""
 
 
 def know_all(*architectures: str) -> dict[str, KnownKeys]:
@@ -94,7 +94,7 @@ EXAMINED_ARCHITECTURES = frozenset(
         *("hunyuanvideo-1.5", "framepack", "lumina2", "language-model", "clip", "clip-with-projection", "t5"),
     }
 )
-"""Architectures of which it was looked at which keys programs know; nothing is claimed of any other."""
+"""Architectures for which the keys that programs know were examined; nothing is claimed about any other."""
 
 
 # Text encoders: model_lora_keys_clip in ComfyUI's comfy/lora.py, which Forge has too.

@@ -24,20 +24,20 @@ class PartKeys:
     program: Program
     component: str
     file_dialect: str
-    """The file's dialect."""
+    """The dialect of the file."""
     layout: ModelLayout
     bundle: Bundle
     written: Mapping[str, WrittenLayer]
     """By layer as written."""
     routed: RoutedKeys | None = None
-    """What becomes of the whole file's keys; None: `Program.keys` says it."""
+    """What the program makes of all keys of the file together; None: each is treated alone, as `Program.keys` says."""
     taken_for: str = ""
-    """The one algorithm that the program takes the whole file for; "" each layer has its own."""
+    """The algorithm that the program takes the entire file for; "": each layer has its own."""
     family: str | None = None
     model: str = ""
     """The known model that the component is taken to be; "" not known."""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Layer as written → the scale that the file has as a number of its own, and the one that it has without that."""
+    """Layer as written → the scale stored as a tensor of its own, and the one that alpha gives."""
 
     @property
     def architecture(self) -> str | None:

@@ -32,9 +32,9 @@ Remedy = Literal[
     "scale",
     "format",
 ]
-"""Names of exports, which `lycoris.files.programs.portable` makes."""
+"""Names of exports, which are defined in `lycoris.files.programs.portable`."""
 EXAMINED_ALGORITHMS = frozenset({"lora", "loha", "lokr", "full", "norm", "glora", "ia3", "diag-oft", "boft", "tlora"})
-"""Algorithms of which it was looked at what programs make of them; nothing is claimed of any other."""
+"""Algorithms for which programs were examined; nothing is claimed about any other."""
 EXAMINED_TENSORS = frozenset(
     {
         *("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values"),
@@ -47,7 +47,7 @@ EXAMINED_TENSORS = frozenset(
         *("base_q.weight", "base_p.weight", "base_lambda"),
     }
 )
-"""Tensors of which it was looked at what programs make of them."""
+"""Tensors for which programs were examined."""
 
 
 class Verdict(NamedTuple):
@@ -55,13 +55,13 @@ class Verdict(NamedTuple):
 
     reads: Reads
     why: str
-    """In one sentence."""
+    """One sentence."""
     error: float | None = None
     """‖Δ' - Δ‖ / ‖Δ‖ of the changes to the weight, where the adapter's tensors alone determine it."""
     remedy: Remedy | None = None
-    """The export that makes it right; None where none is needed, or none is known."""
+    """The export that fixes it; None if none is needed, or none is known."""
     stops: bool = False
-    """Whether it costs the whole file."""
+    """Whether the program rejects the entire file for it."""
 
 
 class Case(NamedTuple):
@@ -73,21 +73,21 @@ class Case(NamedTuple):
     entry: Entry
     base: Affine | None = None
     extra: tuple[Entry, ...] = ()
-    """What the file has for the layer besides."""
+    """What else the file has for the layer."""
     dialect: str = ""
     architecture: str | None = None
-    """None: not known."""
+    """None: unknown."""
     key: str = ""
-    """The layer as its keys call it, with what they begin with; "" not known."""
+    """What the names of its tensors begin with, prefix included; "": unknown."""
     stored: Mapping[str, tuple[int, ...]] = MappingProxyType({})
-    """The shapes of its tensors in the file, by their names in LyCORIS' files; none: as LyCORIS writes them."""
+    """Shapes of its tensors in the file, by suffix in LyCORIS' spelling; empty: as LyCORIS writes them."""
     place: LayerPlace = ""
     file_suffixes: frozenset[str] = frozenset()
-    """The own names of all tensors of the file, likewise."""
+    """Suffixes of all tensors in the file, in the same spelling."""
     spelled: frozenset[str] = frozenset()
-    """The names of its tensors as the file spells them; none: as the dialect does."""
+    """Suffixes of its tensors as the file spells them; empty: as the dialect does."""
     model: str = ""
-    """The known model that its component is taken to be; "" not known."""
+    """The known model that its component is taken to be; "": unknown."""
 
     @property
     def name(self) -> str:
@@ -129,7 +129,7 @@ class Row(NamedTuple):
     remedy: Remedy | None = None
     error: Callable[[Case], float | None] | None = None
     stops: bool = False
-    """Whether it costs the whole file."""
+    """Whether the program rejects the entire file for it."""
 
 
 @dataclass(frozen=True)
@@ -141,46 +141,45 @@ class Program:
 
     name: str
     title: str
-    """As it calls itself, with the version that was looked at where that matters."""
+    """What it calls itself, with the version that was examined where that matters."""
     keys: KeysByDialect
-    """Dialects whose keys it knows, the one to write for it first → architecture → what of them."""
+    """Dialect → architecture → which of its keys the program knows. The first dialect is the one to write for it."""
     rows: tuple[Row, ...]
-    """The first that holds counts; where none does, it reads as trained."""
+    """The first that holds counts; if none does, the adapter is read as trained."""
     kinds: tuple[Kind, ...] = ("linear", "conv", "norm")
-    """Kinds of layers that it has adapters for."""
+    """Kinds of layers that it applies adapters to."""
     supports_transposed: bool = False
-    """Whether it knows the linear layers of GPT-2, which keep their weight as (I, O)."""
+    """Whether it supports linear layers that store their weight as (I, O), as in GPT-2."""
 
     examined_algorithms: frozenset[str] = EXAMINED_ALGORITHMS
-    """Algorithms of which it was looked at what it makes of them."""
+    """Algorithms for which it was examined."""
     by_naming: Callable[[str, str], KnownKeys | None] | None = None
-    """What it knows of keys by an architecture and the naming that a file has for it, whatever the dialect; None of it,
-    or of an architecture: as `keys` says."""
+    """(architecture, naming of the file) → known keys, whatever the dialect. None: `keys` says it."""
     missing_architectures: frozenset[str] = frozenset()
-    """Architectures of which it has no model."""
+    """Architectures that it has no model of."""
     examined_tensors: frozenset[str] = EXAMINED_TENSORS
-    """Tensors of which it was looked at what it makes of them."""
+    """Tensors for which it was examined."""
     supports_replacement: bool = False
-    """Whether it knows weights that stand in place of a layer's own."""
+    """Whether it supports weights that replace a layer's own."""
     max_unmatched: int | None = None
-    """More keys than these that it passes over, and it rejects the file; None: any number."""
+    """The most unknown keys in a file that it accepts; None: any number."""
     native_dialect: str = ""
-    """The dialect whose names its models have; "" not known, or it holds every layer as a file does."""
+    """The dialect with the names of its own models; "": unknown, or its models have the layers of any file."""
     route: Route | None = None
-    """What becomes of a file's keys, by all of them; where there is one, `keys` lists dialects only."""
+    """What it makes of all keys of a file together; if there is one, only the dialects in `keys` count."""
     explain_rejection: Callable[[Collection[str], str | None], str] | None = None
-    """Why it rejects a file by the names of its tensors and the denoiser's architecture; "" where it does not."""
+    """(names of all tensors, architecture of the denoiser) → why it rejects the file, "" if it does not."""
     take_tensors: TakeTensors | None = None
-    """The tensors of a layer that it looks for; None: not looked at, and taken to be all, however they are spelled."""
+    """Which tensors of a layer it reads; None: not examined, and assumed to be all, in any spelling."""
     stops: bool = False
-    """Whether every layer that it cannot take costs the whole file."""
+    """Whether it rejects the file for any layer that it cannot read."""
     detect_algorithm: Callable[[Iterable[str], str | None], str] | None = None
-    """The one algorithm that it takes all of a file for, by the names of its tensors and the denoiser's architecture;
-    None or "": each layer has its own."""
+    """(names of all tensors, architecture of the denoiser) → the algorithm it takes the entire file for. None, or ""
+    as its result: each layer has its own."""
     reads_header: bool = False
-    """Whether it honors the scale that a file's header, or a config next to it, has."""
+    """Whether it reads the scale from a file's header, or from a config next to it."""
     explain_conflict: Callable[[Bundle], str] | None = None
-    """Why it does not take adapters together that it takes one by one; "" where it does."""
+    """Why it rejects adapters together that it accepts one by one; "" if it does not."""
 
     def find_keys(self, dialect: str, architecture: str | None, *finer: str) -> KnownKeys | None:
         """Return what the program knows of the keys that a dialect has for an architecture; None: nothing.

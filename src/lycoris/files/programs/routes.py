@@ -11,10 +11,10 @@ class SentFile:
     """A file as it reaches a program: its keys, and the denoiser's architecture."""
 
     layers: Mapping[str, tuple[str, ...]]
-    """Each layer as its keys call it, with what they begin with → the ends of its tensors' names, as written; of names
-    that do not begin with the layer's, all."""
+    """Key of each layer, prefix included → suffixes of its tensors entire names if they do not start with
+    the key."""
     architecture: str | None
-    """Of the denoiser; None: not known."""
+    """Of the denoiser; None: unknown."""
     names: tuple[str, ...]
     """Of all tensors."""
 
@@ -39,13 +39,13 @@ class RoutedKeys:
     """
 
     refused: str = ""
-    """Why it does not take the file, as the end of a sentence that begins with the program; "" where it does."""
+    """Why it rejects the file, as the end of a sentence that begins with the program; "" if it does not."""
     lost: frozenset[str] = frozenset()
-    """Layers, by their keys, that it passes over."""
+    """Keys of layers that it ignores."""
     without_scale: frozenset[str] = frozenset()
-    """Layers whose alpha it leaves out."""
+    """Keys of layers whose alpha it ignores."""
     without_magnitude: frozenset[str] = frozenset()
-    """Layers whose DoRA magnitude it leaves out."""
+    """Keys of layers whose DoRA magnitude it ignores."""
 
 
 Route = Callable[[SentFile], RoutedKeys | None]

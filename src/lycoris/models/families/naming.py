@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
     parts: tuple[str, ...]
     swapped: bool = False
-    """Whether shift and scale, the two halves of the rows of a modulation, are the other way round; see `swaps`."""
+    """Whether shift and scale, the two halves of a modulation's rows, are the other way round; see `swaps_halves`."""
     gated: bool = False
     """Whether gate and value, the two halves of the rows of a feed-forward's first layer, are."""
 
