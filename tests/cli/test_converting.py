@@ -201,7 +201,7 @@ def test_what_exists_is_written_over_only_with_force(stranger: Path) -> None:
     words = ["convert", str(stranger), str(target), "--to", "bare"]
     refused = RUN.invoke(app, words)
     assert refused.exit_code == 2
-    assert "exists; name another, or write over it (--force" in refused.stderr
+    assert "exists; name another, or overwrite it (--force" in refused.stderr
     assert target.read_text() == "something else"
     assert RUN.invoke(app, [*words, "--force"]).exit_code == 0
     assert load_file(target)

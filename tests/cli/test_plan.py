@@ -100,9 +100,9 @@ def test_what_is_wrong_is_one_message(words: list[str], told: str) -> None:
     [
         ({"a": 1}, "names no model"),
         ({"_class_name": "FluxTransformer2DModle"}, "did you mean 'FluxTransformer2DModel'"),
-        ({"_class_name": "UNet2DConditionModel", "in_channels": "x"}, "no model could be made"),
+        ({"_class_name": "UNet2DConditionModel", "in_channels": "x"}, "no model can be built"),
         ({"architectures": ["LlamaForCausalML"]}, "did you mean 'LlamaForCausalLM'"),
-        ({"model_type": "lama"}, "no model could be made"),
+        ({"model_type": "lama"}, "no model can be built"),
     ],
     ids=lambda value: str(value)[:24],
 )

@@ -104,7 +104,7 @@ class TestOldForms:
         (entry,) = self.entries(oft_diag=(eye + q) @ torch.linalg.inv(eye - q))
         blocks = entry.tensors["blocks"]
         assert torch.allclose(blocks - blocks.mT, q)
-        with pytest.raises(FileError, match="half a circle"):
+        with pytest.raises(FileError, match="rotation by 180 degrees"):
             self.entries(oft_diag=-eye.expand(3, 2, 2).contiguous())
 
     def test_scale_in_place_of_alpha(self) -> None:

@@ -72,7 +72,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "no colon": (b'{"a" {}}', ": is expected"),
     "no comma": (b'{"__metadata__":{} "a":1}', ", is expected"),
     "trailing comma": (b'{"__metadata__":{},}', "a string is expected"),
-    "more behind": (b"{} {}", "goes on behind its end"),
+    "more behind": (b"{} {}", "has data after its end"),
     "not UTF-8": (b'{"a\xff": 1}', "not UTF-8 at byte 11"),
     "control character": (b'{"a\n": 1}', "broken string"),
     "half a character": (b'{"a\\ud800": 1}', "half a character"),
