@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lycoris.training import checkpoint
-from lycoris.training.preflight import fast_in_bfloat16
-from lycoris.training.settings import LATEST, Settings, load
+from lycoris.training.preflight import is_bfloat16_fast
+from lycoris.training.settings import LATEST, Settings, load_settings
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -18,13 +18,13 @@ def settings(output_dir: Path, *, steps: int | None = None, resume: str | None =
 
     With a checkpoint in `output_dir` it goes on from the latest, so that the same command finishes what it began.
     """
-    if resume is None and checkpoint.existing(output_dir):
+    if resume is None and checkpoint.list_checkpoints(output_dir):
         resume = LATEST
-    precision = None if fast_in_bfloat16() else "no"
+    precision = None if is_bfloat16_fast() else "no"
     chosen = {
         "output_dir": output_dir,
         "max_train_steps": steps,
         "resume_from_checkpoint": resume,
         "mixed_precision": precision,
     }
-    return load(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})
+    return load_settings(ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})
