@@ -16,7 +16,7 @@ from lycoris import AdapterSet, AttachError, DoRA, LoRA, Rule, plan, read, write
 from lycoris.adapters.attach import top
 from lycoris.algorithms.base import Algorithm
 from lycoris.layers import base_weights
-from quantised import CPU, EVERY, Float8Linear, torchao
+from quantized import CPU, EVERY, Float8Linear, torchao
 
 SOME = ["lora", "loha", "loha-high-rank", "lokr", "tlora", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
 SOME += ["glora", "ia3", "ia3-in", "oft", "boft", "full"]

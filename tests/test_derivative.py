@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import ALGORITHMS, perturb, relative
 from lycoris import AdapterSet, AttachError, LoRA, Rule, plan
 from lycoris.layers import base_weights
-from quantised import Float8Linear, float8, torchao
+from quantized import Float8Linear, float8, torchao
 
 
 class NoGrad(nn.Linear):

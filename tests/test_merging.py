@@ -16,7 +16,7 @@ from lycoris import AdapterSet, AttachError, Full, LoRA, Rule, plan
 from lycoris.algorithms.base import Algorithm
 from lycoris.layers import base_weights
 from lycoris.ops import rounding
-from quantised import CPU, EVERY, gguf
+from quantized import CPU, EVERY, gguf
 
 SOME = ["lora", "loha", "lokr", "tlora", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
 SOME += ["glora", "ia3", "ia3-in", "oft", "boft"]

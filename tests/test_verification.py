@@ -28,7 +28,7 @@ from lycoris import (
     plan,
     verify,
 )
-from quantised import CPU
+from quantized import CPU
 
 SOME = ("linear", "conv2d", "embedding", "layer-norm", "parameter", "experts")
 

@@ -122,8 +122,8 @@ def __getattr__(name: str) -> Any:
         found = getattr(import_module(f"lycoris.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
-    if name in package.names():
-        return package.find(name)
+    if name in package.list_names():
+        return package.import_name(name)
     if name[:1].isupper() and hasattr(algorithms := import_module("lycoris.algorithms"), name):
         return getattr(algorithms, name)
     if not name.startswith("_") and find_spec(f"lycoris.{name}") is not None:
@@ -132,4 +132,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *package.names()})
+    return sorted({*globals(), *__all__, *package.list_names()})

@@ -1,4 +1,4 @@
-"""The logger of this library, and messages that it gives once."""
+"""The logger of this library, and messages logged once."""
 
 from lycoris.compat.messages import ColoredFormatter, error_once, info_once, logger, warning_once
 

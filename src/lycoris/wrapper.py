@@ -1,4 +1,4 @@
-"""Networks over one model, and what they are made of, by the names of lycoris-lora."""
+"""Networks over one model and their modules, by the names of lycoris-lora."""
 
 from lycoris.compat import module_classes as _modules
 from lycoris.compat.config_sdk import VALID_PRESET_KEYS

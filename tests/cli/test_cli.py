@@ -117,7 +117,7 @@ def test_a_finished_run_is_replaced_only_with_force(config: Path) -> None:
     (out / "pytorch_lora_weights.safetensors").write_text("an earlier run's")
     made = run("train", config)
     assert made.returncode == 2
-    assert "holds pytorch_lora_weights.safetensors of an earlier run" in made.stderr
+    assert "has pytorch_lora_weights.safetensors of an earlier run" in made.stderr
     assert "--force" in made.stderr
     assert [path.name for path in out.iterdir()] == ["pytorch_lora_weights.safetensors"]
     assert run("train", config, "--force").returncode == 0
@@ -221,7 +221,7 @@ def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monk
     assert (out / "checkpoint-1").is_dir()
     made = CliRunner().invoke(app, words)
     assert made.exit_code == 0, made.output
-    assert f"going on from {out / 'checkpoint-1'}" in made.output
+    assert f"resuming from {out / 'checkpoint-1'}" in made.output
     assert not (out / "checkpoint-1").exists()
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2

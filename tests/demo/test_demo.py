@@ -11,17 +11,17 @@ import torch
 
 from lycoris.demo.demo import DEMO_ASSETS, load_demo_settings
 from lycoris.training import data
-from lycoris.training.base_model import quiet
-from lycoris.training.checkpoint import STATE
-from lycoris.training.preflight import check
-from lycoris.training.settings import load
+from lycoris.training.base_model import suppress_library_output
+from lycoris.training.checkpoint import STATE_FILE
+from lycoris.training.preflight import check_inputs
+from lycoris.training.settings import load_settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "emoji"
 
 
 def test_the_demo_trains_on_enough_images_with_the_shown_prompts_among_them(tmp_path: Path) -> None:
     given = load_demo_settings(tmp_path / "out")
-    checked = check(given)
+    checked = check_inputs(given)
     trained = {example.caption for example in checked.training}
     held_out = {example.caption for example in checked.held_out}
     assert len(trained) >= 64
@@ -46,7 +46,7 @@ def test_the_assets_are_small_and_attributed() -> None:
 @pytest.mark.skipif(not EXAMPLE.is_dir(), reason="the examples are not part of an installed package")
 def test_the_example_has_the_demos_settings() -> None:
     def values(folder: Path) -> dict[str, Any]:
-        read = load(folder / "config.json").model_dump()
+        read = load_settings(folder / "config.json").model_dump()
         read["pretrained_model_name_or_path"] = Path(read["pretrained_model_name_or_path"])
         paths = {key: value.resolve() for key, value in read.items() if isinstance(value, Path)}
         return {**read, **paths, "output_dir": None}
@@ -57,15 +57,15 @@ def test_the_example_has_the_demos_settings() -> None:
 
 
 def test_every_image_of_the_sheet_can_be_read() -> None:
-    assert data.read(load_demo_settings(Path("unused")).instance_data_dir).problems == []
+    assert data.read_examples(load_demo_settings(Path("unused")).instance_data_dir).problems == []
 
 
 def test_it_goes_on_by_itself_from_what_an_interruption_left(tmp_path: Path) -> None:
     for step in (5, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / STATE).touch()
-    assert check(load_demo_settings(tmp_path)).resume == tmp_path / "checkpoint-12"
-    assert check(load_demo_settings(tmp_path, resume="checkpoint-5")).resume == tmp_path / "checkpoint-5"
+        (tmp_path / f"checkpoint-{step}" / STATE_FILE).touch()
+    assert check_inputs(load_demo_settings(tmp_path)).resume == tmp_path / "checkpoint-12"
+    assert check_inputs(load_demo_settings(tmp_path, resume="checkpoint-5")).resume == tmp_path / "checkpoint-5"
     assert load_demo_settings(tmp_path / "other").resume_from_checkpoint is None
 
 
@@ -73,12 +73,12 @@ def test_it_goes_on_by_itself_from_what_an_interruption_left(tmp_path: Path) -> 
 def test_the_precision_is_one_that_the_machine_is_fast_in(
     fast: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lycoris.demo.demo.fast_in_bfloat16", lambda: fast)
+    monkeypatch.setattr("lycoris.demo.demo.is_bfloat16_fast", lambda: fast)
     assert load_demo_settings(tmp_path).mixed_precision == precision
 
 
 def test_the_base_draws_as_it_is_loaded_without_a_word_on_precision() -> None:
-    with quiet():
+    with suppress_library_output():
         from diffusers import StableDiffusionPipeline
 
         pipe = StableDiffusionPipeline.from_pretrained(DEMO_ASSETS / "base")

@@ -296,7 +296,7 @@ class TestMistakes:
         adapt(model, LoRA(rank=2))
         with pytest.warns(BaseOnlyWarning):
             Trainer(model, TrainingArguments(**arguments(tmp_path, 1)), train_dataset=Sentences()).train()
-        with pytest.raises(FileError, match="no adapters, as the base's own has none"):
+        with pytest.raises(FileError, match="no adapters"):
             train(adapted_llama(LoRA(rank=2))(), tmp_path, 2, resume=True)
 
     def test_adapters_of_another_model(self, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ class TestMistakes:
         model = llama()
         model.lm_head.weight.requires_grad_(True)
         args = TrainingArguments(**arguments(tmp_path, 1))
-        with pytest.raises(ConfigError, match="on another LlamaForCausalLM than the one that is trained"):
+        with pytest.raises(ConfigError, match="on another LlamaForCausalLM than the one being trained"):
             Trainer(model, args, train_dataset=Sentences(), callbacks=[callback]).train()
 
     def test_adapters_that_are_not_attached(self, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ class TestMistakes:
             sets = adapted_llama(LoRA(rank=2))()
             callback, model = AdapterCallback(*sets), sets[0].model
             fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-            with pytest.raises(ConfigError, match="shared out by FSDP or DeepSpeed ZeRO-3"):
+            with pytest.raises(ConfigError, match="sharded by FSDP or DeepSpeed ZeRO-3"):
                 callback.on_train_begin(None, None, None, model=model)
         finally:
             dist.destroy_process_group()
@@ -334,5 +334,5 @@ class TestMistakes:
         head = sets[0].model.lm_head.weight.requires_grad_(True)
         with caplog.at_level(logging.WARNING, "LyCORIS"):
             train(sets, tmp_path, 1)
-        assert "besides the adapters these train; checkpoints hold them" in caplog.text
+        assert "these parameters train in addition to the adapters; checkpoints contain them" in caplog.text
         assert torch.equal(load_file(tmp_path / "checkpoint-4" / "model.safetensors")["lm_head.weight"], head)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from lycoris.training.base_model import quiet
-from lycoris.training.settings import Settings, load
+from lycoris.training.base_model import suppress_library_output
+from lycoris.training.settings import Settings, load_settings
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 LYCORIS: dict[str, Any] = {
@@ -29,7 +29,7 @@ LYCORIS: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random pipeline for 32-pixel images, as `save_pretrained` writes it."""
-    with quiet():
+    with suppress_library_output():
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -85,11 +85,11 @@ def images(tmp_path: Path) -> Path:
     """Six 40-pixel images with captions."""
     folder = tmp_path / "images"
     folder.mkdir()
-    for i, colour in enumerate(COLOURS):
+    for i, color in enumerate(COLOURS):
         image = Image.new("RGB", (40, 40), "white")
-        ImageDraw.Draw(image).ellipse((4, 4, 30 + i, 36 - i), colour)
-        image.save(folder / f"{colour}.png")
-        (folder / f"{colour}.txt").write_text(f"{colour} ball\n")
+        ImageDraw.Draw(image).ellipse((4, 4, 30 + i, 36 - i), color)
+        image.save(folder / f"{color}.png")
+        (folder / f"{color}.txt").write_text(f"{color} ball\n")
     return folder
 
 
@@ -126,7 +126,7 @@ def config(base: Path, images: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def settings(config: Callable[..., Path]) -> Callable[..., Settings]:
-    return lambda *args, **changes: load(config(*args, **changes))
+    return lambda *args, **changes: load_settings(config(*args, **changes))
 
 
 @pytest.fixture

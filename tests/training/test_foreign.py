@@ -11,8 +11,8 @@ import pytest
 
 from lycoris.errors import ConfigError
 from lycoris.training import foreign
-from lycoris.training.foreign import translate
-from lycoris.training.settings import Settings, load
+from lycoris.training.foreign import translate_config
+from lycoris.training.settings import Settings, load_settings
 
 TYPED: dict[str, Any] = {
     "--resume_from_checkpoint": "latest", "--data_backend_config": "config/multidatabackend.json",
@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_key_is_in_one_group() -> None:
-    found = translate(TYPED, KNOWN)
+    found = translate_config(TYPED, KNOWN)
     groups = [found.kept, found.mapped, *found.ignored.values(), *found.unsupported.values()]
     assert sum(map(len, groups)) == len(TYPED) == 50
     assert found.values.keys() <= KNOWN.keys()
@@ -52,7 +52,7 @@ def test_every_key_is_in_one_group() -> None:
 
 def test_it_is_one_screen_that_says_what_to_do(config: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(config)
+        load_settings(config)
     text = str(caught.value)
     assert sum(len(textwrap.wrap(line, 120)) for line in text.splitlines()) <= 24
     for words in (
@@ -65,7 +65,7 @@ def test_it_is_one_screen_that_says_what_to_do(config: Path) -> None:
 
 def test_it_goes_on_with_a_report_where_that_is_allowed(config: Path) -> None:
     said: list[str] = []
-    read = load(config, allow_unsupported=True, say=said.append)
+    read = load_settings(config, allow_unsupported=True, say=said.append)
     assert (read.learning_rate, read.gradient_checkpointing, read.validation_prompts) == (1e-4, True, ("a cat",))
     assert (read.checkpointing_steps, read.validation_steps, read.report_to) == (500, 500, "tensorboard")
     assert (read.optimizer, read.validation_num_inference_steps) == ("adamw", 20)
@@ -75,32 +75,32 @@ def test_it_goes_on_with_a_report_where_that_is_allowed(config: Path) -> None:
 def test_a_config_of_this_library_says_nothing(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"lycoris_config": "l", "pretrained_model_name_or_path": "b", "instance_data_dir": "i"}')
-    load(path, say=pytest.fail)
+    load_settings(path, say=pytest.fail)
 
 
 def test_what_is_off_asks_for_nothing() -> None:
     for value in (False, "false", 0, "none", None, "no_change", [], {}):
-        assert not translate({"use_ema": value}, KNOWN).unsupported
+        assert not translate_config({"use_ema": value}, KNOWN).unsupported
     for value in (True, "true", 1, [1]):
-        assert translate({"use_ema": value}, KNOWN).unsupported
-    assert not translate({"loss_type": "l2", "num_processes": 1}, KNOWN).unsupported
+        assert translate_config({"use_ema": value}, KNOWN).unsupported
+    assert not translate_config({"loss_type": "l2", "num_processes": 1}, KNOWN).unsupported
 
 
 def test_text_is_a_number_only_as_on_a_command_line() -> None:
-    assert translate({"--learning_rate": "1e-4"}, KNOWN).values == {"learning_rate": 1e-4}
-    assert translate({"learning_rate": "1e-4"}, KNOWN).values == {"learning_rate": "1e-4"}
+    assert translate_config({"--learning_rate": "1e-4"}, KNOWN).values == {"learning_rate": 1e-4}
+    assert translate_config({"learning_rate": "1e-4"}, KNOWN).values == {"learning_rate": "1e-4"}
 
 
 def test_one_setting_under_two_names_is_refused() -> None:
-    found = translate({"validation_steps": 1, "validation_step_interval": 2}, KNOWN)
+    found = translate_config({"validation_steps": 1, "validation_step_interval": 2}, KNOWN)
     assert found.values == {"validation_steps": 1}
     assert "leave one out" in next(iter(found.unsupported))
 
 
 def test_no_key_of_this_library_is_taken_for_anothers() -> None:
-    for table in (foreign.NO_EFFECT, foreign.UNSUPPORTED):
-        assert foreign.RENAMED.keys().isdisjoint(" ".join(table.values()).split())
-    assert set(foreign.RENAMED.values()) | set(foreign.SAME) <= set(Settings.model_fields)
+    for table in (foreign.KEYS_WITHOUT_EFFECT, foreign.UNSUPPORTED_KEYS):
+        assert foreign.RENAMED_KEYS.keys().isdisjoint(" ".join(table.values()).split())
+    assert set(foreign.RENAMED_KEYS.values()) | set(foreign.EQUIVALENT_VALUES) <= set(Settings.model_fields)
 
 
 def test_many_unknown_keys_are_one_short_error(tmp_path: Path) -> None:

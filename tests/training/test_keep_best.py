@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from lycoris.errors import ConfigError
 from lycoris.training import checkpoint
-from lycoris.training.preflight import check
+from lycoris.training.preflight import check_inputs
 from lycoris.training.settings import Settings
-from lycoris.training.train import train
+from lycoris.training.train import train_adapter
 
 Make = Callable[..., Settings]
 OVERSHOOTING: dict[str, Any] = {
@@ -32,7 +32,7 @@ OVERSHOOTING: dict[str, Any] = {
 
 
 def test_the_saved_adapter_has_the_lowest_loss_that_was_measured(settings: Make, console: Console) -> None:
-    outcome = train(settings(**OVERSHOOTING), console)
+    outcome = train_adapter(settings(**OVERSHOOTING), console)
     assert outcome.report is not None
     losses = _measured(outcome.adapter.parent)
     best = min(losses, key=losses.__getitem__)
@@ -43,7 +43,7 @@ def test_the_saved_adapter_has_the_lowest_loss_that_was_measured(settings: Make,
 
 
 def test_without_it_the_last_step_is_saved(settings: Make, console: Console) -> None:
-    outcome = train(settings(**{**OVERSHOOTING, "keep_best": False}), console)
+    outcome = train_adapter(settings(**{**OVERSHOOTING, "keep_best": False}), console)
     assert outcome.report is not None
     assert outcome.report.step_saved == outcome.report.steps == 3
     assert outcome.report.held_out_loss_adapter == pytest.approx(_measured(outcome.adapter.parent)[3], rel=1e-4)
@@ -51,12 +51,12 @@ def test_without_it_the_last_step_is_saved(settings: Make, console: Console) -> 
 
 def test_going_on_from_the_best_step_still_saves_it(settings: Make, console: Console) -> None:
     common = {**OVERSHOOTING, "checkpointing_steps": 1}
-    whole = train(settings(**common), console)
+    whole = train_adapter(settings(**common), console)
     assert whole.report is not None
     best = f"checkpoint-{whole.report.step_saved}"
     second = whole.adapter.parent.with_name("second")
     shutil.copytree(whole.adapter.parent / best, second / best)
-    resumed = train(settings(**common, output_dir="second", resume_from_checkpoint=checkpoint.LATEST), console)
+    resumed = train_adapter(settings(**common, output_dir="second", resume_from_checkpoint=checkpoint.LATEST), console)
     assert resumed.report is not None
     assert resumed.report.step_saved == whole.report.step_saved
     one, two = load_file(whole.adapter), load_file(resumed.adapter)
@@ -69,7 +69,7 @@ def test_it_needs_measurements(settings: Make) -> None:
         settings(keep_best=True)
     nothing_held_out = {"num_eval_images": 0, "validation_prompts_outside": []}
     with pytest.raises(ConfigError, match="no image is held out"):
-        check(settings(keep_best=True, eval_steps_interval=1, **nothing_held_out))
+        check_inputs(settings(keep_best=True, eval_steps_interval=1, **nothing_held_out))
 
 
 def _measured(folder: Path) -> dict[int, float]:

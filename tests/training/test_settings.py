@@ -12,7 +12,7 @@ import pytest
 
 from lycoris.errors import ConfigError
 from lycoris.training import base_model
-from lycoris.training.settings import Settings, load
+from lycoris.training.settings import Settings, load_settings
 
 NEEDED = {"lycoris_config": "l.json", "pretrained_model_name_or_path": "base", "instance_data_dir": "images"}
 
@@ -34,7 +34,7 @@ NEEDED = {"lycoris_config": "l.json", "pretrained_model_name_or_path": "base", "
         ({"lr_scheduler": "cosin"}, ["lr_scheduler = 'cosin'", "'cosine'"]),
         ({"model_type": "full"}, ["model_type = 'full'", "'lora'"]),
         ({"lora_type": "standard"}, ["lora_type = 'standard'", "'lycoris'"]),
-        ({"model_family": "flux"}, ["model_family = 'flux'", "not yet supported", "sd1x"]),
+        ({"model_family": "flux"}, ["model_family = 'flux'", "cannot be trained yet", "sd1x"]),
         ({"validation_prompts": "a cat"}, ["validation_prompts = 'a cat'"]),
         ({"validation_prompts": ["cat"], "validation_prompts_outside": ["cat"]}, ["cat", "keep them in one"]),
     ],
@@ -70,7 +70,7 @@ def test_paths_are_relative_to_the_file_and_overrides_are_not(tmp_path: Path) ->
     (tmp_path / "base").mkdir()
     path = tmp_path / "config.json"
     path.write_text(json.dumps(NEEDED))
-    read = load(path, {"output_dir": Path("here")})
+    read = load_settings(path, {"output_dir": Path("here")})
     assert read.lycoris_config == tmp_path / "l.json"
     assert read.pretrained_model_name_or_path == str(tmp_path / "base")
     assert read.output_dir == Path("here")
@@ -79,7 +79,7 @@ def test_paths_are_relative_to_the_file_and_overrides_are_not(tmp_path: Path) ->
 def test_a_repository_name_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**NEEDED, "pretrained_model_name_or_path": "owner/model"}))
-    assert load(path).pretrained_model_name_or_path == "owner/model"
+    assert load_settings(path).pretrained_model_name_or_path == "owner/model"
 
 
 @pytest.mark.parametrize(
@@ -95,23 +95,23 @@ def test_bad_json_says_where(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
-        load(path)
+        load_settings(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.json does not exist"):
-        load(tmp_path / "nothing.json")
+        load_settings(tmp_path / "nothing.json")
 
 
 def test_another_pipeline_class_is_not_yet_supported(settings: Callable[..., Settings], tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="FluxPipeline, which is not yet supported"):
-        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+    with pytest.raises(ConfigError, match="FluxPipeline, which cannot be trained yet"):
+        base_model.check_base_model(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 def test_a_folder_without_a_pipeline_is_refused(settings: Callable[..., Settings], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
-        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+        base_model.check_base_model(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_a_checkpoint_in_a_file_is_relative_to_it_or_a_name_in_output_dir(
     (tmp_path / "here").mkdir()
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**NEEDED, "resume_from_checkpoint": given}))
-    assert load(path).resume_from_checkpoint == read.format(folder=tmp_path)
-    assert load(path, {"resume_from_checkpoint": "runs/x"}).resume_from_checkpoint == "runs/x"
+    assert load_settings(path).resume_from_checkpoint == read.format(folder=tmp_path)
+    assert load_settings(path, {"resume_from_checkpoint": "runs/x"}).resume_from_checkpoint == "runs/x"
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"StableDiffusionPipeline"', "{"])
 def test_an_index_that_is_none_is_refused(settings: Callable[..., Settings], tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
-        base_model.check(settings(pretrained_model_name_or_path=str(tmp_path)))
+        base_model.check_base_model(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
 def test_a_missing_part_of_the_base_is_named(settings: Callable[..., Settings], base: Path, tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_a_missing_part_of_the_base_is_named(settings: Callable[..., Settings], 
     shutil.copytree(base, copy)
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(ConfigError, match="has no tokenizer;"):
-        base_model.check(settings(pretrained_model_name_or_path="copy"))
+        base_model.check_base_model(settings(pretrained_model_name_or_path="copy"))
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
     with pytest.raises(ConfigError, match="has no tokenizer, vae;"):
-        base_model.check(settings(pretrained_model_name_or_path="copy"))
+        base_model.check_base_model(settings(pretrained_model_name_or_path="copy"))
 
 
 def test_a_damaged_part_of_the_base_is_an_error_without_a_trace(
@@ -159,4 +159,4 @@ def test_a_damaged_part_of_the_base_is_an_error_without_a_trace(
     shutil.copytree(base, tmp_path / "copy")
     (tmp_path / "copy" / "unet" / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        base_model.load(settings(pretrained_model_name_or_path="copy"))
+        base_model.load_base_model(settings(pretrained_model_name_or_path="copy"))

@@ -34,14 +34,16 @@ def demo_command(
         from lycoris.demo.demo import load_demo_settings
         from lycoris.training import checkpoint, train
 
-        outcome = train.train(load_demo_settings(output_dir, steps=steps, resume=resume), Console(), overwrite=force)
+        outcome = train.train_adapter(
+            load_demo_settings(output_dir, steps=steps, resume=resume), Console(), overwrite=force
+        )
         again = f"lycoris demo --output-dir {shlex.quote(str(output_dir))}"
         exit_if_interrupted(outcome, again if steps is None else f"{again} --steps {steps}")
         print("\nNext:\n")
         names = {
             "adapter": outcome.adapter,
             "out": output_dir / "comfyui.safetensors",
-            "config": output_dir / checkpoint.CONFIG,
+            "config": output_dir / checkpoint.CONFIG_FILE,
         }
         paths = {name: shlex.quote(str(path)) for name, path in names.items()}
         for what, command in NEXT_COMMANDS:

@@ -13,9 +13,9 @@ from lycoris.cli.outcome import DebugOption, exit_if_interrupted, print_errors
 
 def _list_settings(wanted: bool) -> None:
     if wanted:
-        from lycoris.training.settings import describe
+        from lycoris.training.settings import describe_settings
 
-        print(describe())
+        print(describe_settings())
         raise typer.Exit
 
 
@@ -41,18 +41,18 @@ def train_command(
 ) -> None:
     """Train an adapter from a config.json and write a report."""
     with print_errors(debug):
-        from lycoris.training.settings import load, load_recipe
+        from lycoris.training.settings import load_recipe, load_settings
 
         given: dict[str, Any] = {"output_dir": output_dir, "resume_from_checkpoint": resume}
         overrides = {key: value for key, value in given.items() if value is not None}
-        settings = load(config, overrides, allow_unsupported=allow_unsupported, say=print)
-        # Mistakes in the files are reported before the libraries that training needs are imported, which takes seconds.
+        settings = load_settings(config, overrides, allow_unsupported=allow_unsupported, say=print)
+        # Mistakes in the files are told before the libraries that training needs are imported, which takes seconds.
         load_recipe(settings.lycoris_config)
         from rich.console import Console
 
         from lycoris.training import train
 
-        outcome = train.train(settings, Console(), overwrite=force)
+        outcome = train.train_adapter(settings, Console(), overwrite=force)
         folder = f" --output-dir {shlex.quote(str(output_dir))}" if output_dir else ""
         allowed = " --allow-unsupported" if allow_unsupported else ""
         exit_if_interrupted(outcome, f"lycoris train {shlex.quote(str(config))}{folder}{allowed}")

@@ -1,1 +1,1 @@
-"""The interface that existing trainers and scripts import, thin over `AdapterSet`."""
+"""The interface that existing trainers and scripts import, a thin layer over `AdapterSet`."""

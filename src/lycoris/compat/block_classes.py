@@ -1,22 +1,22 @@
-"""Classes and paths that the built-in presets of the kohya interface mean: of the original code, and of diffusers."""
+"""Classes and paths that the built-in presets of the kohya interface target, in the original code and in diffusers."""
 
 from __future__ import annotations
 
 from lycoris.models.families import DENOISERS
 
 CONVOLVED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
-"""Blocks of convolutions in UNets."""
+"""Convolutional blocks of UNets."""
 
 LANGUAGE_ADAPTER = "LLMAdapterTransformerBlock"
-"""Of Anima; trained only with `train_llm_adapter`."""
+"""Blocks of Anima's language model adapter, trained only with `train_llm_adapter`."""
 
 TRANSFORMERS: tuple[str, ...] = (
     *dict.fromkeys(name for each in DENOISERS for name in each.blocks),
     LANGUAGE_ADAPTER,
 )
-"""Blocks of transformers."""
+"""Transformer blocks of denoisers."""
 
-ATTENTION: tuple[str, ...] = tuple(
+DENOISER_ATTENTION: tuple[str, ...] = tuple(
     dict.fromkeys(name for each in DENOISERS for name in each.attention if "." not in name)
 )
 """Attention layers of denoisers."""
@@ -29,9 +29,9 @@ TEXT_ATTENTION = (
     *("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention"),
     *("Qwen3Attention", "Qwen3FlashAttention2", "Qwen3SdpaAttention"),
 )
-"""Of the text encoders that the presets of lycoris-lora 4.1.3 train, which are not all that are known."""
+"""Attention layers of the text encoders that the presets of lycoris-lora 4.1.3 train."""
 TEXT = (*TEXT_ATTENTION, "CLIPMLP", "MT5Block", "BertLayer", "Gemma2MLP", "Qwen3MLP")
 TEXT_ATTENTION_ONLY = (*TEXT_ATTENTION, "BertAttention", "MT5LayerSelfAttention")
 
-T5 = ("T5Attention", "T5DenseActDense", "T5DenseGatedActDense")
-"""Trained only with `train_t5xxl`."""
+T5_BLOCKS = ("T5Attention", "T5DenseActDense", "T5DenseGatedActDense")
+"""Blocks of T5, trained only with `train_t5xxl`."""

@@ -1,7 +1,7 @@
-"""The preset of a class of networks, as the class attributes that scripts read, assign and change in place.
+"""The preset of a class of networks, as class attributes that scripts read, assign and modify in place.
 
-`LycorisNetwork.TARGET_REPLACE_MODULE` is the list that counts for the networks made from then on. A subclass has what
-its base has until it is given something of its own, which the base never sees.
+`LycorisNetwork.TARGET_REPLACE_MODULE` is the list in effect for the networks built from then on. A subclass has the
+preset of its base until it is given one of its own, which does not change the base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing_extensions import Self
 from lycoris.errors import ConfigError, nearest
 from lycoris.targeting.preset import Preset
 
-PIPELINE: Mapping[str, str] = MappingProxyType(
+PIPELINE_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
     {
         "UNET_TARGET_REPLACE_MODULE": "unet_target_module",
         "UNET_TARGET_REPLACE_NAME": "unet_target_name",
@@ -26,9 +26,9 @@ PIPELINE: Mapping[str, str] = MappingProxyType(
         "TEXT_ENCODER_TARGET_REPLACE_NAME": "text_encoder_target_name",
     }
 )
-"""Class attribute → key of a preset, of networks over several models alone."""
+"""Class attribute → preset key, only on networks over several models."""
 
-SETTINGS: Mapping[str, str] = MappingProxyType(
+CLASS_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
     {
         "ENABLE_CONV": "enable_conv",
         "TARGET_REPLACE_MODULE": "target_module",
@@ -38,37 +38,41 @@ SETTINGS: Mapping[str, str] = MappingProxyType(
         "NAME_ALGO_MAP": "name_algo_map",
         "USE_FNMATCH": "use_fnmatch",
         "TARGET_EXCLUDE_NAME": "exclude_name",
-        **PIPELINE,
+        **PIPELINE_ATTRIBUTES,
     }
 )
-"""Class attribute → key of a preset."""
+"""Class attribute → preset key."""
 
-KEYS: tuple[str, ...] = tuple(each.name for each in fields(Preset))
+PRESET_KEYS: tuple[str, ...] = tuple(each.name for each in fields(Preset))
 
 
 class PresetKeyError(ConfigError, KeyError):
-    """An unknown preset key; a `KeyError` because callers of `apply_preset` catch that."""
+    """An unknown preset key; also a `KeyError`, which callers of `apply_preset` catch."""
 
     __str__ = ConfigError.__str__
 
 
 @dataclass
-class Held:
-    """What a class has for one key."""
+class _HeldValue:
+    """The value of one key that a class holds."""
 
     value: Any
     inherited: Any
-    """A copy of what counted before; unless `value` differs from it now, nothing was said."""
+    """A copy of the inherited value; the key counts as given only if `value` differs from it."""
     applied: bool = False
-    """Whether `apply_preset` gave it, so that it counts whatever it is."""
+    """Whether it was set by `apply_preset`, and so counts even if equal to the inherited value."""
 
     @property
-    def given(self) -> bool:
+    def is_given(self) -> bool:
+        """Whether the value was assigned or modified in place, and not merely inherited."""
         return self.applied or self.value != self.inherited
 
 
 class Setting:
-    """One key of the preset as an attribute of a class and of its networks."""
+    """Descriptor for one key of the preset, readable on a class and on its networks.
+
+    Assigning on the class changes the networks built afterwards; assigning on a built network raises `ConfigError`.
+    """
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -79,32 +83,36 @@ class Setting:
     def __get__(self, network: Any, owner: PresetClass) -> Any:
         if network is not None and self.name in vars(network):
             return vars(network)[self.name]
-        return owner.preset_value(self.key)
+        return owner.get_value(self.key)
 
     def __set__(self, network: Any, value: Any) -> None:
-        if getattr(network, "is_made", False):
+        if getattr(network, "is_built", False):
             raise ConfigError(
-                f"the layers of this network are chosen already; assign to {type(network).__name__}.{self.name} and "
-                "make a new one"
+                f"the layers of this network are already chosen; assign to {type(network).__name__}.{self.name} and "
+                "build a new network"
             )
         vars(network)[self.name] = value
 
 
-def _setting(value: Any) -> Setting | None:
+def _as_setting(value: Any) -> Setting | None:
     return value if isinstance(value, Setting) else None
 
 
 class PresetClass(type):
-    """A class of networks with a preset. The one that has `_defaults` of its own inherits from no other."""
+    """Metaclass of network classes, which stores each class's preset.
 
-    _held: dict[str, Held]
+    A class has the preset of its base until it is given its own. One that defines `_defaults` starts from these
+    instead.
+    """
+
+    _held: dict[str, _HeldValue]
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
         super().__init__(name, bases, namespace, **options)
         type.__setattr__(cls, "_held", {})
         for attribute, value in namespace.items():
-            setting = next((s for base in cls.__mro__[1:] if (s := _setting(vars(base).get(attribute)))), None)
-            if setting is not None and _setting(value) is None:
+            setting = next((s for base in cls.__mro__[1:] if (s := _as_setting(vars(base).get(attribute)))), None)
+            if setting is not None and _as_setting(value) is None:
                 type.__delattr__(cls, attribute)
                 cls._assign(setting.key, value)
 
@@ -113,8 +121,8 @@ class PresetClass(type):
         if setting is not None:
             cls._assign(setting.key, value)
             return
-        if name in KEYS or (name.isupper() and not hasattr(cls, name)):
-            raise ConfigError(_unknown(cls, name))
+        if name in PRESET_KEYS or (name.isupper() and not hasattr(cls, name)):
+            raise ConfigError(_explain_unknown_attribute(cls, name))
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
@@ -124,55 +132,67 @@ class PresetClass(type):
         else:
             super().__delattr__(name)
 
-    def apply_to_class(cls, preset: Mapping[str, Any]) -> None:
-        """See `ClassPreset.apply_preset`."""
+    def _update_preset(cls, preset: Mapping[str, Any]) -> None:
+        """Set the given keys; see `ClassPreset.apply_preset`."""
         try:
-            Preset.parse({**cls.preset_given(), **preset})
+            Preset.parse({**cls.get_given_keys(), **preset})
         except ConfigError as error:
-            if isinstance(preset, Mapping) and not preset.keys() <= set(KEYS):
+            if isinstance(preset, Mapping) and not preset.keys() <= set(PRESET_KEYS):
                 raise PresetKeyError(str(error)) from None
             raise
         for key, value in preset.items():
-            cls._held[key] = Held(copy.deepcopy(value), None, applied=True)
+            cls._held[key] = _HeldValue(copy.deepcopy(value), None, applied=True)
 
     def clear_preset(cls) -> None:
-        """Forget what `apply_preset` and assignments to this class have set."""
+        """Reset everything that `apply_preset` and assignments to this class have set.
+
+        What base classes were given stays in effect.
+        """
         cls._held.clear()
 
-    def preset_given(cls) -> dict[str, Any]:
-        """The keys that `apply_preset`, assignments and changes in place have set, as they are now."""
+    def get_given_keys(cls) -> dict[str, Any]:
+        """Return the keys set by `apply_preset`, assignments and modification in place, with their present values.
+
+        Those of base classes are included.
+        """
         found: dict[str, Any] = {}
-        for each in reversed([*cls._line()]):
-            found |= {key: held.value for key, held in each._held.items() if held.given}
+        for each in reversed([*cls._lineage()]):
+            found |= {key: held.value for key, held in each._held.items() if held.is_given}
         return found
 
-    def preset_in_force(cls) -> Preset | None:
-        """For a network that is made now; None when nothing was set. Raises `ConfigError` for what is no preset."""
-        given = cls.preset_given()
+    def build_preset(cls) -> Preset | None:
+        """Return the preset for a network built now, or None when nothing was set.
+
+        Raises `ConfigError` for wrong values, which lists modified in place may have.
+        """
+        given = cls.get_given_keys()
         return Preset.parse(given) if given else None
 
-    def preset_value(cls, key: str) -> Any:
-        """What counts for one key: a list or a map of this class alone, which may be changed in place."""
+    def get_value(cls, key: str) -> Any:
+        """Return the value in effect for one key.
+
+        It is a list or dict of this class alone, which may be modified in place.
+        """
         own = cls._held.get(key)
-        if own is not None and own.given:
+        if own is not None and own.is_given:
             return own.value
         inherited = cls._find_inherited(key)
         if own is None or own.inherited != inherited:
-            own = cls._held[key] = Held(copy.deepcopy(inherited), copy.deepcopy(inherited))
+            own = cls._held[key] = _HeldValue(copy.deepcopy(inherited), copy.deepcopy(inherited))
         return own.value
 
     def _find_inherited(cls, key: str) -> Any:
-        above = [each._held[key] for each in cls._line() if each is not cls and key in each._held]
+        above = [each._held[key] for each in cls._lineage() if each is not cls and key in each._held]
         defaults: Any = cls
-        return next((held.value for held in above if held.given), defaults._defaults().get(key))
+        return next((held.value for held in above if held.is_given), defaults._defaults().get(key))
 
     def _assign(cls, key: str, value: Any) -> None:
-        # A pattern that is none by itself may be one once USE_FNMATCH is assigned.
+        # A pattern that is not a regular expression may become a valid glob when USE_FNMATCH is assigned.
         Preset.parse({key: value, **({} if key == "use_fnmatch" else {"use_fnmatch": True})})
-        cls._held[key] = Held(value, copy.deepcopy(cls._find_inherited(key)))
+        cls._held[key] = _HeldValue(value, copy.deepcopy(cls._find_inherited(key)))
 
-    def _line(cls) -> Iterator[PresetClass]:
-        """This class and those that it has its preset from."""
+    def _lineage(cls) -> Iterator[PresetClass]:
+        """Yield this class and the base classes that it inherits its preset from."""
         for each in cls.__mro__:
             if isinstance(each, PresetClass):
                 yield each
@@ -180,11 +200,11 @@ class PresetClass(type):
                 return
 
     def _find(cls, name: str) -> Setting | None:
-        return next((s for each in cls.__mro__ if (s := _setting(vars(each).get(name)))), None)
+        return next((s for each in cls.__mro__ if (s := _as_setting(vars(each).get(name)))), None)
 
 
 class ClassPreset(nn.Module, metaclass=PresetClass):
-    """A network whose class has a preset."""
+    """Base class of networks whose class has a preset."""
 
     ENABLE_CONV = Setting("enable_conv")
     TARGET_REPLACE_MODULE = Setting("target_module")
@@ -197,52 +217,59 @@ class ClassPreset(nn.Module, metaclass=PresetClass):
 
     @classmethod
     def apply_preset(cls, preset: Mapping[str, Any]) -> type[Self]:
-        """Targets for the networks made from now on; each keeps what was set when it was made.
+        """Set preset keys for the networks built from now on; existing networks keep theirs.
 
-        Keys: see `lycoris.targeting.preset.Preset`; those that are not given stay. Raises `PresetKeyError` for an
-        unknown key.
+        For the keys see `lycoris.targeting.preset.Preset`; those that are not given stay. Returns the class. Raises
+        `PresetKeyError` for an unknown key and `ConfigError` for a wrong value.
         """
-        cls.apply_to_class(preset)
+        cls._update_preset(preset)
         return cls
 
     def match_fn(self, pattern: str, name: str) -> bool:
-        """Whether a pattern of the class's preset means the path of a layer."""
-        return self._preset_now().matches(pattern, name)
+        """Return whether a pattern of the class's preset matches the path of a layer.
+
+        Patterns are regular expressions, or globs with `USE_FNMATCH`.
+        """
+        return self._current_preset().matches(pattern, name)
 
     def is_excluded(self, name: str, patterns: Sequence[str] | None = None) -> bool:
-        """Whether a path gets nothing, by these patterns or by those of the class's preset."""
-        preset = self._preset_now()
+        """Return whether a path is excluded by these patterns. None: by those of the class's preset."""
+        preset = self._current_preset()
         excluding = preset.exclude_name if patterns is None else patterns
         return bool(name) and any(preset.means(pattern, name) for pattern in excluding)
 
     def find_conf_for_name(self, name: str) -> Mapping[str, Any] | None:
-        """The settings that the class's `NAME_ALGO_MAP` has for a path."""
-        preset = self._preset_now()
+        """Return the settings that the class's `NAME_ALGO_MAP` has for a path, or None.
+
+        An exact name takes precedence over patterns.
+        """
+        preset = self._current_preset()
         if name in preset.name_algo_map:
             return preset.name_algo_map[name]
         return next((own for pattern, own in preset.name_algo_map.items() if preset.matches(pattern, name)), None)
 
-    def _preset_now(self) -> Preset:
-        return type(self).preset_in_force() or Preset()
+    def _current_preset(self) -> Preset:
+        return type(self).build_preset() or Preset()
 
     @classmethod
     def _defaults(cls) -> Mapping[str, Any]:
-        """What counts where nothing is given, as a JSON object."""
-        return {each.name: _plain(getattr(Preset(), each.name)) for each in fields(Preset)}
+        """Return the defaults of all keys, as a JSON object."""
+        return {each.name: to_json_value(getattr(Preset(), each.name)) for each in fields(Preset)}
 
 
-def _plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
+    """Return a preset's value as JSON has it: tuples as lists, mappings as dicts."""
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _unknown(cls: PresetClass, name: str) -> str:
-    own = {attribute: key for attribute, key in SETTINGS.items() if cls._find(attribute) is not None}
+def _explain_unknown_attribute(cls: PresetClass, name: str) -> str:
+    own = {attribute: key for attribute, key in CLASS_ATTRIBUTES.items() if cls._find(attribute) is not None}
     by_key = {key: attribute for attribute, key in own.items()}
     if name in by_key:
         return f"{cls.__name__}.{name} would have no effect: the class attribute is {by_key[name]}"
-    if name in PIPELINE:
+    if name in PIPELINE_ATTRIBUTES:
         return (
             f"{cls.__name__}.{name} would have no effect: networks over one model have no such setting, but "
             f"LycorisNetworkKohya has; here it is {name.split('_', 1)[1].replace('ENCODER_', '')}"

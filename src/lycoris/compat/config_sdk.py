@@ -1,4 +1,4 @@
-"""Presets and algorithms as values that user interfaces show and check."""
+"""Presets and algorithms as values that user interfaces can show and check."""
 
 from __future__ import annotations
 
@@ -28,25 +28,29 @@ VALID_PRESET_KEYS: tuple[str, ...] = tuple(f.name for f in fields(Preset))
 
 DIMS, ALPHAS = ("dim", "linear_dim", "conv_dim"), ("alpha", "linear_alpha", "conv_alpha")
 
-NOTES: Mapping[str, str] = {
+ALGORITHM_NOTES: Mapping[str, str] = {
     "locon": "The same as lora.",
     "loha": "Its rank is up to dim squared; high dims want lower learning rates.",
-    "lokr": "A dim of at least half the larger side of a factor, such as 10000, stores that factor whole.",
-    "full": "Has no rank; not for quantised weights.",
-    "diag-oft": "dim picks the size of the blocks.",
-    "boft": "dim picks the size of the blocks, of which the outputs are a power of two.",
-    "ia3": "Has no rank; the preset ia3 names the usual layers.",
-    "tlora": "Ranks count by timestep: trainers set a mask before every pass.",
+    "lokr": "A dim of at least half the larger side of a factor, such as 10000, stores that factor as a full matrix.",
+    "full": "Has no rank; not for quantized weights.",
+    "diag-oft": "dim determines the block size.",
+    "boft": "dim determines the block size; the number of outputs is the block size times a power of two.",
+    "ia3": "Has no rank; the preset ia3 targets the usual layers.",
+    "tlora": "The number of active ranks depends on the timestep; trainers set a mask before every pass.",
 }
 
 
 class PresetValidationError(ConfigError):
-    """A preset is wrong."""
+    """A preset, or an override in it, is invalid."""
 
 
 @dataclass(frozen=True)
 class AlgoSpec:
-    """What an algorithm is and which settings it has."""
+    """Description of an algorithm and of the settings it has.
+
+    `supported_args` are names of config options; `notes` is one sentence for users, or None. No algorithm requires an
+    argument, so `required_args` is empty.
+    """
 
     name: str
     description: str
@@ -59,7 +63,7 @@ class AlgoSpec:
 
 
 class _Registry(Mapping[str, AlgoSpec]):
-    """The specs by name, made when they are asked for."""
+    """The specs by name, built when they are read."""
 
     def __getitem__(self, name: str) -> AlgoSpec:
         return {spec.name: spec for spec in list_algorithms()}[name]
@@ -72,32 +76,38 @@ class _Registry(Mapping[str, AlgoSpec]):
 
 
 ALGO_REGISTRY: Mapping[str, AlgoSpec] = _Registry()
-"""What `list_algorithms` has, by name."""
+"""The specs of `list_algorithms` by name."""
 
 
 def list_algorithms() -> tuple[AlgoSpec, ...]:
-    """All algorithms of configs."""
-    return tuple(_spec(name, algorithm_class(name)) for name, _ in ALGORITHMS)
+    """Return the specs of all algorithms of configs."""
+    return tuple(_build_spec(name, algorithm_class(name)) for name, _ in ALGORITHMS)
 
 
 def describe_algo(name: str) -> AlgoSpec:
-    """One algorithm of configs. Raises `PresetValidationError` for an unknown name."""
+    """Return the spec of one algorithm; upper case is accepted.
+
+    Raises `PresetValidationError` for an unknown name.
+    """
     found = next((spec for spec in list_algorithms() if spec.name == name.lower()), None)
     if found is None:
         raise PresetValidationError(unknown("algorithm", name, [known for known, _ in ALGORITHMS]))
     return found
 
 
-def _spec(name: str, cls: type[Algorithm]) -> AlgoSpec:
+def _build_spec(name: str, cls: type[Algorithm]) -> AlgoSpec:
     sized = ("dim", "alpha") if name in RANKED else ("dim",) if issubclass(cls, OFT) else ()
     own = tuple(option for option, entry in OPTIONS.items() if name in entry.algorithms and entry.built)
     summary = (cls.__doc__ or name).split("\n\n")[0].replace("\n    ", " ")
-    return AlgoSpec(name, summary, (*sized, *own), notes=NOTES.get(name))
+    return AlgoSpec(name, summary, (*sized, *own), notes=ALGORITHM_NOTES.get(name))
 
 
 @dataclass
 class AlgoOverride:
-    """Settings of its own for a class or a path."""
+    """Algorithm and settings for one class of layers or one path.
+
+    `algo` None keeps the algorithm of the network.
+    """
 
     algo: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -111,8 +121,11 @@ class AlgoOverride:
         return copy.deepcopy(self.options) | ({} if self.algo is None else {"algo": self.algo})
 
     def validate(self) -> None:
-        """Raise `PresetValidationError` for an unknown algorithm, for sizes that are none, and for settings that it,
-        or any if none is named, does not have."""
+        """Check the override.
+
+        Raises `PresetValidationError` for an unknown algorithm, for sizes that are not numbers, and for settings that
+        the algorithm, or any algorithm if none is named, does not have.
+        """
         try:
             for name in self.options:
                 if name in DIMS:
@@ -140,7 +153,10 @@ class AlgoOverride:
 
 @dataclass
 class PresetConfig:
-    """A preset; None and empty maps stand for what is not given."""
+    """A preset. None and empty maps mean that a key is not given.
+
+    For the keys see `lycoris.targeting.preset.Preset`.
+    """
 
     enable_conv: bool | None = None
     target_module: list[str] | None = None
@@ -157,20 +173,21 @@ class PresetConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False) -> Self:
-        """From a JSON object. `strict` also checks the settings of the maps that name an algorithm.
+        """Return the preset in a JSON object. Keys whose value is None are not given.
 
-        Raises `PresetValidationError`.
+        `strict` also checks the overrides in both maps. Raises `PresetValidationError` for unknown keys and wrong
+        values.
         """
         data = {key: value for key, value in data.items() if value is not None}
         try:
             Preset.parse(data)
         except ConfigError as error:
             raise PresetValidationError(str(error)) from None
-        maps = {key: _overrides(data[key], strict) for key in data if key.endswith("_map")}
+        maps = {key: _parse_overrides(data[key], strict) for key in data if key.endswith("_map")}
         return cls(**(copy.deepcopy(data) | maps))
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys that are given, as a JSON object."""
+        """Return the given keys as a JSON object, a deep copy."""
         found: dict[str, Any] = {}
         for key in VALID_PRESET_KEYS:
             value = getattr(self, key)
@@ -181,13 +198,13 @@ class PresetConfig:
         return found
 
     def list_algorithms(self) -> Iterator[str]:
-        """Names of the algorithms that the maps ask for."""
+        """Yield the names of the algorithms in both maps, in order and with repetitions."""
         for override in (*self.module_algo_map.values(), *self.name_algo_map.values()):
             if override.algo:
                 yield override.algo
 
 
-def _overrides(given: Mapping[str, Mapping[str, Any]], strict: bool) -> dict[str, AlgoOverride]:
+def _parse_overrides(given: Mapping[str, Mapping[str, Any]], strict: bool) -> dict[str, AlgoOverride]:
     found = {name: AlgoOverride.from_mapping(options) for name, options in given.items()}
     for override in found.values() if strict else ():
         override.validate()

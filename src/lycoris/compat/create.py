@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.compat.legacy_options import rename_options, tell
+from lycoris.compat.legacy_options import log_remarks, rename_options
 from lycoris.compat.network import LycorisNetwork
-from lycoris.compat.parts import Part, choose, load_given, with_dropout
+from lycoris.compat.parts import NetworkPart, add_dropout, choose_adapters, load_tensors_or_file
 from lycoris.errors import ConfigError, FileError
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.recipe import schedule_in
@@ -21,18 +21,18 @@ from lycoris.targeting.recipe import schedule_in
 logger = logging.getLogger("LyCORIS")
 
 
-class _Int(int):
-    """A default that can be told from the same number given by the caller."""
+class _DefaultInt(int):
+    """A default value that can be distinguished from the same number given by the caller."""
 
 
-DIM, ALPHA = _Int(4), _Int(1)
+_DEFAULT_DIM, _DEFAULT_ALPHA = _DefaultInt(4), _DefaultInt(1)
 
 
 def create_lycoris(
     module: nn.Module,
     multiplier: float = 1.0,
-    linear_dim: int | None = DIM,
-    linear_alpha: float | None = ALPHA,
+    linear_dim: int | None = _DEFAULT_DIM,
+    linear_alpha: float | None = _DEFAULT_ALPHA,
     warn_on_unmatched: bool = True,
     *,
     algorithm: str | None = None,
@@ -40,24 +40,31 @@ def create_lycoris(
     alpha: float | None = None,
     **options: Any,
 ) -> LycorisNetwork:
-    """Adapters for a model, not yet applied.
+    """Build adapters for a model; they are not yet applied.
 
-    `create_lycoris(model, 1.0, linear_dim=16, linear_alpha=2, algo="lokr")`, as trainers call it, or
-    `create_lycoris(model, algorithm="loha", rank=16, alpha=32)`. Whole `lycoris_config.json` objects may be passed as
-    keywords: options that this algorithm does not have are reported on the logger "LyCORIS", and ones that nothing
-    knows are warned about with the nearest known name.
+        create_lycoris(model, 1.0, linear_dim=16, linear_alpha=2, algo="lokr")  # as trainers call it
+        create_lycoris(model, algorithm="loha", rank=16, alpha=32)
 
-    Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is meant.
+    Complete `lycoris_config.json` objects may be passed as keywords. Options that the algorithm does not have are
+    logged on "LyCORIS"; unknown ones are a warning with the nearest known name.
+
+    Args:
+        multiplier: Strength of the adapters.
+        linear_dim: Rank of linear layers, also as `rank`.
+        linear_alpha: Alpha of linear layers, also as `alpha`; ΔW is scaled by alpha / rank.
+        warn_on_unmatched: Whether targets that match no layer are warnings.
+
+    Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is targeted.
     """
     if algorithm is not None and options.setdefault("algo", algorithm) != algorithm:
-        raise ConfigError(f"algo={options['algo']!r} and algorithm={algorithm!r} contradict each other; give one")
+        raise ConfigError(f"algo={options['algo']!r} and algorithm={algorithm!r} contradict each other; give only one")
     given = options | {
         "multiplier": multiplier,
-        "linear_dim": _one_of("rank", rank, "linear_dim", linear_dim),
-        "linear_alpha": _one_of("alpha", alpha, "linear_alpha", linear_alpha),
+        "linear_dim": _merge_aliases("rank", rank, "linear_dim", linear_dim),
+        "linear_alpha": _merge_aliases("alpha", alpha, "linear_alpha", linear_alpha),
     }
-    part, recipe = choose(module, given, LycorisNetwork.preset_in_force(), warn_on_unmatched=warn_on_unmatched)
-    return LycorisNetwork.of([part], recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
+    part, recipe = choose_adapters(module, given, LycorisNetwork.build_preset(), warn_on_unmatched=warn_on_unmatched)
+    return LycorisNetwork.from_parts([part], recipe.multiplier, recipe.options.get("bypass_mode"), recipe)
 
 
 def create_lycoris_from_weights(
@@ -69,16 +76,21 @@ def create_lycoris_from_weights(
     component: str = "",
     **options: Any,
 ) -> tuple[LycorisNetwork, dict[str, Tensor]]:
-    """Adapters from a file (or from its tensors, `weights_sd`), not yet applied, and the tensors.
+    """Build adapters from a file or its tensors; they are not yet applied. Returns the network and the tensors.
 
-    Settings come from the tensors. Of `options`, which trainers pass along, those count that no file has: dropout, and
-    a T-LoRA schedule that the header lacks; ones that nothing knows are warned about. `component` says which part of a
-    pipeline the model is, for files that hold several: "" the denoiser, "text_encoder", ...; the network is saved for
-    this model alone, in LyCORIS' own names. Raises `FileError` when the file is damaged or does not fit the model.
+    Settings come from the tensors. Of `options`, only those count that files do not store: dropout, and a T-LoRA
+    schedule that the header lacks. Unknown ones are a warning.
+
+    Args:
+        weights_sd: Tensors to use instead of reading `file`.
+        component: Component of a pipeline that the model is, for files with several: "" is the denoiser,
+            "text_encoder", ... The network is saved for this model alone, with LyCORIS' own names.
+
+    Raises `FileError` when the file is damaged or does not match the model.
     """
     options = rename_options(options)
-    tell(unknown_options(options))
-    tensors, metadata = load_given(file, weights_sd)
+    log_remarks(unknown_options(options))
+    tensors, metadata = load_tensors_or_file(file, weights_sd)
     own: str = LycorisNetwork.LORA_PREFIX
     prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     try:
@@ -88,17 +100,17 @@ def create_lycoris_from_weights(
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:
         logger.warning(remark)
-    adapters = AdapterSet.load(module, with_dropout(bundle, options), name=None)
+    adapters = AdapterSet.load(module, add_dropout(bundle, options), name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
     strength: float = parse_number(multiplier, "multiplier", float)
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
-    return LycorisNetwork.of([Part(prefix, adapters)], strength, bypass), tensors
+    return LycorisNetwork.from_parts([NetworkPart(prefix, adapters)], strength, bypass), tensors
 
 
-def _one_of(name: str, value: float | None, other: str, documented: float | None) -> float | None:
-    """One setting that has two names; giving both is fine only if they agree."""
+def _merge_aliases(name: str, value: float | None, other: str, documented: float | None) -> float | None:
+    """Return the value of a setting with two names. Raises `ConfigError` when both are given and differ."""
     if value is None:
         return documented
-    if not isinstance(documented, _Int) and documented != value:
-        raise ConfigError(f"{name}={value!r} and {other}={documented!r} contradict each other; give one")
+    if not isinstance(documented, _DefaultInt) and documented != value:
+        raise ConfigError(f"{name}={value!r} and {other}={documented!r} contradict each other; give only one")
     return value

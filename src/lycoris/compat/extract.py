@@ -1,4 +1,4 @@
-"""`extract_diff`: what a fine-tuned model has changed, as the tensors of an adapter file."""
+"""`extract_diff`: the difference between a fine-tuned model and its base, as tensors of an adapter file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lycoris.adapters.load_report import some
 from lycoris.algorithms import Full, LoRA, Norm, conversion
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import ALPHA
-from lycoris.compat.extract_layer import Mode, rank_for
-from lycoris.compat.kohya import components
-from lycoris.compat.merge import one_or_many
+from lycoris.compat.extract_layer import Mode, select_rank
+from lycoris.compat.kohya import list_components
+from lycoris.compat.merge import unwrap_single
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files.dialects.base import flatten
 from lycoris.layers import base_weights, paths
@@ -41,81 +41,91 @@ def extract_diff(
     sparsity: float = 0.98,
     small_conv: bool = True,
 ) -> dict[str, Tensor]:
-    """Tensors named as in kohya's files that make the `db_` models of the base ones, in half precision (alpha, and what
-    that cannot hold, in float32).
+    """Return tensors, named as in kohya's files, that turn the base models into the fine-tuned `db_` models.
 
-    The change of each linear layer and convolution becomes a LoRA of its largest singular values: as many as
-    `linear_mode_param` (for kernels `conv_mode_param`) says. "fixed": that number; "threshold": those above it;
-    "ratio": those above that part of the largest; "quantile" or "percentile": the fewest whose sum is that part of the
-    whole. At least one; from half of the layer's outputs on, and with "full", the whole change is kept. Changes of
-    biases and norms are kept too. `use_bias` adds the largest places of what a LoRA leaves, all but a part of
-    `sparsity`. `small_conv` has no effect: a Tucker core of the same rank would lose more.
+    The change of each linear layer and convolution is approximated by a LoRA of its largest singular values. If that
+    needs a rank of at least half the output features, the whole change is stored. Changes of biases and norms are
+    always included. The tensors are in float16, except alpha, and those that float16 cannot hold, in float32. Weights
+    are compared as they act: quantized ones dequantized, adapters on them included.
 
-    Weights are read as they act: quantised ones decoded, adapters on them included. What has changed and has no place
-    in such a file (bare parameters, buffers, embeddings unless "full") is warned about on the logger "LyCORIS".
+    Args:
+        mode: How many singular values are kept, at least one: "fixed" is that number; "threshold" those above it;
+            "ratio" those above that fraction of the largest; "quantile" or "percentile" the fewest whose sum is that
+            fraction of the total; "full" stores the whole change.
+        linear_mode_param: The number for `mode` on linear layers; `conv_mode_param` on convolutions with a larger
+            kernel.
+        use_bias: Whether to add the largest entries of the residual that a LoRA leaves, all but the fraction
+            `sparsity`.
+        small_conv: Has no effect: a Tucker core of the same rank would lose more.
 
-    Raises `ConfigError` for an unknown mode, numbers that say nothing in it, or a model without its counterpart, and
-    `FileError` when two models do not have the same layers.
+    Changes that such a file cannot hold (bare parameters, buffers, embeddings unless "full") are logged as a warning.
+
+    Raises `ConfigError` for an unknown mode, numbers that have no meaning in it, or a model without its counterpart,
+    and `FileError` when two models do not have the same layers.
     """
-    _check(mode, linear_mode_param=linear_mode_param, conv_mode_param=conv_mode_param, sparsity=sparsity)
+    _check_arguments(mode, linear_mode_param=linear_mode_param, conv_mode_param=conv_mode_param, sparsity=sparsity)
     befores, afters = [*(base_tes or ()), base_unet], [*(db_tes or ()), db_unet]
     if [model is None for model in befores] != [model is None for model in afters]:
         base, tuned = (", ".join("none" if m is None else type(m).__name__ for m in each) for each in (befores, afters))
-        raise ConfigError(f"each base model needs its fine-tuned one; the base is {base}, and beside it {tuned}")
-    wanted = _Wanted(mode, linear_mode_param, conv_mode_param, sparsity if use_bias else None)
+        raise ConfigError(
+            f"each base model needs a fine-tuned counterpart; the base models are {base}, the fine-tuned ones {tuned}"
+        )
+    wanted = _Selection(mode, linear_mode_param, conv_mode_param, sparsity if use_bias else None)
     found: dict[str, Tensor] = {}
-    models = zip(components(one_or_many(base_tes), base_unet), [m for m in afters if m is not None], strict=True)
+    models = zip(list_components(unwrap_single(base_tes), base_unet), [m for m in afters if m is not None], strict=True)
     for component, after in models:
         entries: dict[str, tuple[Entry, ...]] = {}
-        lost = list(_not_in_layers(component.model, after))
-        for place, other in _pairs(component.model, after):
-            weight, bias = _change(place, other, extract_device)
+        lost = list(_find_other_changes(component.model, after))
+        for place, other in _pair_layers(component.model, after):
+            weight, bias = _compute_change(place, other, extract_device)
             if place.geometry.kind == "embedding" and mode != "full":
-                lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' keeps it)"]
-            elif stack := _stack(place.geometry, weight, bias, wanted):
+                lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' stores it)"]
+            elif stack := _build_entries(place.geometry, weight, bias, wanted):
                 entries[place.path] = stack
                 found |= _largest_residuals(
                     f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity
                 )
         if lost:
-            logger.warning("%s: changed and not kept: %s", component.prefix, some(lost))
+            logger.warning("%s: changed but not stored: %s", component.prefix, some(lost))
         found |= files.encode(Bundle(entries), prefix=component.prefix)
-    whole = {key: tensor if key.endswith(f".{ALPHA}") else _half(tensor) for key, tensor in found.items()}
-    return {key: tensor.cpu().contiguous() for key, tensor in whole.items()}
+    converted = {key: tensor if key.endswith(f".{ALPHA}") else _to_half(tensor) for key, tensor in found.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in converted.items()}
 
 
-def _check(mode: str, **numbers: float) -> None:
+def _check_arguments(mode: str, **numbers: float) -> None:
     if mode not in get_args(Mode):
         raise ConfigError(unknown("mode", mode, get_args(Mode)))
     for name, number in numbers.items():
         most = 1.0 if name == "sparsity" or mode in ("ratio", "quantile", "percentile") else math.inf
         if not (0 <= number <= most and math.isfinite(number)):
-            what = "a finite number from 0" if most > 1 else "a part, from 0 to 1"
+            what = "a finite number of at least 0" if most > 1 else "a fraction from 0 to 1"
             raise ConfigError(f"{name} must be {what}, not {number!r}; mode is {mode!r}")
 
 
-class _Wanted(NamedTuple):
-    """How much of a change is kept."""
+class _Selection(NamedTuple):
+    """How much of a change is stored."""
 
     mode: Mode
     linear: float
     conv: float
     sparsity: float | None
-    """None: nothing of what a LoRA leaves."""
+    """None: no residuals are stored."""
 
     def rank(self, g: Geometry, s: Tensor) -> int:
-        """How many singular values are kept, of those that a layer's change has."""
+        """Return how many of the singular values of a layer's change are kept."""
         much = self.linear if g.pointwise else self.conv
-        return rank_for(self.mode, much, s)
+        return select_rank(self.mode, much, s)
 
 
-def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
-    """The layers of two models. Raises `FileError` unless both have the same."""
+def _pair_layers(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
+    """Yield the layers of two models in pairs. Raises `FileError` unless both have the same."""
     before, after = ({p.path: p for p in sites(model) if not p.attribute} for model in (base, tuned))
     for path in (*before, *(path for path in after if path not in before)):
         one, other = before.get(path), after.get(path)
         if one is None or other is None or _describe_place(one) != _describe_place(other):
-            raise FileError(f"{path} is {_describe_place(one)} in the base and {_describe_place(other)} beside it")
+            raise FileError(
+                f"{path} is {_describe_place(one)} in the base model and {_describe_place(other)} in the fine-tuned one"
+            )
         yield one, other
 
 
@@ -124,16 +134,16 @@ def _describe_place(place: Site | None) -> str:
 
 
 @torch.no_grad()
-def _not_in_layers(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
-    """Parameters and buffers that are no layer's weight or bias, and that are not the same in both models."""
-    before, after = (dict(_others(model)) for model in (base, tuned))
+def _find_other_changes(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    """Yield parameters and buffers that differ and are not a layer's weight or bias."""
+    before, after = (dict(_iterate_other_tensors(model)) for model in (base, tuned))
     for name in sorted(before.keys() | after.keys()):
         one, other = before.get(name), after.get(name)
         if one is None or other is None or one.shape != other.shape or not torch.equal(one, other.to(one)):
             yield name
 
 
-def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _iterate_other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     layers = {place.path: place.module for place in sites(model) if not place.attribute}
     for path, module in paths.named_modules(model):
         if getattr(module, IS_ADAPTER, False) or (path in layers and base_weights.storage(module).low_bit):
@@ -144,43 +154,43 @@ def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Of the weight, (O, I, ...), and of the bias, in at least float32; None where nothing has changed."""
-    before, after = (_move(attach.top(place.module).affine(), device) for place in (base, tuned))
+def _compute_change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the changes of weight, (O, I, ...), and bias, in at least float32; None where nothing changed."""
+    before, after = (_to_float32(attach.top(place.module).affine(), device) for place in (base, tuned))
     weight = after.weight - before.weight
     bias = None if after.bias is None or before.bias is None else after.bias - before.bias
     return weight if weight.any() else None, bias if bias is not None and bias.any() else None
 
 
-def _move(affine: Affine, device: Any) -> Affine:
+def _to_float32(affine: Affine, device: Any) -> Affine:
     bias = None if affine.bias is None else affine.bias.to(device)
     return Affine(affine.weight.to(device), bias).widen(torch.float32)
 
 
 @torch.no_grad()
-def _stack(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Wanted) -> tuple[Entry, ...]:
-    """What a layer's change becomes; nothing where there is none."""
+def _build_entries(g: Geometry, weight: Tensor | None, bias: Tensor | None, wanted: _Selection) -> tuple[Entry, ...]:
+    """Return the entries for a layer's change; none where nothing changed."""
     if g.kind == "norm":
         changed = {name: tensor for name, tensor in (("w", weight), ("b", bias)) if tensor is not None}
         still = torch.zeros_like(next(iter(changed.values()))) if changed else None
         both = {name: changed.get(name, still) for name in Norm().slots(g)}
         return (Entry(Norm(), g, {name: t for name, t in both.items() if t is not None}),) if changed else ()
     shift = {} if bias is None else {"diff_b": bias}
-    beside = (Entry(Full(weight=False), g, shift),) if shift else ()
+    shift_entry = (Entry(Full(weight=False), g, shift),) if shift else ()
     if weight is None:
-        return beside
+        return shift_entry
     if wanted.mode != "full":
         u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
         rank = wanted.rank(g, s)
         if rank < g.out_features / 2:
-            up, down = _half(u[:, :rank] * s[:rank]), _half(v[:rank])
+            up, down = _to_half(u[:, :rank] * s[:rank]), _to_half(v[:rank])
             tensors = {"up": up.reshape(-1, rank, *(1,) * len(g.kernel)), "down": down.reshape(rank, *g.shape[1:])}
-            return (Entry(LoRA(rank=rank), g, tensors), *beside)
+            return (Entry(LoRA(rank=rank), g, tensors), *shift_entry)
     return (Entry(Full(bias=bool(shift)), g, {"diff": g.transpose_stored(weight), **shift}),)
 
 
 def _largest_residuals(name: str, entry: Entry, weight: Tensor | None, sparsity: float | None) -> dict[str, Tensor]:
-    """The largest places of what a LoRA leaves of a change, as early files keep them."""
+    """Return the largest entries of the residual that a LoRA leaves, in the format of early files."""
     if sparsity is None or weight is None or not isinstance(entry.algorithm, LoRA):
         return {}
     rest = weight.flatten(1) - conversion.dense(entry).tensors["diff"].flatten(1)
@@ -193,8 +203,8 @@ def _largest_residuals(name: str, entry: Entry, weight: Tensor | None, sparsity:
     return {f"{name}.{suffix}": tensor for suffix, tensor in own.items()}
 
 
-def _half(tensor: Tensor) -> Tensor:
-    """In half precision, or in float32 what would overflow there, or vanish."""
+def _to_half(tensor: Tensor) -> Tensor:
+    """Convert to float16, or to float32 what would overflow or vanish there."""
     half = tensor.half() if tensor.is_floating_point() else tensor
     holds = half.isfinite().all() and (half.any() or not tensor.any())
     return half if holds else tensor.float()

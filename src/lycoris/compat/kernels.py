@@ -1,4 +1,4 @@
-"""The choice between kernels, of which there is one here: plain torch, the same on every device."""
+"""The choice of a kernel backend, of which there is one: PyTorch, on every device."""
 
 from __future__ import annotations
 
@@ -8,31 +8,38 @@ from typing import Any
 
 logger = logging.getLogger("LyCORIS")
 
-ONLY = "torch"
-VARIABLE = "LYCORIS_KERNEL_BACKEND"
-"""The environment variable that names a backend in lycoris-lora."""
+BACKEND = "torch"
+BACKEND_VARIABLE = "LYCORIS_KERNEL_BACKEND"
+"""Environment variable with the name of a backend."""
 
 
 def available_backends(device: Any = None) -> tuple[str, ...]:
-    """The backends that can be asked for."""
-    return (ONLY,)
+    """Return the backends that can be requested: "torch"."""
+    return (BACKEND,)
 
 
 def fused_backends(device: Any = None) -> tuple[str, ...]:
-    """Those with kernels of their own: none."""
+    """Return the backends with fused kernels: none."""
     return ()
 
 
 def resolve_backend(requested: str | None = None, device: Any = None) -> str:
-    """The backend that is used. Raises `RuntimeError` for a name other than "torch" and "auto"."""
-    wanted = (requested or os.environ.get(VARIABLE, "auto")).lower()
-    if wanted not in ("auto", ONLY):
-        raise RuntimeError(f"there is no kernel backend {wanted!r} here, only {ONLY!r}")
-    return ONLY
+    """Return the backend that is used: "torch".
+
+    `requested` None reads the environment variable LYCORIS_KERNEL_BACKEND. Raises `RuntimeError` for a name other than
+    "torch" and "auto".
+    """
+    wanted = (requested or os.environ.get(BACKEND_VARIABLE, "auto")).lower()
+    if wanted not in ("auto", BACKEND):
+        raise RuntimeError(f"there is no kernel backend {wanted!r}; the only one is {BACKEND!r}")
+    return BACKEND
 
 
 def set_tuning(enabled: bool | None) -> bool | None:
-    """Whether kernels are timed: there are none, so that True is reported; returns what was in force, False."""
+    """Turn timing of kernels on or off, which has no effect here.
+
+    Returns the setting from before, always False. True is logged; raises `TypeError` for what is not a bool or None.
+    """
     if enabled is not None and not isinstance(enabled, bool):
         raise TypeError(f"set_tuning takes True, False or None, not {enabled!r}")
     if enabled:
@@ -41,5 +48,5 @@ def set_tuning(enabled: bool | None) -> bool | None:
 
 
 def tuning_enabled() -> bool:
-    """Whether kernels are timed: no."""
+    """Return whether kernels are timed: never."""
     return False

@@ -1,4 +1,4 @@
-"""What scripts read off the layer that a module is for."""
+"""Attributes that scripts read off the layer that a module adapts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lycoris.layers.geometry import Geometry
 
-FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+LAYER_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "linear": F.linear,
     "embedding": F.embedding,
     "conv1d": F.conv1d,
@@ -19,10 +19,10 @@ FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "layernorm": F.layer_norm,
     "groupnorm": F.group_norm,
 }
-"""Kind of a layer → the function of torch that it is."""
+"""Kind of a layer → its function in `torch.nn.functional`."""
 
 _CONVOLUTION: Mapping[str, str] = {name: name for name in ("stride", "padding", "dilation", "groups")}
-ARGUMENTS: Mapping[str, Mapping[str, str]] = {
+LAYER_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
     "conv1d": _CONVOLUTION,
     "conv2d": _CONVOLUTION,
     "conv3d": _CONVOLUTION,
@@ -32,13 +32,20 @@ ARGUMENTS: Mapping[str, Mapping[str, str]] = {
 """Kind of a layer → argument of its function → attribute of the layer."""
 
 
-def type_name(layer: nn.Module, geometry: Geometry) -> str:
-    """The kind of a layer by the names that scripts know."""
+def name_layer_type(layer: nn.Module, geometry: Geometry) -> str:
+    """Return the kind of a layer by lycoris-lora's names.
+
+    These are "linear", "embedding", "conv1d" to "conv3d", "layernorm" and "groupnorm"; every norm without groups is
+    "layernorm".
+    """
     if geometry.kind == "norm":
         return "groupnorm" if hasattr(layer, "num_groups") else "layernorm"
     return f"conv{len(geometry.kernel)}d" if geometry.kind == "conv" else geometry.kind
 
 
-def arguments(layer: nn.Module, kind: str) -> dict[str, Any]:
-    """What a layer gives its function beside input, weight and bias."""
-    return {name: getattr(layer, attribute) for name, attribute in ARGUMENTS.get(kind, {}).items()}
+def read_arguments(layer: nn.Module, kind: str) -> dict[str, Any]:
+    """Return the arguments that a layer passes to its function, other than input, weight and bias.
+
+    `kind` is the result of `name_layer_type`. Empty for linear layers and embeddings.
+    """
+    return {name: getattr(layer, attribute) for name, attribute in LAYER_ARGUMENTS.get(kind, {}).items()}

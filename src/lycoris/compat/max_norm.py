@@ -1,4 +1,4 @@
-"""Max-norm regularisation: what an adapter does to its layer, shrunk to a size."""
+"""Max-norm regularization: scaling an adapter's change down to a norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from lycoris.algorithms.ranked import Ranked
 
 
 @torch.no_grad()
-def shrink(adapter: Adapter, most: float) -> tuple[bool | None, float | None]:
-    """Whether the norm was above `most`, and what it is now; (None, None) for an algorithm without such a norm.
+def shrink_to_norm(adapter: Adapter, most: float) -> tuple[bool | None, float | None]:
+    """Scale an adapter's change down, if its norm is above `most`.
 
-    ΔW is shrunk through the scalar, or through one factor, so exactly. T-LoRA is the difference of two products, one of
-    them frozen: no tensor of it scales ΔW. IA3, GLoRA and `full` have no such norm in existing trainers either.
+    Returns whether it was above, and the norm afterwards; (None, None) for an algorithm without such a norm. ΔW is
+    scaled through the scalar, or else through one factor, and therefore exactly.
+
+    T-LoRA is the difference of two products, one of which is frozen, so no tensor of it scales ΔW. (IA)³, GLoRA and
+    `full` have no such norm in existing trainers either.
     """
     algorithm = unwrap_dora(adapter.algorithm)
     tensors = adapter.tensors()

@@ -1,4 +1,4 @@
-"""`merge`: a file's tensors folded into a denoiser and its text encoders."""
+"""`merge`: a file's tensors merged into a denoiser and its text encoders."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ def merge(
     scale: float = 1.0,
     device: Any = None,
 ) -> LycorisNetworkKohya:
-    """Fold tensors named as in kohya's files into the models, at a strength; `restore()` of the result undoes it.
+    """Merge tensors, named as in kohya's files, into the models at strength `scale`.
 
-    Raises `FileError`, and changes nothing, when a tensor has no place. Computed where the layers are, whatever
-    `device` says; the tensors given are not changed.
+    `restore()` of the returned network undoes it. The merge is computed on the layers' own device, whatever `device`
+    is; the tensors are not modified. Raises `FileError`, and changes nothing, for tensors without a layer.
     """
-    network, _ = create_network_from_weights(scale, None, None, one_or_many(tes), unet, weights_sd=lyco_state_dict)
+    network, _ = create_network_from_weights(scale, None, None, unwrap_single(tes), unet, weights_sd=lyco_state_dict)
     network.merge_to()
     return network
 
 
-def one_or_many(tes: Sequence[nn.Module | None] | None) -> Any:
-    """Text encoders as `components` takes them: one by itself has no number in its name."""
+def unwrap_single(tes: Sequence[nn.Module | None] | None) -> Any:
+    """Return text encoders as `list_components` takes them.
+
+    A single one is returned without a list, so that its prefix has no number. None for no text encoder.
+    """
     encoders = list(tes or ())
     return encoders if len(encoders) > 1 else next(iter(encoders), None)

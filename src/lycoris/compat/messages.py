@@ -1,4 +1,4 @@
-"""The logger of this library. No handler is put on it: the program that imports this says where messages go."""
+"""The logger of this library. It has no handler: the program that imports it decides where messages go."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ from functools import cache
 
 logger = logging.getLogger("LyCORIS")
 
-COLORS: Mapping[str, str] = {
+LEVEL_COLORS: Mapping[str, str] = {
     "DEBUG": "\033[0;36m",
     "INFO": "\033[0;32m",
     "WARNING": "\033[0;33m",
     "ERROR": "\033[0;31m",
     "CRITICAL": "\033[0;37;41m",
 }
-RESET = "\033[0m"
+RESET_COLOR = "\033[0m"
 
 
 class ColoredFormatter(logging.Formatter):
-    """A formatter with the level in colour."""
+    """A log formatter that colors the level name with ANSI codes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As a formatter does, of a copy of the record."""
+        """Format a copy of the record, so that other handlers see the level name without color."""
         colored = logging.makeLogRecord(vars(record))
-        colored.levelname = f"{COLORS.get(record.levelname, RESET)}{record.levelname}{RESET}"
+        colored.levelname = f"{LEVEL_COLORS.get(record.levelname, RESET_COLOR)}{record.levelname}{RESET_COLOR}"
         return super().format(colored)
 
 
 @cache
 def info_once(msg: str) -> None:
-    """A message that a process gives once."""
+    """Log a message at level INFO, once per process.
+
+    Later calls with the same text do nothing.
+    """
     logger.info(msg)
 
 
 @cache
 def warning_once(msg: str) -> None:
-    """A warning that a process gives once."""
+    """Log a warning, once per process.
+
+    Later calls with the same text do nothing.
+    """
     logger.warning(msg)
 
 
 @cache
 def error_once(msg: str) -> None:
-    """An error that a process logs once."""
+    """Log an error, once per process.
+
+    Later calls with the same text do nothing.
+    """
     logger.error(msg)

@@ -1,4 +1,4 @@
-"""The module classes by the names that scripts know, and what finds one for the tensors of a file."""
+"""The module classes by lycoris-lora's names, and the functions that find one for the tensors of a file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lycoris.algorithms import BOFT, IA3, OFT, DyLoRA, Full, GLoRA, LoHa, LoKr, 
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.algorithms.tensors import ALPHA
-from lycoris.compat.assignable import Fact
-from lycoris.compat.base_module import LycorisBaseModule, settings
+from lycoris.compat.assignable import AdapterProperty
+from lycoris.compat.base_module import LycorisBaseModule, build_module_config
 from lycoris.compat.functional.diag_oft import get_r
 from lycoris.compat.functional.general import weight_decompose
-from lycoris.compat.legacy_options import tell
+from lycoris.compat.legacy_options import log_remarks
 from lycoris.errors import FileError
 from lycoris.layers.geometry import Geometry
 from lycoris.targeting.options import TOP, parse_optional, parse_options
@@ -41,54 +41,66 @@ __all__ = [
     "make_module",
     "network_module_dict",
 ]
-"""What three interfaces export."""
+"""Names that `lycoris.modules`, `lycoris.kohya` and `lycoris.wrapper` all export."""
 
-_LENGTHS = ("alpha", "dora_scale")
-_PLAIN = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")
+_SCALES = ("alpha", "dora_scale")
+_COMMON_OPTIONS = ("use_tucker", "use_scalar", "rank_dropout_scale", "weight_decompose", "bypass_mode", "rs_lora")
 
 
-class _Built(LycorisBaseModule):
-    """One whose ΔW is built from factors."""
+class _FactorModule(LycorisBaseModule):
+    """A module whose ΔW is a product of factors."""
 
     def get_weight(self, shape: Sequence[int] | None = None) -> Tensor:
-        """scale·ΔW, with the scalar and without dropout; of DoRA, that of the algorithm that it is over."""
-        weight = self._change() * self.scale
+        """Return scale·ΔW, with the scalar and without dropout; of DoRA, that of the algorithm inside it.
+
+        `shape` reshapes it; None keeps that of the layer's weight.
+        """
+        weight = self._compute_unscaled_delta() * self.scale
         return weight if shape is None else weight.reshape(*shape)
 
     def apply_weight_decompose(self, weight: Tensor, multiplier: float = 1) -> Tensor:
-        """A weight with the norms that DoRA trains; see `lycoris.functional.weight_decompose`."""
+        """Return a weight with the norms that DoRA trains; see `lycoris.functional.weight_decompose`."""
         return weight_decompose(weight, self.dora_scale, multiplier, self.wd_on_out)
 
 
-class LoConModule(_Built):
-    """LoRA, and LoCon on convolutions."""
+class LoConModule(_FactorModule):
+    """LoRA: ΔW = (alpha/r)·up·down (arXiv:2106.09685), and LoCon on convolutions.
+
+    See `lycoris.algorithms.LoRA`. `lora_down.weight` is (r, I, *K), `lora_up.weight` (O, r, 1, ...).
+    """
 
     name = "locon"
-    weight_list = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", *_LENGTHS)
+    weight_list = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", *_SCALES)
     weight_list_det = ("lora_up.weight",)
 
     def make_weight(self, device: Any = None) -> Tensor:
-        """up·down, with the scalar, without the scale and without dropout."""
-        return self._change().to(device)
+        """Return up·down, with the scalar, without the scale and without dropout."""
+        return self._compute_unscaled_delta().to(device)
 
 
-class LohaModule(_Built):
-    """LoHa."""
+class LohaModule(_FactorModule):
+    """LoHa: ΔW = (alpha/r)·(w1_a·w1_b ⊙ w2_a·w2_b) (FedPara, arXiv:2108.06098).
+
+    See `lycoris.algorithms.LoHa`. Shapes without Tucker cores: `hada_w1_a` (O, r), `hada_w1_b` (r, I·K), likewise w2.
+    """
 
     name = "loha"
     algo = "loha"
-    weight_list = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *_LENGTHS)
+    weight_list = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *_SCALES)
     weight_list_det = ("hada_w1_a",)
 
 
-class LokrModule(_Built):
-    """LoKr."""
+class LokrModule(_FactorModule):
+    """LoKr: ΔW = (alpha/r)·(w1 ⊗ w2), a Kronecker product (arXiv:2212.10650).
+
+    See `lycoris.algorithms.LoKr`. Each factor is a full matrix or a product of two; with both full the scale is 1.
+    """
 
     name = "kron"
     algo = "lokr"
     weight_list = (
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
-        *_LENGTHS,
+        *_SCALES,
     )
     weight_list_det = ("lokr_w1", "lokr_w1_a")
     positional = (
@@ -96,24 +108,27 @@ class LokrModule(_Built):
         *("wd_on_out", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization"),
     )
 
-    @Fact
+    @AdapterProperty
     def use_w1(self) -> bool:
-        """Whether the first factor is stored whole."""
+        """Whether the first factor is a full matrix."""
         return "w1" in self.adapter.tensors()
 
-    @Fact
+    @AdapterProperty
     def use_w2(self) -> bool:
-        """Whether the second factor is stored whole."""
+        """Whether the second factor is a full matrix."""
         return "w2" in self.adapter.tensors()
 
-    @Fact
+    @AdapterProperty
     def full_matrix(self) -> bool:
-        """Whether both factors are stored whole."""
+        """Whether both factors are full matrices."""
         return self.use_w1 and self.use_w2
 
 
 class FullModule(LycorisBaseModule):
-    """The whole change of weight and bias."""
+    """Full fine-tuning: the complete change of weight and bias.
+
+    See `lycoris.algorithms.Full`. Quantized weights are refused with `ConfigError`.
+    """
 
     name = "full"
     algo = "full"
@@ -123,7 +138,10 @@ class FullModule(LycorisBaseModule):
 
 
 class DiagOFTModule(LycorisBaseModule):
-    """Diag-OFT."""
+    """Diag-OFT: the weight multiplied by a block-diagonal rotation (arXiv:2306.07280).
+
+    See `lycoris.algorithms.OFT`. `oft_blocks` is (n, b, b) with n·b output features.
+    """
 
     name = "diag-oft"
     algo = "diag-oft"
@@ -137,70 +155,88 @@ class DiagOFTModule(LycorisBaseModule):
         blocks = state_dict.get(f"{lora_name}.oft_blocks")
         return blocks is not None and blocks.dim() == cls.blocks_dim
 
-    @Fact
+    @AdapterProperty
     def block_num(self) -> int:
-        """How many blocks there are, in each stage."""
+        """Number of blocks in each stage."""
         return self.adapter.tensors()["blocks"].shape[-3]
 
-    @Fact
+    @AdapterProperty
     def I(self) -> Tensor:  # noqa: E743, N802  # its name in lycoris-lora
-        """The identity of a block."""
+        """The identity matrix of a block."""
         blocks = self.adapter.tensors()["blocks"]
         return torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
 
     def get_r(self) -> Tensor:
-        """The rotation of each block."""
+        """Return the rotation of each block.
+
+        Shape (n, b, b); of BOFT (m, n, b, b).
+        """
         bound = self.inner.export_alpha(self.geometry) or 0.0
         return get_r(self.adapter.tensors()["blocks"], self.I, bound * self.geometry.out_features)
 
 
 class ButterflyOFTModule(DiagOFTModule):
-    """BOFT."""
+    """BOFT: block-diagonal rotations in butterfly stages (arXiv:2311.06243).
+
+    See `lycoris.algorithms.BOFT`. `oft_blocks` is (m, n, b, b) with m stages and n·b output features.
+    """
 
     name = "boft"
     algo = "boft"
     blocks_dim = 4
 
-    @Fact
+    @AdapterProperty
     def boft_m(self) -> int:
-        """How many stages there are."""
+        """Number of stages."""
         return self.adapter.tensors()["blocks"].shape[0]
 
-    @Fact
+    @AdapterProperty
     def boft_b(self) -> int:
         """Size of a block."""
         return self.adapter.tensors()["blocks"].shape[-1]
 
 
 class GLoRAModule(LycorisBaseModule):
-    """GLoRA."""
+    """GLoRA: a low-rank change, and one that depends on the weight (arXiv:2306.07967).
+
+    See `lycoris.algorithms.GLoRA`.
+    """
 
     name = "glora"
     algo = "glora"
     weight_list = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha")
     weight_list_det = ("a1.weight",)
-    positional = _PLAIN
+    positional = _COMMON_OPTIONS
 
 
 class DyLoraModule(LycorisBaseModule):
-    """DyLoRA. Its files are LoRA files, and are found as such."""
+    """DyLoRA: a LoRA trained at all ranks up to its own (arXiv:2210.07558).
+
+    See `lycoris.algorithms.DyLoRA`. Its files are LoRA files, and `get_module` finds `LoConModule` for them.
+    """
 
     algo = "dylora"
-    positional = (_PLAIN[0], "block_size", *_PLAIN[1:], "train_on_input")
+    positional = (_COMMON_OPTIONS[0], "block_size", *_COMMON_OPTIONS[1:], "train_on_input")
 
 
 class IA3Module(LycorisBaseModule):
-    """(IA)³."""
+    """(IA)³: learned factors on inputs or outputs (arXiv:2205.05638).
+
+    See `lycoris.algorithms.IA3`. It has no rank.
+    """
 
     name = "ia3"
     algo = "ia3"
     weight_list = ("weight", "on_input")
     weight_list_det = ("on_input",)
-    positional = (*_PLAIN, "train_on_input")
+    positional = (*_COMMON_OPTIONS, "train_on_input")
 
 
 class TLoraModule(LycorisBaseModule):
-    """T-LoRA."""
+    """T-LoRA: a LoRA whose number of active ranks depends on the timestep (arXiv:2507.05964).
+
+    See `lycoris.algorithms.TLoRA`; `set_timestep_mask` sets the active ranks.
+    """
 
     name = "tlora"
     algo = "tlora"
@@ -212,14 +248,20 @@ class TLoraModule(LycorisBaseModule):
     positional = ("rank_dropout_scale", "bypass_mode", "sig_type", "use_data_init", "mask_group_id")
 
     def orthogonality_regularization(self) -> tuple[Tensor, Tensor]:
-        """‖PᵀP - I‖² and ‖QQᵀ - I‖², in Frobenius norm: how far p's columns and q's rows are from orthogonal."""
+        """Return (‖PᵀP - I‖², ‖QQᵀ - I‖²) in Frobenius norm, as a loss that keeps the factors orthogonal.
+
+        P is (O, r) and Q (r, I). Both terms are 0 where P's columns and Q's rows are orthonormal.
+        """
         p, q = (self.adapter.tensors()[name].flatten(1) for name in ("p", "q"))
         eye = torch.eye(self.lora_dim, dtype=p.dtype, device=p.device)
         return (p.mT @ p - eye).square().sum(), (q @ q.mT - eye).square().sum()
 
 
 class NormModule(LycorisBaseModule):
-    """Changes of the scale and shift of a norm."""
+    """Changes of the weight and bias of a norm layer.
+
+    See `lycoris.algorithms.Norm`. It has no rank.
+    """
 
     name = "norm"
     algo = "norm"
@@ -236,17 +278,17 @@ class NormModule(LycorisBaseModule):
         rank_dropout_scale: bool = False,
         **options: Any,
     ) -> None:
-        """As the others, without sizes: norms have no rank."""
+        """Take the arguments of the other classes without rank, alpha and dropout, which norms do not have."""
         options |= {"rank_dropout": rank_dropout, "rank_dropout_scale": rank_dropout_scale}
         super().__init__(lora_name, org_module, multiplier, module_dropout=module_dropout, **options)
 
     @classmethod
     def _algorithm(cls, g: Geometry, dim: int, alpha: float | None, options: Mapping[str, Any]) -> Algorithm:
-        given = settings(cls.algo, None, None, options)
+        given = build_module_config(cls.algo, None, None, options)
         drop = parse_optional(given.pop("module_dropout", None), "module_dropout", float)
         remarks: list[Remark] = []
         parse_options(cls.algo, {name: value for name, value in given.items() if name not in TOP}, "", True, remarks)
-        tell(remarks)
+        log_remarks(remarks)
         return Norm(module_dropout=drop or 0.0)
 
 
@@ -254,7 +296,7 @@ MODULE_LIST: tuple[type[LycorisBaseModule], ...] = (
     *(LoConModule, LohaModule, IA3Module, LokrModule, FullModule, NormModule),
     *(DiagOFTModule, ButterflyOFTModule, GLoRAModule, DyLoraModule, TLoraModule),
 )
-"""In the order in which a file's tensors are compared with them."""
+"""All module classes, in the order in which `get_module` tries them."""
 
 network_module_dict: Mapping[str, type[LycorisBaseModule]] = MappingProxyType(
     {
@@ -271,9 +313,9 @@ network_module_dict: Mapping[str, type[LycorisBaseModule]] = MappingProxyType(
         "tlora": TLoraModule,
     }
 )
-"""By the names of configs."""
+"""Module classes by the algorithm names of configs."""
 
-CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
+CLASS_BY_ALGORITHM: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
     LoRA: LoConModule,
     LoHa: LohaModule,
     LoKr: LokrModule,
@@ -289,16 +331,19 @@ CLASSES: Mapping[type[Algorithm], type[LycorisBaseModule]] = {
 
 
 def module_class(algorithm: Algorithm) -> type[LycorisBaseModule]:
-    """The class of modules that have an algorithm."""
+    """Return the module class of an algorithm, with or without DoRA.
+
+    For an algorithm that lycoris-lora 4.1.3 does not have, a class is created.
+    """
     inner = type(unwrap_dora(algorithm))
-    return CLASSES.get(inner) or _build_class(inner)
+    return CLASS_BY_ALGORITHM.get(inner) or _build_module_class(inner)
 
 
 @cache
-def _build_class(algorithm: type[Algorithm]) -> type[LycorisBaseModule]:
-    """A class for an algorithm that lycoris-lora 4.1.3 did not have."""
+def _build_module_class(algorithm: type[Algorithm]) -> type[LycorisBaseModule]:
+    """Return a class for an algorithm that lycoris-lora 4.1.3 did not have."""
     names = tuple(algorithm.tensor_names.values())
-    listed: dict[str, Any] = {"name": algorithm.name, "algo": algorithm.name, "weight_list": (*names, *_LENGTHS)}
+    listed: dict[str, Any] = {"name": algorithm.name, "algo": algorithm.name, "weight_list": (*names, *_SCALES)}
     listed |= {"weight_list_det": names[:1], "__doc__": algorithm.__doc__, "__module__": __name__}
     return type(f"{algorithm.__name__}Module", (LycorisBaseModule,), listed)
 
@@ -306,10 +351,10 @@ def _build_class(algorithm: type[Algorithm]) -> type[LycorisBaseModule]:
 def get_module(
     lyco_state_dict: Mapping[str, Tensor], lora_name: str
 ) -> tuple[type[LycorisBaseModule] | None, tuple[Tensor | None, ...] | None]:
-    """The class for the tensors that a file has for a layer, and these in its order; (None, None) when it has none.
+    """Return the module class for a layer's tensors in a file, and these tensors in the order of its `weight_list`.
 
-    Raises `FileError` when no class takes all of them: what one module cannot hold, `create_lycoris_from_weights` reads
-    or refuses.
+    (None, None) when the file has none for the layer. Raises `FileError` when no class takes all of them; the whole
+    file can be read with `create_lycoris_from_weights`.
     """
     given = {key.removeprefix(f"{lora_name}.") for key in lyco_state_dict if key.startswith(f"{lora_name}.")}
     if not given:
@@ -317,9 +362,9 @@ def get_module(
     found = next((each for each in MODULE_LIST if each.algo_check(lyco_state_dict, lora_name)), None)
     left = sorted(given - {ALPHA, *(found.weight_list if found else ())})
     if found is None or left:
-        told = f"{found.__name__} has no place for" if found else "no module class is made of"
+        problem = f"{found.__name__} has no tensors named" if found else "no module class has tensors named"
         raise FileError(
-            f"{lora_name}: {told} {', '.join(left) or ALPHA}; create_lycoris_from_weights reads the whole file"
+            f"{lora_name}: {problem} {', '.join(left) or ALPHA}; read the file with create_lycoris_from_weights instead"
         )
     return found, tuple(found.extract_state_dict(lyco_state_dict, lora_name))
 
@@ -327,5 +372,8 @@ def get_module(
 def make_module(
     lyco_type: type[LycorisBaseModule], params: tuple[Tensor | None, ...], lora_name: str, orig_module: nn.Module
 ) -> LycorisBaseModule:
-    """A module for a layer from what `get_module` gave. Raises `FileError` when they do not fit."""
+    """Build a module for a layer from the result of `get_module`.
+
+    Raises `FileError` when the tensors do not match the layer.
+    """
     return lyco_type.make_module_from_state_dict(lora_name, orig_module, *params)

@@ -1,4 +1,4 @@
-"""What scripts find in the package `lycoris` beside its own names: imported when it is asked for, to start fast."""
+"""Names that scripts find in the package `lycoris` in addition to its own, imported on demand to keep startup fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+NAMES_BY_MODULE: Mapping[str, tuple[str, ...]] = {
     "lycoris.modules": (
         *("DiagOFTModule", "DyLoraModule", "FullModule", "GLoRAModule", "LoConModule", "LohaModule", "LokrModule"),
         *("ButterflyOFTModule", "IA3Module", "NormModule", "TLoraModule", "get_module", "make_module"),
@@ -17,24 +17,27 @@ ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     ),
     "lycoris.logging": ("logger",),
 }
-"""Module → names of it that the package has too."""
+"""Module → names in it that the package has as well."""
 
-MODULES = ("config", "config_sdk", "functional", "kernels", "kohya", "logging", "modules", "utils", "wrapper")
-"""Modules that the package has as attributes without being asked to import them."""
+LAZY_MODULES = ("config", "config_sdk", "functional", "kernels", "kohya", "logging", "modules", "utils", "wrapper")
+"""Modules that are attributes of the package without an import statement."""
 
 
-def find(name: str) -> Any:
-    """One of these by its name. Raises `AttributeError` for another."""
-    if name in MODULES:
+def import_name(name: str) -> Any:
+    """Return an attribute of the package that lives in another module, importing that module.
+
+    Raises `AttributeError` for an unknown name.
+    """
+    if name in LAZY_MODULES:
         return import_module(f"lycoris.{name}")
-    module = next((module for module, names in ELSEWHERE.items() if name in names), None)
+    module = next((module for module, names in NAMES_BY_MODULE.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module 'lycoris' has no attribute {name!r}")
     return getattr(import_module(module), name)
 
 
-def names() -> Iterator[str]:
-    """All of them."""
-    yield from MODULES
-    for names in ELSEWHERE.values():
+def list_names() -> Iterator[str]:
+    """Yield all of these names, without importing anything."""
+    yield from LAZY_MODULES
+    for names in NAMES_BY_MODULE.values():
         yield from names

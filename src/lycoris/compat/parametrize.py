@@ -1,4 +1,4 @@
-"""A parameter of any module, made what an adapter makes of it by `torch.nn.utils.parametrize`."""
+"""Adapters on bare parameters of any module, by `torch.nn.utils.parametrize`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from lycoris.layers import base_weights
 from lycoris.layers.geometry import Geometry
 
 
-class Parametrised:
-    """A parameter by its module and name: one parametrisation on it, off it, folded in and out again."""
+class ParametrizedTensor:
+    """A parameter, by its module and name, with at most one adapter that parametrizes it or is merged into it.
+
+    Other parametrizations on the same parameter are left in place.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        """Raises `ConfigError` for what is no matrix, `RefusedError` for a weight of few bits."""
+        """Raise `ConfigError` for a parameter of fewer than two dimensions, `RefusedError` for weights of few bits."""
         self.module, self.name = module, name
         if name not in module._parameters and not parametrize.is_parametrized(module, name):
             have = ", ".join(own for own, _ in module.named_parameters(recurse=False)) or "none"
             raise ConfigError(f"this {type(module).__name__} has no parameter {name!r}; it has {have}")
         weight = getattr(module, name)
         if weight.dim() < 2:
-            raise ConfigError(f"{name} is a matrix or a kernel, not a tensor of shape {tuple(weight.shape)}")
+            raise ConfigError(
+                f"{name} must be a matrix or a convolution kernel, not a tensor of shape {tuple(weight.shape)}"
+            )
         if not weight.is_floating_point() or base_weights.is_float8(weight.dtype):
             raise RefusedError(
-                f"{name} is {weight.dtype}, to which every pass would round a parametrised one; put the module on the "
-                "layer with apply_to"
+                f"{name} is {weight.dtype}, and every pass would round the parametrized weight; adapt the layer with "
+                "apply_to instead"
             )
         kind: Any = "linear" if weight.dim() == 2 else "conv"
         self.geometry = Geometry(kind=kind, shape=tuple(weight.shape), has_bias=False)
@@ -50,15 +55,21 @@ class Parametrised:
 
     @property
     def original(self) -> Tensor:
-        """The parameter itself, whatever is on it."""
+        """The parameter itself, below all parametrizations.
+
+        Raises `ConfigError` when another parametrization computes it from several parameters.
+        """
         stack = self._stack()
         if stack is not None and not stack.is_tensor:
-            raise ConfigError(f"another parametrisation makes {self.name} of several parameters: {stack}")
+            raise ConfigError(f"another parametrization computes {self.name} from several parameters: {stack}")
         found: Tensor = getattr(self.module, self.name) if stack is None else stack.original
         return found
 
     def below(self, by: nn.Module) -> Tensor:
-        """What a parametrisation gets: the parameter as those under it make it, without a merge of its own."""
+        """Return the input of the parametrization `by`: the value after those below it, before a merge of its own.
+
+        Without `by` in the stack, it is the value after all parametrizations.
+        """
         if self._merge is not None:
             return self._merge.old.weight
         stack, value = self._stack(), None
@@ -69,13 +80,19 @@ class Parametrised:
         return self.original if value is None else value
 
     def put(self, by: nn.Module) -> None:
-        """Put a parametrisation on top of those that are there, unless it is one of them."""
+        """Add a parametrization on top of the existing ones.
+
+        Does nothing if it is one of them already.
+        """
         if any(each is by for each in self._stack() or ()):
             return
         parametrize.register_parametrization(self.module, self.name, by)
 
     def take(self, by: nn.Module) -> bool:
-        """Take a parametrisation off, wherever it is; the others stay. False when it is not on."""
+        """Remove a parametrization, wherever it is in the stack; others stay.
+
+        Returns False if it was not there. Removing the last one restores the parameter object itself.
+        """
         stack = self._stack()
         at = next((at for at, each in enumerate(stack or ()) if each is by), None)
         if stack is None or at is None:
@@ -87,30 +104,32 @@ class Parametrised:
         return True
 
     def merge(self, by: nn.Module, adapter: Adapter, strength: float) -> None:
-        """Fold an adapter into the parameter, as `AdapterSet.merge` does into a layer's weight.
+        """Merge an adapter into the parameter, as `AdapterSet.merge` does with a layer's weight.
 
-        Raises `AttachError`, and changes nothing, for a second merge, and for a parameter that something else makes.
+        The parametrization `by` is removed meanwhile. Raises `AttachError`, and changes nothing, for a second merge and
+        when other parametrizations are on the parameter.
         """
         if self._merge is not None:
-            raise AttachError(f"this adapter is merged into {self.name} already; restore it first")
+            raise AttachError(f"this adapter is already merged into {self.name}; call restore() first")
         if any(each is not by for each in self._stack() or ()):
-            raise AttachError(f"{self.name} has other parametrisations too; take them off to merge into it")
+            raise AttachError(f"{self.name} has other parametrizations; remove them before merging")
         with ExitStack() as undo:
             was_on = self.take(by)
             if was_on:
                 undo.callback(self.put, by)
             holder = base_weights.holder(self.module, self.name)
             merge = merging.fold(self.name, holder, (adapter,), strength)._replace(attribute=self.name)
-            # Before anything is settled: a warning may be an error.
+            # Before anything changes, since a warning may be raised as an error.
             merging.report(holder, {self.name: holder}, {self.name: merge}, strength, {}).warn(stacklevel=3)
             base_weights.install(self.module, merge.new, self.name)
             undo.pop_all()
         self._merge, self._was_on, adapter.merged = merge, was_on, True
 
     def unmerge(self, by: nn.Module, adapter: Adapter, *, put: bool) -> None:
-        """Put the very parameter back that was there before the merge and, if asked for, what was on it.
+        """Restore the parameter object from before the merge and, with `put`, the parametrization that was on it.
 
-        Raises `AttachError`, and changes nothing, when something else was merged, loaded or trained on top.
+        Does nothing when nothing is merged. Raises `AttachError`, and changes nothing, when the parameter was merged
+        into, loaded or trained since.
         """
         if self._merge is None:
             return
@@ -128,5 +147,5 @@ class Parametrised:
 
 
 def _originals(stack: Any) -> list[Tensor]:
-    """What the lowest parametrisation is called with."""
+    """Return the arguments of the lowest parametrization."""
     return [stack.original] if stack.is_tensor else [getattr(stack, f"original{n}") for n in range(stack.ntensors)]

@@ -1,4 +1,4 @@
-"""The adapters of one model of a network: how they are chosen, what they are called, and what a file has for them."""
+"""The adapters of one model of a network: how they are chosen and named, and how a file is read for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import DoRA
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.dora import unwrap_dora
-from lycoris.compat.legacy_options import read_preset, rename_options, tell
+from lycoris.compat.class_preset import to_json_value
+from lycoris.compat.legacy_options import log_remarks, read_preset, rename_options
 from lycoris.compat.quantized import check_trainable
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialects.base import flatten
@@ -32,25 +33,34 @@ logger = logging.getLogger("LyCORIS")
 
 DROPOUT = ("dropout", "rank_dropout", "rank_dropout_scale", "module_dropout")
 _READ = (*DROPOUT, *SCHEDULE, "bypass_mode")
-"""Options that count beside a file's tensors."""
+"""Options that have an effect on adapters read from a file."""
 
 
-class Part(NamedTuple):
-    """The adapters of one model."""
+class NetworkPart(NamedTuple):
+    """The adapters of one model.
+
+    A network over a pipeline has several parts, of which at most one is the denoiser.
+    """
 
     prefix: str
-    """What their names in the file start with."""
+    """Prefix of their names in a file."""
     adapters: AdapterSet
     text: bool = False
-    """Whether the model encodes text; such ones follow no timestep."""
+    """Whether the model is a text encoder, which has no timesteps."""
 
 
-def choose(
+def choose_adapters(
     model: nn.Module, given: Mapping[str, Any], preset: Preset | None, *, warn_on_unmatched: bool
-) -> tuple[Part, Recipe]:
-    """New adapters for a model by a config, and the config as it was read; `preset` is that of the class of networks.
+) -> tuple[NetworkPart, Recipe]:
+    """Build adapters for a model from config options, and return them with the parsed config.
 
-    Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is meant.
+    Args:
+        given: Options of a config, also under deprecated names.
+        preset: Preset of the class of networks. It takes precedence over `apply_preset` in `given`; keys of a preset
+            file named there take precedence over it.
+        warn_on_unmatched: Whether targets that match no layer are warnings.
+
+    Raises `ConfigError` for wrong values and `PlanError` when no layer of the model is targeted.
     """
     given, own = rename_options(given), {}
     named = given.get("preset")
@@ -58,40 +68,45 @@ def choose(
         own, given = read_preset(str(named)), given | {"preset": None}
     if preset is not None and given.get("apply_preset"):
         if Preset.parse(given["apply_preset"]) != preset:
-            logger.warning("apply_preset was given to the class and, with other values, here; the class's is used")
+            logger.warning("apply_preset of the class and of this call differ; that of the class is used")
         given = {key: value for key, value in given.items() if key != "apply_preset"}
     if own:
-        # The keys of a file count before those that apply_preset was given, by the class or here.
-        preset = over(preset or Preset.parse(given.pop("apply_preset", None) or {}), own)
+        # Keys of a preset file take precedence over those of apply_preset.
+        preset = override_preset(preset or Preset.parse(given.pop("apply_preset", None) or {}), own)
     recipe = Recipe.parse(given, strict=False, preset=preset)
     plan = recipe.plan(model)
-    tell(plan.remarks, unmatched=warn_on_unmatched)
+    log_remarks(plan.remarks, unmatched=warn_on_unmatched)
     check_plan(model, plan)
     adapters = AdapterSet.build(model, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s", replace(plan, remarks=()))
-    return Part(recipe.preset.lora_prefix, adapters), recipe
+    return NetworkPart(recipe.preset.lora_prefix, adapters), recipe
 
 
-def over(preset: Preset, given: Mapping[str, Any]) -> Preset:
-    """A preset with the keys of a JSON object in the place of its own."""
-    return Preset.parse({**{each.name: _plain(getattr(preset, each.name)) for each in fields(preset)}, **given})
+def override_preset(preset: Preset, given: Mapping[str, Any]) -> Preset:
+    """Return a preset with the keys of a JSON object replaced.
 
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    Raises `ConfigError` for unknown keys and wrong values.
+    """
+    return Preset.parse({**{each.name: to_json_value(getattr(preset, each.name)) for each in fields(preset)}, **given})
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise `ConfigError` where a quantised layer would get what it cannot have."""
+    """Check that no quantized linear layer gets an adapter that it cannot have.
+
+    Raises `ConfigError`; see `lycoris.compat.quantized.check_trainable`.
+    """
     layers = {each.path: site(model, each.path).module for each in plan.placements if each.geometry.kind == "linear"}
     check_trainable(layers, {each.path: each.algorithms for each in plan.placements if each.path in layers})
 
 
-def load_given(
+def load_tensors_or_file(
     file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that were given, or those of a file, and its header. Raises `FileError` when neither was given."""
+    """Return (tensors, header): `weights_sd` with an empty header, or else the contents of the file.
+
+    Raises `FileError` when neither was given, or when the file cannot be read.
+    """
     if weights_sd is not None:
         return dict(weights_sd), {}
     if file is None:
@@ -99,28 +114,32 @@ def load_given(
     return files.load_tensors(file)
 
 
-def resolve(
+def resolve_part(
     tensors: Mapping[str, Tensor], model: nn.Module, prefix: str, metadata: Mapping[str, str], *, text: bool
 ) -> Bundle:
-    """The tensors of one of several models; what is to be said of them is on the logger "LyCORIS"."""
-    # The base that a header names is the denoiser.
-    own = {key: told for key, told in metadata.items() if not (text and key == fingerprint.FINGERPRINT_KEY)}
-    # A trainer's module has tensors of its own.
+    """Match the tensors of a file with the layers of one of several models.
+
+    Remarks are logged as warnings. `text` models ignore the base model named in the header, which is the denoiser.
+    Raises `FileError` for tensors that do not match.
+    """
+    # The base model in a header is the denoiser.
+    own = {key: value for key, value in metadata.items() if not (text and key == fingerprint.FINGERPRINT_KEY)}
+    # Modules of a trainer do not share tensors.
     bundle = files.resolve(tensors, model, prefix=prefix, metadata=own, shared=False)
     for remark in bundle.remarks:
         logger.warning("%s: %s", prefix, remark)
     return bundle
 
 
-def with_dropout(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
-    """The adapters of a file with the dropout that was asked for, of which a file says nothing.
+def add_dropout(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
+    """Return a file's adapters with the dropout from `options`, which files do not store.
 
-    What an algorithm does not have is on the logger "LyCORIS", and so are the other options, which tensors decide.
+    Settings that an algorithm does not have, and options that a file's tensors decide, are logged.
     """
     drop = {name: value for name in DROPOUT if (value := parse_optional(options.get(name), name, OPTIONS[name].kind))}
     others = sorted(name for name, value in options.items() if name in OPTIONS and value and name not in _READ)
     if others:
-        logger.info("a file's tensors say what these options do, which have no effect: %s", ", ".join(others))
+        logger.info("these options have no effect, since the tensors of the file decide: %s", ", ".join(others))
     if not drop:
         return bundle
     lacking: set[str] = set()
@@ -142,27 +161,34 @@ def with_dropout(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
     return replace(bundle, entries=entries)
 
 
-def module_name(prefix: str, path: str, at: int) -> str:
-    """Of an adapter's module. What a file has beside an algorithm, such as a bias, has no name of its own there."""
+def name_module(prefix: str, path: str, at: int) -> str:
+    """Return the name of an adapter's module: prefix and path, with underscores for dots.
+
+    `at` is the adapter's index on its layer. Only the first has this name in files; others, such as a bias, get a
+    suffix.
+    """
     return f"{prefix}_{flatten(path)}{f'__{at}' if at else ''}"
 
 
-def encode(part: Part) -> dict[str, Tensor]:
-    """The tensors of a part as they would be in a file."""
+def encode_part(part: NetworkPart) -> dict[str, Tensor]:
+    """Return the tensors of a part by their names in a file."""
     return files.encode(part.adapters.bundle(), prefix=part.prefix)
 
 
-def check_names(parts: Sequence[Part]) -> None:
-    """Raise `ConfigError` when two layers have one name: the second adapter would take the place of the first."""
+def check_names(parts: Sequence[NetworkPart]) -> None:
+    """Check that no two layers have the same name in a file, where one adapter would replace the other.
+
+    Raises `ConfigError`, since dots in paths become underscores there, or when two models have the same prefix.
+    """
     for at, part in enumerate(parts):
         if part.prefix in [other.prefix for other in parts[:at]]:
             kind = type(part.adapters.model).__name__
-            raise ConfigError(f"two models, the second a {kind}, are both called {part.prefix} here; leave one out")
+            raise ConfigError(f"two models, the second a {kind}, have the same prefix {part.prefix}; leave one out")
         owner: dict[str, str] = {}
         for path in part.adapters.stacks:
             first = owner.setdefault(flatten(path), path)
             if first != path:
                 raise ConfigError(
-                    f"{first} and {path} are both called {flatten(path)} here, where dots become underscores; leave "
-                    "one out with exclude_name, or use AdapterSet, which goes by paths"
+                    f"{first} and {path} have the same name {flatten(path)}, where dots become underscores; leave one "
+                    "out with exclude_name, or use AdapterSet, which uses paths"
                 )

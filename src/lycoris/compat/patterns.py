@@ -26,40 +26,60 @@ Expressions = tuple[re.Pattern[str], ...]
 
 @dataclass(frozen=True)
 class Patterns:
-    """What the four keywords say."""
+    """The parsed values of the keywords in `KEYWORDS`, with which sd-scripts and Musubi Tuner select layers.
+
+    An expression has to match the whole path of a layer.
+    """
 
     excludes: Expressions = ()
     includes: Expressions = ()
-    """Paths that get adapters although `excludes` has them."""
+    """Paths that get adapters although `excludes` matches them."""
     ranks: tuple[tuple[re.Pattern[str], int], ...] = ()
-    """The first that matches counts; rank 0 leaves the layer out."""
+    """The first match counts; rank 0 leaves the layer out."""
     rates: tuple[tuple[re.Pattern[str], float], ...] = ()
-    """The first that matches counts; rate 0 leaves the adapter as it starts."""
+    """The first match counts; rate 0 leaves the adapter untrained."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Patterns:
-        """From strings, as `--network_args` hands them over, or from lists and mappings. Raises `ConfigError`."""
-        ranks = _pairs(options.get("network_reg_dims"), "network_reg_dims", int)
-        rates = _pairs(options.get("network_reg_lrs"), "network_reg_lrs", float)
+        """Parse the keywords from strings, as in `--network_args`, or from lists and mappings.
+
+        Other options are ignored. Raises `ConfigError` for what cannot be parsed, and for negative ranks and rates.
+        """
+        ranks = _parse_pairs(options.get("network_reg_dims"), "network_reg_dims", int)
+        rates = _parse_pairs(options.get("network_reg_lrs"), "network_reg_lrs", float)
         excludes, includes = (parse_expressions(options.get(name), name) for name in KEYWORDS[:2])
         return cls(excludes, includes, ranks, rates)
 
     def leaves_out(self, path: str) -> bool:
-        """Whether a layer gets nothing."""
+        """Return whether a layer gets no adapter.
+
+        It is excluded and not included again, or its rank is 0.
+        """
         if any(each.fullmatch(path) for each in self.excludes) and not any(p.fullmatch(path) for p in self.includes):
             return True
         return self.rank_for(path) == 0
 
     def rank_for(self, path: str) -> int | None:
-        """The rank of a layer that has one of its own."""
+        """Return the rank of the first pattern in `ranks` that matches a layer.
+
+        None: no pattern matches, and the layer has the network's rank.
+        """
         return next((rank for each, rank in self.ranks if each.fullmatch(path)), None)
 
     def rate_for(self, path: str) -> int | None:
-        """Which of `rates` a layer has."""
+        """Return the index in `rates` of the first pattern that matches a layer.
+
+        None: no pattern matches, and the layer has the network's learning rate.
+        """
         return next((at for at, (each, _) in enumerate(self.rates) if each.fullmatch(path)), None)
 
     def find_unmatched(self, paths: Iterable[str], adapted: Iterable[str]) -> Iterator[Remark]:
-        """Expressions that match none of the layers of all models, or, for those that need one, no adapted layer."""
+        """Yield a remark for each expression that matches no layer.
+
+        Args:
+            paths: Layers of all models.
+            adapted: Layers that get an adapter; ranks and rates have to match one of these.
+        """
         every, chosen = list(paths), list(adapted)
         asked = [
             *(("exclude_patterns", each, every, "layer") for each in self.excludes),
@@ -73,7 +93,7 @@ class Patterns:
         for name, each, among, what in asked:
             if not any(each.fullmatch(path) for path in among):
                 yield Remark(
-                    f"{each.pattern!r} in {name} matches the whole path of no {what}; paths are such as "
+                    f"{each.pattern!r} in {name} matches the full path of no {what}; an example of a path is "
                     f"{next(iter(among), 'none')}",
                     "unmatched",
                 )
@@ -81,15 +101,18 @@ class Patterns:
 
 @dataclass(frozen=True, kw_only=True)
 class PatternedPreset(Preset):
-    """A preset whose layers patterns narrow, and give ranks of their own."""
+    """A preset whose targets are further restricted by patterns, which may also set the rank of single layers.
+
+    Everything else is as in `lycoris.targeting.preset.Preset`.
+    """
 
     patterns: Patterns = field(default_factory=Patterns)
     alpha: float | None = None
-    """Alpha of a layer with a rank of its own, a convolution too."""
+    """Alpha of layers whose rank a pattern sets, also of convolutions."""
 
     @classmethod
     def over(cls, preset: Preset, patterns: Patterns, alpha: float | None) -> PatternedPreset:
-        """A preset with patterns on top."""
+        """Return a preset with patterns on top. `alpha` is that of layers whose rank a pattern sets."""
         own = {each.name: getattr(preset, each.name) for each in fields(Preset)}
         return cls(**own, patterns=patterns, alpha=alpha)
 
@@ -103,13 +126,16 @@ class PatternedPreset(Preset):
         return {"conv_alpha": self.alpha, **found, "dim": rank}
 
     def overrides(self) -> tuple[Options, ...]:
-        # The schedule of T-LoRA goes by the largest rank that any layer may get.
+        # T-LoRA's schedule depends on the largest rank that any layer may get.
         return (*super().overrides(), *({"dim": rank} for _, rank in self.patterns.ranks if rank))
 
 
 def parse_expressions(given: Any, name: str) -> Expressions:
-    """Regular expressions from a list, or from a list or string as Python writes it. Raises `ConfigError`."""
-    wanted = f"{name} is a list of regular expressions, written as in Python: \"['.*attn.*']\"; not {given!r}"
+    """Parse regular expressions from a list, or from a string in Python syntax.
+
+    `name` is the keyword, for errors. Raises `ConfigError` for anything else, and for invalid expressions.
+    """
+    wanted = f"{name} must be a list of regular expressions in Python syntax, such as \"['.*attn.*']\", not {given!r}"
     try:
         found = ast.literal_eval(given) if isinstance(given, str) else given or []
     except (ValueError, SyntaxError) as error:
@@ -117,33 +143,33 @@ def parse_expressions(given: Any, name: str) -> Expressions:
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
         raise ConfigError(wanted)
-    return tuple(_compile(each, name) for each in found)
+    return tuple(_compile_expression(each, name) for each in found)
 
 
-def _pairs(given: Any, name: str, kind: type) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """Pairs from a mapping, or from "expression=number,expression=number"."""
+def _parse_pairs(given: Any, name: str, kind: type) -> tuple[tuple[re.Pattern[str], Any], ...]:
+    """Parse pairs from a mapping, or from "expression=number,expression=number"."""
     if given is None or given == "":
         return ()
-    pairs = dict(given) if isinstance(given, Mapping) else dict(_split(str(given), name))
+    pairs = dict(given) if isinstance(given, Mapping) else dict(_split_pairs(str(given), name))
     found = {each: parse_number(value, f"{each} in {name}", kind) for each, value in pairs.items()}
     for each, value in found.items():
         if value < 0 or not math.isfinite(value):
             raise ConfigError(f"{each} in {name} must be 0 or more, not {value}")
-    return tuple((_compile(each, name), value) for each, value in found.items())
+    return tuple((_compile_expression(each, name), value) for each, value in found.items())
 
 
-def _split(text: str, name: str) -> Iterator[tuple[str, str]]:
+def _split_pairs(text: str, name: str) -> Iterator[tuple[str, str]]:
     for pair in filter(None, (part.strip() for part in text.split(","))):
         expression, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(
-                f"{name} is pairs such as .*attn.*=8,.*mlp.*=4, and {pair!r} has no '='. A comma ends a pair and the "
-                "first '=' ends its expression, so an expression can have neither"
+                f"{name} must be pairs such as .*attn.*=8,.*mlp.*=4, but {pair!r} has no '='. Expressions cannot "
+                "contain commas or '=', which separate pairs and values"
             )
         yield expression.strip(), value.strip()
 
 
-def _compile(expression: str, name: str) -> re.Pattern[str]:
+def _compile_expression(expression: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:

@@ -9,17 +9,17 @@ from typing import Any
 from lycoris.compat import block_classes
 from lycoris.compat.config_sdk import AlgoOverride, PresetConfig
 
-IA3_IN = (r"(.*\.)?mlp\.fc2$", r"(.*\.)?ff\.net\.2$")
-"""Second layers of feed-forwards, whose inputs IA3 scales."""
+IA3_INPUT_PATTERNS = (r"(.*\.)?mlp\.fc2$", r"(.*\.)?ff\.net\.2$")
+"""Second layers of feed-forward blocks, whose inputs (IA)³ scales."""
 
 
 FULL_UNET_MODULES: tuple[str, ...] = (*block_classes.CONVOLVED, *block_classes.TRANSFORMERS)
-"""Classes of blocks that the preset "full" means in denoisers."""
+"""Classes of blocks that the preset "full" targets in denoisers."""
 FULL_UNET_NAMES: tuple[str, ...] = (*block_classes.UNET_CONVOLUTIONS, *block_classes.UNET_LINEARS)
 FULL_TEXT_ENCODER_MODULES: tuple[str, ...] = block_classes.TEXT
 
 
-def _preset(
+def _build_preset(
     unet: Sequence[str] = (), unet_names: Sequence[str] = (), text: Sequence[str] = (), *, conv: bool = False
 ) -> PresetConfig:
     return PresetConfig(
@@ -32,37 +32,40 @@ def _preset(
 
 
 def list_builtin_presets() -> dict[str, PresetConfig]:
-    """By name; every call makes them anew, so that changing one changes nothing else."""
+    """Return the built-in presets by name.
+
+    Every call builds them again, so that modifying a result has no effect on others.
+    """
     every, names = FULL_UNET_MODULES, FULL_UNET_NAMES
     return {
-        "full": _preset(every, names, block_classes.TEXT, conv=True),
-        "full-lin": _preset(
+        "full": _build_preset(every, names, block_classes.TEXT, conv=True),
+        "full-lin": _build_preset(
             (*block_classes.TRANSFORMERS, "ResnetBlock2D"), block_classes.UNET_LINEARS, block_classes.TEXT
         ),
-        "attn-mlp": _preset(block_classes.TRANSFORMERS, text=block_classes.TEXT),
-        "attn-only": _preset(block_classes.ATTENTION, text=block_classes.TEXT_ATTENTION_ONLY),
-        "unet-only": _preset(every, names, conv=True),
-        "unet-transformer-only": _preset(block_classes.TRANSFORMERS),
-        "unet-convblock-only": _preset(block_classes.CONVOLVED, block_classes.UNET_CONVOLUTIONS, conv=True),
-        "ia3": _ia3(),
+        "attn-mlp": _build_preset(block_classes.TRANSFORMERS, text=block_classes.TEXT),
+        "attn-only": _build_preset(block_classes.DENOISER_ATTENTION, text=block_classes.TEXT_ATTENTION_ONLY),
+        "unet-only": _build_preset(every, names, conv=True),
+        "unet-transformer-only": _build_preset(block_classes.TRANSFORMERS),
+        "unet-convblock-only": _build_preset(block_classes.CONVOLVED, block_classes.UNET_CONVOLUTIONS, conv=True),
+        "ia3": _build_ia3_preset(),
     }
 
 
-def _ia3() -> PresetConfig:
-    made = _preset(unet_names=(r"(.*\.)?to_k$", r"(.*\.)?to_v$", IA3_IN[1]))
-    made.text_encoder_target_name = [r"(.*\.)?k_proj$", r"(.*\.)?v_proj$", IA3_IN[0]]
-    made.name_algo_map = {name: AlgoOverride(options={"train_on_input": True}) for name in IA3_IN}
+def _build_ia3_preset() -> PresetConfig:
+    made = _build_preset(unet_names=(r"(.*\.)?to_k$", r"(.*\.)?to_v$", IA3_INPUT_PATTERNS[1]))
+    made.text_encoder_target_name = [r"(.*\.)?k_proj$", r"(.*\.)?v_proj$", IA3_INPUT_PATTERNS[0]]
+    made.name_algo_map = {name: AlgoOverride(options={"train_on_input": True}) for name in IA3_INPUT_PATTERNS}
     return made
 
 
 PRESET: Mapping[str, dict[str, Any]] = MappingProxyType(
     {name: preset.to_dict() for name, preset in list_builtin_presets().items()}
 )
-"""The same as JSON objects."""
+"""The built-in presets as JSON objects, by name."""
 
 
-class _Builtin(Mapping[str, PresetConfig]):
-    """The built-in presets by name; every look at one makes it anew."""
+class _BuiltinPresets(Mapping[str, PresetConfig]):
+    """The built-in presets by name, built when they are read."""
 
     def __getitem__(self, name: str) -> PresetConfig:
         return list_builtin_presets()[name]
@@ -74,5 +77,5 @@ class _Builtin(Mapping[str, PresetConfig]):
         return len(PRESET)
 
 
-BUILTIN_PRESET_CONFIGS: Mapping[str, PresetConfig] = _Builtin()
-"""The same as values."""
+BUILTIN_PRESET_CONFIGS: Mapping[str, PresetConfig] = _BuiltinPresets()
+"""The built-in presets as `PresetConfig`, by name."""

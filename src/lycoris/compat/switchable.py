@@ -1,4 +1,4 @@
-"""What sd-scripts' and Musubi Tuner's own networks have in common: adapters that can be turned off and on."""
+"""What networks of sd-scripts and Musubi Tuner have in common: adapters that can be disabled and enabled."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from lycoris.compat.kohya_network import LycorisNetworkKohya
 
 
 class SwitchableNetwork(LycorisNetworkKohya):
-    """Adapters that `set_enabled` turns off and on."""
+    """A network whose adapters `set_enabled` disables and enables.
+
+    Disabled adapters stay attached, at strength 0.
+    """
 
     _off: list[tuple[float, dict[str, float]]] | None = None
-    """What is in force again once the adapters act; None while they do."""
+    """Strengths to restore when the adapters are enabled; None while they are."""
 
     def set_enabled(self, is_enabled: bool) -> None:
-        """Let the adapters act, or not. When they act again, every module has the multiplier that it had."""
+        """Enable or disable the adapters.
+
+        When they are enabled again, every module has the multiplier from before. Raises `AttachError` while they are
+        merged.
+        """
         if not is_enabled and self._off is None:
             self._off = [(part.adapters.strength, dict(part.adapters.blocks)) for part in self.parts]
             for part in self.parts:
@@ -23,7 +30,10 @@ class SwitchableNetwork(LycorisNetworkKohya):
             self._off = None
 
     def set_multiplier(self, multiplier: float | str) -> None:
-        """As in any network; while the adapters do not act, it counts from `set_enabled(True)` on."""
+        """Set the strength of all adapters.
+
+        While they are disabled, it takes effect with `set_enabled(True)`. Raises as in `LycorisNetwork`.
+        """
         super().set_multiplier(multiplier)
         if self._off is not None:
             self._off = None

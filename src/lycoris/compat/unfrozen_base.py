@@ -1,6 +1,6 @@
 """A warning at the first training pass when the base model trains along with the adapters of a network.
 
-Trainers of this interface freeze the base themselves, some of them only after `apply_to`.
+Trainers of this interface freeze the base model themselves, some of them only after `apply_to`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from lycoris.layers import freezing
 logger = logging.getLogger("LyCORIS")
 
 
-def watch(model: nn.Module) -> None:
-    """Look at the model's own parameters when a pass with gradients begins, once."""
-    if not any(isinstance(hook, _Watch) for hook in model._forward_pre_hooks.values()):
-        hook = _Watch()
+def watch_base(model: nn.Module) -> None:
+    """Install a hook that checks once, at the first pass with gradients, whether the model's own parameters train.
+
+    A second call does nothing. The hook removes itself after the check.
+    """
+    if not any(isinstance(hook, _FrozenCheckHook) for hook in model._forward_pre_hooks.values()):
+        hook = _FrozenCheckHook()
         hook.handle = model.register_forward_pre_hook(hook)
 
 
-def unwatch(model: nn.Module) -> None:
-    """Undo `watch`."""
+def unwatch_base(model: nn.Module) -> None:
+    """Remove the hook of `watch_base`, if it is still there."""
     for hook in list(model._forward_pre_hooks.values()):
-        if isinstance(hook, _Watch):
+        if isinstance(hook, _FrozenCheckHook):
             hook.handle.remove()
 
 
-class _Watch:
+class _FrozenCheckHook:
     handle: Any
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -40,8 +43,8 @@ class _Watch:
         self.handle.remove()
         if names := freezing.trainable_names(model):
             logger.warning(
-                "%d of the %s's own parameters train along with the adapters, and adapter files do not hold them: %s. "
-                "Freeze them with requires_grad_(False) on the model before the network is applied, or ignore this if "
+                "%d of the %s's own parameters train along with the adapters, and are not saved in adapter files: %s. "
+                "Freeze them with requires_grad_(False) on the model before applying the network, or ignore this if "
                 "they should train",
                 len(names),
                 type(model).__name__,

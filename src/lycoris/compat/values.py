@@ -1,4 +1,4 @@
-"""Small functions of the old interface: what a string says, what bytes tensors are, what a layer is."""
+"""Small functions of the 4.1.3 interface."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from lycoris.adapters.attach import base_class
 from lycoris.layers import base_weights
 from lycoris.targeting.options import algorithm_class
 
-T = TypeVar("T")
+ValueT = TypeVar("ValueT")
 Number = TypeVar("Number", int, float)
 
 
 def str_bool(val: Any) -> bool:
-    """False for "false", in whichever letters, and for False; True for everything else, None and 0 included."""
+    """Return False for False and for "false" in upper or lower case, and True for everything else.
+
+    None and 0 are therefore True, as in lycoris-lora 4.1.3.
+    """
     return str(val).lower() != "false"
 
 
-def default(val: T | None, d: T) -> T:
-    """`val`, or `d` where it is None."""
+def default(val: ValueT | None, d: ValueT) -> ValueT:
+    """Return `val`, or `d` if it is None."""
     return d if val is None else val
 
 
 def product(xs: Iterable[Number]) -> Number | int:
-    """The product of numbers; 1 of none."""
+    """Return the product of numbers.
+
+    1 for an empty iterable.
+    """
     found: Number | int = 1
     for x in xs:
         found = found * x
@@ -37,13 +43,16 @@ def product(xs: Iterable[Number]) -> Number | int:
 
 
 def load_bytes_in_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a safetensors file of these tensors, behind its header."""
-    whole = save(dict(tensors))
-    return whole[int.from_bytes(whole[:8], "little") + 8 :]
+    """Return the bytes that follow the header in a safetensors file of these tensors."""
+    content = save(dict(tensors))
+    return content[int.from_bytes(content[:8], "little") + 8 :]
 
 
 def precalculate_safetensors_hashes(state_dict: Mapping[str, Tensor]) -> str:
-    """0x and the SHA-256 of the tensors' bytes in their order. Readers hash the file: see `compat.model_hashes`."""
+    """Return "0x" and the SHA-256 of the tensors' bytes, in their order.
+
+    Programs that read the hash of a file compute it differently: see `lycoris.compat.model_hashes`.
+    """
     found = hashlib.sha256()
     for tensor in state_dict.values():
         found.update(load_bytes_in_safetensors({"tensor": tensor}))
@@ -51,7 +60,10 @@ def precalculate_safetensors_hashes(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def make_sparse(t: Tensor, sparsity: float = 0.95) -> Tensor:
-    """A tensor with zeros for what is, by size, below the quantile of `sparsity`, from 0 to 1."""
+    """Return a copy in which the entries of smallest magnitude are 0.
+
+    `sparsity` is the quantile, from 0 to 1, of the absolute values below which entries become 0.
+    """
     sizes = t.detach().abs()
     ordered = sizes.flatten().double().sort().values
     at = sparsity * (len(ordered) - 1)
@@ -61,26 +73,35 @@ def make_sparse(t: Tensor, sparsity: float = 0.95) -> Tensor:
 
 
 def is_weight_only_fp8_linear(module: nn.Module) -> bool:
-    """Whether a layer is a linear one that stores its weight in eight bits beside a `weight_scale`."""
+    """Return whether a layer is linear and stores its weight in 8 bits with a separate scale.
+
+    Its class is named `Fp8Linear` and has `weight` and `weight_scale`.
+    """
     has = ("in_features", "out_features", "weight", "weight_scale")
     return base_class(module).__name__ == "Fp8Linear" and all(hasattr(module, name) for name in has)
 
 
 def is_linear_like_module(module: nn.Module) -> bool:
-    """Whether a layer is torch's linear one, or stands in for it with a weight of eight bits."""
+    """Return whether a layer is linear as lycoris-lora means it.
+
+    True for `nn.Linear` and its subclasses, and for weight-only FP8 layers.
+    """
     return isinstance(module, nn.Linear) or is_weight_only_fp8_linear(module)
 
 
 def is_supported_linear_module(module: nn.Module, algo_name: str, *, weight_decompose: bool = False) -> bool:
-    """Whether a layer is a linear one that an algorithm of configs can be on; `full` cannot be on quantised weights.
+    """Return whether a layer is linear and an algorithm can adapt it; `full` cannot adapt quantized weights.
 
-    `weight_decompose` makes no difference: DoRA can be wherever LoRA can. Raises `ConfigError` for an unknown name.
+    `weight_decompose` has no effect: DoRA works wherever LoRA does. Raises `ConfigError` for an unknown algorithm.
     """
     algorithm_class(algo_name)
     return is_linear_like_module(module) and not (algo_name == "full" and base_weights.storage(module).low_bit)
 
 
 def dequantize_weight_only_fp8(module: nn.Module) -> Tensor:
-    """The weight of such a layer in float32: that of eight bits times its scale, which may be one for each row."""
+    """Return the weight of a weight-only FP8 layer in float32: the 8-bit weight times its scale.
+
+    The scale may have one value, or one per row.
+    """
     weight, scale = (torch.as_tensor(getattr(module, name)).float() for name in ("weight", "weight_scale"))
     return weight * scale.to(weight.device).reshape(scale.shape if scale.dim() != 1 else (-1, 1))

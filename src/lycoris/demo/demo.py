@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lycoris.training import checkpoint
-from lycoris.training.preflight import fast_in_bfloat16
-from lycoris.training.settings import LATEST, Settings, load
+from lycoris.training.preflight import is_bfloat16_fast
+from lycoris.training.settings import LATEST, Settings, load_settings
 
 DEMO_ASSETS = Path(__file__).parent / "assets"
 
@@ -17,13 +17,15 @@ def load_demo_settings(output_dir: Path, *, steps: int | None = None, resume: st
     Uses float32 where the machine is slow in bfloat16. If `output_dir` has a checkpoint, training resumes from the
     latest, so that the same command finishes what it began; `resume` names another.
     """
-    if resume is None and checkpoint.existing(output_dir):
+    if resume is None and checkpoint.list_checkpoints(output_dir):
         resume = LATEST
-    precision = None if fast_in_bfloat16() else "no"
+    precision = None if is_bfloat16_fast() else "no"
     chosen = {
         "output_dir": output_dir,
         "max_train_steps": steps,
         "resume_from_checkpoint": resume,
         "mixed_precision": precision,
     }
-    return load(DEMO_ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None})
+    return load_settings(
+        DEMO_ASSETS / "config.json", {key: value for key, value in chosen.items() if value is not None}
+    )

@@ -1,4 +1,4 @@
-"""What the algorithms are made of, as functions of tensors."""
+"""Building blocks of the algorithms, as functions of tensors."""
 
 from lycoris.compat.functional.general import (
     FUNC_LIST,

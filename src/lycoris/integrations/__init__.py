@@ -1,1 +1,1 @@
-"""One file for each outside library, imported only when asked for."""
+"""Integrations with other libraries, one module each, imported on demand."""

@@ -16,32 +16,35 @@ from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.merging import MergeReport
 from lycoris.adapters.strengths import blocks_of
-from lycoris.compat.timestep_masks import pipeline_schedule
+from lycoris.compat.timestep_masks import read_pipeline_schedule
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files import judge, load_tensors, resolve
 from lycoris.files.peft import read_peft
 from lycoris.layers import paths
 from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
 
-Source = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
-DENOISERS = ("unet", "transformer")
-"""What pipelines call the model that files call none."""
-TEXT_ENCODER = "text_encoder"
-"""How the names of text encoders begin."""
+AdapterSource = str | os.PathLike[str] | Bundle | Mapping[str, Bundle]
+DENOISER_COMPONENTS = ("unet", "transformer")
+"""Names of denoisers in pipelines; files have no name for theirs."""
+TEXT_ENCODER_PREFIX = "text_encoder"
+"""Prefix of the names of text encoders."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What became of a file. Prints as a few lines."""
+class PipelineReport:
+    """What was loaded from a file, by component of the pipeline.
+
+    `str()` gives a few lines for the console.
+    """
 
     applied: Mapping[str, str]
-    """Component → what it got."""
+    """Component → a description of what was loaded."""
     unused: tuple[str, ...] = ()
-    """Components that the file has tensors for and the pipeline has no model for."""
+    """Components that are in the file and not in the pipeline."""
     missing: tuple[str, ...] = ()
-    """Components of the pipeline that the file has nothing for."""
+    """Components of the pipeline that are not in the file."""
     remarks: tuple[str, ...] = ()
-    """What reading the file brought up besides."""
+    """Remarks from reading the file."""
 
     def __str__(self) -> str:
         lines = [f"{component}: {what}" for component, what in self.applied.items()]
@@ -51,9 +54,16 @@ class Report:
 
 
 class Loaded:
-    """Adapters on a pipeline: on at once, until `unload()` or the end of a `with` block."""
+    """Adapters on a pipeline, as `load` returns them.
 
-    def __init__(self, sets: Mapping[str, AdapterSet], report: Report, strength: float) -> None:
+    They are active until `unload()` or the end of a `with` block:
+
+        with load(pipe, "adapter.safetensors") as adapters:
+            adapters.set(0.7)
+            image = pipe("a cat").images[0]
+    """
+
+    def __init__(self, sets: Mapping[str, AdapterSet], report: PipelineReport, strength: float) -> None:
         self.sets: Mapping[str, AdapterSet] = dict(sets)
         """Component → its adapters."""
         self.report = report
@@ -68,11 +78,13 @@ class Loaded:
         components: Mapping[str, float] | None = None,
         blocks: Mapping[str, float] | None = None,
     ) -> None:
-        """How much counts: `strength`, times a factor by component, times a factor by block.
+        """Set the strength: `strength`, times a factor per component, times a factor per block.
 
-        A block is the path of a module, such as `transformer_blocks.0`, in every component that has it, or
-        `transformer.transformer_blocks.0` in one; of several that hold a layer the longest counts. What is not given
-        stays as it is; `{}` takes factors away. Raises `ConfigError`, and changes nothing, for a name without adapters.
+        A block is the path of a module such as `transformer_blocks.0`, in every component that has it, or
+        `transformer.transformer_blocks.0` for one component; where blocks are nested, the innermost counts. Arguments
+        that are None keep their value; `{}` removes factors.
+
+        Raises `ConfigError`, and changes nothing, for a component or block without adapters.
         """
         wanted = (
             self._strength if strength is None else strength,
@@ -83,12 +95,18 @@ class Loaded:
         self._strength, self._components, self._blocks = wanted
 
     def disable(self) -> None:
-        """Let the pipeline give what it gives without these adapters, which stay where they are."""
+        """Deactivate the adapters without removing them: the pipeline gives the base model's output.
+
+        Raises `AttachError` while they are merged.
+        """
         self._apply(self._strength, self._components, self._blocks, False)
         self._enabled = False
 
     def enable(self) -> None:
-        """Let them act again, at the strengths they had."""
+        """Activate the adapters again, at the strengths from before `disable`, or set since.
+
+        Raises `AttachError` while they are merged.
+        """
         self._apply(self._strength, self._components, self._blocks, True)
         self._enabled = True
 
@@ -98,11 +116,14 @@ class Loaded:
 
     @property
     def loaded(self) -> bool:
-        """Whether they are on the pipeline, acting or not."""
+        """Whether the adapters are on the pipeline, enabled or not."""
         return any(adapters.attached for adapters in self.sets.values())
 
     def merge(self) -> dict[str, MergeReport]:
-        """Fold them into the weights at the strengths in force, for speed; `unmerge` and `unload` undo it exactly."""
+        """Merge the adapters into the weights at the current strengths, for speed.
+
+        `unmerge` and `unload` undo it exactly. Returns a report per component. All components are merged or none.
+        """
         reports: dict[str, MergeReport] = {}
         with ExitStack() as undo:
             for component, adapters in self.sets.items():
@@ -112,14 +133,21 @@ class Loaded:
         return reports
 
     def unmerge(self) -> None:
-        """Put the weights back, exactly. All of them or none."""
+        """Restore the weights exactly, in all components or in none.
+
+        Raises `AttachError` when something else was merged on top.
+        """
         for adapters in self.sets.values():
             adapters.check_unmergeable()
         for adapters in self.sets.values():
             adapters.unmerge()
 
     def unload(self) -> None:
-        """Take them off: the pipeline is what it was, to the object. All or none; a second call does nothing."""
+        """Remove the adapters from all components or from none.
+
+        The pipeline has its original modules and weights again. A second call does nothing. Raises `AttachError` when
+        something else was put on top.
+        """
         for adapters in self.sets.values():
             adapters.check_detachable()
         for adapters in self.sets.values():
@@ -139,7 +167,7 @@ class Loaded:
         for component in components:
             if component not in self.sets:
                 raise ConfigError(unknown("component with adapters", component, self.sets))
-        own = {component: self._own(component, blocks) for component in self.sets}
+        own = {component: self._match_blocks(component, blocks) for component in self.sets}
         found = {block for of in own.values() for block in of.values()}
         for block in blocks:
             if block not in found:
@@ -155,8 +183,8 @@ class Loaded:
                 undo.callback(adapters.set_strength, *before)
             undo.pop_all()
 
-    def _own(self, component: str, blocks: Mapping[str, float]) -> dict[str, str]:
-        """Paths of blocks in a component → the names they were given by; a name with the component wins."""
+    def _match_blocks(self, component: str, blocks: Mapping[str, float]) -> dict[str, str]:
+        """Return paths of blocks in a component → the names they were given by; a name with the component wins."""
         known = set(blocks_of(self.sets[component].stacks))
         found = {block: block for block in blocks if block in known}
         return found | {
@@ -166,7 +194,7 @@ class Loaded:
 
 def load(
     pipe: Any,
-    source: Source,
+    source: AdapterSource,
     *,
     strength: float = 1.0,
     name: str | None = None,
@@ -174,18 +202,24 @@ def load(
     dialect: str | None = None,
     schedule: RankSchedule | None = None,
 ) -> Loaded:
-    """Put the adapters of a file, or of bundles, on the models of a pipeline. All of them or none.
+    """Put the adapters of a file, or of bundles, on the models of a pipeline: on all of them or on none.
 
-    `source` is an adapter file, a folder of PEFT's for the denoiser, a `Bundle` for the denoiser, or bundles by the
-    pipeline's names (`unet`, `transformer_2`, `text_encoder`, ...). `to` names the components that take what is for
-    the denoiser, where a pipeline has two: `to="transformer_2"`, `to=("transformer", "transformer_2")`. `name` tells
-    sets apart; None takes a free one. T-LoRA follows the timesteps of the pipeline by itself, by the schedule of the
-    file, else by `schedule`, else by the pipeline's `_tlora_config`.
+    T-LoRA follows the timesteps of the pipeline by itself, by the schedule of the file, else by `schedule`, else by the
+    pipeline's `_tlora_config`.
 
-    Raises `FileError` or `AttachError`, with the pipeline as it was.
+    Args:
+        source: An adapter file, a PEFT folder for the denoiser, a `Bundle` for the denoiser, or bundles by the
+            pipeline's component names (`unet`, `transformer_2`, `text_encoder`, ...).
+        strength: 0 is the base model, 1 the trained strength.
+        name: Name of the adapter sets. None: a free one.
+        to: Components that get the denoiser's adapters, where a pipeline has two denoisers: `to="transformer_2"`,
+            `to=("transformer", "transformer_2")`.
+        dialect: Format of the file. None: it is detected.
+
+    Raises `FileError` or `AttachError`, and leaves the pipeline unchanged.
     """
     parts = models(pipe)
-    bundles, unused = _read(source, parts, to, dialect)
+    bundles, unused = _read_source(source, parts, to, dialect)
     sets: dict[str, AdapterSet] = {}
     with ExitStack() as undo:
         for component, bundle in bundles.items():
@@ -195,31 +229,34 @@ def load(
                 raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
             made.attach(freeze=False)
-            made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
+            made.schedule = made.schedule or schedule or _read_schedule(pipe, made)
             if takes_timestep(made.model):
                 made.follow_timesteps()
-        loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
+        loaded = Loaded(sets, _build_report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
         undo.pop_all()
     return loaded
 
 
-def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
+def _read_schedule(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
     wanted = adapters.uses_rank_mask and getattr(pipe, "_tlora_config", None)
-    return pipeline_schedule(pipe, adapters) if wanted else None
+    return read_pipeline_schedule(pipe, adapters) if wanted else None
 
 
 def models(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline that adapters go on, by its names for them: denoisers, then text encoders."""
-    named = [name for name in pipe.components if name.startswith((*DENOISERS, TEXT_ENCODER))]
-    found = {name: getattr(pipe, name, None) for name in sorted(named, key=lambda name: TEXT_ENCODER in name)}
+    """Return the models of a pipeline that adapters can go on, by component name: denoisers first, then text encoders.
+
+    Wrappers such as `torch.compile` are removed.
+    """
+    named = [name for name in pipe.components if name.startswith((*DENOISER_COMPONENTS, TEXT_ENCODER_PREFIX))]
+    found = {name: getattr(pipe, name, None) for name in sorted(named, key=lambda name: TEXT_ENCODER_PREFIX in name)}
     return {name: paths.unwrap(model) for name, model in found.items() if isinstance(model, nn.Module)}
 
 
-def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What takes what is for the denoiser; nothing in a pipeline without one."""
+def _select_denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the components that get the denoiser's adapters; none in a pipeline without a denoiser."""
     if to is None:
-        return tuple(name for name in DENOISERS if name in parts)[:1]
+        return tuple(name for name in DENOISER_COMPONENTS if name in parts)[:1]
     names = (to,) if isinstance(to, str) else tuple(to)
     for name in names:
         if name not in parts:
@@ -227,38 +264,38 @@ def _denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -
     return names
 
 
-def _read(
-    source: Source, parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
+def _read_source(
+    source: AdapterSource, parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
-    """Bundles by the pipeline's names, and the components that it has no model for."""
+    """Return bundles by component name, and the components of the file that the pipeline has no model for."""
     if isinstance(source, Bundle):
-        return dict.fromkeys(_required_denoisers(parts, to), source), ()
+        return dict.fromkeys(_require_denoisers(parts, to), source), ()
     if isinstance(source, Mapping):
         if to is not None:
-            raise ConfigError(f"these bundles say where they go, so that to={to!r} is one too many")
+            raise ConfigError(f"to={to!r} cannot be combined with bundles by component name; leave it out")
         for name in source:
             if name not in parts:
                 raise ConfigError(unknown("component of the pipeline", name, parts))
         return dict(source), ()
     if Path(source).is_dir():
-        return {name: read_peft(source, parts[name]) for name in _required_denoisers(parts, to)}, ()
+        return {name: read_peft(source, parts[name]) for name in _require_denoisers(parts, to)}, ()
     return _read_file(source, parts, to, dialect)
 
 
 def _read_file(
     path: str | os.PathLike[str], parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
-    """The one place that knows how files name components: "" for the denoiser, the others as pipelines do."""
+    """Read a file. Only this function knows how files name components: "" is the denoiser."""
     tensors, metadata = load_tensors(path)
     try:
         detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
-        into = _denoisers(parts, to)
+        into = _select_denoisers(parts, to)
         held = {component: into if not component else (component,) for component in detected.components}
         if to is not None and ("" not in held or not held.keys().isdisjoint(into)):
             has = " and ".join(component or "the denoiser" for component in sorted(held))
             raise ConfigError(
-                f"{path} has adapters for {has}: to={to!r} is for files that have some for the denoiser and none for "
-                "what they go to; leave it out, and each goes to its own component"
+                f"{path} has adapters for {has}; to={to!r} is for files with adapters for the denoiser and none for "
+                "that component. Leave it out, and each goes to its own component"
             )
         unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
         bundles = {
@@ -270,36 +307,36 @@ def _read_file(
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     if not bundles:
-        raise FileError(f"{path}: it is for {', '.join(unused)}, and this pipeline has {', '.join(parts)}")
+        raise FileError(f"{path}: the file has adapters for {', '.join(unused)}; this pipeline has {', '.join(parts)}")
     # Those for other components are in the report, by component.
     return {name: replace(b, report=replace(b.report, elsewhere={})) for name, b in bundles.items()}, unused
 
 
-def _required_denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
-    into = _denoisers(parts, to)
+def _require_denoisers(parts: Mapping[str, nn.Module], to: str | Sequence[str] | None) -> tuple[str, ...]:
+    into = _select_denoisers(parts, to)
     if not into:
-        raise FileError(f"this pipeline has no {' and no '.join(DENOISERS)}; it has {', '.join(parts) or 'no models'}")
+        raise FileError(
+            f"this pipeline has no {' and no '.join(DENOISER_COMPONENTS)}; it has {', '.join(parts) or 'no models'}"
+        )
     return into
 
 
-def _report(
+def _build_report(
     parts: Mapping[str, nn.Module],
     bundles: Mapping[str, Bundle],
     unused: tuple[str, ...],
     sets: Mapping[str, AdapterSet],
-) -> Report:
+) -> PipelineReport:
     remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
     masked = {name: made for name, made in sets.items() if made.uses_rank_mask}
-    untold = {
-        name: WITHOUT_SCHEDULE
-        if takes_timestep(made.model)
-        else "it takes no timestep, and all ranks count at every step"
+    unscheduled = {
+        name: WITHOUT_SCHEDULE if takes_timestep(made.model) else "it takes no timestep; all ranks count at every step"
         for name, made in masked.items()
         if made.schedule is None or not takes_timestep(made.model)
     }
-    return Report(
+    return PipelineReport(
         applied={name: str(bundle) for name, bundle in bundles.items()},
         unused=unused,
         missing=tuple(name for name in parts if name not in bundles),
-        remarks=(*remarks, *(f"{name}: {why}" for name, why in untold.items())),
+        remarks=(*remarks, *(f"{name}: {why}" for name, why in unscheduled.items())),
     )

@@ -1,4 +1,4 @@
-"""Which kernels there are: one way, in plain torch, which a compiler may fuse."""
+"""Kernel backends, of which there is one: PyTorch, which a compiler may fuse."""
 
 from lycoris.compat.kernels import available_backends, fused_backends, resolve_backend, set_tuning, tuning_enabled
 

@@ -1,4 +1,4 @@
-"""What the module classes have in common."""
+"""The base class of modules, and functions about layers."""
 
 from lycoris.compat.base_module import LycorisBaseModule
 from lycoris.compat.values import (

@@ -1,4 +1,4 @@
-"""The change of the weight itself."""
+"""Full fine-tuning."""
 
 from lycoris.compat.base_module import LycorisBaseModule
 from lycoris.compat.functional.general import add_scaled

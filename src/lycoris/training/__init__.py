@@ -1,1 +1,1 @@
-"""Training: `settings.load` reads a config, `trainer.train` does the rest."""
+"""Training runs: `settings.load_settings` reads a config, `train.train_adapter` does the rest."""

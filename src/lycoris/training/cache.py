@@ -1,4 +1,4 @@
-"""Everything the frozen parts of the base compute, once, before training: latents and text embeddings."""
+"""Latents and text embeddings, computed once before training by the frozen parts of the base."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lycoris.training.data import Example, pixels
+from lycoris.training.data import Example, load_pixels
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-BATCH = 8
+ENCODE_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Cached:
-    """What the denoiser trains on, on the CPU: latents (N, C, H, W) and text embeddings (N, L, D)."""
+class CachedExamples:
+    """What the denoiser trains on, in CPU memory.
+
+    Latents have shape (N, C, H, W) and are scaled as the denoiser expects; text embeddings have shape (N, L, D).
+    """
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -28,28 +31,34 @@ class Cached:
 
 
 @torch.no_grad()
-def encode(
+def encode_examples(
     pipe: StableDiffusionPipeline,
     examples: Sequence[Example],
     resolution: int,
     advance: Callable[[int], object] = lambda _: None,
-) -> Cached:
-    """Encode images (the mean of the VAE's distribution, scaled as the denoiser expects) and captions.
+) -> CachedExamples:
+    """Encode images with the VAE and captions with the text encoder.
 
-    `advance` is called with the number of examples done.
+    The latents are the mean of the VAE's distribution times its scaling factor, so encoding draws no random numbers.
+
+    Args:
+        advance: Called with the number of examples after each batch of `ENCODE_BATCH_SIZE`.
     """
     latents, text = [], []
-    for start in range(0, len(examples), BATCH):
-        part = examples[start : start + BATCH]
-        images = torch.stack([pixels(example, resolution) for example in part]).to(pipe.vae.device)
+    for start in range(0, len(examples), ENCODE_BATCH_SIZE):
+        part = examples[start : start + ENCODE_BATCH_SIZE]
+        images = torch.stack([load_pixels(example, resolution) for example in part]).to(pipe.vae.device)
         latents.append((pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor).cpu())
         text.append(encode_text(pipe, [example.caption for example in part]))
         advance(len(part))
-    return Cached(torch.cat(latents), torch.cat(text))
+    return CachedExamples(torch.cat(latents), torch.cat(text))
 
 
-def cut_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> list[str]:
-    """Those of which the text encoder will see only the beginning."""
+def find_truncated_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> list[str]:
+    """Return the captions with more tokens than the text encoder reads.
+
+    The limit is `model_max_length` of the tokenizer; what follows is cut off.
+    """
     limit = pipe.tokenizer.model_max_length
     lengths = [len(ids) for ids in pipe.tokenizer(list(captions), truncation=True, max_length=limit + 1).input_ids]
     return [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
@@ -57,7 +66,10 @@ def cut_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> list
 
 @torch.no_grad()
 def encode_text(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
-    """(N, L, D): the text encoder's last hidden states, captions cut at the tokenizer's length."""
+    """Return the last hidden states of the text encoder, (N, L, D), on the CPU.
+
+    Captions are padded or truncated to the tokenizer's `model_max_length`, L.
+    """
     tokens = pipe.tokenizer(
         list(captions),
         padding="max_length",

@@ -1,4 +1,4 @@
-"""Saving the adapter and the state of a run, so that going on equals never having stopped."""
+"""Checkpoints: the adapter and the complete state of a run, so that a resumed run equals one without interruption."""
 
 from __future__ import annotations
 
@@ -18,52 +18,68 @@ from lycoris.targeting.recipe import Recipe
 from lycoris.training.jsonfile import write_object
 from lycoris.training.settings import LATEST
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-CONFIG = "lycoris_config.json"
-STATE = "training_state.pt"
-INTERRUPTED = "interrupted"
-"""A file of this name says that the checkpoint was saved because training was interrupted."""
-KEYS = (
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+CONFIG_FILE = "lycoris_config.json"
+STATE_FILE = "training_state.pt"
+INTERRUPTED_FILE = "interrupted"
+"""Name of the file that marks a checkpoint as saved only because training was interrupted."""
+STATE_KEYS = (
     *("step", "optimizer", "rates", "scaler", "history", "settings", "images", "best"),
     *("adapter", "recipe", "random"),
 )
-"""What the state of a run is made of: the first row comes from the run, the second is added by `save`."""
+"""Keys of a saved state: the first row comes from the run, the second is added by `save_checkpoint`."""
 
 
 def write_adapter(adapters: AdapterSet, recipe: Recipe, folder: Path) -> Path:
-    """Write the adapter file, with its recipe in the header and as lycoris_config.json beside it."""
+    """Write the adapter file and lycoris_config.json into a folder, and return the path of the adapter file.
+
+    The recipe is also in the file's header. The folder is created if needed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / WEIGHTS
+    path = folder / WEIGHTS_FILE
     files.write(adapters.bundle(), path, dialect="lycoris", metadata={"lycoris_config": json.dumps(recipe.as_dict())})
-    write_object(recipe.as_dict(), folder / CONFIG)
+    write_object(recipe.as_dict(), folder / CONFIG_FILE)
     return path
 
 
-def save(
+def save_checkpoint(
     folder: Path, state: dict[str, Any], adapters: AdapterSet, recipe: Recipe, *, interrupted: bool = False
 ) -> None:
-    """Write one checkpoint folder: usable adapter and training state. It appears complete or not at all."""
+    """Write a checkpoint folder: a usable adapter file and the training state.
+
+    It is written under a temporary name and renamed, so the folder is complete or absent. A folder of the same name is
+    replaced.
+
+    Args:
+        state: State of the run, the first row of `STATE_KEYS`.
+        interrupted: Whether the checkpoint is written only because training was interrupted;
+            `remove_interrupted_checkpoints` deletes such ones after a finished run.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     write_adapter(adapters, recipe, temporary)
-    state = {**state, "adapter": adapters.state_dict(), "recipe": recipe.as_dict(), "random": _random_state()}
-    torch.save(state, temporary / STATE)
+    state = {**state, "adapter": adapters.state_dict(), "recipe": recipe.as_dict(), "random": _capture_random_state()}
+    torch.save(state, temporary / STATE_FILE)
     if interrupted:
-        (temporary / INTERRUPTED).touch()
+        (temporary / INTERRUPTED_FILE).touch()
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def load(folder: Path, adapters: AdapterSet, recipe: Recipe) -> dict[str, Any]:
-    """Put a checkpoint's tensors into `adapters`, set the random state, and return the rest of the state."""
-    state = read(folder)
+def load_checkpoint(folder: Path, adapters: AdapterSet, recipe: Recipe) -> dict[str, Any]:
+    """Load a checkpoint into `adapters`, restore the random state, and return the state of the run.
+
+    Raises `FileError` for a damaged checkpoint, and `ConfigError` for one of another lycoris_config or of another base
+    model.
+    """
+    state = read_state(folder)
     if state["recipe"] != recipe.as_dict():
-        raise ConfigError(f"{folder} was made with another lycoris_config: {json.dumps(state['recipe'])}")
+        raise ConfigError(f"{folder} was saved with another lycoris_config: {json.dumps(state['recipe'])}")
     try:
         adapters.load_state_dict(state["adapter"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{folder} does not fit the adapters of this base; was it made with another? {error}"
+            f"{folder} does not match the adapters of this base model; was it saved with another one? {error}"
         ) from None
     random.setstate(state["random"]["python"])
     torch.set_rng_state(state["random"]["torch"])
@@ -72,84 +88,101 @@ def load(folder: Path, adapters: AdapterSet, recipe: Recipe) -> dict[str, Any]:
     return state
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder; FileError when it is damaged or something else."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state stored in a checkpoint folder.
+
+    Raises `FileError` when it is damaged, or is not the state of a run of this version.
+    """
     try:
-        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise FileError(f"{folder / STATE} cannot be read; choose another checkpoint: {error}") from error
-    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+        raise FileError(f"{folder / STATE_FILE} cannot be read; choose another checkpoint: {error}") from error
+    missing = [key for key in STATE_KEYS if key not in state] if isinstance(state, dict) else list(STATE_KEYS)
     if missing:
         raise FileError(
-            f"{folder / STATE} is not the state of a run, or of another version: it lacks {', '.join(missing)}; "
+            f"{folder / STATE_FILE} is not the training state of this version; it lacks {', '.join(missing)}; "
             "choose another checkpoint"
         )
     return state
 
 
-def existing(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in `output_dir`, oldest step first."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the complete checkpoint folders in `output_dir`, the oldest step first.
+
+    These are the folders named `checkpoint-<step>` that hold a training state. An `output_dir` that does not exist has
+    none.
+    """
     found = {
         int(match[1]): path
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
     }
     return [found[step] for step in sorted(found)]
 
 
-def to_resume(output_dir: Path, wanted: str | None, *, overwrite: bool = False) -> Path | None:
-    """The checkpoint folder that `resume_from_checkpoint` means; None starts a new run.
+def find_checkpoint_to_resume(output_dir: Path, wanted: str | None, *, overwrite: bool = False) -> Path | None:
+    """Return the checkpoint folder that `resume_from_checkpoint` refers to, or None for a new run.
 
-    Raises ConfigError when it does not exist and, unless `overwrite`, when a new run would replace an earlier one or
-    mix with its checkpoints.
+    Args:
+        wanted: "latest", a path, the name of a folder in `output_dir`, or None for a new run.
+        overwrite: Whether a new run may replace an earlier one in `output_dir`.
+
+    Raises `ConfigError` when there is no such checkpoint and, unless `overwrite`, when a new run would overwrite an
+    earlier adapter or mix with its checkpoints.
     """
-    found = existing(output_dir)
+    found = list_checkpoints(output_dir)
     if wanted is None:
         if overwrite:
             return None
         if found:
             raise ConfigError(
-                f"output_dir {output_dir} holds {found[-1].name} of an earlier run; go on from it with "
+                f"output_dir {output_dir} has {found[-1].name} of an earlier run; resume it with "
                 f"resume_from_checkpoint = {LATEST!r} (--resume {LATEST}), replace it with --force, or choose another "
                 "output_dir"
             )
-        if (output_dir / WEIGHTS).exists():
+        if (output_dir / WEIGHTS_FILE).exists():
             raise ConfigError(
-                f"output_dir {output_dir} holds {WEIGHTS} of an earlier run; choose another output_dir, or replace it "
-                "with --force"
+                f"output_dir {output_dir} has {WEIGHTS_FILE} of an earlier run; choose another "
+                "output_dir, or replace it with --force"
             )
         return None
     if wanted == LATEST:
         if not found:
-            raise ConfigError(f"resume_from_checkpoint = {LATEST!r}, but {output_dir} holds no checkpoint-* folder")
+            raise ConfigError(f"resume_from_checkpoint = {LATEST!r}, but {output_dir} has no checkpoint-* folder")
         return found[-1]
     for folder in (Path(wanted), output_dir / wanted):
-        if (folder / STATE).is_file():
+        if (folder / STATE_FILE).is_file():
             return folder
     names = ", ".join(path.name for path in found) or "none"
-    raise ConfigError(f"resume_from_checkpoint = {wanted!r} is no checkpoint folder; in {output_dir}: {names}")
+    raise ConfigError(f"resume_from_checkpoint = {wanted!r} is not a checkpoint folder; {output_dir} has {names}")
 
 
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`."""
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints in `output_dir`, so that at most `limit` remain.
+
+    None deletes nothing.
+    """
     if limit is not None:
-        for path in existing(output_dir)[:-limit]:
+        for path in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(path)
 
 
-def remove_all(output_dir: Path) -> None:
-    """Remove every checkpoint."""
-    for path in existing(output_dir):
+def remove_checkpoints(output_dir: Path) -> None:
+    """Delete every complete checkpoint in `output_dir`."""
+    for path in list_checkpoints(output_dir):
         shutil.rmtree(path)
 
 
-def remove_interrupted(output_dir: Path) -> None:
-    """Remove the checkpoints that are there only because training was interrupted."""
-    for path in existing(output_dir):
-        if (path / INTERRUPTED).is_file():
+def remove_interrupted_checkpoints(output_dir: Path) -> None:
+    """Delete the checkpoints that exist only because training was interrupted.
+
+    See `interrupted` of `save_checkpoint`.
+    """
+    for path in list_checkpoints(output_dir):
+        if (path / INTERRUPTED_FILE).is_file():
             shutil.rmtree(path)
 
 
-def _random_state() -> dict[str, Any]:
+def _capture_random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}

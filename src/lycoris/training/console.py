@@ -1,4 +1,4 @@
-"""Telling the user something, word for word."""
+"""Printing text to the user's console without interpreting it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def say(console: Console, text: str) -> None:
-    """Print `text` as it is: square brackets and colons in paths and captions mean nothing, and no line is folded."""
+def print_verbatim(console: Console, text: str) -> None:
+    """Print `text` unchanged.
+
+    Square brackets and colons in paths and captions are not markup or emoji here, nothing is highlighted, and long
+    lines are not wrapped.
+    """
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Images and captions: from a folder or a sheet, checked, split into training and held-out."""
+"""Images and captions: read from a folder or a sheet, checked, and split into training and held-out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from lycoris.json_io import read_json, read_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-NAMED = 10
-"""How many bad files an error names one by one before it only counts."""
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MAX_SHOWN_PROBLEMS = 10
+"""Number of bad files that an error lists; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image, opened when needed, and its caption."""
+    """One image and its caption.
+
+    `name` identifies it in messages and fingerprints; `open()` decodes the image each time it is called.
+    """
 
     name: str
     caption: str
@@ -34,41 +37,53 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Every usable example, and one line on each that is not."""
+    """The usable examples, and one line about each that is not."""
 
     usable: list[Example]
     problems: list[str] = field(default_factory=list)
     unused: str | None = None
-    """One line on files that are neither an image nor the caption of one; None when there are none."""
+    """One line about files that are neither an image nor its caption; None when there are none."""
 
 
-def read(source: Path, *, skip_unreadable: bool = False) -> Examples:
+def read_examples(source: Path, *, skip_unreadable: bool = False) -> Examples:
     """Find and check all examples of a folder or a sheet.
 
-    Every image is decoded once, so that a broken one is found now and not in the middle of a run.
-    Raises ConfigError when there is none, or, unless `skip_unreadable`, when any cannot be used: named and counted.
+    A folder has images with a caption in a text file of the same name; a sheet is a JSON file that cuts one image into
+    tiles. Every image is decoded once, so that a damaged one is found now and not in the middle of a run.
+
+    Raises `ConfigError`, which names and counts the problems, when there is no usable example or, unless
+    `skip_unreadable`, when any image or caption cannot be used.
     """
     if source.is_dir():
-        found = _folder(source)
+        found = _read_folder(source)
     elif source.suffix == ".json" and source.is_file():
-        found = _sheet(source)
+        found = _read_sheet(source)
     else:
         raise ConfigError(f"instance_data_dir = {str(source)!r} is neither a folder of images nor a sheet (.json)")
-    broken = {example.name: why for example in found.usable if (why := _why_unreadable(example))}
+    broken = {example.name: why for example in found.usable if (why := _explain_unreadable(example))}
     usable = [example for example in found.usable if example.name not in broken]
     problems = [*found.problems, *(f"{name}: not a readable image ({why})" for name, why in broken.items())]
     if problems and not (skip_unreadable and usable):
-        raise ConfigError(_complaint(source, usable, problems))
+        raise ConfigError(_describe_problems(source, usable, problems))
     if not usable:
         others = f"; {found.unused}" if found.unused else ""
-        raise ConfigError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}{others}")
+        raise ConfigError(f"{source} holds no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}{others}")
     return Examples(usable, problems, found.unused)
 
 
-def split(
+def split_examples(
     examples: Sequence[Example], *, count: int, seed: int, inside: Iterable[str] = (), outside: Iterable[str] = ()
 ) -> tuple[list[Example], list[Example]]:
-    """(training, held out). Captions in `outside` are held out, and `count` others, never one of `inside`."""
+    """Split examples into (training, held out), both in the given order.
+
+    Args:
+        count: Number of images drawn at random for the held-out part, in addition to those of `outside`.
+        seed: Decides which ones are drawn.
+        inside: Captions that are never held out.
+        outside: Captions that are always held out.
+
+    Raises `ConfigError` when fewer than `count` images may be held out, or when none is left to train on.
+    """
     inside, outside = set(inside), set(outside)
     free = [i for i, example in enumerate(examples) if example.caption not in inside | outside]
     if count > len(free):
@@ -81,8 +96,12 @@ def split(
     return training, [example for example, out in zip(examples, held, strict=True) if out]
 
 
-def pixels(example: Example, resolution: int) -> torch.Tensor:
-    """(3, resolution, resolution) in [-1, 1], the range of the VAE: centre square, resized; alpha lies on white."""
+def load_pixels(example: Example, resolution: int) -> torch.Tensor:
+    """Return the image as (3, resolution, resolution) in [-1, 1], the range of the VAE.
+
+    The EXIF orientation is applied, transparent parts are put on white, and the largest central square is resized with
+    Lanczos.
+    """
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(example.open()).convert("RGBA")
@@ -91,7 +110,7 @@ def pixels(example: Example, resolution: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _folder(folder: Path) -> Examples:
+def _read_folder(folder: Path) -> Examples:
     examples, problems = [], []
     images = sorted(each for each in folder.iterdir() if _is_image(each))
     for path in images:
@@ -104,33 +123,33 @@ def _folder(folder: Path) -> Examples:
             if text is None:
                 problems.append(f"{path.name}: no caption, expected {caption.name}")
             elif text:
-                examples.append(Example(path.name, text, partial(_open, path)))
+                examples.append(Example(path.name, text, partial(_open_image, path)))
             else:
                 problems.append(f"{path.name}: its caption {caption.name} is empty")
     return Examples(examples, problems, _describe_unused(folder, images))
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
 
 
 def _describe_unused(folder: Path, images: Sequence[Path]) -> str | None:
     used = {*images, *(path.with_suffix(".txt") for path in images)}
-    beside = [path for path in folder.iterdir() if path.is_file() and path not in used]
+    other = [path for path in folder.iterdir() if path.is_file() and path not in used]
     below = [path for path in folder.glob("*/**/*") if _is_image(path)]
-    names = sorted(str(path.relative_to(folder)) for path in (*beside, *below) if not path.name.startswith("."))
+    names = sorted(str(path.relative_to(folder)) for path in (*other, *below) if not path.name.startswith("."))
     if not names:
         return None
     count = f"{len(names)} file{'s' if len(names) > 1 else ''} in {folder} not used"
-    return f"{count} (neither an image nor its caption, or in a subfolder): {_some(names)}"
+    return f"{count} (neither an image nor its caption, or in a subfolder): {_shorten_names(names)}"
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def _shorten_names(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _sheet(path: Path) -> Examples:
-    """Square tiles in one image: `{"image": "x.png", "pixels": 64, "columns": 20, "items": [{"caption": "cat"}]}`."""
+def _read_sheet(path: Path) -> Examples:
+    """Read tiles of one image: `{"image": "x.png", "pixels": 64, "columns": 20, "items": [{"caption": "a"}]}`."""
     sheet = read_json(path)
     try:
         name, size, columns = str(sheet["image"]), int(sheet["pixels"]), int(sheet["columns"])
@@ -138,14 +157,15 @@ def _sheet(path: Path) -> Examples:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not a sheet; expected image, pixels, columns, items[].caption: {error}") from None
     if Path(name).name != name:
-        raise ConfigError(f"{path}: image = {name!r} must be the name of a file beside the sheet")
+        raise ConfigError(f"{path}: image = {name!r} must be the name of a file in the folder of the sheet")
     try:
-        grid = _open(path.parent / name)
-    except Exception as error:  # as in _why_unreadable
+        grid = _open_image(path.parent / name)
+    except Exception as error:  # as in _explain_unreadable
         raise ConfigError(f"{path}: {name} is not a readable image ({error})") from None
     if size < 1 or columns < 1 or grid.width < columns * size or grid.height < -(-len(captions) // columns) * size:
         raise ConfigError(
-            f"{path}: {len(captions)} tiles in {columns} columns of {size} pixels need more than {grid.size}"
+            f"{path}: {len(captions)} tiles of {size} pixels in {columns} columns need a larger image than "
+            f"{grid.width}x{grid.height}"
         )
 
     def tile(index: int) -> Image:
@@ -157,7 +177,7 @@ def _sheet(path: Path) -> Examples:
     return Examples([each for each in tiles if each.caption], problems)
 
 
-def _why_unreadable(example: Example) -> str | None:
+def _explain_unreadable(example: Example) -> str | None:
     try:
         example.open()
     except Exception as error:  # PIL's decoders raise any type, and their own for an image that is too large
@@ -165,16 +185,16 @@ def _why_unreadable(example: Example) -> str | None:
     return None
 
 
-def _open(path: Path) -> Image:
+def _open_image(path: Path) -> Image:
     from PIL import Image
 
     with Image.open(path) as image:
         image.load()
-        return _eight_bits(image)
+        return _convert_to_eight_bits(image)
 
 
-def _eight_bits(image: Image) -> Image:
-    """Grey levels of 16 bits scaled to 8, which PIL's own conversion clips; ValueError when their range is unknown."""
+def _convert_to_eight_bits(image: Image) -> Image:
+    """Scale 16-bit gray levels to 8 bits, which PIL would clip. Raises `ValueError` when their range is unknown."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I": older Pillow
@@ -186,8 +206,8 @@ def _eight_bits(image: Image) -> Image:
     return image
 
 
-def _complaint(source: Path, usable: list[Example], problems: list[str]) -> str:
-    shown = "".join(f"\n  {line}" for line in problems[:NAMED])
-    more = f"\n  and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-    cure = "mend them, or set skip_unreadable_images to true to train on the rest" if usable else "none is left"
+def _describe_problems(source: Path, usable: list[Example], problems: list[str]) -> str:
+    shown = "".join(f"\n  {line}" for line in problems[:MAX_SHOWN_PROBLEMS])
+    more = f"\n  and {len(problems) - MAX_SHOWN_PROBLEMS} more" if len(problems) > MAX_SHOWN_PROBLEMS else ""
+    cure = "fix them, or set skip_unreadable_images to true to train on the rest" if usable else "none is left"
     return f"{source}: {len(problems)} of {len(usable) + len(problems)} images cannot be used; {cure}:{shown}{more}"

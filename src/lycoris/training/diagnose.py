@@ -1,4 +1,4 @@
-"""What to tell somebody whose training became NaN."""
+"""What to try when training became NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request that the loop reads, not an exception in the middle of a step."""
+"""Ctrl-C as a request that the training loop reads, instead of an exception in the middle of a step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from types import FrameType
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed; a second press interrupts at once, as usual.
+def catch_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed.
 
-    Outside the main thread, where Python delivers no signals, the answer is always no.
+    A second press interrupts at once, as usual. The handler from before is restored on exit. Outside the main thread,
+    where Python delivers no signals, the function always returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

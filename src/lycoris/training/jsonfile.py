@@ -1,4 +1,4 @@
-"""Writing files so that no half file is ever there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 
 def write_object(value: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object atomically."""
+    """Write a JSON object to `path` atomically, indented and in UTF-8."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: `path` is old or new, never half.
+    """Let `write` fill a temporary file, then rename it to `path`, which is therefore either old or complete.
 
-    The temporary name keeps the suffix, by which many writers choose the format.
+    The temporary file is in the same folder and has the same suffix, by which many writers choose the format. It is
+    removed when `write` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")

@@ -1,4 +1,4 @@
-"""The denoising loss: how far the model's prediction is from what the noise schedule asks for."""
+"""The denoising loss: the distance between the model's prediction and the target of the noise schedule."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from lycoris.errors import ConfigError
-from lycoris.training.cache import Cached
+from lycoris.training.cache import CachedExamples
 
 EVALUATED_AT = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-"""The held-out loss is the mean over these parts of the noise schedule (0 clean, 1 pure noise)."""
+"""Fractions of the noise schedule over which the held-out loss is averaged: 0 is clean, 1 pure noise."""
 EVALUATION_SEED = 5
 
 Predict: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -22,7 +22,7 @@ Predict: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents (B, C, H, W), noise of the same shape, timesteps (B,) and text (B, L, D)."""
+    """One batch: clean latents (B, C, H, W), noise of the same shape, timesteps (B,) and text embeddings (B, L, D)."""
 
     clean: torch.Tensor
     noise: torch.Tensor
@@ -30,18 +30,23 @@ class Batch:
     text: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
         return Batch(*(value.to(device) for value in (self.clean, self.noise, self.timesteps, self.text)))
 
 
-def training_scheduler(pipe_scheduler: Any) -> Any:
-    """The noise schedule that the pipeline's sampler was configured from."""
+def build_noise_schedule(pipe_scheduler: Any) -> Any:
+    """Return a `DDPMScheduler` with the noise schedule that the pipeline's sampler is configured with."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler.from_config(pipe_scheduler.config)
 
 
-def target(scheduler: Any, batch: Batch) -> torch.Tensor:
-    """What the model should predict: the noise ε, the clean sample, or v = √ᾱ·ε − √(1−ᾱ)·x₀."""
+def compute_target(scheduler: Any, batch: Batch) -> torch.Tensor:
+    """Return what the model should predict, by `prediction_type` of the scheduler.
+
+    "epsilon" is the noise ε, "sample" the clean latents x₀, "v_prediction" the velocity v = √ᾱ·ε - √(1-ᾱ)·x₀
+    (arXiv:2202.00512). Raises `ConfigError` for another type.
+    """
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return batch.noise
@@ -51,19 +56,28 @@ def target(scheduler: Any, batch: Batch) -> torch.Tensor:
         velocity: torch.Tensor = scheduler.get_velocity(batch.clean, batch.noise, batch.timesteps)
         return velocity
     raise ConfigError(
-        f"the scheduler's prediction_type {kind!r} is not known; expected epsilon, sample or v_prediction"
+        f"the scheduler's prediction_type {kind!r} is not supported; expected epsilon, sample or v_prediction"
     )
 
 
-def denoising_loss(predict: Predict, scheduler: Any, batch: Batch) -> torch.Tensor:
-    """Mean squared error of the prediction, in float32."""
+def compute_denoising_loss(predict: Predict, scheduler: Any, batch: Batch) -> torch.Tensor:
+    """Return the mean squared error between prediction and target, computed in float32.
+
+    `predict` gets the clean latents with noise added at `batch.timesteps`. The mean is over all elements of the batch.
+    """
     noisy = scheduler.add_noise(batch.clean, batch.noise, batch.timesteps)
-    return F.mse_loss(predict(noisy, batch.timesteps, batch.text).float(), target(scheduler, batch).float())
+    return F.mse_loss(predict(noisy, batch.timesteps, batch.text).float(), compute_target(scheduler, batch).float())
 
 
 @torch.no_grad()
-def held_out_loss(predict: Predict, scheduler: Any, data: Cached, device: torch.device, batch_size: int = 16) -> float:
-    """Mean loss over `data` at fixed timesteps with fixed noise: the same question to every model."""
+def compute_held_out_loss(
+    predict: Predict, scheduler: Any, data: CachedExamples, device: torch.device, batch_size: int = 16
+) -> float:
+    """Return the mean loss over `data` at fixed timesteps and with fixed noise, the same for every model.
+
+    The timesteps are the fractions `EVALUATED_AT` of the noise schedule; the noise depends only on `EVALUATION_SEED`
+    and on the number of examples. The global random state is not used.
+    """
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     steps = scheduler.config.num_train_timesteps
     total = 0.0
@@ -73,5 +87,5 @@ def held_out_loss(predict: Predict, scheduler: Any, data: Cached, device: torch.
         timesteps = torch.full((len(data),), int(part * steps))
         for rows in (slice(start, start + batch_size) for start in places):
             batch = Batch(data.latents[rows], noise[rows], timesteps[rows], data.text[rows]).to(device)
-            total += denoising_loss(predict, scheduler, batch).item() * len(batch.clean)
+            total += compute_denoising_loss(predict, scheduler, batch).item() * len(batch.clean)
     return total / (len(data) * len(EVALUATED_AT))

@@ -1,4 +1,4 @@
-"""A run: what its steps use, what it has measured, and its checkpoints."""
+"""A training run: its components, what it has measured, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lycoris.errors import ConfigError
 from lycoris.targeting.planning import Plan
 from lycoris.targeting.recipe import Recipe
 from lycoris.training import cache, checkpoint, objective
-from lycoris.training.preflight import Checked
+from lycoris.training.preflight import CheckedInputs
 from lycoris.training.settings import FREE_ON_RESUME, Settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """What a run has measured: one loss per step, held-out losses by step, and the seconds its steps took."""
+    """What a run has measured so far.
+
+    `losses` has one entry per optimizer step, `held_out` maps steps to held-out losses, and `seconds` is the time spent
+    in steps, without measurements and checkpoints.
+    """
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
@@ -45,10 +49,10 @@ class Best:
 
 
 @dataclass
-class Run:
-    """A run that can take steps."""
+class TrainingRun:
+    """A run that is ready to take steps, or has taken `step` of them."""
 
-    checked: Checked
+    checked: CheckedInputs
     accelerator: Any
     pipe: StableDiffusionPipeline
     plan: Plan
@@ -56,20 +60,23 @@ class Run:
     noise_schedule: Any
     optimizer: Any
     rates: Any
-    training: cache.Cached
-    held_out: cache.Cached | None
+    training: cache.CachedExamples
+    held_out: cache.CachedExamples | None
     no_text: torch.Tensor
     history: History
     step: int = 0
     best: Best | None = None
-    """With `keep_best`, from the first measurement on."""
+    """Set with `keep_best`, from the first measurement on."""
 
     @property
     def settings(self) -> Settings:
         return self.checked.settings
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The adapted denoiser. The timesteps are in force only for this call."""
+        """Return the adapted denoiser's prediction, with rank masks for these timesteps.
+
+        The timesteps are set for this call only. Shapes as in `lycoris.training.objective.Predict`.
+        """
         self.adapters.set_timesteps(timesteps)
         try:
             with self.accelerator.autocast():
@@ -79,28 +86,44 @@ class Run:
             self.adapters.set_timesteps(None)
 
     def held_out_loss(self) -> float | None:
-        """None when nothing is held out."""
+        """Compute the held-out loss in eval mode.
+
+        Returns None when nothing is held out. Timesteps and noise are the same in every call, so the values of a run
+        are comparable.
+        """
         if self.held_out is None:
             return None
-        with evaluating(self.pipe.unet):
-            return objective.held_out_loss(self.predict, self.noise_schedule, self.held_out, self.accelerator.device)
+        with use_eval_mode(self.pipe.unet):
+            return objective.compute_held_out_loss(
+                self.predict, self.noise_schedule, self.held_out, self.accelerator.device
+            )
 
     def remember_if_best(self, loss: float) -> None:
-        """Copy the adapter if its held-out loss, `loss`, is lower than any before."""
+        """Copy the adapter to CPU memory if `loss`, its held-out loss, is lower than any before.
+
+        A NaN or infinite loss is never the best.
+        """
         if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
             adapter = {name: tensor.detach().cpu().clone() for name, tensor in self.adapters.state_dict().items()}
             self.best = Best(self.step, loss, adapter)
 
     def return_to_best(self) -> int:
-        """Put the remembered adapter, if any, in place of the last step's; the step that it is from."""
+        """Replace the adapter by the remembered one, if any, and return the step it is from.
+
+        Without a remembered one, the adapter stays and the current step is returned.
+        """
         if self.best is None:
             return self.step
         self.adapters.load_state_dict(self.best.adapter)
         return self.best.step
 
 
-def save(run: Run, *, interrupted: bool = False) -> Path:
-    """Write a checkpoint of the step just taken, and remove those beyond the limit."""
+def save_run(run: TrainingRun, *, interrupted: bool = False) -> Path:
+    """Write a checkpoint of the last step to `output_dir/checkpoint-<step>`, and return that folder.
+
+    Checkpoints beyond `checkpoints_total_limit` are deleted, the oldest first. For `interrupted` see
+    `lycoris.training.checkpoint.save_checkpoint`.
+    """
     folder = run.settings.output_dir / f"checkpoint-{run.step}"
     state = {
         "step": run.step,
@@ -108,27 +131,32 @@ def save(run: Run, *, interrupted: bool = False) -> Path:
         "rates": run.rates.state_dict(),
         "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
         "history": dataclasses.asdict(run.history),
-        "settings": _binding(run.settings),
-        "images": _fingerprint(run.checked),
+        "settings": _dump_binding_settings(run.settings),
+        "images": _fingerprint_examples(run.checked),
         "best": None if run.best is None else vars(run.best),
     }
-    checkpoint.save(folder, state, run.adapters, run.checked.recipe, interrupted=interrupted)
-    checkpoint.prune(run.settings.output_dir, run.settings.checkpoints_total_limit)
+    checkpoint.save_checkpoint(folder, state, run.adapters, run.checked.recipe, interrupted=interrupted)
+    checkpoint.prune_checkpoints(run.settings.output_dir, run.settings.checkpoints_total_limit)
     return folder
 
 
-def restore(run: Run, folder: Path) -> None:
-    """Set the run to where it was when `folder` was saved."""
-    state = checkpoint.load(folder, run.adapters, run.checked.recipe)
-    if changes := _changes(state, run.checked):
+def restore_run(run: TrainingRun, folder: Path) -> None:
+    """Restore a run from a checkpoint folder: adapter, optimizer, learning rates, random state and history.
+
+    Raises `ConfigError` when settings, images or captions that decide what is trained differ from those of the
+    checkpoint (settings in `FREE_ON_RESUME` may), or when no steps are left. Raises `FileError` for a damaged
+    checkpoint.
+    """
+    state = checkpoint.load_checkpoint(folder, run.adapters, run.checked.recipe)
+    if changes := _list_changes(state, run.checked):
         raise ConfigError(
-            f"{folder} cannot be gone on from, since this is not the run that made it; undo these changes, or train "
-            "anew into another output_dir:" + "".join(f"\n  {line}" for line in changes)
+            f"{folder} cannot be resumed with other settings; undo these changes, or start a new run in another "
+            "output_dir:" + "".join(f"\n  {line}" for line in changes)
         )
     if state["step"] >= run.settings.max_train_steps:
         raise ConfigError(
             f"{folder} is at step {state['step']}, and max_train_steps is {run.settings.max_train_steps}: "
-            "nothing is left to do; raise max_train_steps, or choose another output_dir to train anew"
+            "no steps are left; raise max_train_steps, or choose another output_dir for a new run"
         )
     run.optimizer.load_state_dict(state["optimizer"])
     run.rates.load_state_dict(state["rates"])
@@ -139,40 +167,40 @@ def restore(run: Run, folder: Path) -> None:
         run.best = Best(**state["best"])
 
 
-def _binding(settings: Settings) -> dict[str, Any]:
-    """The settings that must be the same when a run goes on."""
+def _dump_binding_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed."""
     return settings.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
 
 
-def _fingerprint(checked: Checked) -> str:
-    """SHA-256 of the names and captions trained on and held out, in order: the same files anywhere are the same."""
+def _fingerprint_examples(checked: CheckedInputs) -> str:
+    """Return the SHA-256 of the names and captions of training and held-out examples, in order; paths do not matter."""
     parts = [[(example.name, example.caption) for example in part] for part in (checked.training, checked.held_out)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _changes(state: Mapping[str, Any], checked: Checked) -> list[str]:
-    """One line on everything in which a checkpoint's run differs from this one."""
-    then, now = state["settings"], _binding(checked.settings)
+def _list_changes(state: Mapping[str, Any], checked: CheckedInputs) -> list[str]:
+    """Return one line for each difference between a checkpoint's run and this one."""
+    then, now = state["settings"], _dump_binding_settings(checked.settings)
     lines = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
-    if state["images"] != _fingerprint(checked):
+    if state["images"] != _fingerprint_examples(checked):
         lines.append("the images, their captions, or which of them are held out have changed")
     return lines
 
 
-def schedule(recipe: Recipe, noise_schedule: Any) -> Any:
-    """The recipe's rank schedule over as many timesteps as the base was trained with; None when it has none."""
+def build_rank_schedule(recipe: Recipe, noise_schedule: Any) -> Any:
+    """Return the recipe's rank schedule over the base model's number of timesteps, or None when it has no schedule."""
     if recipe.schedule is None:
         return None
     return dataclasses.replace(recipe.schedule, steps=noise_schedule.config.num_train_timesteps)
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the mode before is put back."""
+def use_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in eval mode inside the context. The mode from before is restored on exit."""
     before = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Pictures from a stock pipeline with fixed seeds, and labelled grids of them."""
+"""Pictures from an unmodified pipeline with fixed seeds, and labeled grids of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ LABEL = 150
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn. Picture i starts from seed + i, whatever else is in its batch."""
+    """How pictures are drawn.
+
+    Picture i starts from seed + i, whatever else is in its batch, so the batch size does not change the start noise.
+    """
 
     size: int
     steps: int
@@ -36,7 +39,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Block:
+class PictureTable:
     """One titled table of pictures: a label and N pictures per row, a caption per column."""
 
     title: str
@@ -45,8 +48,11 @@ class Block:
 
 
 @torch.no_grad()
-def draw(pipe: Any, prompts: Sequence[str], how: Sampling) -> Pixels:
-    """One picture per prompt from any text-to-image pipeline of diffusers."""
+def draw_pictures(pipe: Any, prompts: Sequence[str], how: Sampling) -> Pixels:
+    """Draw one picture per prompt with any text-to-image pipeline of diffusers.
+
+    Returns (N, H, W, 3) in [0, 1].
+    """
     parts = []
     for start in range(0, len(prompts), how.batch_size):
         part = list(prompts[start : start + how.batch_size])
@@ -65,11 +71,14 @@ def draw(pipe: Any, prompts: Sequence[str], how: Sampling) -> Pixels:
     return np.concatenate(parts)
 
 
-def grid(blocks: Sequence[Block]) -> Image.Image:
-    """All blocks one below the other; rows are labelled on the left, columns with their prompts on top."""
+def draw_grid(blocks: Sequence[PictureTable]) -> Image.Image:
+    """Return one image with all tables below each other, row labels on the left, prompts on top.
+
+    Each picture is at least `CELL` pixels wide; smaller ones are enlarged without interpolation.
+    """
     from PIL import Image
 
-    drawn = [_block(block) for block in blocks]
+    drawn = [_draw_table(block) for block in blocks]
     sheet = Image.new("RGB", (max(each.width for each in drawn), sum(each.height for each in drawn)), "white")
     top = 0
     for each in drawn:
@@ -78,7 +87,7 @@ def grid(blocks: Sequence[Block]) -> Image.Image:
     return sheet
 
 
-def _block(block: Block) -> Image.Image:
+def _draw_table(block: PictureTable) -> Image.Image:
     from PIL import Image, ImageDraw, ImageFont
 
     side = max(CELL, block.rows[0][1].shape[1])

@@ -1,4 +1,4 @@
-"""What `config.json` may say: the settings of one training run, checked before anything is loaded."""
+"""The settings of a training run in `config.json`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lycoris.errors import ConfigError, nearest
 from lycoris.json_io import read_json
 from lycoris.targeting.recipe import Recipe
-from lycoris.training.foreign import translate
+from lycoris.training.foreign import translate_config
 
 logger = logging.getLogger("LyCORIS")
 
 LATEST = "latest"
-"""Value of `resume_from_checkpoint`: the newest checkpoint in `output_dir`."""
-LINES, SHOWN, WIDEST = 8, 8, 80
-"""What an error shows: problems one by one, names in a row, and characters of a value."""
+"""Value of `resume_from_checkpoint` for the newest checkpoint in `output_dir`."""
+MAX_PROBLEMS, MAX_SHOWN_NAMES, MAX_VALUE_LENGTH = 8, 8, 80
+"""Limits of an error message: problems, unknown names, and characters of a value."""
 
 AnyPath: TypeAlias = Annotated[Path, Field(strict=False)]
 Prompts: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
-FAMILIES = ("sd1x", "sd2x")
-"""Values of `model_family` that can be trained so far, under the names SimpleTuner gives them."""
+TRAINABLE_FAMILIES = ("sd1x", "sd2x")
+"""Values of `model_family` that can be trained, by SimpleTuner's names."""
 FILE_PATHS = ("lycoris_config", "instance_data_dir", "output_dir")
-"""Settings whose value is a path and, in a file, is meant relative to that file."""
+"""Settings that are paths; in a file, relative to that file."""
 FREE_ON_RESUME = (
     *("lycoris_config", "pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"),
     *("max_train_steps", "skip_unreadable_images", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
@@ -37,21 +37,25 @@ FREE_ON_RESUME = (
     *("validation_negative_prompt", "validation_num_inference_steps", "validation_guidance", "validation_seed"),
     *("validation_lycoris_strength", "keep_best"),
 )
-"""Settings that may differ when a run goes on: they move files or change what is shown, not what a step does.
+"""Settings that may change when a run is resumed: they move files or change what is shown, not what a step does.
 
-What the recipe and the images say is compared by content, wherever they lie.
+The recipe and the images are compared by content, wherever they are stored.
 """
 
 
 class Settings(BaseModel):
-    """One training run. Names and meaning are SimpleTuner's wherever it has the option too."""
+    """The settings of one training run. Names and meaning are SimpleTuner's wherever it has the option too.
+
+    Relative paths are relative to the working directory here; `load_settings` makes those in a file relative to that
+    file.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     model_type: Literal["lora"] = "lora"
-    """What is trained. Only adapters (`lora`) are."""
+    """What is trained: adapters (`lora`)."""
     lora_type: Literal["lycoris"] = "lycoris"
     """Which kind of adapter; the details are in `lycoris_config`."""
     lycoris_config: AnyPath
@@ -63,35 +67,35 @@ class Settings(BaseModel):
     """The base: a folder as `StableDiffusionPipeline.save_pretrained` writes it, or a repository on the hub."""
 
     instance_data_dir: AnyPath
-    """The images: a folder with `name.png` and its caption `name.txt`, or a sheet (`sheet.json` beside its PNG)."""
+    """The images: a folder with `name.png` and its caption `name.txt`, or a sheet (`sheet.json` next to its PNG)."""
     skip_unreadable_images: bool = False
-    """False: an unreadable image or a missing caption is an error. True: the rest is used and they are counted."""
+    """False: an unreadable image or a missing caption is an error. True: the rest is used, and they are counted."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
     """Side in pixels to which images are cropped and resized, in training and in the report."""
     caption_dropout_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of samples trained with an empty caption, which classifier-free guidance needs."""
     num_eval_images: Annotated[int, Field(ge=0)] = 4
-    """Images kept out of training for the held-out loss. 0 keeps out only `validation_prompts_outside`."""
+    """Images held out of training for the held-out loss. 0 holds out only those of `validation_prompts_outside`."""
 
     output_dir: AnyPath = Path("output")
     """Folder for the adapter, checkpoints, logs and the report."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """Decides the adapter's start, the order of images, noise, timesteps and the held-out images."""
+    """Seed of the adapter's initialization, the order of images, noise, timesteps and the held-out images."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
-    """How the learning rate goes on after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps in which the learning rate rises from 0."""
     max_train_steps: Annotated[int, Field(gt=0)] = 1000
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     train_batch_size: Annotated[int, Field(gt=0)] = 1
     """Images in one forward pass."""
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     """Forward passes whose gradients are averaged into one optimizer step."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    """Gradient norm clipping; 0 turns it off."""
     optimizer: Literal["adamw"] = "adamw"
     """The optimizer."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -108,23 +112,23 @@ class Settings(BaseModel):
     """Trade time for memory: recompute activations in the backward pass."""
 
     checkpointing_steps: Annotated[int, Field(ge=0)] = 500
-    """Save a checkpoint every so many steps; 0 saves one only when training is interrupted, until it is finished."""
+    """Save a checkpoint every so many steps; 0 saves one only when training is interrupted."""
     checkpoints_total_limit: Annotated[int, Field(ge=1)] | None = None
-    """Keep at most so many checkpoints, the newest; None keeps all."""
+    """Maximum number of checkpoints, of which the newest are kept; None keeps all."""
     resume_from_checkpoint: str | None = None
-    """`latest`, the path of a checkpoint folder, or its name in `output_dir`: where to go on; None starts anew."""
+    """`latest`, the path of a checkpoint folder, or its name in `output_dir`; None starts a new run."""
 
     eval_steps_interval: Annotated[int, Field(ge=0)] = 0
     """Measure the held-out loss every so many steps; 0 measures it only before and after training."""
     keep_best: bool = False
-    """Save the adapter as it was when the held-out loss, measured every `eval_steps_interval` steps, was lowest, not as
-    it was after the last step. Checkpoints hold both."""
+    """Save the adapter with the lowest held-out loss, measured every `eval_steps_interval` steps, instead of the last.
+    Checkpoints contain both."""
     validation_steps: Annotated[int, Field(ge=0)] = 0
     """Draw the validation prompts every so many steps; 0 draws them only in the final report."""
     validation_prompts: Prompts = ()
-    """Prompts of the report's first block. Images with such a caption are always trained on."""
+    """Prompts of the report's first block. Images with such a caption are never held out."""
     validation_prompts_outside: Prompts = ()
-    """Prompts of the block labelled as outside the fine-tuning set. Images with such a caption are held out."""
+    """Prompts of the block labeled as outside the fine-tuning set. Images with such a caption are held out."""
     validation_negative_prompt: str = ""
     """Negative prompt of all validation pictures."""
     validation_num_inference_steps: Annotated[int, Field(gt=0)] = 30
@@ -137,20 +141,22 @@ class Settings(BaseModel):
     """Strength of the adapter in validation pictures; the report also shows half of it."""
 
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where losses are logged; TensorBoard's files are in `output_dir/logs`."""
+    """Where losses are logged; TensorBoard files are written to `output_dir/logs`."""
 
     @field_validator("model_family")
     @classmethod
     def _family_is_supported(cls, family: str | None) -> str | None:
-        if family is not None and family not in FAMILIES:
-            raise ValueError(f"this family is not yet supported; supported so far: {', '.join(FAMILIES)}")
+        if family is not None and family not in TRAINABLE_FAMILIES:
+            raise ValueError(f"this family cannot be trained yet; supported: {', '.join(TRAINABLE_FAMILIES)}")
         return family
 
     @model_validator(mode="after")
     def _prompts_are_inside_or_outside(self) -> Settings:
         both = sorted(set(self.validation_prompts) & set(self.validation_prompts_outside))
         if both:
-            raise ValueError(f"{both} are in validation_prompts and in validation_prompts_outside; keep them in one")
+            raise ValueError(
+                f"{both} are in both validation_prompts and validation_prompts_outside; remove them from one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -161,37 +167,45 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "config") -> Settings:
-        """Check `values`; ConfigError names every wrong key, its value, and for an unknown key the nearest known one.
+        """Check `values` and return the settings. `source` is what an error calls them.
 
-        Keys may carry the leading `--` of a command line, as older SimpleTuner files have them.
+        Keys may carry the leading `--` of a command line, as older SimpleTuner files have them. Raises `ConfigError`,
+        which lists every wrong key with its value, and for an unknown key the nearest known one.
         """
         values = {key.removeprefix("--"): value for key, value in values.items()}
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = "\n".join(f"  {line}" for line in _explain(error.errors(), cls))
+            lines = "\n".join(f"  {line}" for line in _explain_problems(error.errors(), cls))
             raise ConfigError(f"{source} is not a valid training config:\n{lines}") from None
 
 
-def load(
+def load_settings(
     path: Path,
     overrides: Mapping[str, Any] | None = None,
     *,
     allow_unsupported: bool = False,
     say: Callable[[str], object] = logger.warning,
 ) -> Settings:
-    """Read a config file; `overrides` are put over it. Relative paths in the file are relative to its folder.
+    """Read a config file and return its settings.
 
-    Files of SimpleTuner's are read: `say` gets one text on what became of the keys that are not known here. Those that
-    would change what is trained are a `ConfigError`, unless they are allowed.
+    Relative paths in the file are relative to its folder. Files written for SimpleTuner are accepted: keys without a
+    counterpart are reported, and those that would change what is trained are refused.
+
+    Args:
+        overrides: Settings that replace those in the file.
+        allow_unsupported: Whether to continue when the file asks for something that is not supported.
+        say: Called with one text about the keys of SimpleTuner's, if there are any.
+
+    Raises `ConfigError` for wrong values, and for unsupported keys unless they are allowed.
     """
-    found = translate(read_json(path), {name: _takes_text(name) for name in Settings.model_fields})
+    found = translate_config(read_json(path), {name: _takes_text(name) for name in Settings.model_fields})
     if found.mapped or found.ignored or found.unsupported:
-        told = "\n".join([f"{path} has keys of SimpleTuner's:", *(f"  {line}" for line in found.lines())])
+        report = "\n".join([f"{path} has keys of SimpleTuner:", *(f"  {line}" for line in found.format_lines())])
         if found.unsupported and not allow_unsupported:
-            wrong = _problems(found.values)
-            raise ConfigError(f"{told}\n{wrong}remove them, or go on without what they ask for: --allow-unsupported")
-        say(told)
+            wrong = _list_problems(found.values)
+            raise ConfigError(f"{report}\n{wrong}remove them, or ignore them with --allow-unsupported")
+        say(report)
     values = found.values
     for key in FILE_PATHS:
         if isinstance(values.get(key), str):
@@ -206,7 +220,10 @@ def load(
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a `lycoris_config.json`. Raises `ConfigError` for one that is wrong, or that would train nothing."""
+    """Read a `lycoris_config.json` and return its recipe.
+
+    Raises `ConfigError` for wrong values, and for a multiplier of 0, at which nothing would be trained.
+    """
     given = read_json(path)
     try:
         recipe = Recipe.parse(given)
@@ -214,41 +231,41 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path}: {error}") from None
     if recipe.multiplier == 0 or not math.isfinite(recipe.multiplier):
         raise ConfigError(
-            f"{path}: multiplier = {given['multiplier']!r}, and nothing would be trained; it is the strength at which "
-            "the adapter is trained, usually 1"
+            f"{path}: multiplier = {given['multiplier']!r} would train nothing; it is the strength at which the "
+            "adapter is trained, usually 1"
         )
     return recipe
 
 
-def describe() -> str:
-    """Every setting with its default and what it is, one a line."""
+def describe_settings() -> str:
+    """Return every setting with its default and its description, one per line."""
     lines = []
     for name, entry in Settings.model_fields.items():
-        default = "needed" if entry.is_required() else json.dumps(entry.get_default(), default=str)
+        default = "required" if entry.is_required() else json.dumps(entry.get_default(), default=str)
         lines.append(f"{name} ({default}): {(entry.description or '').splitlines()[0]}")
     return "\n".join(lines)
 
 
 def _takes_text(name: str) -> bool:
-    return str in _types(Settings.model_fields[name].annotation)
+    return str in _list_types(Settings.model_fields[name].annotation)
 
 
-def _types(annotation: Any) -> set[Any]:
-    """The types in an annotation; of a choice of words, that of the words."""
+def _list_types(annotation: Any) -> set[Any]:
+    """Return the types in an annotation; of a choice of words, that of the words."""
     inner = get_args(annotation)
     return (
         {annotation}
         if not inner
-        else set().union(*({type(each)} if isinstance(each, str) else _types(each) for each in inner))
+        else set().union(*({type(each)} if isinstance(each, str) else _list_types(each) for each in inner))
     )
 
 
-def _problems(values: Mapping[str, Any]) -> str:
-    """What else is wrong with a config, as lines."""
+def _list_problems(values: Mapping[str, Any]) -> str:
+    """Return the other problems of a config, one per line."""
     try:
         Settings.model_validate(values)
     except ValidationError as error:
-        return "".join(f"  wrong: {line}\n" for line in _explain(error.errors(), Settings))
+        return "".join(f"  wrong: {line}\n" for line in _explain_problems(error.errors(), Settings))
     return ""
 
 
@@ -257,27 +274,27 @@ def _is_name_in_output_dir(resume: str, folder: Path) -> bool:
     return Path(resume).name == resume and not (folder / resume).exists()
 
 
-def _explain(problems: Sequence[Any], model: type[BaseModel]) -> list[str]:
-    """One line for each problem; many unknown keys share some."""
-    strange = {str(each["loc"][0]): each["input"] for each in problems if each["type"] == "extra_forbidden"}
+def _explain_problems(problems: Sequence[Any], model: type[BaseModel]) -> list[str]:
+    """Return one line for each problem; many unknown keys share some."""
+    unknown = {str(each["loc"][0]): each["input"] for each in problems if each["type"] == "extra_forbidden"}
     lines = [_explain_problem(each, model) for each in problems if each["type"] != "extra_forbidden"]
-    if len(lines) > LINES:
-        lines = [*lines[:LINES], f"and {len(lines) - LINES} more"]
+    if len(lines) > MAX_PROBLEMS:
+        lines = [*lines[:MAX_PROBLEMS], f"and {len(lines) - MAX_PROBLEMS} more"]
     known = list(model.model_fields)
-    close = {key: nearest(key, known, limit=1) for key in strange}
+    close = {key: nearest(key, known, limit=1) for key in unknown}
     hinted = [
-        f"unknown key {key!r}; did you mean {near[0]!r}? (its value was {_short(strange[key])})"
+        f"unknown key {key!r}; did you mean {near[0]!r}? (its value was {_shorten_repr(unknown[key])})"
         for key, near in close.items()
         if near
     ]
-    if len(hinted) > LINES:
-        hinted = [*hinted[:LINES], f"and {len(hinted) - LINES} more like these"]
+    if len(hinted) > MAX_PROBLEMS:
+        hinted = [*hinted[:MAX_PROBLEMS], f"and {len(hinted) - MAX_PROBLEMS} more like these"]
     lost = [key for key, near in close.items() if not near]
     if lost:
-        more = f", ... ({len(lost)})" if len(lost) > SHOWN else ""
-        lines.append(f"unknown key{'s' if len(lost) > 1 else ''} {', '.join(map(repr, lost[:SHOWN]))}{more}")
-    if strange:
-        hinted.append("`lycoris train --list-settings` tells every key")
+        more = f", ... ({len(lost)})" if len(lost) > MAX_SHOWN_NAMES else ""
+        lines.append(f"unknown key{'s' if len(lost) > 1 else ''} {', '.join(map(repr, lost[:MAX_SHOWN_NAMES]))}{more}")
+    if unknown:
+        hinted.append("`lycoris train --list-settings` lists all keys")
     return [*lines, *hinted]
 
 
@@ -288,9 +305,9 @@ def _explain_problem(problem: Any, model: type[BaseModel]) -> str:
         return f"{key} is missing: {model.model_fields[key].description}"
     if not key:
         return str(message)
-    return f"{key} = {_short(problem['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{key} = {_shorten_repr(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _short(value: Any) -> str:
+def _shorten_repr(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= WIDEST else f"{shown[:WIDEST]}..."
+    return shown if len(shown) <= MAX_VALUE_LENGTH else f"{shown[:MAX_VALUE_LENGTH]}..."

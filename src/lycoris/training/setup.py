@@ -1,4 +1,4 @@
-"""From checked inputs to a run that can take steps."""
+"""The setup of a run from checked inputs."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.errors import ConfigError, PlanError
 from lycoris.targeting.planning import Plan
 from lycoris.training import base_model, cache, objective
-from lycoris.training.console import say
-from lycoris.training.preflight import Checked
-from lycoris.training.run import History, Run, restore, schedule
+from lycoris.training.console import print_verbatim
+from lycoris.training.preflight import CheckedInputs
+from lycoris.training.run import History, TrainingRun, build_rank_schedule, restore_run
 from lycoris.training.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def prepare(checked: Checked, console: Console) -> Run:
-    """Load the base, put the adapters on it, encode the images, and restore the checkpoint if there is one."""
+def prepare_run(checked: CheckedInputs, console: Console) -> TrainingRun:
+    """Load the base model, attach the adapters, encode the images, and restore the checkpoint if there is one.
+
+    Progress and warnings about truncated captions go to `console`. Raises `ConfigError`, `PlanError` or `FileError`.
+    """
     settings = checked.settings
-    accelerator = _accelerator(settings)
-    pipe = base_model.load(settings, accelerator.device)
-    noise_schedule = objective.training_scheduler(pipe.scheduler)
+    accelerator = _create_accelerator(settings)
+    pipe = base_model.load_base_model(settings, accelerator.device)
+    noise_schedule = objective.build_noise_schedule(pipe.scheduler)
     torch.manual_seed(settings.seed)
-    plan = _plan(checked, pipe)
+    plan = _plan_adapters(checked, pipe)
     adapters = AdapterSet.build(pipe.unet, plan)
-    adapters.schedule = schedule(checked.recipe, noise_schedule)
+    adapters.schedule = build_rank_schedule(checked.recipe, noise_schedule)
     adapters.set_strength(checked.recipe.multiplier)
     adapters.attach()
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    _warn_of_cut_captions(pipe, checked, console)
-    training, held_out = _encode(pipe, checked, console)
-    optimizer, rates = accelerator.prepare(*_optimizer(settings, adapters))
-    run = Run(
+    _warn_of_truncated_captions(pipe, checked, console)
+    training, held_out = _encode_images(pipe, checked, console)
+    optimizer, rates = accelerator.prepare(*_create_optimizer(settings, adapters))
+    run = TrainingRun(
         checked, accelerator, pipe, plan, adapters, noise_schedule, optimizer, rates, training, held_out,
         cache.encode_text(pipe, [""])[0], History(),
     )  # fmt: skip
     if checked.resume is not None:
-        restore(run, checked.resume)
+        restore_run(run, checked.resume)
     return run
 
 
-def _plan(checked: Checked, pipe: Any) -> Plan:
+def _plan_adapters(checked: CheckedInputs, pipe: Any) -> Plan:
     try:
         return checked.recipe.plan(pipe.unet)
     except (ConfigError, PlanError) as error:
         raise type(error)(f"{checked.settings.lycoris_config}: {error}") from None
 
 
-def _accelerator(settings: Settings) -> Any:
+def _create_accelerator(settings: Settings) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
@@ -63,12 +66,12 @@ def _accelerator(settings: Settings) -> Any:
     )
     if accelerator.num_processes > 1:
         raise ConfigError(
-            f"training runs in one process so far, not in {accelerator.num_processes}; start it without a launcher"
+            f"training supports one process, not {accelerator.num_processes}; start it without a launcher"
         )
     return accelerator
 
 
-def _optimizer(settings: Settings, adapters: AdapterSet) -> tuple[Any, Any]:
+def _create_optimizer(settings: Settings, adapters: AdapterSet) -> tuple[Any, Any]:
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.AdamW(
@@ -87,25 +90,27 @@ def _optimizer(settings: Settings, adapters: AdapterSet) -> tuple[Any, Any]:
     return optimizer, rates
 
 
-def _warn_of_cut_captions(pipe: Any, checked: Checked, console: Console) -> None:
+def _warn_of_truncated_captions(pipe: Any, checked: CheckedInputs, console: Console) -> None:
     captions = [example.caption for example in (*checked.training, *checked.held_out)]
-    cut = cache.cut_captions(pipe, captions)
+    cut = cache.find_truncated_captions(pipe, captions)
     if cut:
-        say(
+        print_verbatim(
             console,
             f"{len(cut)} of {len(captions)} captions are longer than the text encoder's "
-            f"{pipe.tokenizer.model_max_length} tokens; the rest is not seen, as in: {cut[0]!r}",
+            f"{pipe.tokenizer.model_max_length} tokens and are truncated, for example {cut[0]!r}",
         )
 
 
-def _encode(pipe: Any, checked: Checked, console: Console) -> tuple[cache.Cached, cache.Cached | None]:
+def _encode_images(
+    pipe: Any, checked: CheckedInputs, console: Console
+) -> tuple[cache.CachedExamples, cache.CachedExamples | None]:
     from rich.progress import Progress
 
     count = len(checked.training) + len(checked.held_out)
     resolution = checked.settings.resolution
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("encoding images and captions", total=count)
-        training = cache.encode(pipe, checked.training, resolution, lambda n: progress.advance(task, n))
+        training = cache.encode_examples(pipe, checked.training, resolution, lambda n: progress.advance(task, n))
         if not checked.held_out:
             return training, None
-        return training, cache.encode(pipe, checked.held_out, resolution, lambda n: progress.advance(task, n))
+        return training, cache.encode_examples(pipe, checked.held_out, resolution, lambda n: progress.advance(task, n))

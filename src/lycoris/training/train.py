@@ -1,4 +1,4 @@
-"""One call that trains an adapter from settings to report."""
+"""Training an adapter in one call, from settings to report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lycoris.training import checkpoint, report
-from lycoris.training.console import say
-from lycoris.training.evaluate import measure
-from lycoris.training.loop import fit
-from lycoris.training.preflight import Checked, check
-from lycoris.training.run import Run
+from lycoris.training.console import print_verbatim
+from lycoris.training.evaluate import measure_adapter
+from lycoris.training.loop import run_training_steps
+from lycoris.training.preflight import CheckedInputs, check_inputs
+from lycoris.training.run import TrainingRun
 from lycoris.training.settings import Settings
-from lycoris.training.setup import prepare
+from lycoris.training.setup import prepare_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,48 +24,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind; `report` is None when Ctrl-C stopped it, and `checkpoint` is where it can go on."""
+    """What a run left behind.
+
+    `report` is None when Ctrl-C ended the run early; `checkpoint` is then the folder from which it can be resumed.
+    """
 
     adapter: Path
-    report: report.Report | None
+    report: report.RunReport | None
     checkpoint: Path | None = None
 
 
-def train(settings: Settings, console: Console, *, overwrite: bool = False) -> Outcome:
-    """Check, train, save the adapter, reload it from its file into a fresh pipeline, and report.
+def train_adapter(settings: Settings, console: Console, *, overwrite: bool = False) -> Outcome:
+    """Train an adapter, save it, reload the file into a fresh pipeline, and write a report.
 
-    `overwrite` replaces the run that `output_dir` holds, its checkpoints included. Raises ConfigError, PlanError or
-    FileError before anything is written, and NotFiniteError when training diverges.
+    Progress is printed to `console`. `overwrite` replaces the run in `output_dir`, including its checkpoints.
+
+    Raises `ConfigError`, `PlanError` or `FileError` before anything is written, and `NotFiniteError` when training
+    diverges.
     """
     started = time.perf_counter()
-    checked = check(settings, overwrite=overwrite)
+    checked = check_inputs(settings, overwrite=overwrite)
     _announce(checked, console)
-    with _fresh_accelerate():
-        run = prepare(checked, console)
-        say(console, str(run.plan))
+    with _reset_accelerate():
+        run = prepare_run(checked, console)
+        print_verbatim(console, str(run.plan))
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         if checked.resume is None:
-            # Nothing, or what `overwrite` gave up: the new run's checkpoints must not be taken for its own.
-            checkpoint.remove_all(settings.output_dir)
+            # With `overwrite`, old checkpoints would be mistaken for those of the new run.
+            checkpoint.remove_checkpoints(settings.output_dir)
         run.accelerator.init_trackers("logs")
-        finished = fit(run, console)
+        finished = run_training_steps(run, console)
         run.accelerator.end_training()
         step_saved = run.return_to_best()
         adapter = checkpoint.write_adapter(run.adapters, checked.recipe, settings.output_dir)
         if not finished:
             return Outcome(adapter, None, settings.output_dir / f"checkpoint-{run.step}")
         if step_saved != run.step:
-            say(console, f"keeping the adapter of step {step_saved}, where the held-out loss was lowest")
-        say(console, f"saved {adapter}; reloading it into a fresh pipeline")
-        outcome = Outcome(adapter, _report(run, adapter, step_saved, started, console))
+            print_verbatim(console, f"using the adapter of step {step_saved}, which has the lowest held-out loss")
+        print_verbatim(console, f"saved {adapter}; reloading it into a fresh pipeline")
+        outcome = Outcome(adapter, _report_run(run, adapter, step_saved, started, console))
         if settings.checkpointing_steps == 0:
-            checkpoint.remove_interrupted(settings.output_dir)
+            checkpoint.remove_interrupted_checkpoints(settings.output_dir)
         return outcome
 
 
-def _report(run: Run, adapter: Path, step_saved: int, started: float, console: Console) -> report.Report:
-    measured = measure(run, adapter)
-    numbers = report.Report(
+def _report_run(run: TrainingRun, adapter: Path, step_saved: int, started: float, console: Console) -> report.RunReport:
+    measured = measure_adapter(run, adapter)
+    numbers = report.RunReport(
         adapter=str(adapter),
         base=run.settings.pretrained_model_name_or_path,
         prompt=next(iter((*run.settings.validation_prompts, *(each.caption for each in run.checked.training)))),
@@ -86,25 +91,25 @@ def _report(run: Run, adapter: Path, step_saved: int, started: float, console: C
         seconds_training=run.history.seconds,
         seconds_total=time.perf_counter() - started,
     )
-    written = report.write(numbers, measured, run.history, run.settings.output_dir)
-    report.summarise(numbers, [adapter, *written], console)
+    written = report.write_report(numbers, measured, run.history, run.settings.output_dir)
+    report.print_summary(numbers, [adapter, *written], console)
     return numbers
 
 
-def _announce(checked: Checked, console: Console) -> None:
+def _announce(checked: CheckedInputs, console: Console) -> None:
     counts = (len(checked.training), len(checked.held_out), len(checked.skipped))
-    say(console, "{} images to train on, {} held out, {} skipped".format(*counts))
+    print_verbatim(console, "{} images to train on, {} held out, {} skipped".format(*counts))
     for problem in checked.skipped:
-        say(console, f"  skipped {problem}")
+        print_verbatim(console, f"  skipped {problem}")
     if checked.unused:
-        say(console, f"  {checked.unused}")
+        print_verbatim(console, f"  {checked.unused}")
     if checked.resume is not None:
-        say(console, f"going on from {checked.resume}")
+        print_verbatim(console, f"resuming from {checked.resume}")
 
 
 @contextmanager
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings for the whole process; forget them, so that a second run may choose others."""
+def _reset_accelerate() -> Iterator[None]:
+    """Reset accelerate's process-wide state on exit, so that a second run may choose other settings."""
     from accelerate.state import AcceleratorState, GradientState
 
     try:

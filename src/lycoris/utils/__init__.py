@@ -1,4 +1,4 @@
-"""Folding a file into the models of a pipeline, extracting one, and small functions beside."""
+"""Merging a file into the models of a pipeline, extracting one, and small functions."""
 
 from lycoris.compat.compvis import convert_diffusers_name_to_compvis
 from lycoris.compat.extract import extract_diff

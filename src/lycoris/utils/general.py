@@ -1,4 +1,4 @@
-"""Numbers."""
+"""A function for numbers."""
 
 from lycoris.compat.values import product
 

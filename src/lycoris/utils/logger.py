@@ -1,4 +1,4 @@
-"""The logger of this library. Importing this changes nothing about it."""
+"""The logger of this library. Importing this module does not configure it."""
 
 from lycoris.compat.messages import ColoredFormatter, logger
 

@@ -1,4 +1,4 @@
-"""Classes of quantised layers, as far as the packages that have them are installed; looked for when asked."""
+"""Classes of quantized layers in the packages that are installed, imported on demand."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Algorithms as functions of tensors: `weight_gen`, `diff_weight` and `bypass_forward_diff` each.
+"""The functions of `lycoris.functional`: `weight_gen`, `diff_weight` and `bypass_forward_diff` of each algorithm.
 
-`backend` names a kernel in lycoris-lora; here there is one way, and it is ignored.
+`backend` selects a kernel in lycoris-lora; there is one implementation here, and it is ignored.
 """

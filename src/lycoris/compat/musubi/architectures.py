@@ -1,4 +1,4 @@
-"""Which blocks of a model are meant, by the classes that it has in the code that Musubi Tuner runs."""
+"""Which blocks of a model Musubi Tuner trains, by the classes of its code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from lycoris.models.families import DENOISERS
 from lycoris.models.families.family import MusubiTargets
 
 
-def detect(model: nn.Module) -> MusubiTargets:
-    """What is trained of a model. Raises `ConfigError` when none of the classes is present, naming those that are.
+def detect_musubi_targets(model: nn.Module) -> MusubiTargets:
+    """Return what Musubi Tuner trains of a model.
 
-    Of several that fit, the one whose classes are all there, and then the one with the most: HunyuanVideo-1.5 has only
-    one of HunyuanVideo's two.
+    Of several architectures that match, one whose classes are all present is preferred, then the one with the most:
+    HunyuanVideo-1.5 has one of HunyuanVideo's two classes. Raises `ConfigError` when none matches, with the model's
+    classes.
     """
     have = {type(module).__name__ for module in model.modules()}
     known = [each.musubi_targets for each in DENOISERS if each.musubi_targets is not None]
@@ -26,7 +27,7 @@ def detect(model: nn.Module) -> MusubiTargets:
     if not fit(best)[1]:
         names = dict.fromkeys(name for each in known for name in each.targets)
         raise ConfigError(
-            f"{type(model).__name__} is of no known architecture: it has none of {', '.join(names)}. It has "
-            f"{', '.join(sorted(have))}. lycoris.kohya takes targets from a preset"
+            f"{type(model).__name__} is not a known architecture: it has none of {', '.join(names)}. It has "
+            f"{', '.join(sorted(have))}. For other models use lycoris.kohya with a preset"
         )
     return best

@@ -1,33 +1,21 @@
-"""The functions that Musubi Tuner calls on a network module, for one algorithm."""
+"""The functions that Musubi Tuner calls on a network module."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableSet, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from lycoris.compat.inside import Make
-from lycoris.compat.merge_weight import merge_weight
+from lycoris.compat.interface import NetworkInterface
 from lycoris.compat.musubi import network
-from lycoris.compat.musubi.architectures import detect
+from lycoris.compat.musubi.architectures import detect_musubi_targets
 from lycoris.compat.musubi.network import MusubiNetwork
 from lycoris.compat.patterns import KEYWORDS, Patterns, parse_expressions
 
 
-@dataclass(frozen=True)
-class Interface:
-    """One algorithm's; a network module has these methods as its functions."""
-
-    name: str
-    """Of the algorithm."""
-    marks: tuple[str, ...]
-    """Tensor names, of which any tells that a layer has it."""
-    make: Make
-    """Makes it from settings and, under `options`, `--network_args`."""
-    options: tuple[str, ...] = ()
-    """`--network_args` that it has beside the common ones."""
+class MusubiInterface(NetworkInterface):
+    """The functions of `networks.loha` and `networks.lokr`."""
 
     def create_arch_network(
         self,
@@ -40,16 +28,17 @@ class Interface:
         neuron_dropout: float | None = None,
         **kwargs: Any,
     ) -> MusubiNetwork:
-        """New adapters for the blocks that the model's architecture means, without the layers that it leaves out.
+        """Build adapters for the blocks that Musubi Tuner trains of this architecture; they are not yet applied.
 
-        `exclude_patterns` come on top of these. Raises `ConfigError` for an architecture that is not known.
+        Layers that it leaves out are excluded, in addition to `exclude_patterns`. Raises `ConfigError` for an unknown
+        architecture.
         """
-        found = detect(unet)
+        found = detect_musubi_targets(unet)
         excludes = [p.pattern for p in parse_expressions(kwargs.get("exclude_patterns"), "exclude_patterns")]
         kwargs["exclude_patterns"] = [*excludes, *found.excludes]
         # fmt: off
         return self.create_network(
-            found.targets, network.PREFIX, multiplier, network_dim, network_alpha, vae, text_encoders, unet,
+            found.targets, network.MUSUBI_PREFIX, multiplier, network_dim, network_alpha, vae, text_encoders, unet,
             neuron_dropout, **kwargs,
         )
         # fmt: on
@@ -67,18 +56,17 @@ class Interface:
         neuron_dropout: float | None = None,
         **kwargs: Any,
     ) -> MusubiNetwork:
-        """New adapters for the linear layers in blocks of some classes; None: in all of the model."""
+        """Build adapters for the linear layers inside blocks of some classes; they are not yet applied.
 
-        network.warn_of_options(kwargs, self.options)
-
-        def make(**settings: Any) -> Any:
-            return self.make(options=kwargs, **settings)
-
+        `target_replace_modules` None means all linear layers of the model. See `create_musubi_network` in
+        `lycoris.compat.musubi.network` for the options and exceptions.
+        """
+        network.warn_of_musubi_options(kwargs, self.options)
         excludes, includes = (parse_expressions(kwargs.get(name), name) for name in KEYWORDS[:2])
         # fmt: off
-        return network.create(
-            make, target_replace_modules, prefix, multiplier, network_dim, network_alpha, unet, neuron_dropout,
-            Patterns(excludes, includes), kwargs,
+        return network.create_musubi_network(
+            self._bind_options(kwargs), target_replace_modules, prefix, multiplier, network_dim, network_alpha, unet,
+            neuron_dropout, Patterns(excludes, includes), kwargs,
         )
         # fmt: on
 
@@ -91,7 +79,10 @@ class Interface:
         for_inference: bool = False,
         **kwargs: Any,
     ) -> MusubiNetwork:
-        """Adapters from a file's tensors, whose shapes say all."""
+        """Build adapters from a file's tensors, whose shapes decide rank, alpha and layers.
+
+        Raises `FileError` for another algorithm, or when they do not match the model.
+        """
         return self.create_network_from_weights(
             None, multiplier, weights_sd, text_encoders, unet, for_inference, **kwargs
         )
@@ -106,18 +97,9 @@ class Interface:
         for_inference: bool = False,
         **kwargs: Any,
     ) -> MusubiNetwork:
-        """The same; the tensors say which layers are meant."""
-        network.warn_of_options(kwargs, self.options)
-        return network.read(self.name, multiplier, weights_sd, unet, for_inference, kwargs)
+        """Build adapters from a file's tensors. `target_replace_modules` is ignored: the tensors decide.
 
-    def merge_weights_to_tensor(
-        self,
-        model_weight: Tensor,
-        lora_name: str,
-        lora_sd: Mapping[str, Tensor],
-        lora_weight_keys: MutableSet[str],
-        multiplier: float,
-        calc_device: Any,
-    ) -> Tensor:
-        """A weight with a file's change to it; see `merge_weight`."""
-        return merge_weight(self.marks, model_weight, lora_name, lora_sd, lora_weight_keys, multiplier, calc_device)
+        Raises as `create_arch_network_from_weights` does.
+        """
+        network.warn_of_musubi_options(kwargs, self.options)
+        return network.read_musubi_network(self.name, multiplier, weights_sd, unet, for_inference, kwargs)

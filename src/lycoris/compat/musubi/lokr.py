@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lycoris.compat.inside import make_lokr
 from lycoris.compat.module_classes import LokrModule
-from lycoris.compat.musubi.interface import Interface
+from lycoris.compat.musubi.interface import MusubiInterface
 
-_OWN = Interface("lokr", LokrModule.weight_list_det, make_lokr, ("factor",))
+_MUSUBI_LOKR = MusubiInterface("lokr", LokrModule.weight_list_det, make_lokr, ("factor",))
 
-create_arch_network = _OWN.create_arch_network
-create_network = _OWN.create_network
-create_arch_network_from_weights = _OWN.create_arch_network_from_weights
-create_network_from_weights = _OWN.create_network_from_weights
-merge_weights_to_tensor = _OWN.merge_weights_to_tensor
+create_arch_network = _MUSUBI_LOKR.create_arch_network
+create_network = _MUSUBI_LOKR.create_network
+create_arch_network_from_weights = _MUSUBI_LOKR.create_arch_network_from_weights
+create_network_from_weights = _MUSUBI_LOKR.create_network_from_weights
+merge_weights_to_tensor = _MUSUBI_LOKR.merge_weights_to_tensor

@@ -1,4 +1,4 @@
-"""Which blocks of a pipeline sd-scripts' `networks.loha` and `networks.lokr` mean, by the classes of its denoiser."""
+"""Which blocks of a pipeline sd-scripts' `networks.loha` and `networks.lokr` train, by the class of its denoiser."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lycoris.compat.patterns import Expressions
 from lycoris.errors import ConfigError
 
 
-class Architecture(NamedTuple):
+class SdScriptsTargets(NamedTuple):
     """What is trained of a pipeline."""
 
     targets: tuple[str, ...]
-    """Classes of the denoiser in which layers are meant."""
+    """Classes of denoiser blocks whose layers are trained."""
     text: tuple[str, ...]
-    """The same of text encoders."""
+    """Classes of text encoder blocks whose layers are trained."""
     numbered: bool = True
-    """Whether text encoders have numbers in their names: `lora_te1`, or `lora_te`."""
+    """Whether text encoders are numbered: `lora_te1`, or else `lora_te`."""
     convolved: tuple[str, ...] = ()
-    """Classes that are meant when `conv_dim` is given."""
+    """Classes added when `conv_dim` is given."""
     adapter: tuple[str, ...] = ()
-    """Classes that are meant with `train_llm_adapter`."""
+    """Classes added with `train_llm_adapter`."""
     excludes: Expressions = ()
-    """Paths that are left out unless `include_patterns` has them."""
+    """Paths that are left out unless `include_patterns` matches them."""
 
 
-SDXL = Architecture(
+SDXL = SdScriptsTargets(
     ("Transformer2DModel",),
     ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
     convolved=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
 )
-ANIMA = Architecture(
+ANIMA = SdScriptsTargets(
     ("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
     ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
     numbered=False,
@@ -42,21 +42,27 @@ ANIMA = Architecture(
     excludes=(re.compile(r".*(_modulation|_norm|_embedder|final_layer).*"),),
 )
 
-WHOLE: Mapping[str, Architecture] = {"SdxlUNet2DConditionModel": SDXL, "InferSdxlUNet2DConditionModel": SDXL}
-"""By the class of the denoiser, or one that it derives from."""
-INSIDE: Mapping[str, Architecture] = {"Block": ANIMA}
-"""By a class of modules in it."""
+TARGETS_BY_DENOISER: Mapping[str, SdScriptsTargets] = {
+    "SdxlUNet2DConditionModel": SDXL,
+    "InferSdxlUNet2DConditionModel": SDXL,
+}
+"""Targets by the class of the denoiser, or a base class of it."""
+TARGETS_BY_BLOCK: Mapping[str, SdScriptsTargets] = {"Block": ANIMA}
+"""Targets by a class of modules in the denoiser."""
 
 
-def detect_architecture(unet: nn.Module | None) -> Architecture:
-    """What is trained. Raises `ConfigError` for another denoiser, naming its classes."""
+def detect_sd_scripts_targets(unet: nn.Module | None) -> SdScriptsTargets:
+    """Return what sd-scripts trains of a pipeline with this denoiser.
+
+    Raises `ConfigError` for a denoiser other than those of SDXL and Anima, with its classes.
+    """
     above: Sequence[type] = type(unet).__mro__
-    found = next((WHOLE[each.__name__] for each in above if each.__name__ in WHOLE), None)
+    found = next((TARGETS_BY_DENOISER[each.__name__] for each in above if each.__name__ in TARGETS_BY_DENOISER), None)
     have = {type(module).__name__ for module in unet.modules()} if unet is not None else set()
-    found = found or next((INSIDE[name] for name in INSIDE if name in have), None)
+    found = found or next((TARGETS_BY_BLOCK[name] for name in TARGETS_BY_BLOCK if name in have), None)
     if found is None:
         raise ConfigError(
-            f"this module is for {' and '.join((*WHOLE, 'Anima'))}, and not for {type(unet).__name__}, which has "
-            f"{', '.join(sorted(have)) or 'no layers'}. lycoris.kohya takes targets from a preset"
+            f"this module is for {' and '.join((*TARGETS_BY_DENOISER, 'Anima'))}, not for {type(unet).__name__}, which "
+            f"has {', '.join(sorted(have)) or 'no layers'}. For other models use lycoris.kohya with a preset"
         )
     return found

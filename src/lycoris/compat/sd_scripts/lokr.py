@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lycoris.compat.inside import make_lokr
 from lycoris.compat.module_classes import LokrModule
-from lycoris.compat.sd_scripts.interface import Interface
+from lycoris.compat.sd_scripts.interface import SdScriptsInterface
 
-_OWN = Interface("lokr", LokrModule.weight_list_det, make_lokr, ("factor",))
+_SD_SCRIPTS_LOKR = SdScriptsInterface("lokr", LokrModule.weight_list_det, make_lokr, ("factor",))
 
-create_network = _OWN.create_network
-create_network_from_weights = _OWN.create_network_from_weights
-merge_weights_to_tensor = _OWN.merge_weights_to_tensor
+create_network = _SD_SCRIPTS_LOKR.create_network
+create_network_from_weights = _SD_SCRIPTS_LOKR.create_network_from_weights
+merge_weights_to_tensor = _SD_SCRIPTS_LOKR.merge_weights_to_tensor

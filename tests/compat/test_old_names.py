@@ -48,7 +48,7 @@ REASONS = {
     ),
     "lycoris.modules.base": {
         "ModuleCustomSD": OWN,
-        "QuantLinears": "imports every package of quantised layers; lycoris.utils.quant has it",
+        "QuantLinears": "imports every package of quantized layers; lycoris.utils.quant has it",
         **dict.fromkeys(("log_bypass", "log_fp8_bypass", "log_suspect"), LOG),
     },
     "lycoris.modules.locon": {"bypass_diff": KERNEL, "log_wd": LOG},
@@ -66,7 +66,7 @@ KERNELS = ("FUSED", "apply_dora", "call_compiled", "choose", "fused_backends", "
 MEMBER_REASONS = {
     **dict.fromkeys(("custom_state_dict", "load_weight_hook", "load_weight_prehook"), OWN),
     "dtype_tensor": "dtype and device are read off the adapter",
-    "parametrize_forward": "forward is that of a parametrisation too",
+    "parametrize_forward": "forward is that of a parametrization too",
     "support_module": "kinds of layers are known by Algorithm.kinds; making a module for another is an error",
     **dict.fromkeys(("down_op", "up_op", "isconv"), LAYOUT),
     **dict.fromkeys(("is_diff", "org_bias", "org_norm"), "the layer keeps its own tensors; org_module[0] has them"),
@@ -149,7 +149,7 @@ def test_functions_beside() -> None:
     assert (utils.default(None, 3), utils.default(0, 3), utils.product([2, 3, 0.5]), utils.product([])) == (3, 0, 3, 1)
     assert functional.power2factorization(96, 8) == (6, 16)
     assert functional.power2factorization(7) == (None, 0)
-    with pytest.raises(ValueError, match="7 is no even number"):
+    with pytest.raises(ValueError, match="needs a power of two"):
         butterfly_factor(7)
     assert (kernels.available_backends(), kernels.resolve_backend(), kernels.tuning_enabled()) == (
         ("torch",),

@@ -267,7 +267,7 @@ def test_wrong_models_files_and_arguments(name: str, caplog: Any) -> None:
         module.create_network(1.0, 2, 1.0, None, [None], sdxl(), exclude_patterns=".*norm.*")
     other = "lokr" if name == "loha" else "loha"
     sd = MODULES[other].create_network(1.0, 2, 1.0, None, [None], sdxl()).state_dict()
-    with pytest.raises(FileError, match=f"this module is for {name}, and the file has {other}"):
+    with pytest.raises(FileError, match=f"this module is for {name}, but the file has {other}"):
         module.create_network_from_weights(1.0, None, None, [None], sdxl(), weights_sd=sd)
     caplog.clear()
     module.create_network(1.0, 2, 1.0, None, [None], sdxl(), surprise="1", exclude_patterns="['nowhere']")

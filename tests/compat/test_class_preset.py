@@ -33,7 +33,7 @@ def test_what_counts_is_read(model: MyModel) -> None:
 def test_reading_changes_nothing(model: MyModel) -> None:
     for name in ("TARGET_REPLACE_MODULE", "TARGET_EXCLUDE_NAME", "NAME_ALGO_MAP", "ENABLE_CONV", "LORA_PREFIX"):
         getattr(LycorisNetwork, name)
-    assert LycorisNetwork.preset_in_force() is None
+    assert LycorisNetwork.build_preset() is None
     assert len(names(create_lycoris(model, 1.0))) == 7
 
 
@@ -99,7 +99,7 @@ def test_changes_in_place_act(model: MyModel) -> None:
 def test_what_would_do_nothing_is_refused(name: str, value: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("?", r"\?")):
         setattr(LycorisNetwork, name, value)
-    assert LycorisNetwork.preset_in_force() is None
+    assert LycorisNetwork.build_preset() is None
 
 
 def test_other_class_attributes_are_free() -> None:
@@ -133,7 +133,7 @@ def test_subclasses_inherit_and_do_not_leak(model: MyModel) -> None:
     Inner.LORA_PREFIX = "inner"
     assert Own.TARGET_REPLACE_MODULE == ["Attention"]
     assert (Own.LORA_PREFIX, Own.MARK) == ("lycoris", 12)
-    assert LycorisNetwork.preset_in_force() is None
+    assert LycorisNetwork.build_preset() is None
     assert names(Own(model, 1.0, 4)) == ATTENTION
     assert len(names(Inner(model, 1.0, 4))) == 4
     assert len(names(create_lycoris(model, 1.0))) == 7
@@ -186,7 +186,7 @@ class TestKohya:
         LycorisNetworkKohya.UNET_TARGET_REPLACE_MODULE = ["Strange"]
         with pytest.raises(ConfigError.__mro__[1], match="no layer"):
             create_network(1.0, 2, 1.0, None, host.encoders, host.unet, preset="full")
-        assert [text for text in caplog.messages if "says unet_target_module, and not what the class" in text]
+        assert [text for text in caplog.messages if "overrides unet_target_module, which the class" in text]
 
     def test_it_has_nothing_from_networks_over_one_model(self, host: Host) -> None:
         LycorisNetwork.TARGET_EXCLUDE_NAME = [".*"]

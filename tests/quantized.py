@@ -86,7 +86,7 @@ def float8(layer: nn.Linear, dtype: torch.dtype, scaled: bool = False) -> nn.Mod
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     make: Callable[[nn.Linear], nn.Module]
     label: str
     step: float
@@ -103,32 +103,32 @@ COMPILED = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="optimum-quanto compiles its 4-bit unpacking"),
 ]
 
-CPU: dict[str, Quantised] = {
-    "bitsandbytes-int8": Quantised(int8, "bitsandbytes int8", 1 / 127, True),
-    "bitsandbytes-nf4": Quantised(lambda layer: bits4(layer, "nf4"), "bitsandbytes nf4", 0.2),
-    "bitsandbytes-fp4": Quantised(lambda layer: bits4(layer, "fp4"), "bitsandbytes fp4", 0.25),
-    "torchao-int8": Quantised(
+CPU: dict[str, Quantized] = {
+    "bitsandbytes-int8": Quantized(int8, "bitsandbytes int8", 1 / 127, True),
+    "bitsandbytes-nf4": Quantized(lambda layer: bits4(layer, "nf4"), "bitsandbytes nf4", 0.2),
+    "bitsandbytes-fp4": Quantized(lambda layer: bits4(layer, "fp4"), "bitsandbytes fp4", 0.25),
+    "torchao-int8": Quantized(
         lambda layer: torchao(layer, "Int8WeightOnlyConfig"), "torchao Int8Tensor", 1 / 127, True
     ),
-    "torchao-int4": Quantised(
+    "torchao-int4": Quantized(
         lambda layer: torchao(layer, "IntxWeightOnlyConfig", weight_dtype=torch.int4),
         "torchao IntxUnpackedToInt8Tensor int4",
         1 / 7,
         True,
     ),
-    "torchao-float8": Quantised(
+    "torchao-float8": Quantized(
         lambda layer: torchao(layer, "Float8WeightOnlyConfig"), "torchao Float8Tensor", 1 / 8, True
     ),
-    "quanto-int8": Quantised(lambda layer: quanto(layer, "qint8"), "optimum-quanto qint8", 1 / 127, True),
-    "quanto-float8": Quantised(lambda layer: quanto(layer, "qfloat8"), "optimum-quanto qfloat8_e4m3fn", 1 / 8, True),
-    "quanto-int4": Quantised(lambda layer: quanto(layer, "qint4"), "optimum-quanto qint4", 1 / 7),
-    "float8-e4m3": Quantised(lambda layer: float8(layer, torch.float8_e4m3fn), "float8_e4m3fn storage", 1 / 8, True),
-    "float8-e5m2": Quantised(lambda layer: float8(layer, torch.float8_e5m2), "float8_e5m2 storage", 1 / 4, True),
-    "float8-scaled": Quantised(
+    "quanto-int8": Quantized(lambda layer: quanto(layer, "qint8"), "optimum-quanto qint8", 1 / 127, True),
+    "quanto-float8": Quantized(lambda layer: quanto(layer, "qfloat8"), "optimum-quanto qfloat8_e4m3fn", 1 / 8, True),
+    "quanto-int4": Quantized(lambda layer: quanto(layer, "qint4"), "optimum-quanto qint4", 1 / 7),
+    "float8-e4m3": Quantized(lambda layer: float8(layer, torch.float8_e4m3fn), "float8_e4m3fn storage", 1 / 8, True),
+    "float8-e5m2": Quantized(lambda layer: float8(layer, torch.float8_e5m2), "float8_e5m2 storage", 1 / 4, True),
+    "float8-scaled": Quantized(
         lambda layer: float8(layer, torch.float8_e4m3fn, scaled=True), "float8_e4m3fn storage", 1 / 8, True
     ),
-    "gguf-q8": Quantised(lambda layer: gguf(layer, "Q8_0"), "GGUF Q8_0", 1 / 127),
-    "gguf-q4": Quantised(lambda layer: gguf(layer, "Q4_0"), "GGUF Q4_0", 1 / 7),
+    "gguf-q8": Quantized(lambda layer: gguf(layer, "Q8_0"), "GGUF Q8_0", 1 / 127),
+    "gguf-q4": Quantized(lambda layer: gguf(layer, "Q4_0"), "GGUF Q4_0", 1 / 7),
 }
 SLOW = {"quanto-int4": COMPILED}
 EVERY = pytest.mark.parametrize("base", [pytest.param(name, marks=SLOW.get(name, ())) for name in CPU])

@@ -37,7 +37,7 @@ def test_the_class_outranks_an_apply_preset_that_is_handed_over(model: MyModel, 
     LycorisNetwork.apply_preset({"target_module": ["Attention"]})
     network = create_lycoris(model, 1.0, apply_preset={"target_module": ["FeedForward"]})
     assert names(network) == {"lycoris_blocks_0_to_q", "lycoris_blocks_0_to_out"}
-    assert [text for text in caplog.messages if "the class's is used" in text]
+    assert [text for text in caplog.messages if "that of the class is used" in text]
 
 
 def test_a_prefix_of_ones_own_goes_through_files(model: MyModel, x: Tensor, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_unknown_preset_key_is_a_key_error_naming_the_nearest() -> None:
     with pytest.raises(KeyError, match=r"'target_modules'.*did you mean 'target_module'") as caught:
         LycorisNetwork.apply_preset({"target_modules": ["Attention"]})
     assert isinstance(caught.value, ConfigError)
-    assert LycorisNetwork.preset_in_force() is None
+    assert LycorisNetwork.build_preset() is None
     with pytest.raises(ConfigError, match=r"target_module.*list"):
         LycorisNetwork.apply_preset({"target_module": "Attention"})
 

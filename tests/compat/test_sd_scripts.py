@@ -16,7 +16,7 @@ from torch import nn
 from cases import Fused, perturb, relative
 from hosts import TEXT, UNET
 from lycoris import AdapterSet, AttachError, ConfigError, LoRA, Rule, plan
-from lycoris.compat.parts import Part
+from lycoris.compat.parts import NetworkPart
 from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_from_weights
 from pipelines import ARGS, Host, made, sd_scripts_header
 
@@ -203,7 +203,7 @@ def test_a_merge_for_inference_keeps_no_copy_of_the_weights(host: Host) -> None:
     assert weight() is None
     assert relative(host(), live) < 1e-6
     assert type(host.unet.conv_in) is nn.Conv2d
-    with pytest.raises(AttachError, match="for good"):
+    with pytest.raises(AttachError, match="merged irreversibly"):
         network.restore()
 
 
@@ -313,7 +313,7 @@ def test_a_merge_for_good_is_whole_or_not_at_all() -> None:
     weight = model[0].weight.detach().clone()
     model[1].weight_in.data = model[1].weight_in.data.to(torch.float8_e4m3fn)
     with pytest.raises(RuntimeError, match="weight_in stores its weight as"):
-        for_good(LycorisNetworkKohya.of([Part("lora_unet", adapters)])).merge_to()
+        for_good(LycorisNetworkKohya.from_parts([NetworkPart("lora_unet", adapters)])).merge_to()
     assert torch.equal(model[0].weight, weight)
 
 
@@ -324,5 +324,5 @@ def test_a_merge_for_good_is_whole_where_warnings_are_errors() -> None:
     adapters.stacks["0"][0].up.data.fill_(1e-6)
     weight = model[1].weight.detach().clone()
     with pytest.raises(UserWarning, match="the update is below"):
-        for_good(LycorisNetworkKohya.of([Part("lora_unet", adapters)])).merge_to()
+        for_good(LycorisNetworkKohya.from_parts([NetworkPart("lora_unet", adapters)])).merge_to()
     assert not torch.equal(model[1].weight, weight)

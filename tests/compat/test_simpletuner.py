@@ -1,4 +1,4 @@
-"""SimpleTuner's side: from `lycoris_config.json` to checkpoints, strengths and quantised bases.
+"""SimpleTuner's side: from `lycoris_config.json` to checkpoints, strengths and quantized bases.
 
 Its published inference scripts are in `test_scripts.py`, its timestep masks in `test_tlora.py`.
 """
@@ -22,7 +22,7 @@ from lycoris.config import list_builtin_presets
 from lycoris.files import load_tensors
 from lycoris.modules import get_module, make_module
 from networks import MyModel
-from quantised import quanto
+from quantized import quanto
 from tiny import flux_transformer
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ def test_init_lokr_norm() -> None:
         _ = split.lokr_w2
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.attn, self.head = layer, nn.Linear(64, 64)
@@ -173,10 +173,10 @@ class Quantised(nn.Module):
         return self.head(self.attn(x).to(self.head.weight.dtype))
 
 
-WHOLE = {"target_module": ["Quantised", "Sequential"]}
+WHOLE = {"target_module": ["Quantized", "Sequential"]}
 """The default targets are torch's own classes by name, which these layers do not have."""
 
-QUANTISED = {
+QUANTIZED = {
     "fp8": lambda: Fp8Linear(64, 64),
     "sdnq": lambda: SDNQLinear(64, 64),
     "quanto": lambda: quanto(nn.Linear(64, 64), "qint8"),
@@ -192,7 +192,7 @@ TRAINED = {
 @pytest.mark.parametrize("given", [{}, {"bypass_mode": True}])
 def test_quantised_bases_train_and_are_not_merged_into(base: str, algo: str, given: dict[str, Any]) -> None:
     torch.manual_seed(2)
-    model, x = Quantised(QUANTISED[base]()).eval().requires_grad_(False), torch.randn(2, 3, 64)
+    model, x = Quantized(QUANTIZED[base]()).eval().requires_grad_(False), torch.randn(2, 3, 64)
     before, options = model(x), {"algo": algo} if algo != "dora" else {"algo": "lokr", "dora_wd": True}
     network = create_lycoris(model, 1.0, 4, 2, **options, **given, apply_preset=WHOLE)
     lora = next(lora for lora in network.loras if lora.org_module[0] is model.attn)
@@ -217,12 +217,12 @@ def test_quantised_bases_train_and_are_not_merged_into(base: str, algo: str, giv
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("base", QUANTISED)
+@pytest.mark.parametrize("base", QUANTIZED)
 def test_full_is_refused_on_quantised_bases(base: str) -> None:
     with pytest.raises(ConfigError, match=r"full trains the weight itself, and attn stores its weight as.*lokr"):
-        create_lycoris(Quantised(QUANTISED[base]()), 1.0, 4, 2, algo="full", apply_preset=WHOLE)
+        create_lycoris(Quantized(QUANTIZED[base]()), 1.0, 4, 2, algo="full", apply_preset=WHOLE)
     preset = WHOLE | {"exclude_name": ["attn"]}
-    assert len(create_lycoris(Quantised(QUANTISED[base]()), 1.0, algo="full", apply_preset=preset).loras) == 1
+    assert len(create_lycoris(Quantized(QUANTIZED[base]()), 1.0, algo="full", apply_preset=preset).loras) == 1
 
 
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "glora"])
@@ -256,7 +256,7 @@ def test_bypass_mode_says_what_was_asked_for() -> None:
     assert modes(bypass_mode=True) == [True, True]
 
 
-def test_extracted_files_are_recognised(tmp_path: Path) -> None:
+def test_extracted_files_are_recognized(tmp_path: Path) -> None:
     """scripts/extract_lycoris_adapter.py."""
     change, layer = torch.randn(6, 2) @ torch.randn(2, 8), nn.Linear(8, 6)
     u, s, v = torch.linalg.svd(change, full_matrices=False)

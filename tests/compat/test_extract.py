@@ -97,7 +97,7 @@ def test_text_encoders_and_embeddings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="LyCORIS"):
         two = extract_diff([base, base], [tuned, tuned], None, None, "fixed", 2, 2)
     assert {key.split("_")[1] for key in two} == {"te1", "te2"}
-    assert "lora_te2: changed and not kept: words, an embedding (mode='full' keeps it)" in caplog.text
+    assert "lora_te2: changed but not stored: words, an embedding (mode='full' stores it)" in caplog.text
     one = extract_diff([base], [tuned], None, None, "full")
     assert one["lora_te_words.diff"].shape == (7, 6)
 
@@ -171,7 +171,7 @@ def test_what_has_changed_beside_layers_is_told(caplog: pytest.LogCaptureFixture
             tensor += 1.0
     with caplog.at_level(logging.WARNING, logger="LyCORIS"):
         assert extract_diff([], [], base, tuned, "full") == {}
-    assert "lora_unet: changed and not kept: mean, table, vector" in caplog.text
+    assert "lora_unet: changed but not stored: mean, table, vector" in caplog.text
 
 
 def test_layers_and_models_of_one_side_are_errors() -> None:
@@ -185,7 +185,7 @@ def test_layers_and_models_of_one_side_are_errors() -> None:
     with pytest.raises(FileError, match=r"with bias in the base and .* without bias"):
         extract_diff([], [], base, tuned)
     for given in (([base], [], None, None), ([], [], base, None), ([None], [tuned], base, tuned)):
-        with pytest.raises(ConfigError, match="each base model needs its fine-tuned one"):
+        with pytest.raises(ConfigError, match="each base model needs a fine-tuned counterpart"):
             extract_diff(*given)
 
 

@@ -184,7 +184,7 @@ def test_a_bias_beside_an_adapter_is_one_of_its_side(host: Host) -> None:
 @pytest.mark.parametrize("sd", [{}, {"lycoris_conv_in.alpha": torch.tensor(1.0)}])
 def test_a_merge_of_tensors_of_no_side_is_refused(sd: dict[str, Tensor], host: Host) -> None:
     base, network = host(), made(host)
-    with pytest.raises(FileError, match=r"none is called lora_unet.* or lora_te"):
+    with pytest.raises(FileError, match=r"in weights_sd starts with lora_unet or lora_te"):
         network.merge_to(host.encoders, host.unet, sd)
     assert torch.equal(host(), base)
     assert len(network.unet_loras) == len(UNET)
@@ -196,7 +196,7 @@ def test_a_network_is_never_left_without_adapters(host: Host) -> None:
         lambda: network.apply_to(host.encoders, host.unet, True, False),
         lambda: network.merge_to(None, host.unet, {"lora_te_x.alpha": torch.tensor(1.0)}),
     ):
-        with pytest.raises(ConfigError, match=r"those of lora_unet only, and wanted are those of text encoders"):
+        with pytest.raises(ConfigError, match=r"adapters only for lora_unet, and those for text encoders"):
             call()
     assert len(network.loras) == len(UNET)
 

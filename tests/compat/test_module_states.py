@@ -112,7 +112,7 @@ def test_all_that_a_module_says_of_its_change_agrees(
 @MASKED
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_all_states_of_a_parametrised_weight(cls: type[LycorisBaseModule], dtype: torch.dtype) -> None:
+def test_all_states_of_a_parametrized_weight(cls: type[LycorisBaseModule], dtype: torch.dtype) -> None:
     if cls in (FullModule, NormModule):
         return
     base = nn.Linear(12, 8).to(dtype).train()
@@ -133,7 +133,7 @@ def test_all_states_of_a_parametrised_weight(cls: type[LycorisBaseModule], dtype
         assert torch.equal(base.weight, live), "without dropout"
         with pytest.raises(AttachError, match="merged into weight already"):
             net.merge_to()
-        with pytest.raises(AttachError, match="restore it to change its multiplier"):
+        with pytest.raises(AttachError, match="before changing its multiplier"):
             net.multiplier = 1.0
         assert torch.equal(net.get_merged_weight(0.8)[0].to(dtype), live)
         net.onfly_restore()
@@ -155,7 +155,7 @@ def test_all_states_of_a_parametrised_weight(cls: type[LycorisBaseModule], dtype
         net.restore()
 
 
-def test_parametrisations_stack_and_come_off_in_any_order() -> None:
+def test_parametrizations_stack_and_come_off_in_any_order() -> None:
     base = parametrizations.weight_norm(nn.Linear(12, 8))
     before = base.weight.detach().clone()
     first, second = (LokrModule.parametrize(base, "weight", 1.0, 2, 2.0) for _ in range(2))
@@ -166,7 +166,7 @@ def test_parametrisations_stack_and_come_off_in_any_order() -> None:
     assert relative(second.get_merged_weight()[0], both) < 1e-6
     assert relative(second.get_diff_weight()[0], both - alone) < 1e-5
     assert relative(first.get_merged_weight()[0], alone) < 1e-6
-    with pytest.raises(AttachError, match="other parametrisations"):
+    with pytest.raises(AttachError, match="other parametrizations"):
         first.merge_to()
     with pytest.raises(ConfigError, match="several parameters"):
         _ = first.org_weight
@@ -183,7 +183,7 @@ def test_parametrisations_stack_and_come_off_in_any_order() -> None:
         LoConModule.parametrize(nn.Linear(4, 4).to(torch.float8_e4m3fn), "weight")
 
 
-def test_a_layer_whose_weight_is_parametrised_is_not_merged_into() -> None:
+def test_a_layer_whose_weight_is_parametrized_is_not_merged_into() -> None:
     base, x = parametrizations.weight_norm(nn.Linear(12, 8)), torch.randn(3, 12)
     net, before, state = made(LoConModule, base), base(x), copy.deepcopy(base.state_dict())
     assert relative(net(x), before) > 1e-3
@@ -201,7 +201,7 @@ def test_a_layer_whose_weight_is_parametrised_is_not_merged_into() -> None:
     assert torch.equal(base(x), before)
 
 
-def test_a_parametrisation_takes_only_tensors_that_mean_the_same() -> None:
+def test_a_parametrization_takes_only_tensors_that_mean_the_same() -> None:
     net = LoConModule.parametrize(nn.Linear(12, 8), "weight", 1.0, 4, 2.0)
     stir(net)
     state = net.state_dict()
@@ -247,7 +247,7 @@ def test_masks_reach_a_single_module(copied: bool) -> None:
     assert relative(net(x) - base, (masked - base) * 0.5) < 1e-9, "not applied, and asked all the same"
 
 
-def test_masks_reach_a_parametrised_weight_and_one_made_from_a_file() -> None:
+def test_masks_reach_a_parametrized_weight_and_one_made_from_a_file() -> None:
     layer = nn.Linear(12, 8)
     net = TLoraModule.parametrize(layer, "weight", 1.0, 4, 4.0)
     stir(net)
@@ -352,7 +352,7 @@ def test_nothing_is_loaded_into_a_merged_module() -> None:
         net.load_state_dict(other)
 
 
-def test_a_parametrisation_is_still_on_after_a_merge_that_a_warning_stopped() -> None:
+def test_a_parametrization_is_still_on_after_a_merge_that_a_warning_stopped() -> None:
     base = nn.Linear(12, 8).bfloat16()
     net: Any = LoConModule.parametrize(base, "weight")
     nn.init.constant_(net.lora_up.weight, 1e-6)

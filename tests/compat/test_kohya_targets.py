@@ -160,5 +160,5 @@ def test_targets_are_said_once(host: Host) -> None:
     wanted = {"unet_target_module": ["FeedForward"], "unet_target_name": []}
     given = create_network(1.0, 4, 1, None, None, host.unet, apply_preset=wanted)
     assert len(given.loras) == 2
-    with pytest.raises(ConfigError, match=r"preset='full' and apply_preset both say"):
+    with pytest.raises(ConfigError, match=r"preset='full' and apply_preset both select"):
         create_network(1.0, 4, 1, None, None, host.unet, apply_preset=wanted, preset="full")

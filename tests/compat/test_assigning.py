@@ -63,7 +63,7 @@ class TestModules:
     def test_settings_that_are_read_as_tensors_cannot_be_written(self, write: Any) -> None:
         module = made(LoConModule)
         for name in ("alpha", "scalar"):
-            with pytest.raises(ConfigError, match=f"writing to {name} would change nothing"):
+            with pytest.raises(ConfigError, match=f"writing to {name} would have no effect"):
                 write(getattr(module, name))
         assert (float(module.alpha), float(module.scalar)) == (1.0, 1.0)
 
@@ -97,7 +97,7 @@ class TestModules:
         assert module.mark_of_my_own == 3
 
     def test_the_layer_is_not_changed_through_the_list_of_it(self) -> None:
-        with pytest.raises(ConfigError, match="changing this list would do nothing"):
+        with pytest.raises(ConfigError, match="changing this list would have no effect"):
             made(LokrModule).org_module[0] = nn.Linear(8, 8)
 
     def test_a_subclass_with_tensors_of_its_own(self) -> None:
@@ -132,7 +132,7 @@ class TestNetworks:
     @pytest.mark.parametrize("name", ["loras", "lora_dim", "alpha", "dropout", "use_tucker", "weights_sd", "prefix"])
     def test_what_a_network_is_cannot_be_assigned(self, name: str, model: MyModel) -> None:
         network = create_lycoris(model, 1.0, 2, 1.0)
-        with pytest.raises(ConfigError, match=f"assigning to {name} of a LycorisNetwork would do nothing"):
+        with pytest.raises(ConfigError, match=f"assigning to {name} of a LycorisNetwork would have no effect"):
             setattr(network, name, [])
 
     @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ class TestStrengthGivenTwice:
                 network.restore()
                 network.onfly_merge(weight)
                 network.onfly_restore()
-            assert len([text for text in caplog.messages if "the two multiply" in text]) == times
+            assert len([text for text in caplog.messages if "times the multiplier" in text]) == times
 
     def test_single_modules(self, caplog: Any) -> None:
         module = LoConModule("name", nn.Linear(8, 8), 0.5, 2, 1.0)
         for _ in range(2):
             module.merge_to(0.5)
             module.restore()
-        assert len([text for text in caplog.messages if "the two multiply" in text]) == 1
+        assert len([text for text in caplog.messages if "times the multiplier" in text]) == 1
 
 
 def test_musubi_remembers_the_multipliers_of_single_modules() -> None:

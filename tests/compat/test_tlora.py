@@ -166,7 +166,7 @@ def test_another_strength_without_gradients_in_between(kind: str, multiplier: fl
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_the_base_model_with_gradients_in_between(kind: str, x: Tensor) -> None:
-    """Regularisation images are shown at multiplier 0, within one accumulation of gradients."""
+    """Regularization images are shown at multiplier 0, within one accumulation of gradients."""
     y = torch.randn_like(x)
 
     def loss(model: nn.Module, network: LycorisNetwork) -> Tensor:
@@ -306,9 +306,9 @@ def test_the_functions() -> None:
         compute_timestep_mask(0, 1000, 4, min_rank=8)
 
 
-def test_groups_of_masks_are_not_built_yet() -> None:
+def test_mask_groups_are_not_implemented() -> None:
     for call in (lambda: set_timestep_mask(first(1), 1), lambda: get_timestep_mask(1), lambda: clear_timestep_mask(1)):
-        with pytest.raises(ConfigError, match="mask groups are not built yet"):
+        with pytest.raises(ConfigError, match="mask groups are not implemented"):
             call()
 
 
@@ -344,24 +344,6 @@ def test_a_copy_of_the_model_follows_masks_of_its_own(copied: Any, x: Tensor) ->
     assert again._forward_pre_hooks
 
 
-class Pipeline:
-    """Calls its denoiser as a pipeline does, with a configuration of ranks on it."""
-
-    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
-        self.model, self._tlora_config = model, config
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.model(x, 500)
-
-
-def test_the_configuration_of_a_pipeline_is_checked_and_completed(x: Tensor) -> None:
-    model = denoiser()
-    adapted(model)
-    assert torch.equal(Pipeline(model, {"alpha": 2.0})(x), Pipeline(model, {"max_rank": RANK, "alpha": 2.0})(x))
-    with pytest.raises(ConfigError, match=r"unknown key of _tlora_config 'max_ranks'; did you mean 'max_rank'"):
-        Pipeline(model, {"max_ranks": RANK})(x)
-
-
 def test_a_refused_restore_leaves_the_network_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     lower, upper = (create_lycoris(model, algorithm="tlora", rank=4) for _ in range(2))
@@ -392,7 +374,7 @@ def test_a_merge_for_a_while_leaves_no_trace(applied: bool) -> None:
     network.onfly_restore()
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == before
     set_timestep_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    kept = network.loras[0].adapter.call.keep
+    kept = network.loras[0].adapter.call.rank_mask
     assert kept is not None if applied else kept is None
     network.restore()
     assert network.adapters.schedule == schedule

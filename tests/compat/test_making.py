@@ -60,7 +60,7 @@ def test_sizes_given_twice_alike_and_by_default(model: MyModel) -> None:
 
 def test_layers_of_one_name_are_refused() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({"b_c": nn.Linear(2, 2)}), "a_b": nn.ModuleDict({"c": nn.Linear(2, 2)})})
-    with pytest.raises(ConfigError, match=r"a\.b_c and a_b\.c are both called a_b_c.*exclude_name"):
+    with pytest.raises(ConfigError, match=r"a\.b_c and a_b\.c have the same name a_b_c.*exclude_name"):
         create_lycoris(model)
 
 
@@ -171,7 +171,7 @@ def test_a_preset_in_a_file_and_names_that_were_replaced(model: MyModel, tmp_pat
         create_lycoris(model, preset="nowhere.toml")
     for name, text in (("a.toml", "target_module = ["), ("b.toml", "a=" + "[" * 10**5), ("c.json", "[" * 10**5)):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=f"{name} is no preset"):
+        with pytest.raises(ConfigError, match=f"{name} is not a preset"):
             create_lycoris(model, preset=str(tmp_path / name))
 
 
