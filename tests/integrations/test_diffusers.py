@@ -157,7 +157,7 @@ def test_all_stay_when_one_cannot_come_off(made: dict[str, Any]) -> None:
     pipe = pipeline("sd", made)
     loaded = load(pipe, bundles(pipe))
     act = draw(pipe)
-    layer = next(iter(loaded.sets["text_encoder"]._layers.values()))
+    layer = next(iter(loaded.sets["text_encoder"].sites.values())).module
     own = type(layer)
     layer.__class__ = type("Other", (own,), {})
     with pytest.raises(AttachError, match="became a Other"):

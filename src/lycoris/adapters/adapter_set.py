@@ -18,7 +18,7 @@ from lycoris.adapters.steering import Steering
 from lycoris.adapters.strengths import Strengths, finite
 from lycoris.errors import AttachError
 from lycoris.layers import base_weights, freezing, paths, sharding
-from lycoris.layers.geometry import class_name, site, sites
+from lycoris.layers.sites import ModelSites, Site, class_name
 from lycoris.models import fingerprint
 from lycoris.targeting import rank_schedule
 from lycoris.targeting.planning import Plan
@@ -37,16 +37,20 @@ class AdapterSet(Steering):
     """
 
     def __init__(
-        self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
+        self, model: nn.Module | ModelSites, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
         super().__init__()
-        sharding.check_unwrapped(model)
-        # Later the model may be sharded, or the weights merged.
-        self.model, self.name, self._signs = model, name, fingerprint.of_weights(model)
+        found = ModelSites.of(model)
+        sharding.check_unwrapped(found.model)
+        self.model, self.name = found.model, name
         self._attached_as = ""
-        self.stacks = loading.in_model_order(model, stacks)
+        self.stacks = loading.in_model_order(self.model, stacks)
+        self.sites: Mapping[str, Site] = {path: found.find(path) for path in self.stacks}
+        """Where the adapters are, or go: each layer with its path and geometry."""
+        # Read now: later the model may be sharded, or the weights merged.
+        self.base = Base(class_name(self.model), found.geometries, fingerprint.of_weights(found))
+        """What a file says about the model."""
         self.metadata: dict[str, str] = {}
-        self._layers = {path: site(model, path).module for path in self.stacks}
         self._merges: dict[str, Merge] = {}
         self._attached_by_merge = False
         self._attached = False
@@ -71,15 +75,17 @@ class AdapterSet(Steering):
         """
         if not stochastic_rounding:
             loading.warn_of_rounding(dtype, stacklevel=2)
-        return cls(model, loading.build_adapters(model, plan, dtype), name)
+        sites = plan.sites_in(model)
+        return cls(sites, loading.build_adapters(sites, plan, dtype), name)
 
     @classmethod
-    def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
+    def load(cls, model: nn.Module | ModelSites, bundle: Bundle, name: str | None = "default") -> AdapterSet:
         """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
 
         Raises `FileError` for layers that the model does not have, or has in another shape.
         """
-        made = cls(model, loading.load_adapters(model, bundle), name)
+        sites = ModelSites.of(model)
+        made = cls(sites, loading.load_adapters(sites, bundle), name)
         made.metadata, made.schedule = dict(bundle.metadata), schedule_of(bundle.metadata)
         return made
 
@@ -108,13 +114,13 @@ class AdapterSet(Steering):
         return self
 
     def _put_all_on(self) -> None:
-        name = attach.free_name(self._layers.values()) if self.name is None else self.name
+        name = attach.free_name(site.module for site in self.sites.values()) if self.name is None else self.name
         # No module's name may have a dot, and names such as v1.5 are common.
         self._attached_as = f"adapter_{name.replace('.', '_')}"
         with ExitStack() as undo:
             for path, at, adapter in self._each():
                 self._put_on(path, at, adapter)
-                undo.callback(attach.detach, self._layers[path], self._child(path, at))
+                undo.callback(attach.detach, self.sites[path].module, self._child(path, at))
             self._attached = True
             undo.pop_all()
         self._watch = watching.Watch(self.model, self.stacks)
@@ -122,11 +128,12 @@ class AdapterSet(Steering):
 
     def capabilities(self) -> base_weights.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
-        return base_weights.capabilities(self._holders(), watching.without_derivative(self.stacks))
+        holders = {path: merging.holder(site) for path, site in self.sites.items()}
+        return base_weights.capabilities(holders, watching.without_derivative(self.stacks))
 
     def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
         try:
-            attach.attach(self._layers[path], self._child(path, at), adapter)
+            attach.attach(self.sites[path].module, self._child(path, at), adapter)
         except AttachError as error:
             raise AttachError(f"{path}: {error}") from error
         attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
@@ -140,7 +147,7 @@ class AdapterSet(Steering):
         if self._attached:
             self._watch.stop()
             for path, at, _ in self._each():
-                attach.detach(self._layers[path], self._child(path, at))
+                attach.detach(self.sites[path].module, self._child(path, at))
         self._attached = False
         freezing.release(self._frozen)
         self._frozen = []
@@ -149,8 +156,8 @@ class AdapterSet(Steering):
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
         self.check_unmergeable()
-        for layer in self._layers.values() if self._attached else ():
-            attach.check_detachable(layer)
+        for site in self.sites.values() if self._attached else ():
+            attach.check_detachable(site.module)
 
     @property
     def attached(self) -> bool:
@@ -161,8 +168,8 @@ class AdapterSet(Steering):
         return bool(self._merges)
 
     def _check_layers(self) -> None:
-        for path, layer in self._layers.items():
-            if site(self.model, path).module is not layer:
+        for path, site in self.sites.items():
+            if not site.is_in(self.model):
                 raise AttachError(
                     f"{path} was replaced by another module since these adapters were made; make them anew"
                 )
@@ -171,7 +178,8 @@ class AdapterSet(Steering):
 
     def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
         """Whether another set has put an adapter on or merged it."""
-        return not (self._attached or self.merged) and (adapter.merged or attach.is_on(self._layers[path], adapter))
+        used = adapter.merged or attach.is_on(self.sites[path].module, adapter)
+        return used and not (self._attached or self.merged)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -194,8 +202,8 @@ class AdapterSet(Steering):
         """
         self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
         at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
-        merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
-        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
+        merges = merging.fold_all(self.sites, self.stacks, at.at, stochastic_seed)
+        report = merging.report(self.model, self.sites, merges, at.whole, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
         if self.uses_rank_mask and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
@@ -206,7 +214,7 @@ class AdapterSet(Steering):
                 self.attach(freeze=False)
                 self._attached_by_merge = True
             for path, merge in merges.items():
-                base_weights.install(self._layers[path], merge.new, merge.attribute)
+                base_weights.install(self.sites[path].module, merge.new, merge.attribute)
             self._merges, self._merged_at = merges, at
             self.refresh()
             undo.pop_all()
@@ -217,13 +225,7 @@ class AdapterSet(Steering):
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        merging.check(self.model, self._layers, self._holders(), self.stacks, into_low_bit, stochastic, untie)
-
-    def _holders(self) -> dict[str, nn.Module]:
-        """What has a weight, by path: the layers, and stand-ins for bare parameters."""
-        return {
-            path: base_weights.holder(layer, self.stacks[path][0].attribute) for path, layer in self._layers.items()
-        }
+        merging.check(self.model, self.sites, self.stacks, into_low_bit, stochastic, untie)
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
@@ -236,12 +238,12 @@ class AdapterSet(Steering):
     def check_unmergeable(self) -> None:
         """Raise `AttachError` where `unmerge` would, and change nothing."""
         for path, merge in self._merges.items():
-            merging.check_untouched(path, self._layers[path], merge)
+            merging.check_untouched(path, self.sites[path].module, merge)
 
     def _take_out(self, merges: Mapping[str, Merge]) -> None:
         """Give layers their own parameters again, whether or not they have got those of the merge yet."""
         for path, merge in merges.items():
-            merging.restore(self._layers[path], merge)
+            merging.restore(self.sites[path].module, merge)
         for _, _, adapter in self._each(merges):
             adapter.merged = False
         self._merges = {}
@@ -288,18 +290,17 @@ class AdapterSet(Steering):
 
         On a sharded model collective, and the first process's values go to all.
         """
-        loading.fill(self.model, self.stacks, bundle)
+        loading.fill(self.sites, self.stacks, bundle)
 
     def bundle(self) -> Bundle:
         """The adapters as a value, to be written to a file.
 
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
-        base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
         metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
         if self.schedule is not None and self.uses_rank_mask:
             metadata[rank_schedule.KEY] = str(self.schedule)
-        return Bundle(loading.entries(self.stacks), metadata, base)
+        return Bundle(loading.entries(self.stacks), metadata, self.base)
 
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute

@@ -26,7 +26,8 @@ from lycoris.compat.quantized import is_substitute
 from lycoris.compat.tensor_aliases import by_old_name, check_assignable, file_names, write, write_by_old_name
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.layers import base_weights
-from lycoris.layers.geometry import Affine, Geometry, Site
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import Site
 
 
 class AdapterView(nn.Module):
@@ -210,7 +211,7 @@ class AdapterView(nn.Module):
     def _below(self) -> LayerBelow:
         if self._parameter is not None:
             return BareWeight(self.geometry, self._parameter.below(self))
-        return attach.bottom(self.org_module[0], self.adapter.attribute)
+        return attach.bottom(self._place)
 
     def _find_unmerged(self) -> LayerBelow:
         """The same, for what depends on the weight from before a merge."""

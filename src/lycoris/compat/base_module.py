@@ -31,7 +31,8 @@ from lycoris.compat.parametrize import Parametrised
 from lycoris.compat.quantized import RefusedError, check_mergeable, check_trainable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.layers import base_weights
-from lycoris.layers.geometry import Affine, Geometry, Site, describe, site
+from lycoris.layers.geometry import Affine, Geometry, describe
+from lycoris.layers.sites import Site
 from lycoris.targeting.options import TOP, UNUSED_SIZES, parse_optional
 from lycoris.targeting.rank_schedule import one_if_equal
 from lycoris.targeting.recipe import Recipe
@@ -89,9 +90,10 @@ class LycorisBaseModule(AdapterView):
         algorithm.check(geometry)
         check_trainable({lora_name: org_module}, {lora_name: (algorithm,)})
         adapter = Adapter(algorithm, geometry, **base_weights.home(org_module))
-        adapter.initialize(attach.top(org_module))
+        place = Site("", org_module, "", geometry)
+        adapter.initialize(attach.top(place))
         bypass: bool | None = parse_optional(given.get("bypass_mode"), "bypass_mode", bool)
-        self._become(lora_name, adapter, site(org_module, ""), bypass, single=True)
+        self._become(lora_name, adapter, place, bypass, single=True)
         self.multiplier = multiplier
 
     @classmethod
@@ -302,7 +304,7 @@ class LycorisBaseModule(AdapterView):
                 f"{lora_name}: {cls.__name__} is made of {len(cls.weight_list)} tensors, None for those that the file "
                 f"has not ({', '.join(cls.weight_list) or 'none'}); {len(weights)} were given"
             )
-        place = site(orig_module, "")
+        place = Site.of(orig_module)
         tensors = {n: t for n, t in zip(cls.weight_list, weights, strict=True) if t is not None}
         algorithm, values = read_tensors(tensors, place.geometry, lora_name)
         adapter = Adapter(algorithm, place.geometry, **base_weights.home(orig_module))

@@ -15,6 +15,7 @@ from lycoris.compat.legacy_options import rename_options, tell
 from lycoris.compat.network import LycorisNetwork
 from lycoris.compat.parts import Part, choose, load_given, with_dropout
 from lycoris.errors import ConfigError, FileError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.recipe import schedule_in
 
@@ -81,14 +82,15 @@ def create_lycoris_from_weights(
     tensors, metadata = load_given(file, weights_sd)
     own: str = LycorisNetwork.LORA_PREFIX
     prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
+    sites = ModelSites(module)
     try:
         known = None if prefix == "lycoris" else prefix
-        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known, shared=False)
+        bundle = files.resolve(tensors, sites, metadata=metadata, component=component, prefix=known, shared=False)
     except FileError as error:
         raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
     for remark in bundle.remarks:
         logger.warning(remark)
-    adapters = AdapterSet.load(module, with_dropout(bundle, options), name=None)
+    adapters = AdapterSet.load(sites, with_dropout(bundle, options), name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
     strength: float = parse_number(multiplier, "multiplier", float)
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)

@@ -23,7 +23,8 @@ from lycoris.compat.merge import one_or_many
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files.dialects.base import flatten
 from lycoris.layers import base_weights, paths
-from lycoris.layers.geometry import IS_ADAPTER, Affine, Geometry, Site, sites
+from lycoris.layers.geometry import IS_ADAPTER, Affine, Geometry
+from lycoris.layers.sites import ModelSites, Site
 
 logger = logging.getLogger("LyCORIS")
 
@@ -111,12 +112,16 @@ class _Wanted(NamedTuple):
 
 def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
     """The layers of two models. Raises `FileError` unless both have the same."""
-    before, after = ({p.path: p for p in sites(model) if not p.attribute} for model in (base, tuned))
+    before, after = (_layers(model) for model in (base, tuned))
     for path in (*before, *(path for path in after if path not in before)):
         one, other = before.get(path), after.get(path)
         if one is None or other is None or _describe_place(one) != _describe_place(other):
             raise FileError(f"{path} is {_describe_place(one)} in the base and {_describe_place(other)} beside it")
         yield one, other
+
+
+def _layers(model: nn.Module) -> dict[str, Site]:
+    return {path: site for path, site in ModelSites(model).items() if not site.attribute}
 
 
 def _describe_place(place: Site | None) -> str:
@@ -134,7 +139,7 @@ def _not_in_layers(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    layers = {place.path: place.module for place in sites(model) if not place.attribute}
+    layers = {path: site.module for path, site in _layers(model).items()}
     for path, module in paths.named_modules(model):
         if getattr(module, IS_ADAPTER, False) or (path in layers and base_weights.storage(module).low_bit):
             continue
@@ -146,7 +151,7 @@ def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
     """Of the weight, (O, I, ...), and of the bias, in at least float32; None where nothing has changed."""
-    before, after = (_move(attach.top(place.module).affine(), device) for place in (base, tuned))
+    before, after = (_move(attach.top(place).affine(), device) for place in (base, tuned))
     weight = after.weight - before.weight
     bias = None if after.bias is None or before.bias is None else after.bias - before.bias
     return weight if weight.any() else None, bias if bias is not None and bias.any() else None

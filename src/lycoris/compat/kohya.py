@@ -23,6 +23,7 @@ from lycoris.compat.parts import Part, check_plan, load_given, resolve, with_dro
 from lycoris.compat.patterns import KEYWORDS, PatternedPreset, Patterns
 from lycoris.compat.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.planning import USUAL, Plan, servable
 from lycoris.targeting.preset import LAYER_CLASSES, Preset
@@ -129,17 +130,18 @@ def parts_for(
     plans: list[tuple[Component, Recipe, Plan]] = []
     nothing: NothingMeantError | None = None
     models = components(text_encoder, unet, network)
-    for component in models:
+    searched = [ModelSites(each.model) for each in models]
+    for component, sites in zip(models, searched, strict=True):
         own = Recipe.parse(given, strict=False, preset=_targets(preset, component, **_read_trained(options)))
         if not _has_targets(own.preset):
             continue
         try:
-            plans.append((component, own, own.plan(component.model)))
+            plans.append((component, own, own.plan(sites)))
         except NothingMeantError as error:
             nothing = nothing or error if component.text else error
     remarks = [remark for _, _, plan in plans for remark in plan.remarks]
     tell([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
-    tell(_remarks_on(patterns, [each.model for each in models], plans), unmatched=warn_on_unmatched)
+    tell(_remarks_on(patterns, searched, plans), unmatched=warn_on_unmatched)
     if not plans:
         raise _nothing_left(patterns, nothing, str(options.get("preset", "full")))
     verbose = parse_number(options.get("verbose") or False, "verbose", bool)
@@ -157,7 +159,7 @@ def _warn_of_single(preset: Preset) -> None:
 
 
 def _build(component: Component, recipe: Recipe, plan: Plan, verbose: bool) -> Part:
-    check_plan(component.model, plan)
+    check_plan(plan)
     adapters = AdapterSet.build(component.model, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
@@ -167,7 +169,7 @@ def _build(component: Component, recipe: Recipe, plan: Plan, verbose: bool) -> P
 
 
 def _remarks_on(
-    patterns: Patterns, models: Sequence[nn.Module], plans: Sequence[tuple[Component, Recipe, Plan]]
+    patterns: Patterns, models: Sequence[ModelSites], plans: Sequence[tuple[Component, Recipe, Plan]]
 ) -> Iterator[Remark]:
     """What of the patterns has no effect."""
     placements = [each for _, _, plan in plans for each in plan.placements]
@@ -281,12 +283,13 @@ def _read_parts(
         own = {key: tensors[key] for key in named if owner[key] is model}
         if not own:
             continue
-        bundle = resolve(own, model.model, model.prefix, metadata, text=model.text)
+        sites = ModelSites(model.model)
+        bundle = resolve(own, sites, model.prefix, metadata, text=model.text)
         if bundle.report.changed:
             # Trainers load the tensors again, without the header that the change is owed to.
             meant = files.encode(bundle, prefix=model.prefix)
             tensors |= {key: t for key, t in meant.items() if key.endswith(".alpha") and key in tensors}
-        adapters = AdapterSet.load(model.model, with_dropout(bundle, options), name=None)
+        adapters = AdapterSet.load(sites, with_dropout(bundle, options), name=None)
         adapters.schedule = adapters.schedule or schedule_in(options)
         yield Part(model.prefix, adapters, model.text)
 

@@ -25,6 +25,7 @@ from lycoris.compat.patterns import Patterns
 from lycoris.compat.presets import PRESET
 from lycoris.compat.quantized import check_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_optional
 
 logger = logging.getLogger("LyCORIS")
@@ -201,9 +202,10 @@ class LycorisNetworkKohya(LycorisNetwork):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for part in self.parts:
+                sites = ModelSites(part.adapters.model)
                 for path, stack in part.adapters.stacks.items():
                     # The set keeps the weight from before, and goes with it.
-                    alone = AdapterSet(part.adapters.model, {path: stack}, name=None)
+                    alone = AdapterSet(sites, {path: stack}, name=None)
                     alone.merge(part.adapters.strength_at(path))
         for each in told:
             warnings.warn(each.message, stacklevel=3)

@@ -30,7 +30,6 @@ from lycoris.compat.quantized import check_mergeable, is_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.dialects.components import family_of
 from lycoris.files.layout import Layout
-from lycoris.layers.geometry import site
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.preset import Preset
 from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE
@@ -94,7 +93,7 @@ class LycorisNetwork(Assignable, ClassPreset):
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
-                place = site(part.adapters.model, path)
+                place = part.adapters.sites[path]
                 for at, adapter in enumerate(stack):
                     name = module_name(part.prefix, path, at)
                     module = module_class(adapter.algorithm).of(name, adapter, place, bypass_mode)
@@ -335,8 +334,10 @@ class LycorisNetwork(Assignable, ClassPreset):
         if Path(file).suffix in files.PICKLES:
             raise FileError(f"{file}: adapters are saved as .safetensors; a pickle can run code when it is opened")
         bundles = {self._name(part): self._bundle(part) for part in self.parts}
-        denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
-        family = family_of({name: Layout.of(model).architecture for name, model in denoisers.items()})
+        denoisers = {self._name(part): part.adapters.base for part in self.parts if not part.text}
+        family = family_of(
+            {name: Layout.all_of(base.model, base.layers).architecture for name, base in denoisers.items()}
+        )
         files.write(
             bundles,
             file,

@@ -20,7 +20,7 @@ from lycoris.compat.legacy_options import read_preset, rename_options, tell
 from lycoris.compat.quantized import check_trainable
 from lycoris.errors import ConfigError, FileError
 from lycoris.files.dialects.base import flatten
-from lycoris.layers.geometry import site
+from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
 from lycoris.targeting.options import OPTIONS, SCHEDULE, parse_optional
 from lycoris.targeting.planning import Plan
@@ -66,7 +66,7 @@ def choose(
     recipe = Recipe.parse(given, strict=False, preset=preset)
     plan = recipe.plan(model)
     tell(plan.remarks, unmatched=warn_on_unmatched)
-    check_plan(model, plan)
+    check_plan(plan)
     adapters = AdapterSet.build(model, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s", replace(plan, remarks=()))
@@ -82,10 +82,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_plan(model: nn.Module, plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Raise `ConfigError` where a quantised layer would get what it cannot have."""
-    layers = {each.path: site(model, each.path).module for each in plan.placements if each.geometry.kind == "linear"}
-    check_trainable(layers, {each.path: each.algorithms for each in plan.placements if each.path in layers})
+    uses = {each.path: each.algorithms for each in plan.placements if each.geometry.kind == "linear"}
+    layers = {path: site.module for path, site in (plan.sites or {}).items()}
+    check_trainable(layers, uses)
 
 
 def load_given(
@@ -100,7 +101,12 @@ def load_given(
 
 
 def resolve(
-    tensors: Mapping[str, Tensor], model: nn.Module, prefix: str, metadata: Mapping[str, str], *, text: bool
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | ModelSites,
+    prefix: str,
+    metadata: Mapping[str, str],
+    *,
+    text: bool,
 ) -> Bundle:
     """The tensors of one of several models; what is to be said of them is on the logger "LyCORIS"."""
     # The base that a header names is the denoiser.

@@ -12,7 +12,8 @@ from lycoris.errors import FileError, PlanError
 from lycoris.files.dialects.base import Style, flatten
 from lycoris.files.recognition import Fit, guess, weight
 from lycoris.files.skeleton import name_layers, skeleton, translate
-from lycoris.layers.geometry import Geometry, class_name, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites, class_name
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Architecture
 from lycoris.models.families.naming import DIFFUSERS as MIDDLE
@@ -39,9 +40,10 @@ class Layout:
     _spans: dict[str, Mapping[str, Span]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Layout:
+    def of(cls, model: nn.Module | ModelSites) -> Layout:
         """Of a model; one on the meta device serves."""
-        return cls.all_of(class_name(model), {path: geometry for path, _, _, geometry in sites(model)})
+        sites = ModelSites.of(model)
+        return cls.all_of(class_name(sites.model), sites.geometries)
 
     @classmethod
     def all_of(cls, owner: str, layers: Mapping[str, Geometry]) -> Layout:

@@ -30,6 +30,7 @@ from lycoris.files.layout import Layout
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.problems import nothing, problem
 from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
@@ -40,7 +41,7 @@ DOWN = LoRA.tensor_names["down"]
 
 def read(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     dialect: str | None = None,
     *,
     component: str = "",
@@ -77,7 +78,7 @@ def peft_folder(path: str | os.PathLike[str]) -> Path | None:
 
 def resolve(
     tensors: Mapping[str, Tensor],
-    model: nn.Module | Layout,
+    model: nn.Module | ModelSites | Layout,
     dialect: str | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -100,20 +101,15 @@ def resolve(
     Raises `FileError` when nothing matches and, unless `strict` is False, when a tensor of this component belongs to no
     layer or does not fit it; nothing is loaded then. With `strict=False` what fits is taken and the rest reported.
     """
-    layout = model if isinstance(model, Layout) else Layout.of(model)
-    found, _ = _resolve(
-        tensors,
-        layout,
-        dialect,
-        metadata or {},
-        component,
-        prefix,
-        strict,
-        family,
-        as_written=False,
-        shared=shared,
-    )
-    other = "" if component or isinstance(model, Layout) else fingerprint.other_weights(metadata or {}, model)
+    other = ""
+    if isinstance(model, Layout):
+        layout = model
+    else:
+        sites = ModelSites.of(model)
+        layout = Layout.of(sites)
+        other = "" if component else fingerprint.other_weights(metadata or {}, sites)
+    header, asked = metadata or {}, (component, prefix, strict, family)
+    found, _ = _resolve(tensors, layout, dialect, header, *asked, as_written=False, shared=shared)
     return found.with_remark(other) if other else found
 
 

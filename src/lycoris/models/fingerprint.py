@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lycoris.json_io import json_object
 from lycoris.layers import sharding
-from lycoris.layers.geometry import Geometry, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 
 KEY = "lycoris_base"
 """Header key under which a file says it."""
@@ -46,14 +47,14 @@ def of_layers(model: str, layers: Mapping[str, Geometry], signs: str = "") -> Fi
     return Fingerprint(model, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], signs)
 
 
-def of_weights(model: nn.Module) -> str:
+def of_weights(model: nn.Module | ModelSites) -> str:
     """The signs of a few evenly spaced numbers of each linear layer and convolution, as base64; a thousand layers take
     as many bytes. Rounding keeps signs, training turns a few, another training half.
 
     "" for weights that are not at hand: on the meta device, sharded, or stored in few bits.
     """
     found = []
-    for place in sorted(sites(model), key=lambda each: each.path):
+    for _, place in sorted(ModelSites.of(model).items()):
         if place.geometry.kind not in ("linear", "conv"):
             continue
         weight = place.module._parameters.get(place.attribute or "weight")
@@ -83,12 +84,13 @@ def other_layers(header: Mapping[str, str], owner: str, *layers: Mapping[str, Ge
     return f"it was made for another base, a {made_for.model} of other layers than this {owner}"
 
 
-def other_weights(header: Mapping[str, str], model: nn.Module) -> str:
+def other_weights(header: Mapping[str, str], model: nn.Module | ModelSites) -> str:
     """What is to be said where a file tells of a base with these layers and other weights; "" where it does not."""
     made_for = told_by(header)
     if made_for is None or not made_for.signs:
         return ""
-    here = of_layers("", {place.path: place.geometry for place in sites(model)}, of_weights(model))
+    sites = ModelSites.of(model)
+    here = of_layers("", sites.geometries, of_weights(sites))
     share = agreement(made_for.signs, here.signs)
     if made_for.layers != here.layers or share is None or share >= SAME:
         return ""

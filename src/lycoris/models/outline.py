@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from lycoris.errors import ConfigError, unknown
-from lycoris.layers.geometry import Geometry, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 
 Outline = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def load_outline(name: str) -> Outline:
 
 
 def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
-    """What `geometry.sites` finds in the model: path and geometry. Modules that are alike are built only once."""
+    """What `ModelSites` finds in the model: path and geometry. Modules that are alike are built only once."""
     own = {key: value for key, value in told.items() if key not in ("children", "tied")}
     yield from _own(json.dumps(own))
     for name, child in told.get("children", {}).items():
@@ -84,7 +85,7 @@ def places(told: Outline) -> Iterator[tuple[str, Geometry]]:
 @lru_cache(maxsize=4096)
 def _own(told: str) -> tuple[tuple[str, Geometry], ...]:
     """Those of a module without children. Most of a model's are alike, and so are many of several models."""
-    return tuple((site.path, site.geometry) for site in sites(build(json.loads(told))))
+    return tuple(ModelSites(build(json.loads(told))).geometries.items())
 
 
 def _folder() -> Any:

@@ -19,6 +19,7 @@ from lycoris.compat.parts import Part, with_dropout
 from lycoris.compat.patterns import Patterns
 from lycoris.compat.switchable import SwitchableNetwork
 from lycoris.errors import FileError, NothingMeantError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.planning import block_classes
 
@@ -103,11 +104,12 @@ def read(
     Raises `FileError` when they are not of the algorithm of that name, with or without DoRA, or do not fit the model.
     """
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
-    bundle = files.resolve(tensors, unet, prefix=PREFIX, shared=False)
+    sites = ModelSites(unet)
+    bundle = files.resolve(tensors, sites, prefix=PREFIX, shared=False)
     others = sorted({unwrap_dora(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(f"this module is for {name}, and the file has {', '.join(others)}; name that one's module")
-    adapters = AdapterSet.load(unet, with_dropout(bundle, options), name=None)
+    adapters = AdapterSet.load(sites, with_dropout(bundle, options), name=None)
     network = _network(Part(PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network

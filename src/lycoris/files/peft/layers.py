@@ -16,7 +16,8 @@ from lycoris.algorithms.tensors import read_tensors
 from lycoris.errors import FileError
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation
-from lycoris.layers.geometry import Affine, Geometry, Site
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import Site
 from lycoris.ops.rounding import widen
 
 Named = Mapping[str, Tensor]
@@ -227,7 +228,7 @@ def base_of(place: Site) -> Affine:
         raise FileError(f"{place.path}: its base weight is needed to read this, and the model is on the meta device")
     if merging.is_merged(place.module):
         raise FileError(f"{place.path}: its base weight is needed to read this, and adapters are merged into it")
-    affine = attach.bottom(place.module).affine()
+    affine = attach.bottom(place).affine()
     return Affine(_wide(affine.weight.detach()), None if affine.bias is None else _wide(affine.bias.detach()))
 
 

@@ -22,7 +22,7 @@ from lycoris.files.container.storage import load_tensors
 from lycoris.files.peft.config import KINDS, Config, load_config, weights_in
 from lycoris.files.peft.layers import entries_of
 from lycoris.layers import paths
-from lycoris.layers.geometry import Site, class_name, sites
+from lycoris.layers.sites import ModelSites, Site, class_name
 
 PREFIX = "base_model.model."
 SHOWN = 5
@@ -54,7 +54,7 @@ class _Sorted:
 
 def read_peft(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     config: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Read an adapter that PEFT wrote, for the model it was made for.
@@ -82,11 +82,10 @@ def _load(folder: Path) -> dict[str, Tensor]:
     return load_tensors(weights_in(folder))[0]
 
 
-def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str, Any]) -> Bundle:
-    config = Config.parse(values)
-    found = _sort(given, model, config)
-    places = {place.path: place for place in sites(model)}
-    _check(found, places, model, config)
+def _resolve(given: Mapping[str, Tensor], model: nn.Module | ModelSites, values: Mapping[str, Any]) -> Bundle:
+    config, places = Config.parse(values), ModelSites.of(model)
+    found = _sort(given, places.model, config)
+    _check(found, places, places.model, config)
     entries: dict[str, tuple[Entry, ...]] = {}
     problems = []
     for path in sorted(found.layers.keys() | found.biases.keys()):
@@ -100,7 +99,7 @@ def _resolve(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str,
         listed = "\n  ".join(problems[:SHOWN])
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
     applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
-    base = Base(class_name(model), {path: place.geometry for path, place in places.items()})
+    base = Base(class_name(places.model), places.geometries)
     report = Report(dialect="peft", applied=applied, remarks=_remarks(found, places, config))
     return Bundle(entries, {}, base, report)
 
