@@ -16,7 +16,7 @@ from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.merging import Merge, MergeReport
 from lycoris.adapters.steering import Steering
 from lycoris.adapters.strengths import Strengths, finite
-from lycoris.errors import AttachError
+from lycoris.errors import AttachError, prefix_errors
 from lycoris.layers import base_weights, freezing, paths, sharding
 from lycoris.layers.sites import ModelSites, Site, class_name
 from lycoris.models import fingerprint
@@ -132,10 +132,8 @@ class AdapterSet(Steering):
         return base_weights.capabilities(holders, watching.without_derivative(self.stacks))
 
     def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
-        try:
+        with prefix_errors(path or None):
             attach.attach(self.sites[path].module, self._child(path, at), adapter)
-        except AttachError as error:
-            raise AttachError(f"{path}: {error}") from error
         attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:

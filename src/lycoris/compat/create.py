@@ -13,8 +13,9 @@ from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.compat.legacy_options import rename_options, tell
 from lycoris.compat.network import LycorisNetwork
-from lycoris.compat.parts import Part, choose, load_given, with_dropout
-from lycoris.errors import ConfigError, FileError
+from lycoris.compat.parts import Part, choose, with_dropout
+from lycoris.errors import ConfigError
+from lycoris.files.source import open_source
 from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.recipe import schedule_in
@@ -79,15 +80,12 @@ def create_lycoris_from_weights(
     """
     options = rename_options(options)
     tell(unknown_options(options))
-    tensors, metadata = load_given(file, weights_sd)
     own: str = LycorisNetwork.LORA_PREFIX
-    prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
     sites = ModelSites(module)
-    try:
+    with open_source(file, weights_sd) as (tensors, header):
+        prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
         known = None if prefix == "lycoris" else prefix
-        bundle = files.resolve(tensors, sites, metadata=metadata, component=component, prefix=known, shared=False)
-    except FileError as error:
-        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+        bundle = files.resolve(tensors, sites, metadata=header, component=component, prefix=known, shared=False)
     for remark in bundle.remarks:
         logger.warning(remark)
     adapters = AdapterSet.load(sites, with_dropout(bundle, options), name=None)

@@ -19,10 +19,11 @@ from lycoris.compat import block_classes
 from lycoris.compat.inside import log_layers
 from lycoris.compat.kohya_network import LycorisNetworkKohya, Ratios
 from lycoris.compat.legacy_options import read_preset, rename_options, tell
-from lycoris.compat.parts import Part, check_plan, load_given, resolve, with_dropout
+from lycoris.compat.parts import Part, check_plan, resolve, with_dropout
 from lycoris.compat.patterns import KEYWORDS, PatternedPreset, Patterns
 from lycoris.compat.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
+from lycoris.files.source import open_source
 from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.planning import USUAL, Plan, servable
@@ -242,11 +243,8 @@ def read_network(
     options: Mapping[str, Any],
 ) -> tuple[Network, dict[str, Tensor]]:
     """A network of some class from a file or its tensors; see `create_network_from_weights`."""
-    tensors, metadata = load_given(file, weights_sd)
-    try:
-        parts = list(_read_parts(tensors, metadata, _called_in_file(models, tensors), options))
-    except FileError as error:
-        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+    with open_source(file, weights_sd) as (tensors, header):
+        parts = list(_read_parts(tensors, header, _called_in_file(models, tensors), options))
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
     network = kind.of(parts, parse_number(multiplier, "multiplier", float), bypass)
     network.for_inference = for_inference

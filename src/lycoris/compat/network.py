@@ -30,6 +30,7 @@ from lycoris.compat.quantized import check_mergeable, is_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.dialects.components import family_of
 from lycoris.files.layout import Layout
+from lycoris.files.source import open_source
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.preset import Preset
 from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE
@@ -366,11 +367,8 @@ class LycorisNetwork(Assignable, ClassPreset):
 
         Raises `FileError`, and changes nothing, for tensors that mean something else, and `AttachError` while merged.
         """
-        tensors, metadata = files.load_tensors(file)
-        try:
-            missing, unexpected = self._load(tensors, metadata)
-        except FileError as error:
-            raise FileError(f"{file}: {error}") from error
+        with open_source(file) as (tensors, header):
+            missing, unexpected = self._load(tensors, header)
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.legacy_options import read_preset, rename_options, tell
 from lycoris.compat.quantized import check_trainable
-from lycoris.errors import ConfigError, FileError
+from lycoris.errors import ConfigError
 from lycoris.files.dialects.base import flatten
 from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
@@ -87,17 +86,6 @@ def check_plan(plan: Plan) -> None:
     uses = {each.path: each.algorithms for each in plan.placements if each.geometry.kind == "linear"}
     layers = {path: site.module for path, site in (plan.sites or {}).items()}
     check_trainable(layers, uses)
-
-
-def load_given(
-    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that were given, or those of a file, and its header. Raises `FileError` when neither was given."""
-    if weights_sd is not None:
-        return dict(weights_sd), {}
-    if file is None:
-        raise FileError("neither a file nor weights_sd was given")
-    return files.load_tensors(file)
 
 
 def resolve(

@@ -12,7 +12,7 @@ from typing import Literal
 from lycoris.adapters.load_report import some
 from lycoris.algorithms import OFT, Replace
 from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, find_layer_size, match_algorithms
-from lycoris.errors import FileError
+from lycoris.errors import FileError, prefix_errors
 from lycoris.files import base_model, foreign
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.container.storage import load_shapes
@@ -96,10 +96,8 @@ class Detection:
 def detect(path: str | os.PathLike[str]) -> Detection:
     """What a safetensors file or a folder of PEFT's is. Raises `FileError` when it is damaged or has no adapters."""
     shapes, metadata = load_shapes(weights_in(Path(path)) if Path(path).is_dir() else path)
-    try:
+    with prefix_errors(path):
         return judge(shapes, metadata)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def judge(

@@ -18,12 +18,13 @@ from lycoris.files.described import describe_base
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.components import component_of, family_in, family_of
-from lycoris.files.dialects.scales import BESIDE, beside
+from lycoris.files.dialects.scales import BESIDE
 from lycoris.files.layout import Layout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import weights_in
 from lycoris.files.reading import DOWN, peft_folder, resolve_as_written, settled_names
 from lycoris.files.recognition import Fit
+from lycoris.files.source import open_source
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
@@ -54,11 +55,8 @@ def open_file(source: str | os.PathLike[str], base: nn.Module | None = None, *, 
     folder = peft_folder(source)
     if folder is not None:
         return _folder(folder, base)
-    tensors, metadata = load_tensors(source)
-    try:
-        return parse_opened(tensors, {**beside(source), **metadata}, base, strict=strict)
-    except FileError as error:
-        raise FileError(f"{source}: {error}") from error
+    with open_source(source) as (tensors, header):
+        return parse_opened(tensors, header, base, strict=strict)
 
 
 def parse_opened(

@@ -21,14 +21,14 @@ from lycoris.errors import FileError, unknown
 from lycoris.files import foreign, placing, variants
 from lycoris.files.choosing import Standing, standing
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
-from lycoris.files.container.storage import load_tensors
 from lycoris.files.dialects import DIALECTS, forms, history, wrappers
 from lycoris.files.dialects.base import Dialect, Key
 from lycoris.files.dialects.components import component_of, family_in, family_of
-from lycoris.files.dialects.scales import BESIDE, Scales, beside, sources
+from lycoris.files.dialects.scales import BESIDE, Scales, sources
 from lycoris.files.layout import Layout
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.problems import nothing, problem
+from lycoris.files.source import open_source
 from lycoris.layers.geometry import Geometry
 from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
@@ -53,20 +53,17 @@ def read(
     folder = peft_folder(path)
     if folder is not None and dialect in (None, "peft"):
         return read_peft(folder, model)
-    tensors, metadata = load_tensors(path)
-    try:
+    with open_source(path) as (tensors, header):
         return resolve(
             tensors,
             model,
             dialect,
-            metadata={**beside(path), **metadata},
+            metadata=header,
             component=component,
             prefix=prefix,
             strict=strict,
             family=family,
         )
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def peft_folder(path: str | os.PathLike[str]) -> Path | None:

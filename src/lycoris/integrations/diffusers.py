@@ -17,9 +17,9 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.merging import MergeReport
 from lycoris.adapters.strengths import blocks_of
 from lycoris.compat.timestep_masks import pipeline_schedule
-from lycoris.errors import ConfigError, FileError, unknown
-from lycoris.files import judge, load_tensors, resolve
-from lycoris.files.peft import read_peft
+from lycoris.errors import ConfigError, FileError, prefix_errors, unknown
+from lycoris.files import judge, read_peft, resolve
+from lycoris.files.source import open_source
 from lycoris.layers import paths
 from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
 
@@ -189,10 +189,8 @@ def load(
     sets: dict[str, AdapterSet] = {}
     with ExitStack() as undo:
         for component, bundle in bundles.items():
-            try:
+            with prefix_errors(component):
                 made = sets[component] = AdapterSet.load(parts[component], bundle, name)
-            except FileError as error:
-                raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
             made.attach(freeze=False)
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
@@ -249,10 +247,9 @@ def _read_file(
     path: str | os.PathLike[str], parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """The one place that knows how files name components: "" for the denoiser, the others as pipelines do."""
-    tensors, metadata = load_tensors(path)
-    try:
-        detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
-        into = _denoisers(parts, to)
+    into = _denoisers(parts, to)
+    with open_source(path) as (tensors, header):
+        detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
         held = {component: into if not component else (component,) for component in detected.components}
         if to is not None and ("" not in held or not held.keys().isdisjoint(into)):
             has = " and ".join(component or "the denoiser" for component in sorted(held))
@@ -262,15 +259,13 @@ def _read_file(
             )
         unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
         bundles = {
-            name: resolve(tensors, parts[name], dialect, metadata=metadata, component=component, family=detected.family)
+            name: resolve(tensors, parts[name], dialect, metadata=header, component=component, family=detected.family)
             for name in parts
             for component, names in held.items()
             if name in names
         }
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
-    if not bundles:
-        raise FileError(f"{path}: it is for {', '.join(unused)}, and this pipeline has {', '.join(parts)}")
+        if not bundles:
+            raise FileError(f"it is for {', '.join(unused)}, and this pipeline has {', '.join(parts)}")
     # Those for other components are in the report, by component.
     return {name: replace(b, report=replace(b.report, elsewhere={})) for name, b in bundles.items()}, unused
 

@@ -13,7 +13,7 @@ from lycoris.adapters import attach, merging
 from lycoris.algorithms import Full, Norm
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import read_tensors
-from lycoris.errors import FileError
+from lycoris.errors import FileError, prefix_errors
 from lycoris.files.peft.config import Config
 from lycoris.files.peft.rotations import boft_rotation, oft_rotation
 from lycoris.layers.geometry import Affine, Geometry
@@ -241,10 +241,8 @@ def _dense(g: Geometry, change: Tensor) -> Entry:
 
 
 def _turn(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
-    try:
+    with prefix_errors(place.path):
         return make(*args)
-    except FileError as error:
-        raise FileError(f"{place.path}: {error}") from error
 
 
 def _wide(tensor: Tensor) -> Tensor:

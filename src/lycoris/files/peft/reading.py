@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.load_report import Report, some
 from lycoris.algorithms.base import Entry
-from lycoris.errors import FileError, nearest
+from lycoris.errors import FileError, nearest, prefix_errors
 from lycoris.files.container.storage import load_tensors
 from lycoris.files.peft.config import KINDS, Config, load_config, weights_in
 from lycoris.files.peft.layers import entries_of
@@ -70,12 +70,9 @@ def read_peft(
             raise FileError("tensors alone do not say what they are: pass config, the content of adapter_config.json")
         return _resolve(source, model, config)
     folder = Path(source)
-    try:
+    with prefix_errors(folder):
         values = load_config(folder) if config is None else config
         return _resolve(_load(folder), model, values)
-    except FileError as error:
-        text = str(error)
-        raise FileError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
