@@ -171,7 +171,7 @@ def test_all_stay_when_one_cannot_come_off(made: dict[str, Any]) -> None:
 def test_all_stay_merged_when_one_cannot_be_unmerged(made: dict[str, Any]) -> None:
     pipe = pipeline("sd", made)
     loaded = load(pipe, bundles(pipe, TLoRA(rank=2)), schedule=RankSchedule(max_rank=2))
-    loaded.sets["unet"].unfollow()
+    loaded.sets["unet"].rank_masks.unfollow()
     loaded.merge()
     before, act = state(pipe), draw(pipe)
     pipe.text_encoder.load_state_dict(pipe.text_encoder.state_dict())

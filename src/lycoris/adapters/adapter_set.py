@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lycoris.adapters import attach, loading, merging, saving, watching
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.merging import Merge, MergeReport
-from lycoris.adapters.steering import Steering
+from lycoris.adapters.rank_masks import RankMasks
 from lycoris.adapters.strengths import Strengths, finite
-from lycoris.errors import AttachError, prefix_errors
+from lycoris.errors import AttachError, ConfigError, prefix_errors, unknown
 from lycoris.layers import base_weights, freezing, paths, sharding
 from lycoris.layers.sites import ModelSites, Site, class_name
 from lycoris.models import fingerprint
 from lycoris.targeting import rank_schedule
 from lycoris.targeting.planning import Plan
-from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE
+from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule
 from lycoris.targeting.recipe import schedule_of
 
 logger = logging.getLogger("LyCORIS")
 
 
-class AdapterSet(Steering):
-    """Adapters by layer path, made but not yet attached.
+class AdapterSet:
+    """The adapters that belong together on one model, by layer path; built or loaded, and not attached at first.
 
     States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
     Sets that are attached at the same time need different names; with None a set takes a free one when attached.
@@ -39,7 +40,6 @@ class AdapterSet(Steering):
     def __init__(
         self, model: nn.Module | ModelSites, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
-        super().__init__()
         found = ModelSites.of(model)
         sharding.check_unwrapped(found.model)
         self.model, self.name = found.model, name
@@ -51,6 +51,10 @@ class AdapterSet(Steering):
         self.base = Base(class_name(self.model), found.geometries, fingerprint.of_weights(found))
         """What a file says about the model."""
         self.metadata: dict[str, str] = {}
+        """Of the header of the file that they were loaded from, and of the next one."""
+        self.rank_masks = RankMasks(self.model, self.stacks, self.refresh)
+        """Which ranks act, for adapters that follow the timestep: schedule, batch layout, following a pipeline."""
+        self._strengths, self._merged_at = Strengths(), Strengths()
         self._merges: dict[str, Merge] = {}
         self._attached_by_merge = False
         self._attached = False
@@ -141,7 +145,7 @@ class AdapterSet(Steering):
         self.check_detachable()
         if self._merges:
             self.unmerge()
-        self.unfollow()
+        self.rank_masks.unfollow()
         if self._attached:
             self._watch.stop()
             for path, at, _ in self._each():
@@ -179,6 +183,93 @@ class AdapterSet(Steering):
         used = adapter.merged or attach.is_on(self.sites[path].module, adapter)
         return used and not (self._attached or self.merged)
 
+    # -- how much they count -----------------------------------------------------------------------------------------
+
+    @property
+    def strength(self) -> float:
+        """In force for all of the model; of a merged set, the one it was merged at."""
+        return (self._merged_at if self.merged else self._strengths).overall
+
+    @property
+    def strengths(self) -> Strengths:
+        """What is set, layer by layer: `strengths.at(path)`. A merge does not change it."""
+        return self._strengths
+
+    def set_strength(
+        self, strength: float, blocks: Mapping[str, float] | None = None, *, at: str | None = None
+    ) -> None:
+        """Set how much of the adapters counts: 0 is the base model, 1 the trained strength; between, W + s·(V - W).
+
+        Args:
+            strength: For the layers, any finite number.
+            blocks: Factors by path of a module, for the layers inside; of several that hold a layer the longest path
+                counts. None: the same strength everywhere.
+            at: The path of one layer, to change that one alone and leave the others as they are.
+
+        Raises:
+            ConfigError: A block or a layer has no adapters, or the strength is not finite.
+            AttachError: The adapters are merged.
+        """
+        if self.merged:
+            raise AttachError(f"the adapters are merged at strength {self._merged_at.overall}; unmerge to change it")
+        if at is None:
+            self._strengths = Strengths.of(strength, blocks or {}, self.stacks)
+        elif at in self.stacks:
+            self._strengths = self._strengths.with_one(at, finite(strength), self.stacks.keys())
+        else:
+            raise ConfigError(unknown("layer with adapters", at, self.stacks))
+        self.refresh(None if at is None else [at])
+
+    @property
+    def schedule(self) -> RankSchedule | None:
+        """How many ranks act at which timestep; None: not known, all of them."""
+        return self.rank_masks.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: RankSchedule | None) -> None:
+        self.rank_masks.schedule = schedule
+
+    def set_timesteps(self, timesteps: Tensor | None) -> None:
+        """Set the timesteps of the passes from now on; see `RankMasks.set_timesteps`."""
+        self.rank_masks.set_timesteps(timesteps)
+
+    def set_rank_mask(self, mask: Tensor | None) -> None:
+        """Set the mask of the ranks that act; see `RankMasks.set_mask`."""
+        self.rank_masks.set_mask(mask)
+
+    @contextmanager
+    def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[Self]:
+        """Set strength and timestep for the passes inside a `with` block; what was in force before is put back."""
+        before = self._strengths, self.rank_masks.mask
+        try:
+            if strength is not None:
+                self.set_strength(strength, self._strengths.blocks)
+            if timestep is not None:
+                self.set_timesteps(torch.as_tensor(timestep))
+            yield self
+        finally:
+            self._strengths, self.rank_masks.mask = before
+            self.refresh()
+
+    def refresh(self, paths: Iterable[str] | None = None) -> None:
+        """Give the adapters, or those of some layers, what is set here. Those that another set uses are left alone.
+
+        On a merged model, the ranks that should be off are subtracted again.
+        """
+        for path, _, adapter in self._each(paths):
+            if self._is_elsewhere(path, adapter):
+                continue
+            mask = self.rank_masks.mask_for(adapter)
+            adapter.merged = self.merged
+            strength = self._strengths.at(path)
+            if self.merged and mask is not None:
+                strength, mask = -self._merged_at.at(path), 1 - mask
+            adapter.set_call(strength, mask, self.rank_masks.layout_at(path))
+
+    def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
+        those = self.stacks if paths is None else paths
+        return ((path, at, adapter) for path in those for at, adapter in enumerate(self.stacks[path]))
+
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def merge(
@@ -199,16 +290,16 @@ class AdapterSet(Steering):
         layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.
         """
         self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
-        at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
+        at = self._strengths if strength is None else Strengths(finite(strength), self._strengths.blocks)
         merges = merging.fold_all(self.sites, self.stacks, at.at, stochastic_seed)
-        report = merging.report(self.model, self.sites, merges, at.whole, self.stacks if self._attached else {})
+        report = merging.report(self.model, self.sites, merges, at.overall, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
-        if self.uses_rank_mask and self.schedule is None:
+        if self.rank_masks.are_used and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
             warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
         with ExitStack() as undo:
             undo.callback(self._take_out, merges)
-            if self.uses_rank_mask and not self._attached:
+            if self.rank_masks.are_used and not self._attached:
                 self.attach(freeze=False)
                 self._attached_by_merge = True
             for path, merge in merges.items():
@@ -266,9 +357,6 @@ class AdapterSet(Steering):
                 if isinstance(tensor, nn.Parameter):
                     yield f"{path}/{at}/{slot}", tensor
 
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor under `path/index/slot`, detached and whole: for checkpoints of this library.
 
@@ -296,7 +384,7 @@ class AdapterSet(Steering):
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
         metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
-        if self.schedule is not None and self.uses_rank_mask:
+        if self.schedule is not None and self.rank_masks.are_used:
             metadata[rank_schedule.KEY] = str(self.schedule)
         return Bundle(loading.entries(self.stacks), metadata, self.base)
 

@@ -80,9 +80,9 @@ def verify(adapters: Any, batch: Any) -> Verification:
             if not each.attached:
                 each.attach(freeze=False)
                 undo.callback(each.detach)
-            if each._hooks:
-                each.unfollow()
-                undo.callback(each.follow_timesteps)
+            if each.rank_masks.is_following:
+                each.rank_masks.unfollow()
+                undo.callback(each.rank_masks.follow)
             undo.enter_context(each.at())
             each.set_strength(1.0)
             each.set_rank_mask(None)
@@ -254,9 +254,9 @@ def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], t
     noise = relative(attached, outputs())
     rows = []
     for at, layer in enumerate(layers):
-        layer.adapters.set_strength_at(layer.path, 0.0)
+        layer.adapters.set_strength(0.0, at=layer.path)
         without = outputs()
-        layer.adapters.set_strength_at(layer.path, 1.0)
+        layer.adapters.set_strength(1.0, at=layer.path)
         effect, now = relative(attached, without), attached
         with ExitStack() as undo:
             fresh = effect <= noise
@@ -307,9 +307,9 @@ def _merge_error(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Te
         return None, str(error)
     merge = merging.fold(path, merging.holder(layer.site), layer.stack, 1.0)
     base_weights.install(module, merge.new, merge.attribute)
-    adapters.set_strength_at(path, 0.0)
+    adapters.set_strength(0.0, at=path)
     try:
         return relative(now, outputs()), ""
     finally:
         merging.restore(module, merge)
-        adapters.set_strength_at(path, 1.0)
+        adapters.set_strength(1.0, at=path)

@@ -139,11 +139,11 @@ class LycorisBaseModule(AdapterView):
     @property
     def multiplier(self) -> float:
         if self._alone is not None and self._on_its_own:
-            return self._alone.strength_at(self.adapter.attribute)
+            return self._alone.strengths.at(self.adapter.attribute)
         if self._member is None:
             return float(self.adapter.call.strength)
         adapters, path = self._member
-        return adapters.strength_at(path)
+        return adapters.strengths.at(path)
 
     @multiplier.setter
     def multiplier(self, multiplier: float) -> None:
@@ -151,7 +151,7 @@ class LycorisBaseModule(AdapterView):
         if self._alone is not None and self._on_its_own:
             self._alone.set_strength(multiplier)
         if self._member is not None:
-            self._member[0].set_strength_at(self._member[1], multiplier)
+            self._member[0].set_strength(multiplier, at=self._member[1])
         elif not self._on_its_own:
             self.adapter.set_call(finite(multiplier), self.adapter.call.rank_mask)
 

@@ -180,7 +180,7 @@ class LycorisNetworkKohya(LycorisNetwork):
                     "all adapters of this network"
                 )
             self._keep(*meant)
-        if self.for_inference and not any(part.adapters.uses_rank_mask for part in self.parts):
+        if self.for_inference and not any(part.adapters.rank_masks.are_used for part in self.parts):
             self._merge_for_good()
         else:
             self._merge(1.0)
@@ -206,7 +206,7 @@ class LycorisNetworkKohya(LycorisNetwork):
                 for path, stack in part.adapters.stacks.items():
                     # The set keeps the weight from before, and goes with it.
                     alone = AdapterSet(sites, {path: stack}, name=None)
-                    alone.merge(part.adapters.strength_at(path))
+                    alone.merge(part.adapters.strengths.at(path))
         for each in told:
             warnings.warn(each.message, stacklevel=3)
 

@@ -270,7 +270,7 @@ class LycorisNetwork(Assignable, ClassPreset):
     def _warn_of_schedule(self, part: Part) -> None:
         adapters = part.adapters
         unguided = adapters.schedule is None and timestep_masks.get_timestep_mask() is None
-        if adapters.uses_rank_mask and unguided and not adapters.attached and not part.text:
+        if adapters.rank_masks.are_used and unguided and not adapters.attached and not part.text:
             logger.warning(
                 "applying adapters that were trained with a timestep schedule, without one: %s", WITHOUT_SCHEDULE
             )

@@ -14,7 +14,7 @@ class SwitchableNetwork(LycorisNetworkKohya):
     def set_enabled(self, is_enabled: bool) -> None:
         """Let the adapters act, or not. When they act again, every module has the multiplier that it had."""
         if not is_enabled and self._off is None:
-            self._off = [(part.adapters.strength, dict(part.adapters.blocks)) for part in self.parts]
+            self._off = [(part.adapters.strength, dict(part.adapters.strengths.blocks)) for part in self.parts]
             for part in self.parts:
                 part.adapters.set_strength(0.0)
         elif is_enabled and self._off is not None:

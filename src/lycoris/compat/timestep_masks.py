@@ -62,7 +62,7 @@ def clear_timestep_mask(group_id: int = 0) -> None:
 
 def track(adapters: AdapterSet) -> None:
     """Let masks and pipelines reach these adapters."""
-    if adapters in _tracked or not adapters.uses_rank_mask:
+    if adapters in _tracked or not adapters.rank_masks.are_used:
         return
     adapters.set_rank_mask(get_timestep_mask())
     own = adapters.schedule
@@ -76,7 +76,7 @@ def track(adapters: AdapterSet) -> None:
         return
     adapters.model.register_forward_pre_hook(_Follow(adapters, own))
     _tracked.add(adapters)
-    adapters.follow_timesteps()
+    adapters.rank_masks.follow()
 
 
 def follow(module: Masked) -> None:
@@ -95,7 +95,7 @@ def untrack(adapters: AdapterSet) -> None:
         if isinstance(hook, _Follow) and hook.adapters is adapters:
             adapters.schedule = hook.own
             del hooks[key]
-    adapters.unfollow()
+    adapters.rank_masks.unfollow()
     adapters.set_rank_mask(None)
 
 

@@ -148,7 +148,7 @@ class Loaded:
         with ExitStack() as undo:
             for component, adapters in self.sets.items():
                 before, factor = (
-                    (adapters.strength, adapters.blocks),
+                    (adapters.strength, adapters.strengths.blocks),
                     components.get(component, 1.0) if enabled else 0.0,
                 )
                 adapters.set_strength(strength * factor, {path: blocks[name] for path, name in own[component].items()})
@@ -195,7 +195,7 @@ def load(
             made.attach(freeze=False)
             made.schedule = made.schedule or schedule or _schedule_of(pipe, made)
             if takes_timestep(made.model):
-                made.follow_timesteps()
+                made.rank_masks.follow()
         loaded = Loaded(sets, _report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
         undo.pop_all()
@@ -203,7 +203,7 @@ def load(
 
 
 def _schedule_of(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
-    wanted = adapters.uses_rank_mask and getattr(pipe, "_tlora_config", None)
+    wanted = adapters.rank_masks.are_used and getattr(pipe, "_tlora_config", None)
     return pipeline_schedule(pipe, adapters) if wanted else None
 
 
@@ -284,7 +284,7 @@ def _report(
     sets: Mapping[str, AdapterSet],
 ) -> Report:
     remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
-    masked = {name: made for name, made in sets.items() if made.uses_rank_mask}
+    masked = {name: made for name, made in sets.items() if made.rank_masks.are_used}
     untold = {
         name: WITHOUT_SCHEDULE
         if takes_timestep(made.model)

@@ -252,7 +252,7 @@ def dense_output(model: OneLayer, x: Tensor) -> Tensor:
 def merge(adapters: AdapterSet) -> None:
     """Merge, expecting the warning about timesteps exactly where the adapters follow them."""
     with warnings.catch_warnings():
-        if adapters.uses_rank_mask:
+        if adapters.rank_masks.are_used:
             warnings.filterwarnings("ignore", message=".*timestep schedule")
         else:
             warnings.simplefilter("error")

@@ -26,11 +26,11 @@ def sampling(settings: Settings) -> Sampling:
 @contextmanager
 def following(adapters: AdapterSet) -> Iterator[None]:
     """Inside, adapters with a rank schedule follow the timesteps of the pipeline's calls."""
-    adapters.follow_timesteps()
+    adapters.rank_masks.follow()
     try:
         yield
     finally:
-        adapters.unfollow()
+        adapters.rank_masks.unfollow()
 
 
 def preview(run: Run) -> None:
