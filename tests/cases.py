@@ -27,7 +27,7 @@ from lycoris.algorithms import ALGORITHMS as REGISTRY
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.slices import AdditiveSlice, Slice
 from lycoris.errors import ConfigError
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 from lycoris.testing import algorithms as contracts
 from lycoris.testing import layers as testing_layers
 from lycoris.testing.layers import LayerCase
@@ -128,7 +128,7 @@ LAYERS: dict[str, LayerCase] = {
 
 def serves(model: nn.Module, algorithm: Algorithm) -> bool:
     """Whether an algorithm serves the one layer of a model: `test_planning.py` says for which it must not."""
-    ((_, _, _, geometry),) = sites(model)
+    ((_, _, _, geometry),) = ModelSites(model).values()
     try:
         algorithm.check(geometry)
     except ConfigError:

@@ -16,6 +16,7 @@ from lycoris import AdapterSet, AttachError, DoRA, LoRA, Rule, plan, read, write
 from lycoris.adapters.attach import top
 from lycoris.algorithms.base import Algorithm
 from lycoris.layers import base_weights
+from lycoris.layers.sites import Site
 from quantized import CPU, EVERY, Float8Linear, torchao
 
 SOME = ["lora", "loha", "loha-high-rank", "lokr", "tlora", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
@@ -89,7 +90,7 @@ def test_adapters_train_unmerged(base: str, name: str) -> None:
 def test_the_output_is_that_of_the_dense_adapted_weight(base: str, name: str) -> None:
     model, adapters, x = made(base, ALGORITHMS[name])
     adapted = model(x)
-    stack = top(model.layer)
+    stack = top(Site.of(model.layer))
     assert relative(adapted, stack.geometry.op(x, *stack.affine())) < 1e-4
     adapters.set_strength(0)
     assert relative(adapted, model(x)) > 0.01

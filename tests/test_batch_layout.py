@@ -41,7 +41,7 @@ class Case:
 
     def check(self, layer: nn.Module) -> None:
         model, adapters = made(layer)
-        adapters.batch_layout = self.layout  # type: ignore[assignment]
+        adapters.rank_masks.batch_layout = self.layout  # type: ignore[assignment]
         adapters.set_timesteps(TIMES)
         together = model(self.x)
         parts = [(sample, self.x.narrow(self.axis, at, 1)) for at, sample in enumerate(self.owner)]
@@ -121,7 +121,7 @@ def test_samples_with_the_same_mask_fit_anything(name: str) -> None:
 @pytest.mark.parametrize("layout", ["first", "second", "repeated", "tiled", torch.tensor([0, 1])])
 def test_an_input_that_does_not_fit_what_was_said_is_refused(layout: object) -> None:
     model, adapters = made(nn.Linear(8, 6))
-    adapters.batch_layout = layout  # type: ignore[assignment]
+    adapters.rank_masks.batch_layout = layout  # type: ignore[assignment]
     adapters.set_timesteps(TIMES)
     with pytest.raises(ConfigError, match="do not fit an input"):
         model(normal(7, 5, 8))
@@ -131,7 +131,7 @@ def test_layouts_by_layer() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     adapters = adapt(model, TLoRA(rank=4))
     adapters.schedule = RankSchedule(max_rank=4, min_rank=0)
-    adapters.batch_layout = {"0": "repeated", "*": "tiled"}
+    adapters.rank_masks.batch_layout = {"0": "repeated", "*": "tiled"}
     adapters.set_timesteps(TIMES)
     x = normal(6, 8)
     together = model(x)
@@ -149,7 +149,7 @@ def test_layouts_by_layer() -> None:
 def test_wrong_layouts(layout: object, message: str) -> None:
     _, adapters = made(nn.Linear(8, 6))
     with pytest.raises(ConfigError, match=message):
-        adapters.batch_layout = layout  # type: ignore[assignment]
+        adapters.rank_masks.batch_layout = layout  # type: ignore[assignment]
 
 
 def test_masks_for_the_whole_process_take_it_too() -> None:
@@ -160,7 +160,7 @@ def test_masks_for_the_whole_process_take_it_too() -> None:
         set_timestep_mask(torch.eye(4)[:2])
         with pytest.raises(ConfigError, match="batch_layout"):
             model(torch.randn(4, 5, 8))
-        network.adapters.batch_layout = "tiled"
+        network.adapters.rank_masks.batch_layout = "tiled"
         model(torch.randn(4, 5, 8))
     finally:
         clear_timestep_mask()
@@ -171,11 +171,11 @@ def test_compiled_and_set_later() -> None:
     model, adapters = made(nn.Linear(8, 6))
     x = normal(6, 5, 8)
     adapters.set_timesteps(TIMES)
-    adapters.batch_layout = "tiled"
+    adapters.rank_masks.batch_layout = "tiled"
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert relative(compiled(x), model(x)) < 1e-12
-    adapters.batch_layout = "repeated"
+    adapters.rank_masks.batch_layout = "repeated"
     assert relative(compiled(x), model(x)) < 1e-12
     torch._dynamo.reset()
 

@@ -32,8 +32,9 @@ def scaled(strengths: dict[str, float], x: torch.Tensor) -> torch.Tensor:
 
 def site_affine(model: nn.Module, path: str):
     from lycoris.adapters.attach import bottom
+    from lycoris.layers.sites import Site
 
-    return bottom(model.get_submodule(path)).affine()
+    return bottom(Site.of(model.get_submodule(path))).affine()
 
 
 @pytest.mark.parametrize("merged", [False, True])

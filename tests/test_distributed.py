@@ -32,7 +32,7 @@ from jobs import (
 )
 from lycoris import AdapterSet, AttachError, Rule, plan
 from lycoris.files import encode
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 from ranks import Ranks
 
 OFTEN = ["lora", "loha-high-rank", "lokr-full-matrix", "tlora", "dora-lora", "oft"]
@@ -326,5 +326,5 @@ def test_the_documented_interface(way: str, ranks: Ranks, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_no_trained_tensor_is_a_scalar(name: str, layer: str) -> None:
     """FSDP2 shards the first dimension, and refuses tensors that have none."""
-    ((_, _, _, g),) = sites(One(LAYERS[layer].layer()))
+    ((_, _, _, g),) = ModelSites(One(LAYERS[layer].layer())).values()
     assert all(slot.shape for slot in ALGORITHMS[name].slots(g).values() if slot.trainable)

@@ -17,7 +17,7 @@ from lycoris.adapters.attach import bottom
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.base import Algorithm
 from lycoris.files.writing import encode
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 
 IDS = ["-on-".join(pair) for pair in PAIRS_WITH_SLICES]
 
@@ -28,7 +28,7 @@ def test_parameters_and_file_are_those_of_the_adapters(name: str, layer: str) ->
     adapters = adapt(model, ALGORITHMS[name])
     told = explain(adapters)
     stored = encode(adapters.bundle())
-    assert told.parameters == adapters.parameter_count()
+    assert told.parameters == sum(p.numel() for p in adapters.parameters())
     assert told.file_bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert told.layers[0].frozen == sum(t.numel() for t in adapters.stacks[told.layers[0].path][0].buffers())
     planned = plan(One(LAYERS[layer].layer()), Rule(ALGORITHMS[name], kind="*"), strict=False)
@@ -43,7 +43,7 @@ def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: st
     most = explain(adapters).layers[0].rank
     if most is None:
         return
-    below = bottom(adapters._layers[path], adapter.attribute).affine()
+    below = bottom(adapters.sites[path]).affine()
     change = (adapter.adapt_affine(below).weight - below.weight).detach()
     found = torch.linalg.matrix_rank((change if adapter.geometry.stack else change[None]).flatten(2), rtol=1e-9)
     assert (found == most).all()
@@ -159,7 +159,7 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
 def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> None:
     """Factored products are told by the algorithm's own `product` being called."""
     algorithm = ALGORITHMS[name]
-    ((_, _, attribute, g),) = sites(One(LAYERS[layer].layer()))
+    ((_, _, attribute, g),) = ModelSites(One(LAYERS[layer].layer())).values()
     if attribute or not isinstance(algorithm, Additive):
         return
     # Dropout of the input keeps the layer's own product apart, in training, which is what a cost is for.

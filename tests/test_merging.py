@@ -74,7 +74,7 @@ def test_it_stays_within_the_steps_of_the_format(base: str, name: str) -> None:
 
 
 def _dense(adapters: AdapterSet) -> Tensor:
-    (layer,), ((adapter,),) = adapters._layers.values(), adapters.stacks.values()
+    (layer,), ((adapter,),) = (site.module for site in adapters.sites.values()), adapters.stacks.values()
     weight, bias = base_weights.read(layer)
     return adapter.adapt_affine(type(base_weights.read(layer))(weight.float(), bias)).weight.detach()
 

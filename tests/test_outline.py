@@ -11,7 +11,8 @@ from torch import nn
 
 from cases import LAYERS
 from lycoris import ConfigError
-from lycoris.layers.geometry import describe, sites
+from lycoris.layers.geometry import describe
+from lycoris.layers.sites import ModelSites
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -26,7 +27,7 @@ def test_every_kind_of_layer_comes_back(layer: str) -> None:
     ]
     assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     if LAYERS[layer].make.__name__ != "Conv1D":
-        assert [(s.path, s.geometry) for s in sites(back)] == [(s.path, s.geometry) for s in sites(model)]
+        assert [*ModelSites(back).geometries.items()] == [*ModelSites(model).geometries.items()]
     assert all(parameter.is_meta for parameter in back.parameters())
 
 
@@ -56,7 +57,7 @@ def test_a_tied_parameter_is_one() -> None:
 @pytest.mark.parametrize("name", outline.list_models())
 def test_places_are_the_sites(name: str) -> None:
     assert [*outline.iterate_layers(outline.load_outline(name))] == [
-        (s.path, s.geometry) for s in sites(outline.load_model(name))
+        (s.path, s.geometry) for s in ModelSites(outline.load_model(name)).values()
     ]
 
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from cases import adapt, perturb, relative
 from lycoris import AdapterSet, FileError, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read, write
 from lycoris.layers import paths
-from lycoris.layers.geometry import class_name, site, sites
+from lycoris.layers.sites import ModelSites, class_name
 
 # torch looks at the gradient of every input of a compiled function.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -70,10 +70,10 @@ EVERY = pytest.mark.parametrize("way", list(WRAPPED))
 @EVERY
 def test_paths_are_those_without_the_wrapper(way: str) -> None:
     plain, wrapped = Net(), WRAPPED[way](Net())
-    assert [place.path for place in sites(wrapped)] == [place.path for place in sites(plain)]
+    assert [*ModelSites(wrapped)] == [*ModelSites(plain)]
     assert class_name(wrapped) == "Net"
-    for place in sites(wrapped):
-        assert site(wrapped, place.path).module is place.module
+    for place in ModelSites(wrapped).values():
+        assert ModelSites(wrapped).find(place.path).module is place.module
     assert paths.order(wrapped) == paths.order(plain)
 
 
@@ -120,7 +120,7 @@ def test_peft_around_the_model(tmp_path: Path) -> None:
     adapters.detach()
     wrapped = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["head"], r=2))
     assert class_name(wrapped) == "Net"
-    assert {"blocks.0.to_q", "blocks.1.attn"} <= {place.path for place in sites(wrapped)}
+    assert {"blocks.0.to_q", "blocks.1.attn"} <= {place.path for place in ModelSites(wrapped).values()}
     with pytest.raises(FileError, match="take them off first"):
         AdapterSet.load(wrapped, read(tmp_path / "a.safetensors", plain))
     own = AdapterSet.build(wrapped, plan(wrapped, Rule(LoRA(rank=2), path="blocks.*"))).attach()
@@ -148,7 +148,7 @@ def makers(tmp_path: Path) -> dict[str, Callable[[nn.Module], AdapterSet]]:
 
 def test_parameters_are_in_the_order_of_the_model_however_a_set_was_made(tmp_path: Path) -> None:
     model = Net()
-    wanted = [f"{place.path}/0/{slot}" for place in sites(model) for slot in ("down", "up")]
+    wanted = [f"{place.path}/0/{slot}" for place in ModelSites(model).values() for slot in ("down", "up")]
     for way, make in makers(tmp_path).items():
         adapters = make(Net())
         names = [name for name, _ in adapters.named_parameters()]
@@ -156,7 +156,7 @@ def test_parameters_are_in_the_order_of_the_model_however_a_set_was_made(tmp_pat
         assert [name.split("/")[0] for name in names] == [name.split("/")[0] for name in wanted], way
         assert list(adapters.state_dict()) == names, way
         assert [id(p) for p in adapters.parameters()] == [id(p) for _, p in adapters.named_parameters()]
-        assert list(adapters.bundle().entries) == [place.path for place in sites(model)], way
+        assert list(adapters.bundle().entries) == [place.path for place in ModelSites(model).values()], way
 
 
 def test_networks_list_parameters_and_tensors_in_that_order_too(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from lycoris.algorithms.conversion import adapt_affine, dense, low_rank, needs_b
 from lycoris.algorithms.layer_below import BareWeight
 from lycoris.algorithms.tensors import read_tensors, write_tensors
 from lycoris.errors import PlanError
-from lycoris.layers.geometry import Affine, sites
+from lycoris.layers.geometry import Affine
+from lycoris.layers.sites import ModelSites
 
 TOLERANCE = 1e-10
 
@@ -43,7 +44,7 @@ THIN: dict[str, Algorithm] = {
 def entry_of(case: LayerCase, algorithm: Algorithm) -> tuple[Entry, Affine]:
     """An adapter with an effect on a layer, and what lies below it."""
     model = One(case.layer())
-    ((_, layer, attribute, geometry),) = sites(model)
+    ((_, layer, attribute, geometry),) = ModelSites(model).values()
     weight = getattr(layer, attribute or "weight").detach().clone()
     bias = None if attribute else getattr(layer, "bias", None)
     (stack,) = adapt(model, algorithm).bundle().entries.values()

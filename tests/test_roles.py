@@ -7,7 +7,7 @@ import re
 import pytest
 from torch import nn
 
-from lycoris.layers.geometry import class_name, sites
+from lycoris.layers.sites import ModelSites, class_name
 from lycoris.models import outline
 from lycoris.models.families import DENOISERS
 from lycoris.targeting.planning import Plan
@@ -30,7 +30,7 @@ def test_every_layer_of_a_block_but_its_modulations(name: str) -> None:
     roots = [path for path, module in model.named_modules() if class_name(module) in known.blocks]
     inside = {
         site.path
-        for site in sites(model)
+        for site in ModelSites(model).values()
         if site.geometry.kind in ("linear", "conv") and any(site.path.startswith(f"{root}.") for root in roots)
     }
     got, _ = reached(model)

@@ -99,7 +99,7 @@ def test_what_it_measures() -> None:
     y = model(x)
     for path in ("0", "2"):
         with adapters.at():
-            adapters.set_strength_at(path, 0.0)
+            adapters.set_strength(0.0, at=path)
             effect = float(((y - model(x)).abs().max() / y.abs().max()).detach())
         assert row(found, path).effect == pytest.approx(effect, rel=1e-4)
         assert row(found, path).difference < 1e-5
@@ -194,7 +194,7 @@ def _everything(model: nn.Module, adapters: AdapterSet) -> dict[str, Any]:
         "modes": [module.training for module in model.modules()],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "classes": [type(module) for module in model.modules()],
-        "strengths": (adapters.strength, dict(adapters.blocks)),
+        "strengths": (adapters.strength, dict(adapters.strengths.blocks)),
         "calls": [(adapter.call.strength, adapter.call.keep) for _, _, adapter in adapters._each()],
         "seen": [
             tuple(getattr(adapter.seen, name) for name in adapter.seen.__slots__) for _, _, adapter in adapters._each()
@@ -283,7 +283,7 @@ def test_timestep_masks_are_off_and_come_back() -> None:
     adapters = on(model, Rule(TLoRA(rank=4)))
     perturb(adapters)
     adapters.schedule = RankSchedule(max_rank=4)
-    adapters.follow_timesteps()
+    adapters.rank_masks.follow()
     adapters.set_rank_mask(keep := torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     assert verify(adapters, torch.randn(3, 8)).ok
     assert torch.equal(adapters.stacks["layer"][0].call.keep, keep)

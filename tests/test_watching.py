@@ -157,10 +157,10 @@ def test_strength_zero_frozen_adapters_and_gradients_by_request_are_silent() -> 
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
     adapters = on(model)
     torch.autograd.grad(model(x).sum(), list(adapters.parameters()))
-    adapters.set_strength_at("0", 0.0)
+    adapters.set_strength(0.0, at="0")
     for parameter in adapters.stacks["1"][0].parameters():
         parameter.requires_grad_(False)
-    adapters.set_strength_at("0", 1.0)
+    adapters.set_strength(1.0, at="0")
     model(x).sum().backward()
 
 

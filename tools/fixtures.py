@@ -29,7 +29,8 @@ from lycoris.algorithms.conversion import adapt_affine  # noqa: E402
 from lycoris.errors import FileError  # noqa: E402
 from lycoris.files import write, write_peft  # noqa: E402
 from lycoris.files.dialects import DIALECTS  # noqa: E402
-from lycoris.layers.geometry import Affine, sites  # noqa: E402
+from lycoris.layers.geometry import Affine  # noqa: E402
+from lycoris.layers.sites import ModelSites  # noqa: E402
 from lycoris.targeting.planning import Rule, plan  # noqa: E402
 from lycoris.testing.algorithms import perturb  # noqa: E402
 
@@ -69,7 +70,7 @@ def build_model() -> Model:
 def changes(model: nn.Module, bundle: Bundle) -> dict[str, Tensor]:
     """Return what adapters add to each weight and bias, in float64, by layer."""
     found = {}
-    for path, layer, _, _ in sites(model):
+    for path, layer, _, _ in ModelSites(model).values():
         if path in bundle.entries:
             bias = None if getattr(layer, "bias", None) is None else layer.bias.double()
             base = affine = Affine(layer.weight.double(), bias)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -33,6 +34,20 @@ class FileError(LycorisError):
 
 class NotFiniteError(LycorisError):
     """Training produced NaN or infinity."""
+
+
+@contextmanager
+def prefix_errors(where: object) -> Iterator[None]:
+    """Put `where: ` before the message of a `LycorisError` raised inside, unless it begins with that already.
+
+    For the rim of the library, where it is known which file, layer or component an error is about. None: no prefix.
+    """
+    try:
+        yield
+    except LycorisError as error:
+        if where is not None and not str(error).startswith(str(where)):
+            error.args = (f"{where}: {error}",)
+        raise
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:

@@ -18,7 +18,7 @@ from lycoris.cli import app
 from lycoris.files import convert, described, read_header
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.layout import ModelLayout
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import ARCHITECTURES
 
@@ -160,7 +160,7 @@ def test_every_setting_of_a_layer_comes_back_from_a_header() -> None:
         *(nn.Conv1d(2, 2, 3, stride=2, bias=False), nn.Linear(3, 4, bias=False), nn.Embedding(3, 4)),
         *(nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4)),
     )
-    base = Base("Sequential", {place.path: place.geometry for place in sites(model)})
+    base = Base("Sequential", {place.path: place.geometry for place in ModelSites(model).values()})
     told = {
         fingerprint.FINGERPRINT_KEY: str(fingerprint.fingerprint_layers(*base)),
         described.DESCRIPTION_KEY: str(described.encode_base_layers(base)),

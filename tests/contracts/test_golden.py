@@ -17,6 +17,7 @@ from lycoris.adapters.attach import top
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import read_tensors
 from lycoris.layers.geometry import describe
+from lycoris.layers.sites import Site
 
 HERE = Path(__file__).parent.parent / "golden"
 CASES = json.loads((HERE / "manifest.json").read_text())
@@ -48,11 +49,8 @@ def adapters_of(model: One, tensors: dict[str, Tensor]) -> AdapterSet:
     adapters = AdapterSet.load(model, Bundle({"layer": (Entry(algorithm, geometry, values),)}))
     for (adapter,) in adapters.stacks.values():
         adapter.to(tensors["base.weight"].dtype)
-        adapter.fill(
-            algorithm.fill_missing(
-                {name: value.to(tensors["x"].dtype) for name, value in values.items()}, top(model.layer)
-            )
-        )
+        values = {name: value.to(tensors["x"].dtype) for name, value in values.items()}
+        adapter.fill(algorithm.fill_missing(values, top(Site.of(model.layer))))
     return adapters.attach()
 
 
@@ -74,7 +72,7 @@ def test_forward_and_merge_reproduce_the_numbers(case: dict) -> None:
             adapters.set_rank_mask(None)
             adapters.set_strength(float(key.removeprefix("y@")))
         assert relative(model(tensors["x"]), expected) < tolerance, key
-        merged = top(model.layer).affine()
+        merged = top(Site.of(model.layer)).affine()
         assert relative(describe(model.layer).op(tensors["x"], *merged), expected) < tolerance, key
 
 

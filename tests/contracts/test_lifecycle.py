@@ -18,7 +18,7 @@ from lycoris import AdapterSet, AttachError, LoRA, PlanError, RankSchedule, Rule
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.attach import bottom, top
 from lycoris.algorithms.layer_below import BareWeight
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites, Site
 
 STACKED = ["lora", "loha", "lokr-factor", "tlora", "full", "glora", "ia3-in", "oft", "dora-lora", "dora-lokr-in"]
 THREE = [("lokr", "dora-loha", "lora"), ("oft", "glora", "ia3"), ("dylora", "boft", "dora-loha-high-rank")]
@@ -39,7 +39,7 @@ def test_two_sets_stack_and_come_off_in_any_order(stack: tuple[str, str], layer:
     before = model(x)
     sets = [adapt(model, WITH_SLICES[name], name=f"set{at}") for at, name in enumerate(stack)]
     both = model(x)
-    assert relative(both, top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
+    assert relative(both, top(Site.of(model.layer)).geometry.op(x, *top(Site.of(model.layer)).affine())) < 1e-10
     lower, upper = sets
     lower.detach()
     alone = model(x)
@@ -58,7 +58,7 @@ def test_three_sets(names: tuple[str, ...], layer: str, order: tuple[int, ...]) 
         pytest.skip("one of these does not serve this layer")
     before = model(x)
     sets = [adapt(model, WITH_SLICES[name], name=f"set{at}") for at, name in enumerate(names)]
-    assert relative(model(x), top(model.layer).geometry.op(x, *top(model.layer).affine())) < 1e-10
+    assert relative(model(x), top(Site.of(model.layer)).geometry.op(x, *top(Site.of(model.layer)).affine())) < 1e-10
     for at in order:
         sets[at].detach()
     assert torch.equal(model(x), before)
@@ -360,8 +360,8 @@ def test_names_of_sets_may_have_dots() -> None:
 @pytest.mark.parametrize(("name", "layer"), PAIRS_WITH_SLICES, ids=["-on-".join(pair) for pair in PAIRS_WITH_SLICES])
 def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:
     model = One(LAYERS[layer].layer())
-    ((_, module, attribute, geometry),) = sites(model)
-    below = bottom(module, attribute)
+    ((_, module, attribute, geometry),) = ModelSites(model).values()
+    below = bottom(Site.of(module, attribute))
     adapter = Adapter(WITH_SLICES[name], geometry)
     for tensor in adapter.tensors().values():
         tensor.data.fill_(torch.nan)

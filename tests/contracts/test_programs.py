@@ -23,7 +23,8 @@ from lycoris.errors import FileError, PlanError
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS, Verdict
 from lycoris.files.programs.portable import make_portable
-from lycoris.layers.geometry import Affine, Geometry, sites
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import ModelSites
 from programs import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
 
 SAME = 1e-5
@@ -63,7 +64,7 @@ class Made(NamedTuple):
 def made(name: str, layer: str) -> Made:
     case = (LAYERS | MORE_LAYERS)[layer]
     model = One(case.layer()).eval()
-    ((_, _, attribute, geometry),) = sites(model)
+    ((_, _, attribute, geometry),) = ModelSites(model).values()
     bare, x = copy.deepcopy(model.layer), case.input()
     weight = getattr(bare, attribute or "weight").detach()
     bias = None if attribute else getattr(bare, "bias", None)

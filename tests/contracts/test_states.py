@@ -205,19 +205,19 @@ def test_one_layer_has_a_strength_of_its_own_until_all_are_set() -> None:
     perturb(adapters)
     x = torch.randn(4, 8).double()
     adapters.set_strength(0.0, {"2": 0.5})
-    adapters.set_strength_at("0", 0.7)
-    adapters.set_strength_at("2", -1.5)
-    assert [adapters.strength * adapters.factor(path) for path in "012"] == [0.7, 0.0, -1.5]
+    adapters.set_strength(0.7, at="0")
+    adapters.set_strength(-1.5, at="2")
+    assert [adapters.strength * adapters.strengths.factor(path) for path in "012"] == [0.7, 0.0, -1.5]
     once = model(x)
     adapters.merge()
     assert relative(model(x), once) < 1e-12
     with pytest.raises(AttachError, match="are merged at strength"):
-        adapters.set_strength_at("0", 1.0)
+        adapters.set_strength(1.0, at="0")
     adapters.unmerge()
     with pytest.raises(ConfigError, match=r"3.*layer with adapters|layer with adapters.*3"):
-        adapters.set_strength_at("3", 1.0)
+        adapters.set_strength(1.0, at="3")
     adapters.set_strength(1.0)
-    assert [adapters.factor(path) for path in "012"] == [1.0] * 3
+    assert [adapters.strengths.factor(path) for path in "012"] == [1.0] * 3
 
 
 class Interrupted(KeyboardInterrupt):
@@ -285,8 +285,8 @@ def test_the_strength_of_a_layer_is_not_that_of_layers_inside_it(all_at: float) 
     model = One(Nested())
     adapters = AdapterSet.build(model, plan(model, Rule(LoRA(rank=2))))
     adapters.set_strength(all_at)
-    adapters.set_strength_at("layer", 0.25)
-    assert [adapters.strength_at(path) for path in ("layer", "layer.inside")] == [0.25, all_at]
+    adapters.set_strength(0.25, at="layer")
+    assert [adapters.strengths.at(path) for path in ("layer", "layer.inside")] == [0.25, all_at]
 
 
 @pytest.mark.parametrize("name", ["lora", "tlora"])
@@ -339,7 +339,7 @@ def test_blocks_at_which_a_set_was_merged_count_until_it_is_unmerged() -> None:
     base = model(x)
     adapters.set_strength(1.0)
     with adapters.at(strength=0.5):
-        adapters.set_strength_at("0", -1.5)
+        adapters.set_strength(-1.5, at="0")
         adapters.merge()
     adapters.set_rank_mask(nothing)
     assert relative(model(x), base) < 1e-9

@@ -15,7 +15,7 @@ from cases import One, relative
 from lycoris import AdapterSet
 from lycoris.errors import FileError
 from lycoris.files.peft import read_peft
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::transformers", "ignore::UserWarning")
 LYCORIS = at("linear", "bare", "conv1d", "conv2d", "pointwise", "grouped")
@@ -167,4 +167,4 @@ def test_ranks_of_each_group_alone_are_read() -> None:
 
 
 def test_every_site_of_the_net_is_a_place_for_adapters() -> None:
-    assert {site.path for site in sites(net())} == {f"inner.{name}" for name in inputs()}
+    assert {site.path for site in ModelSites(net()).values()} == {f"inner.{name}" for name in inputs()}

@@ -19,6 +19,7 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.files import encode, save_tensors
 from lycoris.files.peft import encode_lora_metadata, encode_peft
 from lycoris.integrations.diffusers import models
+from lycoris.layers.sites import Site
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": tiny.sd_pipeline,
@@ -65,7 +66,7 @@ def merged(pipe: Any, found: dict[str, Bundle], strength: Callable[[str, str], f
         own = AdapterSet.load(models(pipe)[component], bundle)
         for path, (adapter, *_) in own.stacks.items():
             layer = own.model.get_submodule(path)
-            base = bottom(layer).affine()
+            base = bottom(Site.of(layer)).affine()
             with torch.no_grad():
                 whole = adapter.adapt_affine(base)
                 layer.weight.copy_(base.weight + strength(component, path) * (whole.weight - base.weight))

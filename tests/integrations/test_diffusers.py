@@ -157,7 +157,7 @@ def test_all_stay_when_one_cannot_come_off(made: dict[str, Any]) -> None:
     pipe = pipeline("sd", made)
     loaded = load(pipe, bundles(pipe))
     act = draw(pipe)
-    layer = next(iter(loaded.sets["text_encoder"]._layers.values()))
+    layer = next(iter(loaded.sets["text_encoder"].sites.values())).module
     own = type(layer)
     layer.__class__ = type("Other", (own,), {})
     with pytest.raises(AttachError, match="became a Other"):
@@ -171,7 +171,7 @@ def test_all_stay_when_one_cannot_come_off(made: dict[str, Any]) -> None:
 def test_all_stay_merged_when_one_cannot_be_unmerged(made: dict[str, Any]) -> None:
     pipe = pipeline("sd", made)
     loaded = load(pipe, bundles(pipe, TLoRA(rank=2)), schedule=RankSchedule(max_rank=2))
-    loaded.sets["unet"].unfollow()
+    loaded.sets["unet"].rank_masks.unfollow()
     loaded.merge()
     before, act = state(pipe), draw(pipe)
     pipe.text_encoder.load_state_dict(pipe.text_encoder.state_dict())

@@ -145,7 +145,7 @@ def timed_denoiser() -> list[AdapterSet]:
     torch.manual_seed(1)
     sets = adapt(Denoiser().requires_grad_(False), TLoRA(rank=4, dropout=0.2), path="*")
     sets[0].schedule = RankSchedule(max_rank=4, min_rank=1, steps=1000)
-    sets[0].follow_timesteps()
+    sets[0].rank_masks.follow()
     return sets
 
 

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lycoris.adapters import attach, loading, merging, saving, watching
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.merging import Merge, MergeReport
-from lycoris.adapters.steering import Steering
+from lycoris.adapters.rank_masks import RankMasks
 from lycoris.adapters.strengths import Strengths, finite
-from lycoris.errors import AttachError
+from lycoris.errors import AttachError, ConfigError, prefix_errors, unknown
 from lycoris.layers import base_weights, freezing, paths, sharding
-from lycoris.layers.geometry import class_name, site, sites
+from lycoris.layers.sites import ModelSites, Site, class_name
 from lycoris.models import fingerprint
 from lycoris.targeting import rank_schedule
 from lycoris.targeting.planning import Plan
-from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE
+from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule
 from lycoris.targeting.recipe import schedule_of
 
 logger = logging.getLogger("LyCORIS")
 
 
-class AdapterSet(Steering):
-    """Adapters by layer path, made but not yet attached.
+class AdapterSet:
+    """The adapters that belong together on one model, by layer path; built or loaded, and not attached at first.
 
     States: detached → `attach()` → attached → `merge()` → merged → `unmerge()` → attached; `detach()` from any.
     Sets that are attached at the same time need different names; with None a set takes a free one when attached.
@@ -37,16 +38,23 @@ class AdapterSet(Steering):
     """
 
     def __init__(
-        self, model: nn.Module, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
+        self, model: nn.Module | ModelSites, stacks: Mapping[str, tuple[Adapter, ...]], name: str | None = "default"
     ) -> None:
-        super().__init__()
-        sharding.check_unwrapped(model)
-        # Later the model may be sharded, or the weights merged.
-        self.model, self.name, self._signs = model, name, fingerprint.sample_signs(model)
+        found = ModelSites.of(model)
+        sharding.check_unwrapped(found.model)
+        self.model, self.name = found.model, name
         self._attached_as = ""
-        self.stacks = loading.in_model_order(model, stacks)
+        self.stacks = loading.in_model_order(self.model, stacks)
+        self.sites: Mapping[str, Site] = {path: found.find(path) for path in self.stacks}
+        """Where the adapters are, or go: each layer with its path and geometry."""
+        # Read now: later the model may be sharded, or the weights merged.
+        self.base = Base(class_name(self.model), found.geometries, fingerprint.sample_signs(found))
+        """What a file says about the model."""
         self.metadata: dict[str, str] = {}
-        self._layers = {path: site(model, path).module for path in self.stacks}
+        """Of the header of the file that they were loaded from, and of the next one."""
+        self.rank_masks = RankMasks(self.model, self.stacks, self.refresh)
+        """Which ranks act, for adapters that follow the timestep: schedule, batch layout, following a pipeline."""
+        self._strengths, self._merged_at = Strengths(), Strengths()
         self._merges: dict[str, Merge] = {}
         self._attached_by_merge = False
         self._attached = False
@@ -71,15 +79,17 @@ class AdapterSet(Steering):
         """
         if not stochastic_rounding:
             loading.warn_of_rounding(dtype, stacklevel=2)
-        return cls(model, loading.build_adapters(model, plan, dtype), name)
+        sites = plan.sites_in(model)
+        return cls(sites, loading.build_adapters(sites, plan, dtype), name)
 
     @classmethod
-    def load(cls, model: nn.Module, bundle: Bundle, name: str | None = "default") -> AdapterSet:
+    def load(cls, model: nn.Module | ModelSites, bundle: Bundle, name: str | None = "default") -> AdapterSet:
         """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
 
         Raises `FileError` for layers that the model does not have, or has in another shape.
         """
-        made = cls(model, loading.load_adapters(model, bundle), name)
+        sites = ModelSites.of(model)
+        made = cls(sites, loading.load_adapters(sites, bundle), name)
         made.metadata, made.schedule = dict(bundle.metadata), schedule_of(bundle.metadata)
         return made
 
@@ -108,13 +118,13 @@ class AdapterSet(Steering):
         return self
 
     def _put_all_on(self) -> None:
-        name = attach.free_name(self._layers.values()) if self.name is None else self.name
+        name = attach.free_name(site.module for site in self.sites.values()) if self.name is None else self.name
         # No module's name may have a dot, and names such as v1.5 are common.
         self._attached_as = f"adapter_{name.replace('.', '_')}"
         with ExitStack() as undo:
             for path, at, adapter in self._each():
                 self._put_on(path, at, adapter)
-                undo.callback(attach.detach, self._layers[path], self._child(path, at))
+                undo.callback(attach.detach, self.sites[path].module, self._child(path, at))
             self._attached = True
             undo.pop_all()
         self._watch = watching.Watch(self.model, self.stacks)
@@ -122,13 +132,12 @@ class AdapterSet(Steering):
 
     def capabilities(self) -> base_weights.Capabilities:
         """What works on the layers under these adapters, by how they store their weight; prints as a table."""
-        return base_weights.capabilities(self._holders(), watching.without_derivative(self.stacks))
+        holders = {path: merging.holder(site) for path, site in self.sites.items()}
+        return base_weights.capabilities(holders, watching.without_derivative(self.stacks))
 
     def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
-        try:
-            attach.attach(self._layers[path], self._child(path, at), adapter)
-        except AttachError as error:
-            raise AttachError(f"{path}: {error}") from error
+        with prefix_errors(path or None):
+            attach.attach(self.sites[path].module, self._child(path, at), adapter)
         attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:
@@ -136,11 +145,11 @@ class AdapterSet(Steering):
         self.check_detachable()
         if self._merges:
             self.unmerge()
-        self.unfollow()
+        self.rank_masks.unfollow()
         if self._attached:
             self._watch.stop()
             for path, at, _ in self._each():
-                attach.detach(self._layers[path], self._child(path, at))
+                attach.detach(self.sites[path].module, self._child(path, at))
         self._attached = False
         freezing.release(self._frozen)
         self._frozen = []
@@ -149,8 +158,8 @@ class AdapterSet(Steering):
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
         self.check_unmergeable()
-        for layer in self._layers.values() if self._attached else ():
-            attach.check_detachable(layer)
+        for site in self.sites.values() if self._attached else ():
+            attach.check_detachable(site.module)
 
     @property
     def attached(self) -> bool:
@@ -161,8 +170,8 @@ class AdapterSet(Steering):
         return bool(self._merges)
 
     def _check_layers(self) -> None:
-        for path, layer in self._layers.items():
-            if site(self.model, path).module is not layer:
+        for path, site in self.sites.items():
+            if not site.is_in(self.model):
                 raise AttachError(
                     f"{path} was replaced by another module since these adapters were made; make them anew"
                 )
@@ -171,7 +180,95 @@ class AdapterSet(Steering):
 
     def _is_elsewhere(self, path: str, adapter: Adapter) -> bool:
         """Whether another set has put an adapter on or merged it."""
-        return not (self._attached or self.merged) and (adapter.merged or attach.is_on(self._layers[path], adapter))
+        used = adapter.merged or attach.is_on(self.sites[path].module, adapter)
+        return used and not (self._attached or self.merged)
+
+    # -- how much they count -----------------------------------------------------------------------------------------
+
+    @property
+    def strength(self) -> float:
+        """In force for all of the model; of a merged set, the one it was merged at."""
+        return (self._merged_at if self.merged else self._strengths).overall
+
+    @property
+    def strengths(self) -> Strengths:
+        """What is set, layer by layer: `strengths.at(path)`. A merge does not change it."""
+        return self._strengths
+
+    def set_strength(
+        self, strength: float, blocks: Mapping[str, float] | None = None, *, at: str | None = None
+    ) -> None:
+        """Set how much of the adapters counts: 0 is the base model, 1 the trained strength; between, W + s·(V - W).
+
+        Args:
+            strength: For the layers, any finite number.
+            blocks: Factors by path of a module, for the layers inside; of several that hold a layer the longest path
+                counts. None: the same strength everywhere.
+            at: The path of one layer, to change that one alone and leave the others as they are.
+
+        Raises:
+            ConfigError: A block or a layer has no adapters, or the strength is not finite.
+            AttachError: The adapters are merged.
+        """
+        if self.merged:
+            raise AttachError(f"the adapters are merged at strength {self._merged_at.overall}; unmerge to change it")
+        if at is None:
+            self._strengths = Strengths.of(strength, blocks or {}, self.stacks)
+        elif at in self.stacks:
+            self._strengths = self._strengths.with_one(at, finite(strength), self.stacks.keys())
+        else:
+            raise ConfigError(unknown("layer with adapters", at, self.stacks))
+        self.refresh(None if at is None else [at])
+
+    @property
+    def schedule(self) -> RankSchedule | None:
+        """How many ranks act at which timestep; None: not known, all of them."""
+        return self.rank_masks.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: RankSchedule | None) -> None:
+        self.rank_masks.schedule = schedule
+
+    def set_timesteps(self, timesteps: Tensor | None) -> None:
+        """Set the timesteps of the passes from now on; see `RankMasks.set_timesteps`."""
+        self.rank_masks.set_timesteps(timesteps)
+
+    def set_rank_mask(self, mask: Tensor | None) -> None:
+        """Set the mask of the ranks that act; see `RankMasks.set_mask`."""
+        self.rank_masks.set_mask(mask)
+
+    @contextmanager
+    def at(self, *, strength: float | None = None, timestep: Tensor | float | None = None) -> Iterator[Self]:
+        """Set strength and timestep for the passes inside a `with` block; what was in force before is put back."""
+        before = self._strengths, self.rank_masks.mask
+        try:
+            if strength is not None:
+                self.set_strength(strength, self._strengths.blocks)
+            if timestep is not None:
+                self.set_timesteps(torch.as_tensor(timestep))
+            yield self
+        finally:
+            self._strengths, self.rank_masks.mask = before
+            self.refresh()
+
+    def refresh(self, paths: Iterable[str] | None = None) -> None:
+        """Give the adapters, or those of some layers, what is set here. Those that another set uses are left alone.
+
+        On a merged model, the ranks that should be off are subtracted again.
+        """
+        for path, _, adapter in self._each(paths):
+            if self._is_elsewhere(path, adapter):
+                continue
+            mask = self.rank_masks.mask_for(adapter)
+            adapter.merged = self.merged
+            strength = self._strengths.at(path)
+            if self.merged and mask is not None:
+                strength, mask = -self._merged_at.at(path), 1 - mask
+            adapter.set_call(strength, mask, self.rank_masks.layout_at(path))
+
+    def _each(self, paths: Iterable[str] | None = None) -> Iterator[tuple[str, int, Adapter]]:
+        those = self.stacks if paths is None else paths
+        return ((path, at, adapter) for path in those for at, adapter in enumerate(self.stacks[path]))
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -193,20 +290,20 @@ class AdapterSet(Steering):
         layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.
         """
         self.check_mergeable(into_low_bit=into_low_bit, stochastic=stochastic_seed is not None, untie=untie)
-        at = self._strengths if strength is None else Strengths(finite(strength), self.blocks)
-        merges = merging.fold_all(self._holders(), self.stacks, at.at, stochastic_seed)
-        report = merging.report(self.model, self._holders(), merges, at.whole, self.stacks if self._attached else {})
+        at = self._strengths if strength is None else Strengths(finite(strength), self._strengths.blocks)
+        merges = merging.fold_all(self.sites, self.stacks, at.at, stochastic_seed)
+        report = merging.report(self.model, self.sites, merges, at.overall, self.stacks if self._attached else {})
         report.warn(stacklevel=2)
-        if self.uses_rank_mask and self.schedule is None:
+        if self.rank_masks.are_used and self.schedule is None:
             what = "merging adapters that were trained with a timestep schedule, without one"
             warnings.warn(f"{what}: {WITHOUT_SCHEDULE}", stacklevel=2)
         with ExitStack() as undo:
             undo.callback(self._take_out, merges)
-            if self.uses_rank_mask and not self._attached:
+            if self.rank_masks.are_used and not self._attached:
                 self.attach(freeze=False)
                 self._attached_by_merge = True
             for path, merge in merges.items():
-                base_weights.install(self._layers[path], merge.new, merge.attribute)
+                base_weights.install(self.sites[path].module, merge.new, merge.attribute)
             self._merges, self._merged_at = merges, at
             self.refresh()
             undo.pop_all()
@@ -217,13 +314,7 @@ class AdapterSet(Steering):
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        merging.check(self.model, self._layers, self._holders(), self.stacks, into_low_bit, stochastic, untie)
-
-    def _holders(self) -> dict[str, nn.Module]:
-        """What has a weight, by path: the layers, and stand-ins for bare parameters."""
-        return {
-            path: base_weights.holder(layer, self.stacks[path][0].attribute) for path, layer in self._layers.items()
-        }
+        merging.check(self.model, self.sites, self.stacks, into_low_bit, stochastic, untie)
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
@@ -236,12 +327,12 @@ class AdapterSet(Steering):
     def check_unmergeable(self) -> None:
         """Raise `AttachError` where `unmerge` would, and change nothing."""
         for path, merge in self._merges.items():
-            merging.check_untouched(path, self._layers[path], merge)
+            merging.check_untouched(path, self.sites[path].module, merge)
 
     def _take_out(self, merges: Mapping[str, Merge]) -> None:
         """Give layers their own parameters again, whether or not they have got those of the merge yet."""
         for path, merge in merges.items():
-            merging.restore(self._layers[path], merge)
+            merging.restore(self.sites[path].module, merge)
         for _, _, adapter in self._each(merges):
             adapter.merged = False
         self._merges = {}
@@ -266,9 +357,6 @@ class AdapterSet(Steering):
                 if isinstance(tensor, nn.Parameter):
                     yield f"{path}/{at}/{slot}", tensor
 
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor under `path/index/slot`, detached and whole: for checkpoints of this library.
 
@@ -288,18 +376,17 @@ class AdapterSet(Steering):
 
         On a sharded model collective, and the first process's values go to all.
         """
-        loading.fill(self.model, self.stacks, bundle)
+        loading.fill(self.sites, self.stacks, bundle)
 
     def bundle(self) -> Bundle:
         """The adapters as a value, to be written to a file.
 
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
-        base = Base(class_name(self.model), {place.path: place.geometry for place in sites(self.model)}, self._signs)
         metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
-        if self.schedule is not None and self.uses_rank_mask:
+        if self.schedule is not None and self.rank_masks.are_used:
             metadata[rank_schedule.KEY] = str(self.schedule)
-        return Bundle(loading.entries(self.stacks), metadata, base)
+        return Bundle(loading.entries(self.stacks), metadata, self.base)
 
     def _child(self, path: str, at: int) -> str:
         attribute = self.stacks[path][at].attribute

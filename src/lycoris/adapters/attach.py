@@ -21,7 +21,8 @@ from lycoris.adapters.usage import is_exporting
 from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.errors import AttachError
 from lycoris.layers import base_weights, derivative, sharding
-from lycoris.layers.geometry import Affine, Geometry, describe, describe_parameter
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import Site
 
 BASE = "_lycoris_base"
 """Attribute of the class of an adapted layer: the class it had before."""
@@ -165,26 +166,22 @@ class Adapted:
             return below(x)
 
 
-def top(layer: nn.Module, attribute: str = "") -> LayerBelow:
-    """A layer, or a parameter of a module, with the adapters it has now, as the next one will find it below itself."""
-    below = bottom(layer, attribute)
-    for adapter in adapters_on(layer, attribute):
+def top(site: Site) -> LayerBelow:
+    """Return a layer, or a parameter, with the adapters that it has now: what the next one finds below itself."""
+    below = bottom(site)
+    for adapter in adapters_on(site.module, site.attribute):
         below = _Stage(adapter, below, adapter.state)
     return below
 
 
-def bottom(layer: nn.Module, attribute: str = "") -> LayerBelow:
-    """A layer, or a parameter of a module, without its adapters."""
-    if attribute:
-        parameter = layer._parameters[attribute]
-        geometry = None if parameter is None else describe_parameter(parameter)
-        if parameter is None or geometry is None:
-            raise AttachError(f"{attribute} of this {type(layer).__name__} is not a matrix or a stack of them")
-        return BareWeight(geometry, parameter)
-    geometry = describe(layer)
-    if geometry is None:
-        raise AttachError(f"{type(layer).__name__} is not a layer that adapters can serve")
-    return _Layer(layer, base_class(layer).forward, geometry, ((), {}))
+def bottom(site: Site) -> LayerBelow:
+    """Return a layer, or a parameter, without its adapters."""
+    if not site.attribute:
+        return _Layer(site.module, base_class(site.module).forward, site.geometry, ((), {}))
+    parameter = site.module._parameters[site.attribute]
+    if parameter is None:
+        raise AttachError(f"this {type(site.module).__name__} has no parameter {site.attribute} any more")
+    return BareWeight(site.geometry, parameter)
 
 
 def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:

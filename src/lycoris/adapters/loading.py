@@ -20,7 +20,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.slices import Slice
 from lycoris.errors import AttachError, FileError, nearest
 from lycoris.layers import base_weights, paths
-from lycoris.layers.geometry import Site, site, sites
+from lycoris.layers.sites import ModelSites, Site
 from lycoris.ops.equality import same
 from lycoris.targeting.planning import Plan
 
@@ -42,7 +42,7 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
 
 def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
     """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
-    tensors = entry.algorithm.fill_missing(entry.tensors, attach.bottom(place.module, place.attribute))
+    tensors = entry.algorithm.fill_missing(entry.tensors, attach.bottom(place))
     if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
         raise FileError(
             f"{place.path}: the file leaves out tensors that follow from the base weight, and adapters are merged into "
@@ -92,14 +92,14 @@ def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter,
     return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
 
 
-def build_adapters(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
+def build_adapters(sites: ModelSites, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
     """New adapters for a plan, initialized; None: parameters as fine as their layer's, and float32 at least."""
     stacks = {}
     for placement in plan.placements:
-        place = site(model, placement.path)
+        place = sites[placement.path]
         own = home(place) if dtype is None else home(place) | {"dtype": dtype}
         stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
-        below = attach.top(place.module, place.attribute)
+        below = attach.top(place)
         for adapter in stack:
             adapter.attribute = place.attribute
             adapter.initialize(below)
@@ -107,32 +107,31 @@ def build_adapters(model: nn.Module, plan: Plan, dtype: torch.dtype | None) -> d
     return stacks
 
 
-def load_adapters(model: nn.Module, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
+def load_adapters(sites: ModelSites, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
     """New adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
 
     Raises `FileError` for layers that the model does not have like that.
     """
-    places, first = _places(model, bundle), dict[Any, Adapter]()
+    places, first = _places(sites, bundle), dict[Any, Adapter]()
     return {
         path: tuple(_make_adapter(entry, places[path], first) for entry in stack)
         for path, stack in bundle.entries.items()
     }
 
 
-def _places(model: nn.Module, bundle: Bundle) -> dict[str, Site]:
+def _places(sites: ModelSites, bundle: Bundle) -> dict[str, Site]:
     """Where the layers of a bundle are in a model."""
     found = {}
     for path in bundle.entries:
         with suppress(KeyError):
-            found[path] = site(model, path)
+            found[path] = sites.find(path)
     if lost := [path for path in bundle.entries if path not in found]:
-        known = {place.path for place in sites(model)}
-        near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, known, limit=1)))
+        near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, sites, limit=1)))
         told = next(near, "is this the model they were made for?")
-        if any(f"{path}.base_layer" in known for path in lost):
+        if any(f"{path}.base_layer" in sites for path in lost):
             told = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
         raise FileError(
-            f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(model).__name__}: "
+            f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(sites.model).__name__}: "
             f"{', '.join(lost[:5])}; {told}"
         )
     return found
@@ -239,9 +238,9 @@ def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
     )
 
 
-def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
+def fill(sites: Mapping[str, Site], stacks: Stacks, bundle: Bundle) -> None:
     """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
-    values = {path: _values(model, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
+    values = {path: _values(sites, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
     pairs = [(path, *pair) for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)]
     first: dict[Group, tuple[str, Mapping[str, Tensor]]] = {}
     for path, adapter, tensors in pairs:
@@ -253,12 +252,11 @@ def fill(model: nn.Module, stacks: Stacks, bundle: Bundle) -> None:
 
 
 def _values(
-    model: nn.Module, stack: tuple[Adapter, ...] | None, path: str, entries: tuple[Entry, ...]
+    sites: Mapping[str, Site], stack: tuple[Adapter, ...] | None, path: str, entries: tuple[Entry, ...]
 ) -> list[dict[str, Tensor]]:
     if stack is None or len(stack) != len(entries):
         raise FileError(f"{path} has no adapters to take these tensors")
-    place = site(model, path)
-    return [fit_tensors(adapter, entry, place) for adapter, entry in zip(stack, entries, strict=True)]
+    return [fit_tensors(adapter, entry, sites[path]) for adapter, entry in zip(stack, entries, strict=True)]
 
 
 def _each(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:

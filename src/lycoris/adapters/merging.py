@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms.additive import Additive
 from lycoris.algorithms.call import Call
 from lycoris.errors import AttachError
-from lycoris.layers import base_weights, freezing, sharding, tied_parameters
-from lycoris.layers.geometry import Affine, site
+from lycoris.layers import base_weights, freezing, paths, sharding, tied_parameters
+from lycoris.layers.geometry import Affine
+from lycoris.layers.sites import Site
 
 MARK = "_lycoris_merged"
 """Attribute of parameters that hold a merge."""
@@ -100,27 +101,32 @@ class MergeReport:
 
 def report(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
     merges: Mapping[str, Merge],
     strength: float,
     stacks: Mapping[str, Sequence[Adapter]],
 ) -> MergeReport:
     """What the merges of a model's layers are about to do."""
-    told = (MergedLayer(path, base_weights.kind(layers[path]), merge.sqnr) for path, merge in merges.items())
-    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied(model, merges).items())
+    told = (MergedLayer(path, base_weights.kind(holder(sites[path])), merge.sqnr) for path, merge in merges.items())
+    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied(model, sites).items())
     return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
 
 
-def _find_tied(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Of layers, or parameters, at these paths those that share a parameter with other modules, and its names there."""
-    shared = tied_parameters.owners(model)
-    found = {path: tied_parameters.tied_to(site(model, path), shared) for path in paths} if shared else {}
+def holder(site: Site) -> nn.Module:
+    """Return what has the weight of a site: the layer, or a stand-in for a bare parameter."""
+    return base_weights.holder(site.module, site.attribute)
+
+
+def _find_tied(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, tuple[str, ...]]:
+    """The sites that share a parameter with other modules of a model, and its names there."""
+    shared = tied_parameters.find_shared_parameters(dict(paths.named_modules(model)))
+    found = {path: tied_parameters.tied_to(site, shared) for path, site in sites.items()} if shared else {}
     return {path: names for path, names in found.items() if names}
 
 
-def _check_untied(model: nn.Module, paths: Iterable[str]) -> None:
+def _check_untied(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Raise `AttachError` for layers that share a parameter with other modules."""
-    found = _find_tied(model, paths)
+    found = _find_tied(model, sites)
     for path, names in found.items():
         raise AttachError(
             f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "
@@ -178,13 +184,13 @@ def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float,
 
 
 def fold_all(
-    holders: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
     stacks: Mapping[str, Sequence[Adapter]],
     strength_at: Callable[[str], float],
     seed: int | None = None,
 ) -> dict[str, Merge]:
     """`fold` for every layer, by path."""
-    return {path: fold(path, holder, stacks[path], strength_at(path), seed) for path, holder in holders.items()}
+    return {path: fold(path, holder(site), stacks[path], strength_at(path), seed) for path, site in sites.items()}
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> float:
@@ -201,8 +207,8 @@ def is_merged(layer: nn.Module, attribute: str = "") -> bool:
 
 def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
     """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
-    holder = base_weights.holder(layer, merge.attribute)
-    now = base_weights.own(holder)
+    own = base_weights.holder(layer, merge.attribute)
+    now = base_weights.own(own)
     if now.weight is not merge.new.weight or now.bias is not merge.new.bias:
         raise AttachError(
             f"the weight of {path} was replaced after this merge; undo later merges first, newest to oldest"
@@ -212,7 +218,7 @@ def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
             f"the weight of {path} was written to after this merge, by load_state_dict or by training; "
             "undoing the merge would lose that"
         )
-    if not base_weights.movable(holder) and _where(merge.old) != _where(merge.new):
+    if not base_weights.movable(own) and _where(merge.old) != _where(merge.new):
         raise AttachError(
             f"{path} was moved or cast after this merge, and what {base_weights.kind(layer)} keeps beside its weight "
             f"did not follow; move it back to {_where(merge.old)} first"
@@ -240,20 +246,19 @@ def _versions(affine: Affine) -> tuple[int, ...]:
 
 def check(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    holders: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
     stacks: Mapping[str, Sequence[Adapter]],
     into_low_bit: bool,
     stochastic: bool,
     untie: bool,
 ) -> None:
     """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked."""
-    for path, layer in layers.items():
-        check_order(path, layer, stacks[path])
-        check_writable(path, holders[path], into_low_bit, stochastic)
-        sharding.check_own(path, layer)
+    for path, site in sites.items():
+        check_order(path, site.module, stacks[path])
+        check_writable(path, holder(site), into_low_bit, stochastic)
+        sharding.check_own(path, site.module)
     if not untie:
-        _check_untied(model, layers)
+        _check_untied(model, sites)
 
 
 def check_order(path: str, layer: nn.Module, own: Sequence[Adapter]) -> None:

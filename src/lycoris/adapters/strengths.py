@@ -13,17 +13,17 @@ from lycoris.errors import ConfigError, unknown
 class Strengths:
     """What counts at each layer; see `AdapterSet.set_strength`."""
 
-    whole: float = 1.0
+    overall: float = 1.0
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, whole: float, blocks: Mapping[str, float], paths: Iterable[str]) -> Strengths:
+    def of(cls, overall: float, blocks: Mapping[str, float], paths: Iterable[str]) -> Strengths:
         """For layers at these paths. Raises `ConfigError` for a block that holds none, and for what is no number."""
         known = set(blocks_of(paths))
         for block in blocks:
             if block not in known:
                 raise ConfigError(unknown("block of layers with adapters", block, known))
-        return cls(finite(whole), {block: finite(factor) for block, factor in blocks.items()})
+        return cls(finite(overall), {block: finite(factor) for block, factor in blocks.items()})
 
     def factor(self, path: str) -> float:
         """Of the blocks that hold a layer, the longest one's."""
@@ -31,11 +31,11 @@ class Strengths:
         return self.blocks[max(around, key=len)] if around else 1.0
 
     def at(self, path: str) -> float:
-        return self.whole * self.factor(path)
+        return self.overall * self.factor(path)
 
     def with_one(self, path: str, strength: float, paths: Collection[str]) -> Strengths:
         """The same for all of these layers but one, which may hold others."""
-        told = self.whole == 1 and self.blocks.keys() >= set(paths)
+        told = self.overall == 1 and self.blocks.keys() >= set(paths)
         return Strengths(1.0, {**(self.blocks if told else {each: self.at(each) for each in paths}), path: strength})
 
 

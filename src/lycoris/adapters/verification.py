@@ -18,7 +18,7 @@ from lycoris.adapters.restoring import evaluating, perturb_parameters, same_draw
 from lycoris.adapters.usage import Seen
 from lycoris.errors import AttachError, ConfigError
 from lycoris.layers import base_weights, sharding
-from lycoris.layers.geometry import Site, site
+from lycoris.layers.sites import Site
 
 WIDE = (torch.float32, torch.float64)
 
@@ -34,7 +34,7 @@ class _Layer(NamedTuple):
 
     @property
     def site(self) -> Site:
-        return site(self.adapters.model, self.path)
+        return self.adapters.sites[self.path]
 
     @property
     def stack(self) -> tuple[Adapter, ...]:
@@ -80,9 +80,9 @@ def verify(adapters: Any, batch: Any) -> Verification:
             if not each.attached:
                 each.attach(freeze=False)
                 undo.callback(each.detach)
-            if each._hooks:
-                each.unfollow()
-                undo.callback(each.follow_timesteps)
+            if each.rank_masks.is_following:
+                each.rank_masks.unfollow()
+                undo.callback(each.rank_masks.follow)
             undo.enter_context(each.at())
             each.set_strength(1.0)
             each.set_rank_mask(None)
@@ -254,9 +254,9 @@ def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], t
     noise = relative(attached, outputs())
     rows = []
     for at, layer in enumerate(layers):
-        layer.adapters.set_strength_at(layer.path, 0.0)
+        layer.adapters.set_strength(0.0, at=layer.path)
         without = outputs()
-        layer.adapters.set_strength_at(layer.path, 1.0)
+        layer.adapters.set_strength(1.0, at=layer.path)
         effect, now = relative(attached, without), attached
         with ExitStack() as undo:
             fresh = effect <= noise
@@ -284,8 +284,7 @@ def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], t
 
 
 def _is_half(layer: _Layer) -> bool:
-    module, attribute = layer.site.module, layer.site.attribute
-    return base_weights.precision(base_weights.holder(module, attribute)) not in WIDE
+    return base_weights.precision(merging.holder(layer.site)) not in WIDE
 
 
 @contextmanager
@@ -301,17 +300,16 @@ def _nudge(layer: _Layer) -> Iterator[None]:
 def _merge_error(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Tensor]]) -> tuple[float | None, str]:
     """How far the output is from `now` with a layer merged; None, and why, where it cannot be."""
     adapters, path = layer.adapters, layer.path
-    module, attribute = layer.site.module, layer.site.attribute
-    holder = base_weights.holder(module, attribute)
+    module = layer.site.module
     try:
-        merging.check(adapters.model, {path: module}, {path: holder}, adapters.stacks, False, False, True)
+        merging.check(adapters.model, {path: layer.site}, adapters.stacks, False, False, True)
     except AttachError as error:
         return None, str(error)
-    merge = merging.fold(path, holder, layer.stack, 1.0)
+    merge = merging.fold(path, merging.holder(layer.site), layer.stack, 1.0)
     base_weights.install(module, merge.new, merge.attribute)
-    adapters.set_strength_at(path, 0.0)
+    adapters.set_strength(0.0, at=path)
     try:
         return relative(now, outputs()), ""
     finally:
         merging.restore(module, merge)
-        adapters.set_strength_at(path, 1.0)
+        adapters.set_strength(1.0, at=path)

@@ -32,7 +32,8 @@ from lycoris.compat.tensor_aliases import (
 )
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.layers import base_weights
-from lycoris.layers.geometry import Affine, Geometry, Site
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import Site
 
 
 class AdapterView(nn.Module):
@@ -235,7 +236,7 @@ class AdapterView(nn.Module):
     def _below(self) -> LayerBelow:
         if self._parameter is not None:
             return BareWeight(self.geometry, self._parameter.below(self))
-        return attach.bottom(self.org_module[0], self.adapter.attribute)
+        return attach.bottom(self._place)
 
     def _find_unmerged(self) -> LayerBelow:
         """Return what lies below the adapter. Raises `AttachError` when the weight from before a merge is needed."""

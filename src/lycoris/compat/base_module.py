@@ -31,7 +31,8 @@ from lycoris.compat.parametrize import ParametrizedTensor
 from lycoris.compat.quantized import RefusedError, check_mergeable, check_trainable
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.layers import base_weights
-from lycoris.layers.geometry import Affine, Geometry, Site, describe, site
+from lycoris.layers.geometry import Affine, Geometry, describe
+from lycoris.layers.sites import Site
 from lycoris.targeting.options import TOP, UNUSED_SIZES, parse_optional
 from lycoris.targeting.rank_schedule import one_if_equal
 from lycoris.targeting.recipe import Recipe
@@ -94,9 +95,10 @@ class LycorisBaseModule(AdapterView):
         algorithm.check(geometry)
         check_trainable({lora_name: org_module}, {lora_name: (algorithm,)})
         adapter = Adapter(algorithm, geometry, **base_weights.home(org_module))
-        adapter.initialize(attach.top(org_module))
+        place = Site("", org_module, "", geometry)
+        adapter.initialize(attach.top(place))
         bypass: bool | None = parse_optional(given.get("bypass_mode"), "bypass_mode", bool)
-        self._set_up(lora_name, adapter, site(org_module, ""), bypass, single=True)
+        self._set_up(lora_name, adapter, place, bypass, single=True)
         self.multiplier = multiplier
 
     @classmethod
@@ -149,11 +151,11 @@ class LycorisBaseModule(AdapterView):
         A module of a network changes the strength of this one layer, until the network's `set_multiplier`.
         """
         if self._alone is not None and self._acts_alone:
-            return self._alone.strength_at(self.adapter.attribute)
+            return self._alone.strengths.at(self.adapter.attribute)
         if self._member is None:
             return float(self.adapter.call.strength)
         adapters, path = self._member
-        return adapters.strength_at(path)
+        return adapters.strengths.at(path)
 
     @multiplier.setter
     def multiplier(self, multiplier: float) -> None:
@@ -161,7 +163,7 @@ class LycorisBaseModule(AdapterView):
         if self._alone is not None and self._acts_alone:
             self._alone.set_strength(multiplier)
         if self._member is not None:
-            self._member[0].set_strength_at(self._member[1], multiplier)
+            self._member[0].set_strength(multiplier, at=self._member[1])
         elif not self._acts_alone:
             self.adapter.set_call(finite(multiplier), self.adapter.call.rank_mask)
 
@@ -351,7 +353,7 @@ class LycorisBaseModule(AdapterView):
                 f"{lora_name}: {cls.__name__} takes {len(cls.weight_list)} tensors, with None for those that the file "
                 f"lacks ({', '.join(cls.weight_list) or 'none'}); {len(weights)} were given"
             )
-        place = site(orig_module, "")
+        place = Site.of(orig_module)
         tensors = {n: t for n, t in zip(cls.weight_list, weights, strict=True) if t is not None}
         algorithm, values = read_tensors(tensors, place.geometry, lora_name)
         adapter = Adapter(algorithm, place.geometry, **base_weights.home(orig_module))

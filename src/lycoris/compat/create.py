@@ -13,8 +13,10 @@ from lycoris import files
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.compat.legacy_options import log_remarks, rename_options
 from lycoris.compat.network import LycorisNetwork
-from lycoris.compat.parts import NetworkPart, add_dropout, choose_adapters, load_tensors_or_file
-from lycoris.errors import ConfigError, FileError
+from lycoris.compat.parts import NetworkPart, add_dropout, choose_adapters
+from lycoris.errors import ConfigError
+from lycoris.files.source import open_source
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.recipe import schedule_in
 
@@ -90,17 +92,15 @@ def create_lycoris_from_weights(
     """
     options = rename_options(options)
     log_remarks(unknown_options(options))
-    tensors, metadata = load_tensors_or_file(file, weights_sd)
     own: str = LycorisNetwork.LORA_PREFIX
-    prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
-    try:
+    sites = ModelSites(module)
+    with open_source(file, weights_sd) as (tensors, header):
+        prefix = own if any(key.startswith(f"{own}_") for key in tensors) else "lycoris"
         known = None if prefix == "lycoris" else prefix
-        bundle = files.resolve(tensors, module, metadata=metadata, component=component, prefix=known, shared=False)
-    except FileError as error:
-        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+        bundle = files.resolve(tensors, sites, metadata=header, component=component, prefix=known, shared=False)
     for remark in bundle.remarks:
         logger.warning(remark)
-    adapters = AdapterSet.load(module, add_dropout(bundle, options), name=None)
+    adapters = AdapterSet.load(sites, add_dropout(bundle, options), name=None)
     adapters.schedule = adapters.schedule or schedule_in(options)
     strength: float = parse_number(multiplier, "multiplier", float)
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)

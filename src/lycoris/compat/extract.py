@@ -23,7 +23,8 @@ from lycoris.compat.merge import unwrap_single
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files.dialects.base import flatten
 from lycoris.layers import base_weights, paths
-from lycoris.layers.geometry import IS_ADAPTER, Affine, Geometry, Site, sites
+from lycoris.layers.geometry import IS_ADAPTER, Affine, Geometry
+from lycoris.layers.sites import ModelSites, Site
 
 logger = logging.getLogger("LyCORIS")
 
@@ -119,7 +120,7 @@ class _Selection(NamedTuple):
 
 def _pair_layers(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
     """Yield the layers of two models in pairs. Raises `FileError` unless both have the same."""
-    before, after = ({p.path: p for p in sites(model) if not p.attribute} for model in (base, tuned))
+    before, after = (_layers(model) for model in (base, tuned))
     for path in (*before, *(path for path in after if path not in before)):
         one, other = before.get(path), after.get(path)
         if one is None or other is None or _describe_place(one) != _describe_place(other):
@@ -127,6 +128,10 @@ def _pair_layers(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site
                 f"{path} is {_describe_place(one)} in the base model and {_describe_place(other)} in the fine-tuned one"
             )
         yield one, other
+
+
+def _layers(model: nn.Module) -> dict[str, Site]:
+    return {path: site for path, site in ModelSites(model).items() if not site.attribute}
 
 
 def _describe_place(place: Site | None) -> str:
@@ -144,7 +149,7 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
 
 
 def _iterate_other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    layers = {place.path: place.module for place in sites(model) if not place.attribute}
+    layers = {path: site.module for path, site in _layers(model).items()}
     for path, module in paths.named_modules(model):
         if getattr(module, IS_ADAPTER, False) or (path in layers and base_weights.storage(module).low_bit):
             continue
@@ -156,7 +161,7 @@ def _iterate_other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _compute_change(base: Site, tuned: Site, device: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return the changes of weight, (O, I, ...), and bias, in at least float32; None where nothing changed."""
-    before, after = (_to_float32(attach.top(place.module).affine(), device) for place in (base, tuned))
+    before, after = (_to_float32(attach.top(place).affine(), device) for place in (base, tuned))
     weight = after.weight - before.weight
     bias = None if after.bias is None or before.bias is None else after.bias - before.bias
     return weight if weight.any() else None, bias if bias is not None and bias.any() else None

@@ -14,6 +14,7 @@ from lycoris.algorithms import LoHa, LoKr
 from lycoris.algorithms.base import Algorithm
 from lycoris.compat.patterns import Expressions, Patterns
 from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.planning import Plan, place
 
@@ -84,7 +85,7 @@ def parse_dropout(options: Mapping[str, Any], neuron_dropout: Any) -> dict[str, 
 
 
 def plan_blocks(
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     classes: Collection[str] | None,
     kinds: Collection[str],
     patterns: Patterns,

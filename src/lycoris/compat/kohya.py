@@ -19,10 +19,12 @@ from lycoris.compat import block_classes
 from lycoris.compat.inside import log_layers
 from lycoris.compat.kohya_network import LycorisNetworkKohya, Ratios
 from lycoris.compat.legacy_options import log_remarks, read_preset, rename_options
-from lycoris.compat.parts import NetworkPart, add_dropout, check_plan, load_tensors_or_file, resolve_part
+from lycoris.compat.parts import NetworkPart, add_dropout, check_plan, resolve_part
 from lycoris.compat.patterns import KEYWORDS, PatternedPreset, Patterns
 from lycoris.compat.presets import list_builtin_presets
 from lycoris.errors import ConfigError, FileError, NothingMeantError
+from lycoris.files.source import open_source
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional, unknown_options
 from lycoris.targeting.planning import USUAL, Plan, servable
 from lycoris.targeting.preset import LAYER_CLASSES, Preset
@@ -137,19 +139,20 @@ def build_parts(
     plans: list[tuple[Component, Recipe, Plan]] = []
     nothing: NothingMeantError | None = None
     models = list_components(text_encoder, unet, network)
-    for component in models:
+    searched = [ModelSites(each.model) for each in models]
+    for component, sites in zip(models, searched, strict=True):
         own = Recipe.parse(
             given, strict=False, preset=_select_targets(preset, component, **_read_optional_parts(options))
         )
         if not _has_targets(own.preset):
             continue
         try:
-            plans.append((component, own, own.plan(component.model)))
+            plans.append((component, own, own.plan(sites)))
         except NothingMeantError as error:
             nothing = nothing or error if component.text else error
     remarks = [remark for _, _, plan in plans for remark in plan.remarks]
     log_remarks([each for each in remarks if not (builtin and each.kind == "unmatched")], unmatched=warn_on_unmatched)
-    log_remarks(_find_unused_patterns(patterns, [each.model for each in models], plans), unmatched=warn_on_unmatched)
+    log_remarks(_find_unused_patterns(patterns, searched, plans), unmatched=warn_on_unmatched)
     if not plans:
         raise _explain_no_targets(patterns, nothing, str(options.get("preset", "full")))
     verbose = parse_number(options.get("verbose") or False, "verbose", bool)
@@ -167,7 +170,7 @@ def _warn_of_single_model_keys(preset: Preset) -> None:
 
 
 def _build_part(component: Component, recipe: Recipe, plan: Plan, verbose: bool) -> NetworkPart:
-    check_plan(component.model, plan)
+    check_plan(plan)
     adapters = AdapterSet.build(component.model, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s: %s", component.prefix, replace(plan, remarks=()))
@@ -177,7 +180,7 @@ def _build_part(component: Component, recipe: Recipe, plan: Plan, verbose: bool)
 
 
 def _find_unused_patterns(
-    patterns: Patterns, models: Sequence[nn.Module], plans: Sequence[tuple[Component, Recipe, Plan]]
+    patterns: Patterns, models: Sequence[ModelSites], plans: Sequence[tuple[Component, Recipe, Plan]]
 ) -> Iterator[Remark]:
     """Yield a remark for each pattern without effect."""
     placements = [each for _, _, plan in plans for each in plan.placements]
@@ -261,11 +264,8 @@ def read_network(
     Returns the network and the tensors. `models` are the pipeline's models with their usual prefixes; files may have
     others.
     """
-    tensors, metadata = load_tensors_or_file(file, weights_sd)
-    try:
-        parts = list(_read_parts(tensors, metadata, _rename_as_in_file(models, tensors), options))
-    except FileError as error:
-        raise FileError(f"{file}: {error}" if file is not None else str(error)) from error
+    with open_source(file, weights_sd) as (tensors, header):
+        parts = list(_read_parts(tensors, header, _rename_as_in_file(models, tensors), options))
     bypass: bool | None = parse_optional(options.get("bypass_mode"), "bypass_mode", bool)
     network = kind.from_parts(parts, parse_number(multiplier, "multiplier", float), bypass)
     network.for_inference = for_inference
@@ -307,12 +307,13 @@ def _read_parts(
         own = {key: tensors[key] for key in named if owner[key] is model}
         if not own:
             continue
-        bundle = resolve_part(own, model.model, model.prefix, metadata, text=model.text)
+        sites = ModelSites(model.model)
+        bundle = resolve_part(own, sites, model.prefix, metadata, text=model.text)
         if bundle.report.changed:
             # Trainers load the tensors again, without the header, which is the reason for the change.
             changed = files.encode(bundle, prefix=model.prefix)
             tensors |= {key: t for key, t in changed.items() if key.endswith(".alpha") and key in tensors}
-        adapters = AdapterSet.load(model.model, add_dropout(bundle, options), name=None)
+        adapters = AdapterSet.load(sites, add_dropout(bundle, options), name=None)
         adapters.schedule = adapters.schedule or schedule_in(options)
         yield NetworkPart(model.prefix, adapters, model.text)
 

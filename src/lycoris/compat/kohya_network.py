@@ -25,6 +25,7 @@ from lycoris.compat.patterns import Patterns
 from lycoris.compat.presets import PRESET
 from lycoris.compat.quantized import check_mergeable
 from lycoris.errors import AttachError, ConfigError, FileError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_optional
 
 logger = logging.getLogger("LyCORIS")
@@ -205,7 +206,7 @@ class LycorisNetworkKohya(LycorisNetwork):
                     "None for all adapters of this network"
                 )
             self._drop_unwanted_parts(*selected)
-        if self.for_inference and not any(part.adapters.uses_rank_mask for part in self.parts):
+        if self.for_inference and not any(part.adapters.rank_masks.are_used for part in self.parts):
             self._merge_for_good()
         else:
             self._merge(1.0)
@@ -227,10 +228,11 @@ class LycorisNetworkKohya(LycorisNetwork):
         with warnings.catch_warnings(record=True) as issued:
             warnings.simplefilter("always")
             for part in self.parts:
+                sites = ModelSites(part.adapters.model)
                 for path, stack in part.adapters.stacks.items():
                     # The set holds the original weight, and both are released together.
-                    alone = AdapterSet(part.adapters.model, {path: stack}, name=None)
-                    alone.merge(part.adapters.strength_at(path))
+                    alone = AdapterSet(sites, {path: stack}, name=None)
+                    alone.merge(part.adapters.strengths.at(path))
         for each in issued:
             warnings.warn(each.message, stacklevel=3)
 

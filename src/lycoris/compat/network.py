@@ -30,7 +30,7 @@ from lycoris.compat.training_hooks import TrainingHooks
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.dialects.components import find_family
 from lycoris.files.layout import ModelLayout
-from lycoris.layers.geometry import site
+from lycoris.files.source import open_source
 from lycoris.targeting.options import parse_number
 from lycoris.targeting.preset import Preset
 from lycoris.targeting.recipe import Recipe
@@ -96,7 +96,7 @@ class LycorisNetwork(TrainingHooks, Assignable, ClassPreset):
         for part in self.parts:
             part.adapters.set_strength(multiplier)
             for path, stack in part.adapters.stacks.items():
-                place = site(part.adapters.model, path)
+                place = part.adapters.sites[path]
                 for at, adapter in enumerate(stack):
                     name = name_module(part.prefix, path, at)
                     module = module_class(adapter.algorithm).from_adapter(name, adapter, place, bypass_mode)
@@ -328,8 +328,10 @@ class LycorisNetwork(TrainingHooks, Assignable, ClassPreset):
                 f"{file}: adapters are saved only as .safetensors, since a pickle can run code when it is loaded"
             )
         bundles = {self._name(part): self._bundle(part) for part in self.parts}
-        denoisers = {self._name(part): part.adapters.model for part in self.parts if not part.text}
-        family = find_family({name: ModelLayout.from_model(model).architecture for name, model in denoisers.items()})
+        denoisers = {self._name(part): part.adapters.base for part in self.parts if not part.text}
+        family = find_family(
+            {name: ModelLayout.from_layers(base.model, base.layers).architecture for name, base in denoisers.items()}
+        )
         files.write(
             bundles,
             file,
@@ -359,11 +361,8 @@ class LycorisNetwork(TrainingHooks, Assignable, ClassPreset):
         Returns {} when all match, otherwise the missing and unexpected keys. Raises `FileError`, without a change, for
         tensors of another algorithm or shape, and `AttachError` while merged.
         """
-        tensors, metadata = files.load_tensors(file)
-        try:
-            missing, unexpected = self._load(tensors, metadata)
-        except FileError as error:
-            raise FileError(f"{file}: {error}") from error
+        with open_source(file) as (tensors, header):
+            missing, unexpected = self._load(tensors, header)
         found = {"missing keys": missing, "unexpected keys": unexpected}
         return {what: keys for what, keys in found.items() if keys}
 

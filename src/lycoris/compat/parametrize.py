@@ -16,6 +16,7 @@ from lycoris.compat.quantized import RefusedError
 from lycoris.errors import AttachError, ConfigError
 from lycoris.layers import base_weights
 from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import Site
 
 
 class ParametrizedTensor:
@@ -118,9 +119,10 @@ class ParametrizedTensor:
             if was_on:
                 undo.callback(self.put, by)
             holder = base_weights.holder(self.module, self.name)
+            site = Site(self.name, self.module, self.name, self.geometry)
             merge = merging.fold(self.name, holder, (adapter,), strength)._replace(attribute=self.name)
             # Before anything changes, since a warning may be raised as an error.
-            merging.report(holder, {self.name: holder}, {self.name: merge}, strength, {}).warn(stacklevel=3)
+            merging.report(holder, {self.name: site}, {self.name: merge}, strength, {}).warn(stacklevel=3)
             base_weights.install(self.module, merge.new, self.name)
             undo.pop_all()
         self._merge, self._was_on, adapter.merged = merge, was_on, True

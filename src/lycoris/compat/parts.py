@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ from lycoris.algorithms.dora import unwrap_dora
 from lycoris.compat.class_preset import to_json_value
 from lycoris.compat.legacy_options import log_remarks, read_preset, rename_options
 from lycoris.compat.quantized import check_trainable
-from lycoris.errors import ConfigError, FileError
+from lycoris.errors import ConfigError
 from lycoris.files.dialects.base import flatten
-from lycoris.layers.geometry import site
+from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
 from lycoris.targeting.options import OPTIONS, SCHEDULE, parse_optional
 from lycoris.targeting.planning import Plan
@@ -76,7 +75,7 @@ def choose_adapters(
     recipe = Recipe.parse(given, strict=False, preset=preset)
     plan = recipe.plan(model)
     log_remarks(plan.remarks, unmatched=warn_on_unmatched)
-    check_plan(model, plan)
+    check_plan(plan)
     adapters = AdapterSet.build(model, plan, name=None)
     adapters.schedule = recipe.schedule
     logger.info("%s", replace(plan, remarks=()))
@@ -91,31 +90,23 @@ def override_preset(preset: Preset, given: Mapping[str, Any]) -> Preset:
     return Preset.parse({**{each.name: to_json_value(getattr(preset, each.name)) for each in fields(preset)}, **given})
 
 
-def check_plan(model: nn.Module, plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Check that no quantized linear layer gets an adapter that it cannot have.
 
     Raises `ConfigError`; see `lycoris.compat.quantized.check_trainable`.
     """
-    layers = {each.path: site(model, each.path).module for each in plan.placements if each.geometry.kind == "linear"}
-    check_trainable(layers, {each.path: each.algorithms for each in plan.placements if each.path in layers})
-
-
-def load_tensors_or_file(
-    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, header): `weights_sd` with an empty header, or else the contents of the file.
-
-    Raises `FileError` when neither was given, or when the file cannot be read.
-    """
-    if weights_sd is not None:
-        return dict(weights_sd), {}
-    if file is None:
-        raise FileError("neither a file nor weights_sd was given")
-    return files.load_tensors(file)
+    uses = {each.path: each.algorithms for each in plan.placements if each.geometry.kind == "linear"}
+    layers = {path: site.module for path, site in (plan.sites or {}).items()}
+    check_trainable(layers, uses)
 
 
 def resolve_part(
-    tensors: Mapping[str, Tensor], model: nn.Module, prefix: str, metadata: Mapping[str, str], *, text: bool
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | ModelSites,
+    prefix: str,
+    metadata: Mapping[str, str],
+    *,
+    text: bool,
 ) -> Bundle:
     """Match the tensors of a file with the layers of one of several models.
 

@@ -21,7 +21,7 @@ class SwitchableNetwork(LycorisNetworkKohya):
         merged.
         """
         if not is_enabled and self._off is None:
-            self._off = [(part.adapters.strength, dict(part.adapters.blocks)) for part in self.parts]
+            self._off = [(part.adapters.strength, dict(part.adapters.strengths.blocks)) for part in self.parts]
             for part in self.parts:
                 part.adapters.set_strength(0.0)
         elif is_enabled and self._off is not None:

@@ -89,7 +89,7 @@ def track_adapters(adapters: AdapterSet) -> None:
     Does nothing for adapters without rank masks, or on a second call. Logs a warning when the adapters have a schedule
     and their model is not called with a `timestep`.
     """
-    if adapters in _tracked or not adapters.uses_rank_mask:
+    if adapters in _tracked or not adapters.rank_masks.are_used:
         return
     adapters.set_rank_mask(get_timestep_mask())
     own = adapters.schedule
@@ -103,7 +103,7 @@ def track_adapters(adapters: AdapterSet) -> None:
         return
     adapters.model.register_forward_pre_hook(_ScheduleHook(adapters, own))
     _tracked.add(adapters)
-    adapters.follow_timesteps()
+    adapters.rank_masks.follow()
 
 
 def warn_of_missing_schedule(adapters: AdapterSet) -> None:
@@ -112,7 +112,7 @@ def warn_of_missing_schedule(adapters: AdapterSet) -> None:
     Does nothing for adapters that are attached already.
     """
     unguided = adapters.schedule is None and get_timestep_mask() is None
-    if adapters.uses_rank_mask and unguided and not adapters.attached:
+    if adapters.rank_masks.are_used and unguided and not adapters.attached:
         logger.warning(
             "applying adapters without the timestep schedule that they were trained with: %s", WITHOUT_SCHEDULE
         )
@@ -140,7 +140,7 @@ def untrack_adapters(adapters: AdapterSet) -> None:
         if isinstance(hook, _ScheduleHook) and hook.adapters is adapters:
             adapters.schedule = hook.own
             del hooks[key]
-    adapters.unfollow()
+    adapters.rank_masks.unfollow()
     adapters.set_rank_mask(None)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lycoris.adapters.load_report import SHOWN, Report
-from lycoris.errors import FileError, unknown
+from lycoris.errors import FileError, prefix_errors, unknown
 from lycoris.files.container.kinds import WEIGHTS
 from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.container.storage import get_shapes, load_tensors, save_tensors
@@ -118,11 +118,10 @@ def convert(
     before = FileSize.measure(found.tensors, measure_file(source), dtype)
     order = Rewriter(found, base, weights, dtype, before, allow_growth)
     try:
-        made = order.rewrite_for_program(portable, to) if portable is not None else order.rewrite(str(to))
+        with prefix_errors(source):
+            made = order.rewrite_for_program(portable, to) if portable is not None else order.rewrite(str(to))
     except GrowthError as error:
-        raise GrowthError(f"{source}: {error}. {GROWTH_ADVICE}") from error
-    except FileError as error:
-        raise FileError(f"{source}: {error}") from error
+        raise GrowthError(f"{error}. {GROWTH_ADVICE}") from error
     if made.folder is None:
         save_tensors(made.written.tensors, target, made.written.header)
     else:

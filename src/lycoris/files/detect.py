@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lycoris.adapters.load_report import some
-from lycoris.errors import FileError
+from lycoris.errors import FileError, prefix_errors
 from lycoris.files import base_model, foreign
 from lycoris.files.choosing import DialectRating, rate_dialect
 from lycoris.files.container.storage import load_shapes
@@ -116,10 +116,8 @@ def detect(path: str | os.PathLike[str]) -> Detection:
             or an embedding, the message says which.
     """
     shapes, metadata = load_shapes(find_weights(Path(path)) if Path(path).is_dir() else path)
-    try:
+    with prefix_errors(path):
         return judge(shapes, metadata)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def judge(

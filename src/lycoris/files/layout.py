@@ -12,7 +12,8 @@ from lycoris.errors import FileError, PlanError
 from lycoris.files.dialects.base import Style, flatten
 from lycoris.files.recognition import Fit, guess_models, score_fit
 from lycoris.files.skeleton import load_skeleton, name_layers, translate_layers
-from lycoris.layers.geometry import Geometry, class_name, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites, class_name
 from lycoris.models.families import ARCHITECTURES
 from lycoris.models.families.family import Architecture
 from lycoris.models.families.naming import DIFFUSERS_NAMING, Span
@@ -42,12 +43,13 @@ class ModelLayout:
     _spans: dict[str, Mapping[str, Span]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> ModelLayout:
+    def from_model(cls, model: nn.Module | ModelSites) -> ModelLayout:
         """Return the layout of a model, which may be on the meta device.
 
         The architecture is recognized by the names and sizes of its layers, and by its class where those fit several.
         """
-        return cls.from_layers(class_name(model), {path: geometry for path, _, _, geometry in sites(model)})
+        sites = ModelSites.of(model)
+        return cls.from_layers(class_name(sites.model), sites.geometries)
 
     @classmethod
     def from_layers(cls, owner: str, layers: Mapping[str, Geometry]) -> ModelLayout:

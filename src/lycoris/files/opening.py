@@ -18,12 +18,13 @@ from lycoris.files.described import decode_base
 from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.components import find_family, find_header_family, make_component_lookup
-from lycoris.files.dialects.scales import ADJACENT_CONFIG, read_adjacent_config
+from lycoris.files.dialects.scales import ADJACENT_CONFIG
 from lycoris.files.layout import ModelLayout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import find_weights
 from lycoris.files.reading import DOWN, find_peft_folder, find_settled_names, resolve_as_written
 from lycoris.files.recognition import Fit
+from lycoris.files.source import open_source
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
@@ -63,11 +64,8 @@ def open_file(source: str | os.PathLike[str], base: nn.Module | None = None, *, 
     folder = find_peft_folder(source)
     if folder is not None:
         return _open_folder(folder, base)
-    tensors, metadata = load_tensors(source)
-    try:
-        return parse_opened(tensors, {**read_adjacent_config(source), **metadata}, base, strict=strict)
-    except FileError as error:
-        raise FileError(f"{source}: {error}") from error
+    with open_source(source) as (tensors, header):
+        return parse_opened(tensors, header, base, strict=strict)
 
 
 def parse_opened(

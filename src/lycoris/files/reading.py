@@ -20,15 +20,17 @@ from lycoris.algorithms.tensors import ALPHA, read_tensors
 from lycoris.errors import FileError, unknown
 from lycoris.files import foreign, placing, variants
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
-from lycoris.files.container.storage import get_shapes, load_tensors
+from lycoris.files.container.storage import get_shapes
 from lycoris.files.dialects import DIALECTS, forms, history, wrappers
 from lycoris.files.dialects.components import find_family, find_header_family
-from lycoris.files.dialects.scales import ADJACENT_CONFIG, ScaleReader, find_scale_sources, read_adjacent_config
+from lycoris.files.dialects.scales import ADJACENT_CONFIG, ScaleReader, find_scale_sources
 from lycoris.files.layout import ModelLayout
 from lycoris.files.matching import Match, list_dialects, match_best
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.problems import explain_mismatch, explain_no_match
+from lycoris.files.source import open_source
 from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint
 from lycoris.models.families import FAMILIES
 from lycoris.models.families.family import Family
@@ -39,7 +41,7 @@ DOWN = LoRA.tensor_names["down"]
 
 def read(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     dialect: str | None = None,
     *,
     component: str = "",
@@ -69,20 +71,17 @@ def read(
     folder = find_peft_folder(path)
     if folder is not None and dialect in (None, "peft"):
         return read_peft(folder, model)
-    tensors, metadata = load_tensors(path)
-    try:
+    with open_source(path) as (tensors, header):
         return resolve(
             tensors,
             model,
             dialect,
-            metadata={**read_adjacent_config(path), **metadata},
+            metadata=header,
             component=component,
             prefix=prefix,
             strict=strict,
             family=family,
         )
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def find_peft_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -98,7 +97,7 @@ def find_peft_folder(path: str | os.PathLike[str]) -> Path | None:
 
 def resolve(
     tensors: Mapping[str, Tensor],
-    model: nn.Module | ModelLayout,
+    model: nn.Module | ModelSites | ModelLayout,
     dialect: str | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -134,22 +133,15 @@ def resolve(
     Raises:
         FileError: Nothing matches, or, with `strict`, some tensor of this component does not. Nothing is loaded then.
     """
-    layout = model if isinstance(model, ModelLayout) else ModelLayout.from_model(model)
-    found, _ = _resolve_tensors(
-        tensors,
-        layout,
-        dialect,
-        metadata or {},
-        component,
-        prefix,
-        strict,
-        family,
-        as_written=False,
-        shared=shared,
-    )
-    other = (
-        "" if component or isinstance(model, ModelLayout) else fingerprint.describe_other_weights(metadata or {}, model)
-    )
+    other = ""
+    if isinstance(model, ModelLayout):
+        layout = model
+    else:
+        sites = ModelSites.of(model)
+        layout = ModelLayout.from_model(sites)
+        other = "" if component else fingerprint.describe_other_weights(metadata or {}, sites)
+    header, asked = metadata or {}, (component, prefix, strict, family)
+    found, _ = _resolve_tensors(tensors, layout, dialect, header, *asked, as_written=False, shared=shared)
     return found.with_remark(other) if other else found
 
 

@@ -17,9 +17,9 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.adapters.merging import MergeReport
 from lycoris.adapters.strengths import blocks_of
 from lycoris.compat.timestep_masks import read_pipeline_schedule
-from lycoris.errors import ConfigError, FileError, unknown
-from lycoris.files import judge, load_tensors, resolve
-from lycoris.files.peft import read_peft
+from lycoris.errors import ConfigError, FileError, prefix_errors, unknown
+from lycoris.files import judge, read_peft, resolve
+from lycoris.files.source import open_source
 from lycoris.layers import paths
 from lycoris.targeting.rank_schedule import WITHOUT_SCHEDULE, RankSchedule, takes_timestep
 
@@ -176,7 +176,7 @@ class Loaded:
         with ExitStack() as undo:
             for component, adapters in self.sets.items():
                 before, factor = (
-                    (adapters.strength, adapters.blocks),
+                    (adapters.strength, adapters.strengths.blocks),
                     components.get(component, 1.0) if enabled else 0.0,
                 )
                 adapters.set_strength(strength * factor, {path: blocks[name] for path, name in own[component].items()})
@@ -223,15 +223,13 @@ def load(
     sets: dict[str, AdapterSet] = {}
     with ExitStack() as undo:
         for component, bundle in bundles.items():
-            try:
+            with prefix_errors(component):
                 made = sets[component] = AdapterSet.load(parts[component], bundle, name)
-            except FileError as error:
-                raise FileError(f"{component}: {error}") from error
             undo.callback(made.detach)
             made.attach(freeze=False)
             made.schedule = made.schedule or schedule or _read_schedule(pipe, made)
             if takes_timestep(made.model):
-                made.follow_timesteps()
+                made.rank_masks.follow()
         loaded = Loaded(sets, _build_report(parts, bundles, unused, sets), strength)
         loaded.set(strength)
         undo.pop_all()
@@ -239,7 +237,7 @@ def load(
 
 
 def _read_schedule(pipe: Any, adapters: AdapterSet) -> RankSchedule | None:
-    wanted = adapters.uses_rank_mask and getattr(pipe, "_tlora_config", None)
+    wanted = adapters.rank_masks.are_used and getattr(pipe, "_tlora_config", None)
     return read_pipeline_schedule(pipe, adapters) if wanted else None
 
 
@@ -286,10 +284,9 @@ def _read_file(
     path: str | os.PathLike[str], parts: Mapping[str, nn.Module], to: str | Sequence[str] | None, dialect: str | None
 ) -> tuple[dict[str, Bundle], tuple[str, ...]]:
     """Read a file. Only this function knows how files name components: "" is the denoiser."""
-    tensors, metadata = load_tensors(path)
-    try:
-        detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
-        into = _select_denoisers(parts, to)
+    into = _select_denoisers(parts, to)
+    with open_source(path) as (tensors, header):
+        detected = judge({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
         held = {component: into if not component else (component,) for component in detected.components}
         if to is not None and ("" not in held or not held.keys().isdisjoint(into)):
             has = " and ".join(component or "the denoiser" for component in sorted(held))
@@ -299,15 +296,13 @@ def _read_file(
             )
         unused = tuple(component or "the denoiser" for component, names in held.items() if not {*names} & parts.keys())
         bundles = {
-            name: resolve(tensors, parts[name], dialect, metadata=metadata, component=component, family=detected.family)
+            name: resolve(tensors, parts[name], dialect, metadata=header, component=component, family=detected.family)
             for name in parts
             for component, names in held.items()
             if name in names
         }
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
-    if not bundles:
-        raise FileError(f"{path}: the file has adapters for {', '.join(unused)}; this pipeline has {', '.join(parts)}")
+        if not bundles:
+            raise FileError(f"the file has adapters for {', '.join(unused)}; this pipeline has {', '.join(parts)}")
     # Those for other components are in the report, by component.
     return {name: replace(b, report=replace(b.report, elsewhere={})) for name, b in bundles.items()}, unused
 
@@ -328,7 +323,7 @@ def _build_report(
     sets: Mapping[str, AdapterSet],
 ) -> PipelineReport:
     remarks = (f"{name}: {remark}" for name, of in bundles.items() for remark in of.remarks)
-    masked = {name: made for name, made in sets.items() if made.uses_rank_mask}
+    masked = {name: made for name, made in sets.items() if made.rank_masks.are_used}
     unscheduled = {
         name: WITHOUT_SCHEDULE if takes_timestep(made.model) else "it takes no timestep; all ranks count at every step"
         for name, made in masked.items()

@@ -61,7 +61,7 @@ def _why(samples: int, lengths: Sequence[int], layout: BatchLayout | None) -> st
     batch = lengths[0] if lengths else 1
     return (
         f"rank masks (timesteps) for {samples} samples do not fit a batch of {batch}: which entries of an input "
-        f"{shape} belong to which sample is not known. Set `adapters.batch_layout` to 'first' or 'second' (the axis "
-        "that holds the samples), 'repeated' (frames folded into the batch), 'tiled' ([uncond, cond] batches), a "
-        "tensor with the sample of every entry (packed sequences), or a dict of these by layer path"
+        f"{shape} belong to which sample is not known. Set `adapters.rank_masks.batch_layout` to 'first' or "
+        "'second' (the axis that holds the samples), 'repeated' (frames folded into the batch), 'tiled' ([uncond, "
+        "cond] batches), a tensor with the sample of every entry (packed sequences), or a dict of these by layer path"
     )

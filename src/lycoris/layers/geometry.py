@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lycoris.layers import batch_layout, paths
+from lycoris.layers import batch_layout
 from lycoris.layers.batch_layout import BatchLayout
 
 Kind = Literal["linear", "conv", "embedding", "norm", "parameter"]
@@ -197,58 +197,6 @@ class Geometry:
     def __str__(self) -> str:
         stack = f"{self.stack} x " if self.stack else ""
         return f"{self.kind} {stack}{self.shape}"
-
-
-class Site(NamedTuple):
-    """A place in a model where adapters can go."""
-
-    path: str
-    """Dotted path of the layer, or of the parameter."""
-    module: nn.Module
-    """The layer, or the module that owns the parameter."""
-    attribute: str
-    """Name of the parameter; "" when the site is a layer."""
-    geometry: Geometry
-
-
-def class_name(model: nn.Module) -> str:
-    """What a model's class is called, without wrappers around it and without the class that FSDP2 derives from it."""
-    own = type(paths.unwrap(model))
-    return next(cls.__name__ for cls in own.__mro__ if not cls.__module__.startswith("torch.distributed"))
-
-
-def sites(model: nn.Module) -> Iterator[Site]:
-    """Every place in a model where adapters can go: layers, and bare parameters of modules that are no such layers.
-
-    A module that appears twice is given once, under its first path.
-    """
-    for path, module in paths.named_modules(model):
-        if getattr(module, IS_ADAPTER, False):
-            continue
-        geometry = describe(module)
-        if geometry is not None:
-            yield Site(path, module, "", geometry)
-        else:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and (own := describe_parameter(parameter)) is not None:
-                    yield Site(f"{path}.{name}" if path else name, module, name, own)
-
-
-def site(model: nn.Module, path: str) -> Site:
-    """The place at a dotted path. Raises `KeyError` when there is none."""
-    for owner, attribute in ((path, ""), path.rpartition(".")[::2]):
-        try:
-            module = paths.submodule(model, owner)
-        except AttributeError:
-            continue
-        if attribute:
-            parameter = module._parameters.get(attribute)
-            geometry = None if parameter is None else describe_parameter(parameter)
-        else:
-            geometry = describe(module)
-        if geometry is not None:
-            return Site(path, module, attribute, geometry)
-    raise KeyError(path)
 
 
 def describe_parameter(parameter: Tensor) -> Geometry | None:

@@ -58,6 +58,12 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
+def ancestors(path: str) -> list[str]:
+    """Return the paths of the modules around one, nearest first, that of the model, "", last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+
+
 def order(model: nn.Module) -> dict[str, int]:
     """The place of every module and parameter in the order of the model, by path."""
     found: dict[str, int] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
-from lycoris.layers import paths
-from lycoris.layers.geometry import Site
+from lycoris.layers.sites import Site
 
 Owners = dict[int, list[str]]
 """By the identity of a parameter: the names that it has, in model order."""
@@ -18,10 +18,10 @@ def spells_out(pattern: str, path: str) -> bool:
     return path.rpartition(".")[2] in re.split(r"\W+", pattern)
 
 
-def owners(model: nn.Module) -> Owners:
-    """The parameters of a model that more than one module owns; a module that appears twice is one."""
+def find_shared_parameters(modules: Mapping[str, nn.Module]) -> Owners:
+    """Return the parameters that more than one of a model's modules owns; see `ModelSites.modules`."""
     found: Owners = {}
-    for path, module in paths.named_modules(model):
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
@@ -31,7 +31,6 @@ def owners(model: nn.Module) -> Owners:
 def tied_to(place: Site, shared: Owners) -> tuple[str, ...]:
     """Names of the parameters of other modules that what an adapter at a place changes is as well."""
     own = (place.attribute,) if place.attribute else ("weight", "bias")
-    prefix = place.path.removesuffix(place.attribute).removesuffix(".") if place.attribute else place.path
-    mine = {f"{prefix}.{name}" if prefix else name for name in own}
+    mine = {f"{place.owner}.{name}" if place.owner else name for name in own}
     names = [name for each in own for name in shared.get(id(place.module._parameters.get(each)), ())]
     return tuple(name for name in names if name not in mine)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lycoris.json_io import json_object
 from lycoris.layers import sharding
-from lycoris.layers.geometry import Geometry, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 
 FINGERPRINT_KEY = "lycoris_base"
 """Header key under which a file says it."""
@@ -55,14 +56,14 @@ def fingerprint_layers(model: str, layers: Mapping[str, Geometry], signs: str = 
     return Fingerprint(model, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], signs)
 
 
-def sample_signs(model: nn.Module) -> str:
+def sample_signs(model: nn.Module | ModelSites) -> str:
     """Return the signs of a few evenly spaced weights of each linear layer and convolution, as base64.
 
     One byte per layer. Rounding preserves signs, fine-tuning flips a few, training from scratch half of them. "" if
     weights are not available: on the meta device, sharded, or quantized.
     """
     found = []
-    for place in sorted(sites(model), key=lambda each: each.path):
+    for _, place in sorted(ModelSites.of(model).items()):
         if place.geometry.kind not in ("linear", "conv"):
             continue
         weight = place.module._parameters.get(place.attribute or "weight")
@@ -101,7 +102,7 @@ def describe_other_layers(header: Mapping[str, str], owner: str, *layers: Mappin
     return f"it was made for another base, a {made_for.model} of other layers than this {owner}"
 
 
-def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
+def describe_other_weights(header: Mapping[str, str], model: nn.Module | ModelSites) -> str:
     """Return what to say about a file made for a base with the same layers but other weights; "" if it was not.
 
     "" also if either has no signs to compare.
@@ -109,7 +110,8 @@ def describe_other_weights(header: Mapping[str, str], model: nn.Module) -> str:
     made_for = read_fingerprint(header)
     if made_for is None or not made_for.signs:
         return ""
-    here = fingerprint_layers("", {place.path: place.geometry for place in sites(model)}, sample_signs(model))
+    sites = ModelSites.of(model)
+    here = fingerprint_layers("", sites.geometries, sample_signs(sites))
     share = compare_signs(made_for.signs, here.signs)
     if made_for.layers != here.layers or share is None or share >= SAME_WEIGHTS_SHARE:
         return ""

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from lycoris.errors import ConfigError, unknown
-from lycoris.layers.geometry import Geometry, sites
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 
 Outline = Mapping[str, Any]
 
@@ -89,7 +90,7 @@ def load_outline(name: str) -> Outline:
 
 
 def iterate_layers(node: Outline) -> Iterator[tuple[str, Geometry]]:
-    """Yield path and geometry of each layer in an outline, as `geometry.sites` would in the model.
+    """Yield path and geometry of each layer in an outline, as `ModelSites` would in the model.
 
     Identical modules are built only once, so this is faster than building the model.
     """
@@ -104,7 +105,7 @@ def iterate_layers(node: Outline) -> Iterator[tuple[str, Geometry]]:
 @lru_cache(maxsize=4096)
 def _find_own_layers(text: str) -> tuple[tuple[str, Geometry], ...]:
     """Those of a module without children. Most of a model's are alike, and so are many of several models."""
-    return tuple((site.path, site.geometry) for site in sites(build_model(json.loads(text))))
+    return tuple(ModelSites(build_model(json.loads(text))).geometries.items())
 
 
 def _outlines_folder() -> Any:

@@ -16,9 +16,10 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import NothingMeantError, nearest
 from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites
 from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.targeting.options import OVERRIDE, algorithm_class, options_of, parse_optional, parse_options
-from lycoris.targeting.planning import USUAL, Plan, around, block_classes, check_something_left, place, servable
+from lycoris.targeting.planning import USUAL, Plan, block_classes, check_something_left, place, servable
 from lycoris.targeting.preset import LAYER_CLASSES, names_class
 from lycoris.targeting.recipe import Recipe
 from lycoris.targeting.remarks import Remark
@@ -29,9 +30,10 @@ SMALL = 0.25
 SHOWN = 5
 
 
-def plan(recipe: Recipe, model: nn.Module) -> Plan:
+def plan(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
     """See `Recipe.plan`."""
-    preset, roles = expand_roles(recipe.preset, model)
+    sites = ModelSites.of(model)
+    preset, roles = expand_roles(recipe.preset, sites.model)
 
     def choose(
         path: str, layer: nn.Module, around: Sequence[nn.Module], geometry: Geometry
@@ -44,12 +46,12 @@ def plan(recipe: Recipe, model: nn.Module) -> Plan:
         # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
         return (algorithm(recipe, geometry, override),) if geometry.kind in ("linear", "conv") else None
 
-    remarks = [*recipe.remarks, *roles.values(), *_find_unmatched(recipe, model, roles)]
-    made = place(model, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
+    remarks = [*recipe.remarks, *roles.values(), *_find_unmatched(recipe, sites, roles)]
+    made = place(sites, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
     check_something_left(made)
     if not made.placements:
-        raise NothingMeantError(_nothing(recipe, model))
-    remarks = [*_few(recipe, model, made)]
+        raise NothingMeantError(_nothing(recipe, sites))
+    remarks = [*_few(recipe, sites, made)]
     if _trains_norms(recipe) and not any(each.geometry.kind == "norm" for each in made.placements):
         remarks.append(Remark("train_norm has no effect: no norm with a weight is meant", "unmatched"))
     return replace(made, remarks=(*made.remarks, *remarks)) if remarks else made
@@ -119,14 +121,14 @@ def _named_classes(recipe: Recipe) -> list[str]:
     return [*dict.fromkeys([*named, *preset.module_algo_map])]
 
 
-def _find_unmatched(recipe: Recipe, model: nn.Module, roles: Collection[str]) -> Iterator[Remark]:
+def _find_unmatched(recipe: Recipe, sites: ModelSites, roles: Collection[str]) -> Iterator[Remark]:
     """Targets that the user named and that mean no layer which could get an adapter; `roles` stand for others."""
     preset, conv = recipe.preset, recipe.preset.enable_conv
-    layers = servable(model, (*USUAL, "norm") if _trains_norms(recipe) else USUAL)
-    meant = {path: layer for path, (layer, geometry) in layers.items() if conv or geometry.pointwise}
-    classes = {type(m).__name__ for path, layer in meant.items() for m in (layer, *around(model, path))}
+    layers = servable(sites, (*USUAL, "norm") if _trains_norms(recipe) else USUAL)
+    meant = {path: site.module for path, site in layers.items() if conv or site.geometry.pointwise}
+    classes = {type(m).__name__ for path, layer in meant.items() for m in (layer, *sites.around(path))}
     but = "" if conv else " (convolutions with a real kernel are off)"
-    text = f"matches no layer of {type(model).__name__} that adapters can serve{but}"
+    text = f"matches no layer of {type(sites.model).__name__} that adapters can serve{but}"
     targets = _named_classes(recipe)
     for name in targets:
         if name not in roles and not any(names_class(name, each) for each in classes):
@@ -150,7 +152,7 @@ def alike(target: str, classes: Iterable[str]) -> list[str]:
     return parts[:SHOWN] or nearest(target, classes)
 
 
-def _few(recipe: Recipe, model: nn.Module, made: Plan) -> Iterator[Remark]:
+def _few(recipe: Recipe, sites: ModelSites, made: Plan) -> Iterator[Remark]:
     """That classes which were named reach few layers, and which classes have the others.
 
     Lists that name paths, to reach or to leave out, are narrow on purpose.
@@ -159,7 +161,7 @@ def _few(recipe: Recipe, model: nn.Module, made: Plan) -> Iterator[Remark]:
     preset = recipe.preset
     if not named or preset.target_name or preset.name_algo_map or preset.exclude_name:
         return
-    layers = [path for path, (_, geometry) in servable(model).items() if preset.enable_conv or geometry.pointwise]
+    layers = [path for path, site in servable(sites).items() if preset.enable_conv or site.geometry.pointwise]
     got = {each.path for each in made.placements}
     reached = sum(path in got for path in layers)
     if reached >= SMALL * len(layers):
@@ -168,12 +170,12 @@ def _few(recipe: Recipe, model: nn.Module, made: Plan) -> Iterator[Remark]:
     for path in layers:
         if path not in got:
             # The nearest module around a layer; the model itself is no target to name.
-            above = [type(each).__name__ for each in around(model, path)[:-1] if _names_itself(each)]
-            others[above[0] if above else type(model).__name__] += 1
+            above = [type(each).__name__ for each in sites.around(path)[:-1] if _names_itself(each)]
+            others[above[0] if above else type(sites.model).__name__] += 1
     where = ", ".join(f"{name} ({count})" for name, count in others.most_common(SHOWN))
     yield Remark(
-        f"the targets {', '.join(named)} reach {reached} of {len(layers)} layers of {type(model).__name__}; classes "
-        f"that have the others: {where}",
+        f"the targets {', '.join(named)} reach {reached} of {len(layers)} layers of {type(sites.model).__name__}; "
+        f"classes that have the others: {where}",
         "unmatched",
     )
 
@@ -183,12 +185,12 @@ def _names_itself(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
 
 
-def _nothing(recipe: Recipe, model: nn.Module) -> str:
-    have, preset = block_classes(model), recipe.preset
+def _nothing(recipe: Recipe, sites: ModelSites) -> str:
+    have, preset = block_classes(sites), recipe.preset
     wanted = [*preset.target_module, *preset.module_algo_map, *preset.target_name, *preset.name_algo_map]
     close = sorted({hit for name in wanted for hit in alike(name, have)[:1]})
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     return (
-        f"no layer of {type(model).__name__} is meant by the targets {', '.join(dict.fromkeys(wanted))}.{hint} "
+        f"no layer of {type(sites.model).__name__} is meant by the targets {', '.join(dict.fromkeys(wanted))}.{hint} "
         f"Classes with layers that adapters can serve: {', '.join(have) or '(none)'}"
     )

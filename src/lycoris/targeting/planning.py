@@ -15,8 +15,9 @@ from torch import nn
 from lycoris.algorithms.base import Algorithm
 from lycoris.errors import ConfigError, PlanError, nearest, unknown
 from lycoris.layers import paths
-from lycoris.layers.geometry import Geometry, Kind, Site, sites
-from lycoris.layers.tied_parameters import owners, spells_out, tied_to
+from lycoris.layers.geometry import Geometry, Kind
+from lycoris.layers.sites import ModelSites, Site, class_name
+from lycoris.layers.tied_parameters import find_shared_parameters, spells_out, tied_to
 from lycoris.targeting.remarks import Remark
 
 SHOWN = 3
@@ -123,10 +124,38 @@ class Plan:
     """What the user should know: options without effect or unknown, targets that no layer matches."""
     unserved: tuple[LeftOut, ...] = ()
     """Layers that were to get an algorithm which cannot serve them, and get nothing, as `unserved="skip"` asks."""
+    sites: ModelSites | None = field(default=None, compare=False, repr=False)
+    """The model that was planned for, with its layers. A pickled or copied plan comes without; see `sites_in`."""
 
     @property
     def parameters(self) -> int:
         return sum(placement.parameters for placement in self.placements)
+
+    def sites_in(self, model: nn.Module) -> ModelSites:
+        """Return the sites of the model that adapters are about to be built on.
+
+        Those of the plan itself where it was made for this model and no module of it was replaced since; otherwise the
+        model is searched again, so that a plan from a model on the meta device serves the one with weights.
+
+        Raises:
+            PlanError: The model lacks layers of this plan, or has them in other shapes.
+        """
+        if self.sites is not None and self.sites.model is model and self.sites.are_current():
+            return self.sites
+        found = ModelSites(model)
+        wrong = [each for each in self.placements if found.geometries.get(each.path) != each.geometry]
+        if wrong:
+            path, planned = wrong[0].path, wrong[0].geometry
+            here = f"a {found[path].geometry} here" if path in found else f"no layer of this {class_name(model)}"
+            made_for = "" if self.sites is None else f", made for a {class_name(self.sites.model)},"
+            raise PlanError(
+                f"this plan{made_for} does not fit: {path or 'the model itself'}, a {planned} in the plan, is {here} "
+                f"({len(wrong)} of {len(self.placements)} layers). Make the plan for the model that you build on"
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sites": None}
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str]] = Counter()
@@ -147,7 +176,13 @@ class Plan:
         return "\n".join(lines + [f"  note: {remark}" for remark in self.remarks])
 
 
-def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True, unserved: Unserved = "error") -> Plan:
+def plan(
+    model: nn.Module | ModelSites,
+    rules: Rule | Sequence[Rule],
+    *,
+    strict: bool = True,
+    unserved: Unserved = "error",
+) -> Plan:
     """Match rules to the layers of a model; for each layer the first rule that matches wins.
 
     Raises `PlanError` for a rule that no layer falls to, naming near misses, for an algorithm that cannot serve a
@@ -162,6 +197,7 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True,
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, Rule) for rule in rules):
         given = "an empty list" if rules == [] else _describe_value(rules)
         raise PlanError(f"a plan needs at least one rule, such as Rule(LoRA(rank=8)), not {given}")
+    sites = ModelSites.of(model)
     used: Counter[int] = Counter()
     chosen: dict[str, Rule] = {}
 
@@ -175,10 +211,10 @@ def plan(model: nn.Module, rules: Rule | Sequence[Rule], *, strict: bool = True,
                 return rule.algorithms()
         return None
 
-    made = place(model, choose, strict=strict, names=lambda place: chosen[place.path].names(place), unserved=unserved)
+    made = place(sites, choose, strict=strict, names=lambda place: chosen[place.path].names(place), unserved=unserved)
     for at, rule in enumerate(rules):
         if not used[at]:
-            raise PlanError(f"{rule} applies to no layer: {_why(model, rule)}")
+            raise PlanError(f"{rule} applies to no layer: {_why(sites, rule)}")
     check_something_left(made)
     return made
 
@@ -191,7 +227,7 @@ def check_something_left(made: Plan) -> None:
 
 
 def place(
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     choose: Choose,
     remarks: Sequence[Remark] = (),
     *,
@@ -209,12 +245,12 @@ def place(
     """
     if unserved not in get_args(Unserved):
         raise ConfigError(unknown("value of unserved", str(unserved), get_args(Unserved)))
-    modules = dict(paths.named_modules(model))
-    placements, skipped, wasted, tied, shared, left_out = [], [], [], [], owners(model), list[LeftOut]()
-    for site in sites(model):
+    sites = ModelSites.of(model)
+    placements, skipped, wasted, tied, left_out = [], [], [], [], list[LeftOut]()
+    shared = find_shared_parameters(sites.modules)
+    for site in sites.values():
         path, layer, _, geometry = site
-        above = [modules[name] for name in _above(path) if name in modules]
-        algorithms = choose(path, layer, above, geometry)
+        algorithms = choose(path, layer, sites.around(path), geometry)
         if not algorithms:
             skipped += [path] if geometry.kind in USUAL else []
             continue
@@ -239,7 +275,7 @@ def place(
     if left_out and not placements:
         raise PlanError("\n".join([f"none of {len(left_out)} layers can be served:", *_some_left_out(left_out)]))
     told = (*remarks, *_shorten(tied), *_shorten(wasted))
-    return Plan(tuple(placements), tuple(skipped), told, tuple(left_out))
+    return Plan(tuple(placements), tuple(skipped), told, tuple(left_out), sites)
 
 
 def _refusal(algorithms: Sequence[Algorithm], geometry: Geometry) -> str:
@@ -264,28 +300,20 @@ def _shorten(remarks: list[Remark]) -> list[Remark]:
     return [*remarks[:SHOWN], Remark(f"and {len(remarks) - SHOWN} more layers like these")]
 
 
-def servable(model: nn.Module, kinds: Sequence[str] = USUAL) -> dict[str, tuple[nn.Module, Geometry]]:
-    """Path → layer and geometry, of every layer of some kinds that adapters can serve."""
-    found = ((path, layer, geometry) for path, layer, _, geometry in sites(model))
+def servable(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> dict[str, Site]:
+    """Return the layers of some kinds that adapters can serve, by path; `*` in a kind is a wildcard."""
     return {
-        path: (layer, geometry)
-        for path, layer, geometry in found
-        if any(fnmatch.fnmatchcase(geometry.kind, kind) for kind in kinds)
+        path: site
+        for path, site in ModelSites.of(model).items()
+        if any(fnmatch.fnmatchcase(site.geometry.kind, kind) for kind in kinds)
     }
 
 
-def around(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules around the layer at a path, nearest first, the model last."""
-    return [paths.submodule(model, name) for name in _above(path)]
-
-
-def block_classes(model: nn.Module, kinds: Sequence[str] = USUAL) -> list[str]:
-    """Class names of modules that have layers of some kinds which adapters can serve, or are such layers."""
-    names = set()
-    modules = dict(paths.named_modules(model))
-    for path in servable(model, kinds):
-        names |= {type(modules[name]).__name__ for name in (path, *_above(path)) if name in modules}
-    return sorted(names)
+def block_classes(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> list[str]:
+    """Return the sorted class names of layers that adapters can serve, and of the modules around them."""
+    sites = ModelSites.of(model)
+    chains = ((path, *paths.ancestors(path)) for path in servable(sites, kinds))
+    return sorted({type(sites.modules[name]).__name__ for chain in chains for name in chain if name in sites.modules})
 
 
 def _describe_value(given: Any) -> str:
@@ -295,19 +323,13 @@ def _describe_value(given: Any) -> str:
     return repr(given)
 
 
-def _above(path: str) -> list[str]:
-    """Paths of the modules around one, nearest first, the root last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
-
-
-def _why(model: nn.Module, rule: Rule) -> str:
-    layers = servable(model, rule.kinds())
+def _why(sites: ModelSites, rule: Rule) -> str:
+    layers, model = servable(sites, rule.kinds()), sites.model
     if not layers:
-        have = sorted({geometry.kind for _, _, _, geometry in sites(model)})
+        have = sorted({geometry.kind for geometry in sites.geometries.values()})
         kinds = f" of kind {' or '.join(rule.kinds())}; it has {', '.join(have)}" if have else ""
         return f"{type(model).__name__} has no layer that adapters can serve{kinds}"
-    classes = block_classes(model, rule.kinds())
+    classes = block_classes(sites, rule.kinds())
     if rule.inside != "*" and not any(fnmatch.fnmatchcase(name, rule.inside) for name in classes):
         close = nearest(rule.inside, classes)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -14,7 +14,7 @@ from lycoris.targeting.remarks import Remark
 if TYPE_CHECKING:
     from torch import nn
 
-    from lycoris.layers.geometry import Site
+    from lycoris.layers.sites import Site
 
 Options = Mapping[str, Any]
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from lycoris.algorithms.base import Algorithm
     from lycoris.layers.geometry import Geometry
+    from lycoris.layers.sites import ModelSites
     from lycoris.targeting.planning import Plan
     from lycoris.targeting.rank_schedule import RankSchedule
 
@@ -128,7 +129,7 @@ class Recipe:
             alpha=float(self.options.get("tlora_alpha", 1.0)),
         )
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module | ModelSites) -> Plan:
         """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
         from lycoris.targeting.assignment import plan
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lycoris.layers.geometry import class_name
+from lycoris.layers.sites import class_name
 from lycoris.models.families import DENOISERS
 from lycoris.targeting.preset import Preset, names_class
 from lycoris.targeting.remarks import Remark

@@ -23,7 +23,7 @@ from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.layer_below import BareWeight
 from lycoris.errors import ConfigError
 from lycoris.files import read, write
-from lycoris.layers.geometry import sites
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.planning import Rule, plan
 from lycoris.testing.layers import LAYERS, LayerCase, OneLayer
 
@@ -62,7 +62,7 @@ def _naming(where: str) -> Iterator[None]:
 
 def serves(algorithm: Algorithm, case: LayerCase) -> bool:
     """Tell whether an algorithm can adapt a layer."""
-    ((_, _, _, geometry),) = sites(OneLayer(case.layer()))
+    ((_, _, _, geometry),) = ModelSites(OneLayer(case.layer())).values()
     try:
         algorithm.check(geometry)
     except ConfigError:
@@ -83,8 +83,9 @@ def check_start_changes_nothing(algorithm: Algorithm, case: LayerCase) -> None:
 def check_start_sets_every_value(algorithm: Algorithm, case: LayerCase) -> None:
     """`initialize` fills every element of every tensor, which come from uninitialized memory."""
     model = OneLayer(case.layer())
-    ((_, layer, attribute, geometry),) = sites(model)
-    for below in (attach.top(layer, attribute), BareWeight(geometry, attach.top(layer, attribute).affine().weight)):
+    (site,) = ModelSites(model).values()
+    geometry = site.geometry
+    for below in (attach.top(site), BareWeight(geometry, attach.top(site).affine().weight)):
         adapter = Adapter(algorithm, geometry, dtype=torch.float64)
         with torch.no_grad():
             for tensor in adapter.tensors().values():
@@ -236,10 +237,11 @@ def perturb(adapters: AdapterSet, size: float = 0.3) -> None:
 
 def dense_output(model: OneLayer, x: Tensor) -> Tensor:
     """Return the output of the layer's own operation with the weight and bias that its adapters make."""
-    ((_, layer, attribute, _),) = sites(model)
-    affine = attach.top(layer, attribute).affine()
+    (site,) = ModelSites(model).values()
+    layer, attribute = site.module, site.attribute
+    affine = attach.top(site).affine()
     if not attribute:
-        return attach.top(layer).run(x, affine)
+        return attach.top(site).run(x, affine)
     plain = copy.deepcopy(layer)
     plain.__class__ = attach.base_class(plain)
     weights: Mapping[str, Tensor] = {attribute: affine.weight}
@@ -250,7 +252,7 @@ def dense_output(model: OneLayer, x: Tensor) -> Tensor:
 def merge(adapters: AdapterSet) -> None:
     """Merge, expecting the warning about timesteps exactly where the adapters follow them."""
     with warnings.catch_warnings():
-        if adapters.uses_rank_mask:
+        if adapters.rank_masks.are_used:
             warnings.filterwarnings("ignore", message=".*timestep schedule")
         else:
             warnings.simplefilter("error")

@@ -26,11 +26,11 @@ def build_sampling(settings: Settings) -> Sampling:
 @contextmanager
 def follow_pipeline_timesteps(adapters: AdapterSet) -> Iterator[None]:
     """Let adapters with a rank schedule follow the timesteps of the pipeline's calls inside the context."""
-    adapters.follow_timesteps()
+    adapters.rank_masks.follow()
     try:
         yield
     finally:
-        adapters.unfollow()
+        adapters.rank_masks.unfollow()
 
 
 def draw_preview(run: TrainingRun) -> None:

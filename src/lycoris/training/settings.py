@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lycoris.errors import ConfigError, nearest
+from lycoris.errors import ConfigError, nearest, prefix_errors
 from lycoris.json_io import read_json
 from lycoris.targeting.recipe import Recipe
 from lycoris.training.foreign import translate_config
@@ -225,10 +225,8 @@ def load_recipe(path: Path) -> Recipe:
     Raises `ConfigError` for wrong values, and for a multiplier of 0, at which nothing would be trained.
     """
     given = read_json(path)
-    try:
+    with prefix_errors(path):
         recipe = Recipe.parse(given)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
     if recipe.multiplier == 0 or not math.isfinite(recipe.multiplier):
         raise ConfigError(
             f"{path}: multiplier = {given['multiplier']!r} would train nothing; it is the strength at which the "

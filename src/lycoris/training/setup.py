@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.errors import ConfigError, PlanError
+from lycoris.errors import ConfigError, prefix_errors
 from lycoris.targeting.planning import Plan
 from lycoris.training import base_model, cache, objective
 from lycoris.training.console import print_verbatim
@@ -49,10 +49,8 @@ def prepare_run(checked: CheckedInputs, console: Console) -> TrainingRun:
 
 
 def _plan_adapters(checked: CheckedInputs, pipe: Any) -> Plan:
-    try:
+    with prefix_errors(checked.settings.lycoris_config):
         return checked.recipe.plan(pipe.unet)
-    except (ConfigError, PlanError) as error:
-        raise type(error)(f"{checked.settings.lycoris_config}: {error}") from None
 
 
 def _create_accelerator(settings: Settings) -> Any:

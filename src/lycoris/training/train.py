@@ -81,7 +81,7 @@ def _report_run(run: TrainingRun, adapter: Path, step_saved: int, started: float
         images_held_out=len(run.checked.held_out),
         images_skipped=len(run.checked.skipped),
         layers=len(run.plan.placements),
-        adapter_parameters=run.adapters.parameter_count(),
+        adapter_parameters=sum(p.numel() for p in run.adapters.parameters()),
         adapter_bytes=adapter.stat().st_size,
         base_parameters=measured.base_parameters,
         base_bytes=measured.base_bytes,

@@ -26,6 +26,7 @@ from lycoris.compat.parts import NetworkPart, add_dropout
 from lycoris.compat.patterns import Patterns
 from lycoris.compat.switchable import SwitchableNetwork
 from lycoris.errors import FileError, NothingMeantError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional
 from lycoris.targeting.planning import block_classes
 
@@ -126,13 +127,14 @@ def read_musubi_network(
     Raises `FileError` for another algorithm (with or without DoRA), or when the tensors do not match the model.
     """
     tensors = {key: tensor for key, tensor in weights_sd.items() if "." in key}
-    bundle = files.resolve(tensors, unet, prefix=MUSUBI_PREFIX, shared=False)
+    sites = ModelSites(unet)
+    bundle = files.resolve(tensors, sites, prefix=MUSUBI_PREFIX, shared=False)
     others = sorted({unwrap_dora(e.algorithm).name for stack in bundle.entries.values() for e in stack} - {name})
     if others:
         raise FileError(
             f"this network module is for {name}, but the file has {', '.join(others)}; use the module for that"
         )
-    adapters = AdapterSet.load(unet, add_dropout(bundle, options), name=None)
+    adapters = AdapterSet.load(sites, add_dropout(bundle, options), name=None)
     network = _build_network(NetworkPart(MUSUBI_PREFIX, adapters), multiplier, options)
     network.for_inference = for_inference
     return network

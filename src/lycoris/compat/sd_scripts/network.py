@@ -24,6 +24,7 @@ from lycoris.compat.patterns import Patterns
 from lycoris.compat.sd_scripts.architectures import SdScriptsTargets, detect_sd_scripts_targets
 from lycoris.compat.switchable import SwitchableNetwork
 from lycoris.errors import FileError, NothingMeantError
+from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number
 from lycoris.targeting.planning import block_classes, servable
 
@@ -111,16 +112,16 @@ def create_sd_scripts_network(
         return make(rank=rank, alpha=alpha, tucker=tucker, **drop)
 
     models = _name_components(text_encoder, unet, architecture)
-    parts = []
-    for component in models:
+    searched, parts = [ModelSites(each.model) for each in models], []
+    for component, sites in zip(models, searched, strict=True):
         classes = architecture.text if component.text else _list_target_classes(architecture, options)
-        plan = plan_blocks(component.model, classes, ("Linear", "Conv2d"), every, sizes, make_sized)
-        check_plan(component.model, plan)
+        plan = plan_blocks(sites, classes, ("Linear", "Conv2d"), every, sizes, make_sized)
+        check_plan(plan)
         log_plan(component.prefix, plan, options)
         if plan.placements:
             adapters = AdapterSet.build(component.model, plan, name=None)
             parts.append(NetworkPart(component.prefix, adapters, component.text))
-    paths = (path for each in models for path in servable(each.model))
+    paths = (path for each in searched for path in servable(each))
     log_remarks(patterns.find_unmatched(paths, [path for part in parts for path in part.adapters.stacks]))
     if not parts:
         have = ", ".join(block_classes(unet))

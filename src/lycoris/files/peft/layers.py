@@ -13,10 +13,11 @@ from lycoris.adapters import attach, merging
 from lycoris.algorithms import Full, Norm
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import read_tensors
-from lycoris.errors import FileError
+from lycoris.errors import FileError, prefix_errors
 from lycoris.files.peft.config import PeftConfig
 from lycoris.files.peft.rotations import make_boft_rotation, make_oft_rotation
-from lycoris.layers.geometry import Affine, Geometry, Site
+from lycoris.layers.geometry import Affine, Geometry
+from lycoris.layers.sites import Site
 from lycoris.ops.rounding import widen
 
 NamedTensors = Mapping[str, Tensor]
@@ -244,7 +245,7 @@ def read_base(place: Site) -> Affine:
         raise FileError(f"{place.path}: its base weight is needed to read this, and the model is on the meta device")
     if merging.is_merged(place.module):
         raise FileError(f"{place.path}: its base weight is needed to read this, and adapters are merged into it")
-    affine = attach.bottom(place.module).affine()
+    affine = attach.bottom(place).affine()
     return Affine(
         _widen_on_cpu(affine.weight.detach()), None if affine.bias is None else _widen_on_cpu(affine.bias.detach())
     )
@@ -259,10 +260,8 @@ def _make_dense_entry(g: Geometry, change: Tensor) -> Entry:
 
 
 def _make_rotation(make: Callable[..., Tensor], place: Site, *args: Any) -> Tensor:
-    try:
+    with prefix_errors(place.path):
         return make(*args)
-    except FileError as error:
-        raise FileError(f"{place.path}: {error}") from error
 
 
 def _widen_on_cpu(tensor: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lycoris.adapters.bundle import Base, Bundle
 from lycoris.adapters.load_report import SHOWN, Report, some
 from lycoris.algorithms.base import Entry
-from lycoris.errors import FileError, nearest
+from lycoris.errors import FileError, nearest, prefix_errors
 from lycoris.files.container.storage import load_tensors
 from lycoris.files.peft.config import PEFT_TYPES, PeftConfig, find_weights, load_config
 from lycoris.files.peft.layers import read_entries
 from lycoris.layers import paths
-from lycoris.layers.geometry import Site, class_name, sites
+from lycoris.layers.sites import ModelSites, Site, class_name
 
 PEFT_PREFIX = "base_model.model."
 
@@ -53,7 +53,7 @@ class _SortedTensors:
 
 def read_peft(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    model: nn.Module,
+    model: nn.Module | ModelSites,
     config: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Read an adapter that PEFT wrote, for the model it was made for.
@@ -74,23 +74,19 @@ def read_peft(
             raise FileError("tensors alone do not say what they are: pass config, the content of adapter_config.json")
         return _resolve_peft(source, model, config)
     folder = Path(source)
-    try:
+    with prefix_errors(folder):
         values = load_config(folder) if config is None else config
         return _resolve_peft(_load_weights(folder), model, values)
-    except FileError as error:
-        text = str(error)
-        raise FileError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
 
 
 def _load_weights(folder: Path) -> dict[str, Tensor]:
     return load_tensors(find_weights(folder))[0]
 
 
-def _resolve_peft(given: Mapping[str, Tensor], model: nn.Module, values: Mapping[str, Any]) -> Bundle:
-    config = PeftConfig.parse(values)
-    found = _sort_tensors(given, model, config)
-    places = {place.path: place for place in sites(model)}
-    _check_sorted(found, places, model, config)
+def _resolve_peft(given: Mapping[str, Tensor], model: nn.Module | ModelSites, values: Mapping[str, Any]) -> Bundle:
+    config, places = PeftConfig.parse(values), ModelSites.of(model)
+    found = _sort_tensors(given, places.model, config)
+    _check_sorted(found, places, places.model, config)
     entries: dict[str, tuple[Entry, ...]] = {}
     problems = []
     for path in sorted(found.layers.keys() | found.biases.keys()):
@@ -104,7 +100,7 @@ def _resolve_peft(given: Mapping[str, Tensor], model: nn.Module, values: Mapping
         listed = "\n  ".join(problems[:SHOWN])
         raise FileError(f"{len(problems)} of {len(entries) + len(problems)} layers cannot be read:\n  {listed}{more}")
     applied = {path: " + ".join(entry.algorithm.name for entry in stack) for path, stack in entries.items()}
-    base = Base(class_name(model), {path: place.geometry for path, place in places.items()})
+    base = Base(class_name(places.model), places.geometries)
     report = Report(dialect="peft", applied=applied, remarks=_list_remarks(found, places, config))
     return Bundle(entries, {}, base, report)
 

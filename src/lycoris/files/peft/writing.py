@@ -27,7 +27,8 @@ from lycoris.files.peft.folder import write_folder
 from lycoris.files.peft.layers import explain_unsupported, read_base
 from lycoris.files.peft.reading import PEFT_PREFIX
 from lycoris.layers import paths
-from lycoris.layers.geometry import Geometry, Site, site
+from lycoris.layers.geometry import Geometry
+from lycoris.layers.sites import ModelSites, Site
 
 
 @dataclass
@@ -53,7 +54,8 @@ def encode_peft(bundle: Bundle, model: nn.Module | None = None) -> tuple[dict[st
     if not bundle.entries:
         raise FileError("there are no adapters to write")
     bundle = _separate_layers(bundle)
-    types = {path: _choose_type(path, stack, model) for path, stack in bundle.entries.items()}
+    sites = None if model is None else ModelSites.of(model)
+    types = {path: _choose_type(path, stack, sites) for path, stack in bundle.entries.items()}
     _check_types(types, bundle)
     (type_,) = {name for name, _ in types.values()}
     encoder = _ENCODERS[type_]
@@ -147,12 +149,12 @@ def explain_refusal(stack: tuple[Entry, ...]) -> str:
     return why
 
 
-def _choose_type(path: str, stack: tuple[Entry, ...], model: nn.Module | None) -> tuple[str, str]:
+def _choose_type(path: str, stack: tuple[Entry, ...], sites: ModelSites | None) -> tuple[str, str]:
     """The peft_type of a layer, or "" and why there is none."""
     first, *rest = stack
     algorithm, g = first.algorithm, first.geometry
     shifted = len(rest) == 1 and isinstance(rest[0].algorithm, Full) and set(rest[0].tensors) == {"diff_b"}
-    scaled = shifted and model is not None and _scales_bias(stack, site(model, path))
+    scaled = shifted and sites is not None and _scales_bias(stack, sites.find(path))
     if rest and not scaled and not (shifted and type(algorithm) in (LoRA, DyLoRA) and g.kind != "embedding"):
         return "", f"a stack of {' and '.join(entry.algorithm.name for entry in stack)}"
     name = _find_peft_type(algorithm)
