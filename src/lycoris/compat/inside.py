@@ -16,7 +16,7 @@ from lycoris.compat.patterns import Expressions, Patterns
 from lycoris.layers.geometry import Geometry
 from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional
-from lycoris.targeting.planning import Plan, place
+from lycoris.targeting.planning import Plan, assign_layers
 
 logger = logging.getLogger("LyCORIS")
 
@@ -85,7 +85,7 @@ def plan_inside(
         size = sizes.for_layer(g, patterns.rank_for(path))
         return None if size is None else (make(*size),)
 
-    return place(model, choose)
+    return assign_layers(model, choose)
 
 
 def with_excludes(patterns: Patterns, more: Expressions) -> Patterns:
