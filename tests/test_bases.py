@@ -309,7 +309,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 @GPU
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*below the quantisation step:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*below the quantization step:UserWarning")
 @EVERY
 @EACH
 def test_on_a_gpu(base: str, name: str) -> None:

@@ -35,7 +35,7 @@ def made(base: str, algorithm: Algorithm, size: float = 0.1) -> tuple[One, Adapt
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "merging adapters that were trained with a timestep schedule")
-        warnings.filterwarnings("ignore", ".*below the quantisation step")
+        warnings.filterwarnings("ignore", ".*below the quantization step")
         yield
 
 
@@ -192,7 +192,7 @@ def test_updates_below_the_step_are_told() -> None:
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.fill_(1e-6)
-    with pytest.warns(UserWarning, match=r"quantisation step: layer \(float8_e4m3fn storage, -?0\.0 dB\)"):
+    with pytest.warns(UserWarning, match=r"quantization step: layer \(float8_e4m3fn storage, -?0\.0 dB\)"):
         report = adapters.merge(into_low_bit=True)
     assert report.lost_layers == report.layers
 

@@ -74,7 +74,7 @@ def test_paths_are_those_without_the_wrapper(way: str) -> None:
     assert class_name(wrapped) == "Net"
     for place in ModelSites(wrapped).values():
         assert ModelSites(wrapped).find(place.path).module is place.module
-    assert paths.order(wrapped) == paths.order(plain)
+    assert paths.model_order(wrapped) == paths.model_order(plain)
 
 
 @EVERY

@@ -22,20 +22,25 @@ _MARKS: Mapping[bytes, str] = {
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The object that a text is as JSON. Raises `ValueError` for every other text, nested too deep ones included."""
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: The text is not JSON, is nested too deeply, or is JSON of another type.
+    """
     try:
         found = json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     if isinstance(found, dict):
         return found
     raise ValueError(f"it is {type(found).__name__}, not an object by name")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file in UTF-8, without a byte order mark, whatever the system's own encoding is.
+    """Read a text file in UTF-8, whatever the encoding of the system; a byte order mark is dropped.
 
-    Raises `ConfigError` when it is missing, a folder, cannot be read, or is in another encoding, which is named.
+    Raises:
+        ConfigError: The file is missing, is a folder, cannot be read, or has another encoding, which is named.
     """
     path = Path(path)
     try:
@@ -60,16 +65,21 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
-    Raises `ConfigError` as `read_text` does, for a text that is not JSON (with line and column), for a key that one
-    object has twice, and for JSON that is no object.
+    Raises:
+        ConfigError: The file cannot be read (see `read_text`), is not JSON (with line and column), is JSON but not an
+            object, or has an object with the same key twice.
     """
     return _object(path, read_text(path), _json)
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The TOML document in a file. Raises `ConfigError` as `read_json` does."""
+    """Read the TOML document in a file.
+
+    Raises:
+        ConfigError: As for `read_json`. Python 3.10 needs the package tomli.
+    """
     return _object(path, read_text(path), _toml)
 
 
@@ -80,10 +90,10 @@ def _object(path: str | os.PathLike[str], text: str, parse: Callable[[str], Any]
     try:
         value = parse(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {_explain(error, text)}") from None
+        raise ConfigError(f"{path} is not valid JSON: {_explain_json_error(error, text)}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
         raise ConfigError(f"{path} cannot be read as {kind}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}; expected an object, {{...}}")
@@ -105,7 +115,7 @@ def _toml(text: str) -> Any:
     return reader.loads(text)
 
 
-def _explain(error: json.JSONDecodeError, text: str) -> str:
+def _explain_json_error(error: json.JSONDecodeError, text: str) -> str:
     """What is wrong and where; of a comma too many, the place of the comma."""
     where = f"{error.msg} at line {error.lineno}, column {error.colno}"
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()[:2]

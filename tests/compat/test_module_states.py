@@ -356,7 +356,7 @@ def test_a_parametrization_is_still_on_after_a_merge_that_a_warning_stopped() ->
     base = nn.Linear(12, 8).bfloat16()
     net: Any = LoConModule.parametrize(base, "weight")
     nn.init.constant_(net.lora_up.weight, 1e-6)
-    with pytest.raises(UserWarning, match="below the quantisation step"):
+    with pytest.raises(UserWarning, match="below the quantization step"):
         net.merge_to()
     assert parametrize.is_parametrized(base, "weight")
     net.restore()

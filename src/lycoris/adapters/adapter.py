@@ -20,7 +20,7 @@ from lycoris.layers.batch_layout import BatchLayout
 from lycoris.layers.geometry import Affine, Geometry
 
 
-class Group:
+class SharedTensors:
     """What adapters have in common that share their tensors, such as the slices of one adapter: its identity."""
 
 
@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         self.path = ""
         """Of the layer, for messages; known once it is attached."""
         self.seen = Seen()
-        self.group: Group | None = None
+        self.group: SharedTensors | None = None
         """Of the adapters whose tensors these are too; None: no others."""
         self._dropping = torch.tensor(1.0)
         # A tensor, so that a graph compiled for one block serves the others.
@@ -72,7 +72,7 @@ class Adapter(nn.Module):
     def sharing(cls, first: Adapter, algorithm: Algorithm, geometry: Geometry) -> Adapter:
         """An adapter whose tensors are those of another, the very same objects."""
         made = cls(algorithm, geometry, device="meta")
-        made.group = first.group = first.group or Group()
+        made.group = first.group = first.group or SharedTensors()
         for name, parameter in first._parameters.items():
             made._parameters[name] = parameter
         for name, buffer in first._buffers.items():
@@ -92,7 +92,7 @@ class Adapter(nn.Module):
     def whole(self) -> dict[str, Tensor]:
         """By slot name, detached and gathered from the processes that share them, all of which have to call this."""
         shapes = self._shapes()
-        return {name: sharding.whole(name, tensor, shapes[name]) for name, tensor in self.trained_tensors().items()}
+        return {name: sharding.gather(name, tensor, shapes[name]) for name, tensor in self.trained_tensors().items()}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         g = self.geometry

@@ -58,7 +58,7 @@ class AdapterSet:
         self._merges: dict[str, Merge] = {}
         self._attached_by_merge = False
         self._attached = False
-        self._frozen: list[freezing.Place] = []
+        self._frozen: list[freezing.OwnedParameter] = []
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -72,10 +72,19 @@ class AdapterSet:
         *,
         stochastic_rounding: bool = False,
     ) -> AdapterSet:
-        """New adapters for a plan, initialized with torch's global random numbers; nothing is attached yet.
+        """Build new adapters for a plan; the model does not change until `attach`.
 
-        Parameters are float32 (float64 on such layers) unless told otherwise: in bfloat16 small updates round away,
-        which is warned about unless `stochastic_rounding` says that the optimizer rounds up and down by chance.
+        Their tensors are drawn from torch's global random number generator, and leave the model's output as it is.
+
+        Args:
+            model: The model that the plan was made for, or one with the same layers.
+            plan: See `lycoris.plan`.
+            name: Tells sets apart that are attached to one model at the same time; None takes a free name.
+            dtype: Of the parameters. None: float32, or float64 on float64 layers. Half precision rounds small updates
+                away, which is warned about unless the optimizer has `stochastic_rounding`.
+
+        Raises:
+            PlanError: The plan is for other layers than this model has.
         """
         if not stochastic_rounding:
             loading.warn_of_rounding(dtype, stacklevel=2)
@@ -84,9 +93,12 @@ class AdapterSet:
 
     @classmethod
     def load(cls, model: nn.Module | ModelSites, bundle: Bundle, name: str | None = "default") -> AdapterSet:
-        """Adapters with the tensors of a bundle and the schedule of its header; nothing is attached yet.
+        """Build adapters with the tensors of a bundle, such as `lycoris.read` returns; nothing is attached yet.
 
-        Raises `FileError` for layers that the model does not have, or has in another shape.
+        The schedule of the file's header, if it has one, becomes `schedule`.
+
+        Raises:
+            FileError: The model lacks a layer of the bundle, or has it in another shape.
         """
         sites = ModelSites.of(model)
         made = cls(sites, loading.load_adapters(sites, bundle), name)
@@ -123,22 +135,20 @@ class AdapterSet:
         self._attached_as = f"adapter_{name.replace('.', '_')}"
         with ExitStack() as undo:
             for path, at, adapter in self._each():
-                self._put_on(path, at, adapter)
-                undo.callback(attach.detach, self.sites[path].module, self._child(path, at))
+                module, child = self.sites[path].module, self._child(path, at)
+                with prefix_errors(path or None):
+                    attach.attach(module, child, adapter)
+                undo.callback(attach.detach, module, child)
+                attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
             self._attached = True
             undo.pop_all()
         self._watch = watching.Watch(self.model, self.stacks)
-        saving.watch(self.model)
+        saving.watch_saving(self.model)
 
     def capabilities(self) -> base_weights.Capabilities:
-        """What works on the layers under these adapters, by how they store their weight; prints as a table."""
-        holders = {path: merging.holder(site) for path, site in self.sites.items()}
+        """Return what works on the layers under these adapters, by how they store their weight; prints as a table."""
+        holders = {path: merging.weight_holder(site) for path, site in self.sites.items()}
         return base_weights.capabilities(holders, watching.without_derivative(self.stacks))
-
-    def _put_on(self, path: str, at: int, adapter: Adapter) -> None:
-        with prefix_errors(path or None):
-            attach.attach(self.sites[path].module, self._child(path, at), adapter)
-        attach.keep_off_fast_path(paths.submodule(self.model, path.rpartition(".")[0]), adapter)
 
     def detach(self) -> None:
         """Take every adapter off and undo a merge; the model is as it was before. All or nothing."""
@@ -153,7 +163,7 @@ class AdapterSet:
         self._attached = False
         freezing.release(self._frozen)
         self._frozen = []
-        saving.unwatch(self.model)
+        saving.unwatch_saving(self.model)
 
     def check_detachable(self) -> None:
         """Raise `AttachError` where `detach` would, and change nothing."""
@@ -173,7 +183,7 @@ class AdapterSet:
         for path, site in self.sites.items():
             if not site.is_in(self.model):
                 raise AttachError(
-                    f"{path} was replaced by another module since these adapters were made; make them anew"
+                    f"{path} was replaced by another module since these adapters were made; build them again"
                 )
             if any(self._is_elsewhere(path, adapter) for adapter in self.stacks[path]):
                 raise AttachError(f"another set has the adapter of {path} attached or merged; take it off there first")
@@ -314,7 +324,7 @@ class AdapterSet:
         if self.merged:
             raise AttachError("these adapters are merged already")
         self._check_layers()
-        merging.check(self.model, self.sites, self.stacks, into_low_bit, stochastic, untie)
+        merging.check_foldable(self.model, self.sites, self.stacks, into_low_bit, stochastic, untie)
 
     def unmerge(self) -> None:
         """Put the layers' own parameters back, exactly; attached adapters act again.
@@ -332,7 +342,7 @@ class AdapterSet:
     def _take_out(self, merges: Mapping[str, Merge]) -> None:
         """Give layers their own parameters again, whether or not they have got those of the merge yet."""
         for path, merge in merges.items():
-            merging.restore(self.sites[path].module, merge)
+            merging.restore_parameters(self.sites[path].module, merge)
         for _, _, adapter in self._each(merges):
             adapter.merged = False
         self._merges = {}
@@ -383,9 +393,9 @@ class AdapterSet:
 
         On a sharded model collective: every process calls it and gets the same, and one of them writes.
         """
-        metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.KEY}
+        metadata = {key: value for key, value in self.metadata.items() if key != rank_schedule.SCHEDULE_KEY}
         if self.schedule is not None and self.rank_masks.are_used:
-            metadata[rank_schedule.KEY] = str(self.schedule)
+            metadata[rank_schedule.SCHEDULE_KEY] = str(self.schedule)
         return Bundle(loading.entries(self.stacks), metadata, self.base)
 
     def _child(self, path: str, at: int) -> str:

@@ -31,7 +31,7 @@ OFFLOAD_HOOK = "_hf_hook"
 """Attribute under which accelerate puts its hooks on a module."""
 
 
-class _Layer:
+class _BaseLayer:
     """The bottom of a stack: the layer as it was."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], geometry: Geometry, extra: Any) -> None:
@@ -59,20 +59,24 @@ class _Layer:
 
     def plain(self, x: Tensor) -> Affine | None:
         layer: Any = self.layer
-        if self.forward not in _PLAIN or self.extra != ((), {}) or type(layer.weight) not in (Tensor, nn.Parameter):
+        if (
+            self.forward not in _STANDARD_FORWARDS
+            or self.extra != ((), {})
+            or type(layer.weight) not in (Tensor, nn.Parameter)
+        ):
             return None
         other = x.is_floating_point() and layer.weight.dtype != x.dtype
         return None if other or torch.is_autocast_enabled(x.device.type) else self.affine()
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
-        if self.forward in _PLAIN or base_weights.storage(self.layer).low_bit:
+        if self.forward in _STANDARD_FORWARDS or base_weights.storage(self.layer).low_bit:
             return self.geometry.op(x, *affine)
         return _run_with(
             self.layer, self.forward, x, Affine(self.geometry.transpose_stored(affine.weight), affine.bias)
         )
 
 
-_PLAIN: frozenset[Any] = frozenset(
+_STANDARD_FORWARDS: frozenset[Any] = frozenset(
     cls.forward
     for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 )
@@ -154,7 +158,7 @@ class Adapted:
         if not adapters:
             # Taken off since, while another library's wrapper still holds this method.
             return base_class(self).forward(self, x, *args, **kwargs)
-        below: LayerBelow = _Layer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
+        below: LayerBelow = _BaseLayer(self, base_class(self).forward, adapters[0].geometry, (args, kwargs))
         random = None
         for adapter in adapters:
             state = adapter.state_of_pass(x)
@@ -177,7 +181,7 @@ def top(site: Site) -> LayerBelow:
 def bottom(site: Site) -> LayerBelow:
     """Return a layer, or a parameter, without its adapters."""
     if not site.attribute:
-        return _Layer(site.module, base_class(site.module).forward, site.geometry, ((), {}))
+        return _BaseLayer(site.module, base_class(site.module).forward, site.geometry, ((), {}))
     parameter = site.module._parameters[site.attribute]
     if parameter is None:
         raise AttachError(f"this {type(site.module).__name__} has no parameter {site.attribute} any more")
@@ -237,7 +241,7 @@ def check_detachable(layer: nn.Module) -> None:
     """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it."""
     if isinstance(layer, Adapted) and BASE not in vars(type(layer)):
         raise AttachError(
-            f"this layer became a {type(layer).__name__} after its adapters were attached (parametrisation and FSDP do "
+            f"this layer became a {type(layer).__name__} after its adapters were attached (parametrization and FSDP do "
             "so); undo that first"
         )
 
@@ -268,7 +272,7 @@ def _set_class(layer: Any) -> None:
 @cache
 def _derive_class(cls: Any, attributes: tuple[str, ...]) -> Any:
     # The layer's class comes first, for Python lets an object change its class only to one laid out by the same base;
-    # what is to override it goes into the derived class itself. Same name: other libraries recognise layers by it.
+    # what is to override it goes into the derived class itself. Same name: other libraries recognize layers by it.
     own: dict[str, Any] = {name: property(_reader(name)) for name in attributes}
     own |= {name: vars(Adapted)[name] for name in ("_apply", "__reduce_ex__", *(() if attributes else ("forward",)))}
     own[OFFLOAD_HOOK] = property(_offload_hook, _set_offload_hook, _delete_offload_hook)

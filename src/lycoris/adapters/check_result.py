@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lycoris.adapters.watching import some
+from lycoris.adapters.watching import list_some_paths
 
 APART = 0.05
 """Share of the gradient from which on difference quotients say that it is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class CheckedLayer:
     """One layer's adapters on one batch. Changes of the output are max|a - b| / max|a|."""
 
     path: str
@@ -50,7 +50,7 @@ class Checked:
 class Verification:
     """What `verify` found, layer by layer; prints as a table."""
 
-    layers: tuple[Checked, ...]
+    layers: tuple[CheckedLayer, ...]
     tolerance: float
     """Change of the output from which on merged and attached count as different."""
     noise: float
@@ -79,7 +79,7 @@ class Verification:
             return self.stopped
         if self.gradient_error is not None and self.gradient_error > APART:
             share = f"gradients are {self.gradient_error:.0%} off what small steps show"
-            where = f", perhaps in {some(self.cuts)}" if self.cuts else ""
+            where = f", perhaps in {list_some_paths(self.cuts)}" if self.cuts else ""
             return f"{share}: something between adapters and loss has no derivative{where}"
         return ""
 
@@ -95,7 +95,7 @@ class Verification:
             notes.append(f"two equal passes differ by {self.noise:.1e}")
         return "\n".join(line.rstrip() for line in [*table, *notes])
 
-    def _line(self, layer: Checked) -> tuple[str, ...]:
+    def _line(self, layer: CheckedLayer) -> tuple[str, ...]:
         gradient = "none" if layer.gradient is None else f"{layer.gradient:.1e}"
         difference = "cannot" if layer.difference is None else f"{layer.difference:.1e}"
         effect = f"{layer.effect:.1e}{'*' if layer.fresh else ''}"

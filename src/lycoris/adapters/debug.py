@@ -39,9 +39,9 @@ def watch_finite(model: nn.Module) -> Iterator[None]:
 
 def _watch(name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not is_finite(output):
+        if not is_output_finite(output):
             where = f"{name or 'the model'} ({type(module).__name__})"
-            raise _BadResultError(where, "finite" if is_finite(args) else "not finite either")
+            raise _BadResultError(where, "finite" if is_output_finite(args) else "not finite either")
 
     return hook
 
@@ -69,12 +69,12 @@ def first_bad_tensor(model: nn.Module) -> str | None:
     return None
 
 
-def is_finite(output: Any) -> bool:
+def is_output_finite(output: Any) -> bool:
     """Whether all tensors in something that a module was given or returned are finite."""
     if isinstance(output, torch.Tensor):
         return not output.is_floating_point() or bool(output.isfinite().all())
     if isinstance(output, dict):
-        return all(is_finite(value) for value in output.values())
+        return all(is_output_finite(value) for value in output.values())
     if isinstance(output, (tuple, list)):
-        return all(is_finite(value) for value in output)
+        return all(is_output_finite(value) for value in output)
     return True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lycoris.adapters import attach, merging
-from lycoris.adapters.adapter import Adapter, Group
+from lycoris.adapters.adapter import Adapter, SharedTensors
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms import rows, slices
 from lycoris.algorithms.base import Algorithm, Entry
@@ -25,8 +25,8 @@ from lycoris.ops.equality import same
 from lycoris.targeting.planning import Plan
 
 
-def home(place: Site) -> dict[str, Any]:
-    """Where and how the adapters of a place keep their tensors."""
+def tensor_options(place: Site) -> dict[str, Any]:
+    """Return the device and dtype of new adapter tensors for a site: those of its weight, in float32 at least."""
     return base_weights.home(base_weights.holder(place.module, place.attribute))
 
 
@@ -88,7 +88,7 @@ Stacks = Mapping[str, tuple[Adapter, ...]]
 
 def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter, ...]]:
     """The same stacks, sorted by where their layers are in the model: optimizers tell parameters apart by position."""
-    position = paths.order(model)
+    position = paths.model_order(model)
     return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
 
 
@@ -97,7 +97,7 @@ def build_adapters(sites: ModelSites, plan: Plan, dtype: torch.dtype | None) -> 
     stacks = {}
     for placement in plan.placements:
         place = sites[placement.path]
-        own = home(place) if dtype is None else home(place) | {"dtype": dtype}
+        own = tensor_options(place) if dtype is None else tensor_options(place) | {"dtype": dtype}
         stack = [Adapter(algorithm, placement.geometry, **own) for algorithm in placement.algorithms]
         below = attach.top(place)
         for adapter in stack:
@@ -112,14 +112,14 @@ def load_adapters(sites: ModelSites, bundle: Bundle) -> dict[str, tuple[Adapter,
 
     Raises `FileError` for layers that the model does not have like that.
     """
-    places, first = _places(sites, bundle), dict[Any, Adapter]()
+    places, first = _find_sites(sites, bundle), dict[Any, Adapter]()
     return {
         path: tuple(_make_adapter(entry, places[path], first) for entry in stack)
         for path, stack in bundle.entries.items()
     }
 
 
-def _places(sites: ModelSites, bundle: Bundle) -> dict[str, Site]:
+def _find_sites(sites: ModelSites, bundle: Bundle) -> dict[str, Site]:
     """Where the layers of a bundle are in a model."""
     found = {}
     for path in bundle.entries:
@@ -142,7 +142,7 @@ def _make_adapter(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapt
     g, here = entry.geometry, place.geometry
     if (g.kind, g.stack, g.shape, g.transposed) != (here.kind, here.stack, here.shape, here.transposed):
         raise FileError(f"{place.path}: the file has {entry.algorithm} for a {g}, and this is a {here}")
-    own = home(place)
+    own = tensor_options(place)
     whole = slices.fused_entry(entry)
     # Layers on other devices, or in another precision, cannot have the same tensors.
     key = (whole.algorithm, whole.geometry, tuple(map(id, whole.tensors.values())), *own.values())
@@ -174,8 +174,8 @@ def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
 
 def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
     """Path, place in the stack and adapter; of adapters that share their tensors the first."""
-    seen: set[Group] = set()
-    for path, at, adapter in _each(stacks):
+    seen: set[SharedTensors] = set()
+    for path, at, adapter in _each_adapter(stacks):
         if adapter.group is None or adapter.group not in seen:
             yield path, at, adapter
         if adapter.group is not None:
@@ -184,8 +184,8 @@ def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
 
 def check_sharing(stacks: Stacks) -> None:
     """Raise `AttachError` where adapters of a group have tensors of their own by now: one would stand for all."""
-    first: dict[Group, tuple[str, Adapter]] = {}
-    for path, _, adapter in _each(stacks):
+    first: dict[SharedTensors, tuple[str, Adapter]] = {}
+    for path, _, adapter in _each_adapter(stacks):
         if adapter.group is None:
             continue
         where, other = first.setdefault(adapter.group, (path, adapter))
@@ -242,7 +242,7 @@ def fill(sites: Mapping[str, Site], stacks: Stacks, bundle: Bundle) -> None:
     """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
     values = {path: _values(sites, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
     pairs = [(path, *pair) for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)]
-    first: dict[Group, tuple[str, Mapping[str, Tensor]]] = {}
+    first: dict[SharedTensors, tuple[str, Mapping[str, Tensor]]] = {}
     for path, adapter, tensors in pairs:
         if adapter.group is not None:
             where, others = first.setdefault(adapter.group, (path, tensors))
@@ -259,5 +259,5 @@ def _values(
     return [fit_tensors(adapter, entry, sites[path]) for adapter, entry in zip(stack, entries, strict=True)]
 
 
-def _each(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
+def _each_adapter(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
     return ((path, at, adapter) for path, stack in stacks.items() for at, adapter in enumerate(stack))

@@ -21,7 +21,7 @@ from lycoris.layers import base_weights, freezing, paths, sharding, tied_paramet
 from lycoris.layers.geometry import Affine
 from lycoris.layers.sites import Site
 
-MARK = "_lycoris_merged"
+MERGED_MARK = "_lycoris_merged"
 """Attribute of parameters that hold a merge."""
 
 LOST = 3.0
@@ -47,7 +47,7 @@ class MergedLayer:
     path: str
     stored_as: str
     sqnr: float
-    """Signal-to-quantisation-noise ratio in dB: 10·log10(‖V - W‖² / ‖V' - V‖²), Frobenius norms.
+    """Signal-to-quantization-noise ratio in dB: 10·log10(‖V - W‖² / ‖V' - V‖²), Frobenius norms.
 
     W is the weight before, V the adapted weight as computed, V' what V is after storing. Infinite when V' is V; 0 dB
     when the update was lost whole, V' = W; less when rounding changed the weight more than the adapters did.
@@ -86,13 +86,13 @@ class MergeReport:
         if self.uncalled:
             warnings.warn(
                 f"{len(self.uncalled)} of {len(self.layers)} merged layers have not been called so far: "
-                f"{watching.some(self.uncalled)}. {watching.READ}. lycoris.verify checks each",
+                f"{watching.list_some_paths(self.uncalled)}. {watching.READ}. lycoris.verify checks each",
                 stacklevel=stacklevel + 1,
             )
         if lost := self.lost_layers:
             some = ", ".join(f"{layer.path} ({layer.stored_as}, {layer.sqnr:.1f} dB)" for layer in lost[:5])
             warnings.warn(
-                f"in {len(lost)} of {len(self.layers)} merged layers the update is below the quantisation step: {some}"
+                f"in {len(lost)} of {len(self.layers)} merged layers the update is below the quantization step: {some}"
                 f"{', ...' if len(lost) > 5 else ''}. 0 dB is what merging nothing would give. Unmerge and leave the "
                 "adapters attached, which is exact; stochastic rounding keeps the update in the mean",
                 stacklevel=stacklevel + 1,
@@ -107,17 +107,19 @@ def report(
     stacks: Mapping[str, Sequence[Adapter]],
 ) -> MergeReport:
     """What the merges of a model's layers are about to do."""
-    told = (MergedLayer(path, base_weights.kind(holder(sites[path])), merge.sqnr) for path, merge in merges.items())
-    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied(model, sites).items())
+    told = (
+        MergedLayer(path, base_weights.kind(weight_holder(sites[path])), merge.sqnr) for path, merge in merges.items()
+    )
+    parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied_sites(model, sites).items())
     return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
 
 
-def holder(site: Site) -> nn.Module:
+def weight_holder(site: Site) -> nn.Module:
     """Return what has the weight of a site: the layer, or a stand-in for a bare parameter."""
     return base_weights.holder(site.module, site.attribute)
 
 
-def _find_tied(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, tuple[str, ...]]:
+def _find_tied_sites(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, tuple[str, ...]]:
     """The sites that share a parameter with other modules of a model, and its names there."""
     shared = tied_parameters.find_shared_parameters(dict(paths.named_modules(model)))
     found = {path: tied_parameters.tied_to(site, shared) for path, site in sites.items()} if shared else {}
@@ -126,7 +128,7 @@ def _find_tied(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, tuple[s
 
 def _check_untied(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Raise `AttachError` for layers that share a parameter with other modules."""
-    found = _find_tied(model, sites)
+    found = _find_tied_sites(model, sites)
     for path, names in found.items():
         raise AttachError(
             f"{path} shares its weight with {', '.join(names)}. The adapter changes {path} alone; a merge that kept "
@@ -142,7 +144,7 @@ def check_writable(path: str, layer: nn.Module, into_low_bit: bool, stochastic: 
     if row.low_bit and not into_low_bit:
         raise AttachError(
             f"{stored}, and a merge would round the update to that. Attached and unmerged the adapters act exactly; "
-            "merge(into_low_bit=True) dequantises, folds, rounds once and reports the loss"
+            "merge(into_low_bit=True) dequantizes, folds, rounds once and reports the loss"
         )
     if why := row.why_unreadable(layer) or row.why_unwritable(layer):
         raise AttachError(f"{stored} and cannot be merged into: {why}. Leave the adapters attached")
@@ -175,7 +177,7 @@ def fold(path: str, layer: nn.Module, stack: Sequence[Adapter], strength: float,
     sqnr = _decibel(
         affine.weight - before.weight, turned(base_weights.read_as(layer, new).weight.to(full)) - affine.weight
     )
-    setattr(new.weight, MARK, True)
+    setattr(new.weight, MERGED_MARK, True)
     old = base_weights.own(layer)
     for one, other in zip(old, new, strict=True):
         if one is not None and other is not None:
@@ -190,7 +192,9 @@ def fold_all(
     seed: int | None = None,
 ) -> dict[str, Merge]:
     """`fold` for every layer, by path."""
-    return {path: fold(path, holder(site), stacks[path], strength_at(path), seed) for path, site in sites.items()}
+    return {
+        path: fold(path, weight_holder(site), stacks[path], strength_at(path), seed) for path, site in sites.items()
+    }
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> float:
@@ -202,7 +206,7 @@ def _decibel(signal: Tensor, noise: Tensor) -> float:
 
 def is_merged(layer: nn.Module, attribute: str = "") -> bool:
     """Whether a layer's weight, or a parameter, has adapters folded in."""
-    return bool(getattr(layer._parameters.get(attribute or "weight"), MARK, False))
+    return bool(getattr(layer._parameters.get(attribute or "weight"), MERGED_MARK, False))
 
 
 def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
@@ -220,12 +224,12 @@ def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
         )
     if not base_weights.movable(own) and _where(merge.old) != _where(merge.new):
         raise AttachError(
-            f"{path} was moved or cast after this merge, and what {base_weights.kind(layer)} keeps beside its weight "
+            f"{path} was moved or cast after this merge, and what {base_weights.kind(layer)} stores next to its weight "
             f"did not follow; move it back to {_where(merge.old)} first"
         )
 
 
-def restore(layer: nn.Module, merge: Merge) -> None:
+def restore_parameters(layer: nn.Module, merge: Merge) -> None:
     """Put a layer's own parameters back, where and in the precision to which the layer was moved since."""
     for old, new in zip(merge.old, merge.new, strict=True):
         if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
@@ -244,7 +248,7 @@ def _versions(affine: Affine) -> tuple[int, ...]:
     return tuple(t._version for t in affine if t is not None and not t.is_inference())
 
 
-def check(
+def check_foldable(
     model: nn.Module,
     sites: Mapping[str, Site],
     stacks: Mapping[str, Sequence[Adapter]],
@@ -255,7 +259,7 @@ def check(
     """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked."""
     for path, site in sites.items():
         check_order(path, site.module, stacks[path])
-        check_writable(path, holder(site), into_low_bit, stochastic)
+        check_writable(path, weight_holder(site), into_low_bit, stochastic)
         sharding.check_own(path, site.module)
     if not untie:
         _check_untied(model, sites)

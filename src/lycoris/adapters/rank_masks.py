@@ -75,7 +75,7 @@ class RankMasks:
     def batch_layout(self, layout: BatchLayout | Mapping[str, BatchLayout] | None) -> None:
         layouts = layout if isinstance(layout, Mapping) else {} if layout is None else {"*": layout}
         for glob, each in layouts.items():
-            batch_layout.check(each)
+            batch_layout.check_layout(each)
             if not any(fnmatch.fnmatchcase(path, glob) for path in self.stacks):
                 raise ConfigError(unknown("layer with adapters", glob, self.stacks))
         self._layouts = dict(layouts)

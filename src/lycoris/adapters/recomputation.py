@@ -119,7 +119,7 @@ class PassHistory:
         if state is None:
             self._check_known(in_backward)
             self._note(now)
-            state = now if not now.draws else now._replace(random=_random_state(x.device))
+            state = now if not now.draws else now._replace(random=_read_random_state(x.device))
         elif state.merged != now.merged:
             raise AttachError(
                 "adapters were merged or unmerged between a checkpointed forward pass and its recomputation, which "
@@ -230,7 +230,7 @@ def _passes(owner: Any) -> _Passes:
 @contextmanager
 def replayed_random(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """Draw dropout from this state of the random number generator, whatever a checkpoint does about it; None: as is."""
-    if state is None or torch.equal(now := _random_state(device), state):
+    if state is None or torch.equal(now := _read_random_state(device), state):
         # A checkpoint that has put the state back itself: what is drawn after this pass goes on from here.
         yield
         return
@@ -241,7 +241,7 @@ def replayed_random(state: Tensor | None, device: torch.device) -> Iterator[None
         _set_random_state(now, device)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def _read_random_state(device: torch.device) -> Tensor:
     found: Tensor = torch.get_rng_state() if device.type == "cpu" else _module(device).get_rng_state(device)
     return found
 

@@ -53,7 +53,7 @@ def state_restored(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> 
 
 
 @contextmanager
-def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+def in_evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode, by the flags alone: a model's own `train` may do more."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:

@@ -28,7 +28,7 @@ class BaseOnlyWarning(UserWarning):
     """A library saved an adapted model without its adapters."""
 
 
-class _Watch:
+class _StateDictHook:
     """The hook: once for each model. Picklable, and copied with its model."""
 
     def __init__(self) -> None:
@@ -47,19 +47,19 @@ class _Watch:
             warnings.warn(_message(_package(frames[0]), names[0], module, len(lost)), BaseOnlyWarning, stacklevel=at)
 
 
-def watch(model: Any) -> None:
+def watch_saving(model: Any) -> None:
     """Look at who asks for the state of a model that adapters came onto; a second call does nothing."""
     # A single layer that is adapted by itself is part of a model, which is what would be saved.
     alone = any(isinstance(child, Adapter) for child in model.children())
-    if not alone and not any(isinstance(hook, _Watch) for hook in model._state_dict_pre_hooks.values()):
-        model.register_state_dict_pre_hook(_Watch())
+    if not alone and not any(isinstance(hook, _StateDictHook) for hook in model._state_dict_pre_hooks.values()):
+        model.register_state_dict_pre_hook(_StateDictHook())
 
 
-def unwatch(model: nn.Module) -> None:
+def unwatch_saving(model: nn.Module) -> None:
     """Stop that, once the model has no adapters."""
     if not any(isinstance(module, Adapter) for module in model.modules()):
         hooks = model._state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Watch)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _StateDictHook)]:
             del hooks[key]
 
 
@@ -97,11 +97,11 @@ def _keeps(saver: Any, module: nn.Module, adapters: Iterable[Adapter]) -> bool:
     if getattr(saver, "_save_model_state_pre_hook", None):
         return True
     others = [*getattr(saver, "_custom_objects", ()), *getattr(saver, "_models", ())]
-    held = {id(parameter) for other in others for parameter in _parameters(other, module)}
+    held = {id(parameter) for other in others for parameter in _parameters_held_by(other, module)}
     return bool(held) and all(id(own) in held for adapter in adapters for own in adapter.parameters())
 
 
-def _parameters(other: Any, module: nn.Module) -> Iterator[nn.Parameter]:
+def _parameters_held_by(other: Any, module: nn.Module) -> Iterator[nn.Parameter]:
     """Those of an object that does not save the module itself."""
     around = isinstance(other, nn.Module) and any(each is module for each in other.modules())
     if not around and hasattr(other, "parameters"):

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from lycoris.adapters import merging
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.adapter_set import AdapterSet
-from lycoris.adapters.check_result import APART, Checked, Verification, relative, tensors_in
-from lycoris.adapters.restoring import evaluating, perturb_parameters, same_draws, stand_ins, state_restored
+from lycoris.adapters.check_result import APART, CheckedLayer, Verification, relative, tensors_in
+from lycoris.adapters.restoring import in_evaluation_mode, perturb_parameters, same_draws, stand_ins, state_restored
 from lycoris.adapters.usage import Seen
 from lycoris.errors import AttachError, ConfigError
 from lycoris.layers import base_weights, sharding
 from lycoris.layers.sites import Site
 
-WIDE = (torch.float32, torch.float64)
+WIDE_DTYPES = (torch.float32, torch.float64)
 
 DIRECTIONS = 3
 """In which the gradient is compared with difference quotients: a wrong one may agree in a single one."""
 
 
-class _Layer(NamedTuple):
+class _CheckedLayer(NamedTuple):
     """One adapted layer, or parameter."""
 
     adapters: AdapterSet
@@ -41,7 +41,7 @@ class _Layer(NamedTuple):
         return self.adapters.stacks[self.path]
 
 
-class _Pass(NamedTuple):
+class _TrainingPass(NamedTuple):
     """What a forward and backward pass came to, by layer."""
 
     calls: list[int]
@@ -70,10 +70,10 @@ def verify(adapters: Any, batch: Any) -> Verification:
     sets = _sets(adapters)
     model = sets[0].model
     run = batch if callable(batch) and not isinstance(batch, Tensor) else lambda: _call_model(model, batch)
-    layers = [_Layer(each, path) for each in sets for path in each.stacks]
+    layers = [_CheckedLayer(each, path) for each in sets for path in each.stacks]
     models, every = [each.model for each in sets], [adapter for layer in layers for adapter in layer.stack]
     for each in sets:
-        _check(each)
+        _check_checkable(each)
     with ExitStack() as undo:
         undo.enter_context(state_restored(models, every))
         for each in sets:
@@ -87,9 +87,9 @@ def verify(adapters: Any, batch: Any) -> Verification:
             each.set_strength(1.0)
             each.set_rank_mask(None)
         again = undo.enter_context(same_draws(models))
-        undo.enter_context(evaluating(every))
+        undo.enter_context(in_evaluation_mode(every))
         trained = _train_once(sets, layers, run, again)
-        undo.enter_context(evaluating(models))
+        undo.enter_context(in_evaluation_mode(models))
         undo.enter_context(torch.no_grad())
         return _compare_layers(layers, lambda: tensors_in(again(run)), trained)
 
@@ -103,7 +103,7 @@ def _sets(adapters: Any) -> list[AdapterSet]:
     return found
 
 
-def _check(adapters: AdapterSet) -> None:
+def _check_checkable(adapters: AdapterSet) -> None:
     if adapters.merged:
         raise AttachError("these adapters are merged, and a check compares with that; unmerge them first")
     if any(sharding.is_sharded(parameter) for parameter in adapters.model.parameters()):
@@ -120,8 +120,11 @@ def _call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _train_once(
-    sets: list[AdapterSet], layers: list[_Layer], run: Callable[[], Any], again: Callable[[Callable[[], Any]], Any]
-) -> _Pass:
+    sets: list[AdapterSet],
+    layers: list[_CheckedLayer],
+    run: Callable[[], Any],
+    again: Callable[[Callable[[], Any]], Any],
+) -> _TrainingPass:
     """One pass as in training."""
     calls: dict[int, int] = {}
     cuts: list[str] = []
@@ -158,7 +161,7 @@ def _train_once(
         gradients = [_gradient(layer) for layer in layers]
         error = None if stopped else _gradient_error(layers, lambda: tensors_in(again(run)), which)
     innermost = [name for name in cuts if not any(other.startswith(f"{name}.") for other in cuts)]
-    return _Pass(counted, gradients, error, stopped, tuple(dict.fromkeys(innermost)))
+    return _TrainingPass(counted, gradients, error, stopped, tuple(dict.fromkeys(innermost)))
 
 
 def _counter(calls: dict[int, int], adapter: Adapter) -> Callable[..., None]:
@@ -168,7 +171,7 @@ def _counter(calls: dict[int, int], adapter: Adapter) -> Callable[..., None]:
     return count
 
 
-def _calls(layer: _Layer, calls: Mapping[int, int]) -> int:
+def _calls(layer: _CheckedLayer, calls: Mapping[int, int]) -> int:
     # A parameter is read, and a compiled graph has no hooks; both leave the flag.
     return max(max(calls.get(id(adapter), 0), int(adapter.seen.called)) for adapter in layer.stack)
 
@@ -183,7 +186,7 @@ def _cut_finder(name: str, cuts: list[str]) -> Callable[..., None]:
 
 
 def _reduce_output(found: list[Tensor], which: list[int]) -> Tensor:
-    """A number that depends on all of an output: with random weights, for sums of normalised values are constant."""
+    """A number that depends on all of an output: with random weights, for sums of normalized values are constant."""
     if len(which) == 1 and found[which[0]].numel() == 1:
         return found[which[0]].sum()
     generator = torch.Generator().manual_seed(0)
@@ -194,17 +197,17 @@ def _reduce_output(found: list[Tensor], which: list[int]) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def _gradient(layer: _Layer) -> float | None:
+def _gradient(layer: _CheckedLayer) -> float | None:
     """Norm over the adapters of a layer; None where none arrived."""
     grads = [p.grad for adapter in layer.stack for p in adapter.parameters() if p.grad is not None]
     return float(torch.stack([grad.detach().double().norm().cpu() for grad in grads]).norm()) if grads else None
 
 
-def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], which: list[int]) -> float | None:
+def _gradient_error(layers: list[_CheckedLayer], outputs: Callable[[], list[Tensor]], which: list[int]) -> float | None:
     """How far the gradient is from difference quotients in random directions; None where precision does not tell."""
     every = {id(p): p for layer in layers for adapter in layer.stack for p in adapter.parameters()}
     parameters = [p for p in every.values() if p.grad is not None]
-    if not parameters or any(p.dtype not in WIDE for p in parameters):
+    if not parameters or any(p.dtype not in WIDE_DTYPES for p in parameters):
         return None
     generator = torch.Generator().manual_seed(0)
     directions = [[_direction(parameter, generator) for parameter in parameters] for _ in range(DIRECTIONS)]
@@ -217,7 +220,9 @@ def _gradient_error(layers: list[_Layer], outputs: Callable[[], list[Tensor]], w
     def value() -> float:
         found = outputs()
         return (
-            float(_reduce_output(found, which).detach()) if all(found[at].dtype in WIDE for at in which) else math.nan
+            float(_reduce_output(found, which).detach())
+            if all(found[at].dtype in WIDE_DTYPES for at in which)
+            else math.nan
         )
 
     errors = []
@@ -248,7 +253,9 @@ def _direction(parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], trained: _Pass) -> Verification:
+def _compare_layers(
+    layers: list[_CheckedLayer], outputs: Callable[[], list[Tensor]], trained: _TrainingPass
+) -> Verification:
     """Every layer by itself: without it, and with it merged."""
     attached = outputs()
     noise = relative(attached, outputs())
@@ -266,7 +273,7 @@ def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], t
                 effect = relative(now, without)
             difference, why = _merge_error(layer, now, outputs)
         rows.append(
-            Checked(
+            CheckedLayer(
                 path=layer.path,
                 calls=trained.calls[at],
                 gradient=trained.gradients[at],
@@ -277,18 +284,18 @@ def _compare_layers(layers: list[_Layer], outputs: Callable[[], list[Tensor]], t
                 remark=why,
             )
         )
-    half = any(tensor.dtype not in WIDE for tensor in attached) or any(map(_is_half, layers))
+    half = any(tensor.dtype not in WIDE_DTYPES for tensor in attached) or any(map(_is_half, layers))
     return Verification(
         tuple(rows), max(0.05 if half else 1e-4, 4 * noise), noise, trained.error, trained.stopped, trained.cuts
     )
 
 
-def _is_half(layer: _Layer) -> bool:
-    return base_weights.precision(merging.holder(layer.site)) not in WIDE
+def _is_half(layer: _CheckedLayer) -> bool:
+    return base_weights.precision(merging.weight_holder(layer.site)) not in WIDE_DTYPES
 
 
 @contextmanager
-def _nudge(layer: _Layer) -> Iterator[None]:
+def _nudge(layer: _CheckedLayer) -> Iterator[None]:
     """Adapters that do something, in place of ones that do not yet."""
     parameters = [p for adapter in layer.stack for p in adapter.parameters()]
     generator = torch.Generator().manual_seed(0)
@@ -297,19 +304,21 @@ def _nudge(layer: _Layer) -> Iterator[None]:
         yield
 
 
-def _merge_error(layer: _Layer, now: list[Tensor], outputs: Callable[[], list[Tensor]]) -> tuple[float | None, str]:
+def _merge_error(
+    layer: _CheckedLayer, now: list[Tensor], outputs: Callable[[], list[Tensor]]
+) -> tuple[float | None, str]:
     """How far the output is from `now` with a layer merged; None, and why, where it cannot be."""
     adapters, path = layer.adapters, layer.path
     module = layer.site.module
     try:
-        merging.check(adapters.model, {path: layer.site}, adapters.stacks, False, False, True)
+        merging.check_foldable(adapters.model, {path: layer.site}, adapters.stacks, False, False, True)
     except AttachError as error:
         return None, str(error)
-    merge = merging.fold(path, merging.holder(layer.site), layer.stack, 1.0)
+    merge = merging.fold(path, merging.weight_holder(layer.site), layer.stack, 1.0)
     base_weights.install(module, merge.new, merge.attribute)
     adapters.set_strength(0.0, at=path)
     try:
         return relative(now, outputs()), ""
     finally:
-        merging.restore(module, merge)
+        merging.restore_parameters(module, merge)
         adapters.set_strength(1.0, at=path)

@@ -17,7 +17,7 @@ from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.usage import Seen
 from lycoris.ops.torch_private import current_node, queue_callback
 
-SHOWN = 10
+PATHS_SHOWN = 10
 READ = (
     "A layer whose weight is read by other code instead of the layer being called (tied and fused projections, custom "
     "heads) leaves its adapter idle, and a merge would change what the model does"
@@ -29,7 +29,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, Sequence[Adapter]]) -> None:
         self._stacks = stacks
-        self._handles: list[Any] = [model.register_forward_hook(_Pass(stacks))]
+        self._handles: list[Any] = [model.register_forward_hook(_FirstPassHook(stacks))]
         for path, stack in stacks.items():
             for adapter in stack:
                 adapter.path, adapter.seen = path, Seen()
@@ -63,7 +63,7 @@ class Watch:
             warn_of_idle(self._stacks)
 
 
-class _Pass:
+class _FirstPassHook:
     """Notes that the model was called, and warns when that reached none of its adapters. A class, to be pickled."""
 
     def __init__(self, stacks: Mapping[str, Sequence[Adapter]]) -> None:
@@ -79,7 +79,7 @@ class _Pass:
         if every and not any(adapter.seen.called for adapter in every):
             warnings.warn(
                 f"a pass through {type(model).__name__} called none of its {len(self._stacks)} adapted layers: "
-                f"{some(self._stacks)}. {READ}. lycoris.verify checks each",
+                f"{list_some_paths(self._stacks)}. {READ}. lycoris.verify checks each",
                 stacklevel=2,
             )
 
@@ -106,10 +106,13 @@ def warn_of_idle(stacks: Mapping[str, Sequence[Adapter]]) -> None:
     idle, missed = never_called(stacks), without_gradient(stacks)
     said = []
     if idle:
-        said.append(f"{len(idle)} of {len(stacks)} adapted layers have not been called so far: {some(idle)}. {READ}.")
+        said.append(
+            f"{len(idle)} of {len(stacks)} adapted layers have not been called so far: {list_some_paths(idle)}. {READ}."
+        )
     if missed:
         said.append(
-            f"{len(missed)} of {len(stacks)} adapted layers were called and got no gradient so far: {some(missed)}. "
+            f"{len(missed)} of {len(stacks)} adapted layers were called and got no gradient so far: "
+            f"{list_some_paths(missed)}. "
             "Something between them and the loss has no derivative, or their output is not used."
         )
     if said:
@@ -117,11 +120,11 @@ def warn_of_idle(stacks: Mapping[str, Sequence[Adapter]]) -> None:
         warnings.warn("after the first backward pass, " + " ".join(said), stacklevel=2)
 
 
-def some(paths: Iterable[str]) -> str:
+def list_some_paths(paths: Iterable[str]) -> str:
     """The first few of many paths, and how many more there are."""
     every = list(paths)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
+    more = f" and {len(every) - PATHS_SHOWN} more" if len(every) > PATHS_SHOWN else ""
+    return ", ".join(every[:PATHS_SHOWN]) + more
 
 
 def _is_missed(adapter: Adapter) -> bool:

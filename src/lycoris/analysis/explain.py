@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lycoris.adapters.adapter import Group
+from lycoris.adapters.adapter import SharedTensors
 from lycoris.adapters.adapter_set import AdapterSet
 from lycoris.algorithms.additive import TOKENS
 from lycoris.algorithms.base import Algorithm, Entry
@@ -21,7 +21,7 @@ from lycoris.errors import ConfigError
 from lycoris.layers.geometry import Geometry
 from lycoris.targeting.planning import Placement, Plan
 
-WIDE = (torch.float32, torch.float64)
+PRECISE_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class LayerCost:
     shapes: tuple[tuple[int, ...], ...]
     """Of the trained tensors."""
     parameters: int
-    """Trained numbers."""
+    """Trained parameters: elements of its trained tensors."""
     frozen: int
-    """Numbers that are kept and not trained."""
+    """Elements of tensors that are stored and not trained, such as the fixed factor of a T-LoRA."""
     file_bytes: int
     """Of the layer's tensors in a file, `alpha` included, the header not."""
     rank: int | None
@@ -49,7 +49,7 @@ class LayerCost:
     base_flops: int
     """Forward of the layer itself: 2·O·fan-in of a linear layer or convolution, nothing of a look-up or a norm."""
     kept: int
-    """Bytes kept for backward, beside the layer's input and tensors of parameters."""
+    """Bytes of activations saved for backward, in addition to the layer's input; parameters do not count."""
     input: int
     """Bytes of the layer's input, where the adapter makes autograd keep it: a frozen linear layer does not, a
     convolution does by itself. Layers with one input keep it once."""
@@ -65,7 +65,7 @@ class LayerCost:
     @property
     def shape(self) -> str:
         """Kind and shape of the weight."""
-        return f"{self.geometry.kind} {_size(self.geometry)}"
+        return f"{self.geometry.kind} {_format_shape(self.geometry)}"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -167,7 +167,7 @@ class Explanation:
             f"{self.parameters:,} parameters, {size_text(self.file_bytes)} in a file",
             f"a token passing all of these layers: {number_text(self.flops)} FLOPs more forward{part}, "
             f"{number_text(self.training_flops)} more in training, {size_text(self.saved_bytes)} kept for backward "
-            f"beside the layers' inputs, and those: {size_text(self.inputs)} at most",
+            f"in addition to the layers' inputs, which take {size_text(self.inputs)} at most",
             f"at {self.tokens} tokens in {str(self.dtype).removeprefix('torch.')}",
         ]
 
@@ -223,8 +223,10 @@ def explain(
         if not given.is_floating_point:
             raise ConfigError(f"{name} must be a floating-point precision such as torch.bfloat16, not {given}")
     layers = tuple(
-        _layer(path, geometry, algorithm, at > 0 or dtype not in WIDE, tokens, dtype, file_dtype or torch.float32)
-        for path, geometry, algorithms in _places(what)
+        _estimate_layer(
+            path, geometry, algorithm, at > 0 or dtype not in PRECISE_DTYPES, tokens, dtype, file_dtype or torch.float32
+        )
+        for path, geometry, algorithms in _each_stack(what)
         for at, algorithm in enumerate(algorithms)
     )
     if isinstance(what, AdapterSet):
@@ -233,7 +235,7 @@ def explain(
     return Explanation(layers=layers, tokens=tokens, dtype=dtype, skipped=skipped, remarks=remarks)
 
 
-def _places(
+def _each_stack(
     what: Plan | Placement | AdapterSet | Iterable[Placement],
 ) -> Iterator[tuple[str, Geometry, tuple[Algorithm, ...]]]:
     if isinstance(what, AdapterSet):
@@ -247,7 +249,7 @@ def _places(
 
 def _without_shared(layers: Sequence[LayerCost], adapters: AdapterSet) -> Iterator[LayerCost]:
     """Tensors that slices of one adapter share are those of the first."""
-    owners: dict[Group, str] = {}
+    owners: dict[SharedTensors, str] = {}
     each = (adapter for stack in adapters.stacks.values() for adapter in stack)
     for layer, adapter in zip(layers, each, strict=True):
         first = layer.path if adapter.group is None else owners.setdefault(adapter.group, layer.path)
@@ -258,12 +260,12 @@ def _without_shared(layers: Sequence[LayerCost], adapters: AdapterSet) -> Iterat
             yield replace(layer, shapes=(), parameters=0, frozen=0, file_bytes=0, why=why)
 
 
-def _layer(
+def _estimate_layer(
     path: str, g: Geometry, algorithm: Algorithm, alone: bool, tokens: int, dtype: torch.dtype, file_dtype: torch.dtype
 ) -> LayerCost:
     # transformers' Conv1D runs by itself: it is not of torch, whose layers' own product may be replaced.
     alone = alone or (g.kind == "linear" and g.transposed)
-    sizes, cost = _sizes(algorithm, g, file_dtype), _cost(algorithm, g, alone, tokens)
+    sizes, cost = _count_sizes(algorithm, g, file_dtype), _cost(algorithm, g, alone, tokens)
     matrix = g.kind in ("linear", "conv", "parameter")
     return LayerCost(
         path=path,
@@ -282,7 +284,7 @@ def _layer(
 
 
 @cache
-def _sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, Any]:
+def _count_sizes(algorithm: Algorithm, g: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     """What of `LayerCost` a model's activations have no part in."""
     slots = algorithm.slots(g)
     meta = {name: torch.empty(g.stacked_shape(slot.shape), device="meta") for name, slot in slots.items()}
@@ -325,5 +327,5 @@ def number_text(count: float) -> str:
     return f"{count / 1000**at:.3g} {' kMGT'[at]}"
 
 
-def _size(g: Geometry) -> str:
+def _format_shape(g: Geometry) -> str:
     return f"{g.stack} x " * bool(g.stack) + "x".join(map(str, g.shape))

@@ -16,7 +16,7 @@ from lycoris.compat.patterns import Expressions, Patterns
 from lycoris.layers.geometry import Geometry
 from lycoris.layers.sites import ModelSites
 from lycoris.targeting.options import parse_number, parse_optional
-from lycoris.targeting.planning import Plan, place
+from lycoris.targeting.planning import Plan, assign_layers
 
 logger = logging.getLogger("LyCORIS")
 
@@ -110,7 +110,7 @@ def plan_blocks(
         size = sizes.for_layer(g, patterns.rank_for(path))
         return None if size is None else (make(*size),)
 
-    return place(model, choose_algorithm)
+    return assign_layers(model, choose_algorithm)
 
 
 def add_excludes(patterns: Patterns, more: Expressions) -> Patterns:

@@ -136,7 +136,7 @@ class ParametrizedTensor:
         if self._merge is None:
             return
         merging.check_untouched(self.name, self.module, self._merge)
-        merging.restore(self.module, self._merge)
+        merging.restore_parameters(self.module, self._merge)
         self._merge, adapter.merged = None, False
         if put and self._was_on:
             self.put(by)

@@ -14,7 +14,7 @@ from lycoris.files.container.storage import load_tensors
 from lycoris.files.dialects.scales import read_adjacent_config
 
 
-class Source(NamedTuple):
+class FileContent(NamedTuple):
     """What an adapter file holds."""
 
     tensors: dict[str, Tensor]
@@ -23,7 +23,9 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def open_source(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Source]:
+def open_source(
+    path: str | os.PathLike[str] | None, tensors: Mapping[str, Tensor] | None = None
+) -> Iterator[FileContent]:
     """Open an adapter file; errors raised inside the `with` block begin with its path.
 
     Args:
@@ -34,11 +36,11 @@ def open_source(path: str | os.PathLike[str] | None, tensors: Mapping[str, Tenso
         FileError: The file cannot be read, or neither a file nor tensors were given.
     """
     if tensors is not None:
-        source = Source(dict(tensors), {})
+        source = FileContent(dict(tensors), {})
     elif path is not None:
         # Errors about the bytes of a file name it themselves.
         found, header = load_tensors(path)
-        source = Source(found, {**read_adjacent_config(path), **header})
+        source = FileContent(found, {**read_adjacent_config(path), **header})
     else:
         raise FileError("neither a file nor weights_sd was given")
     with prefix_errors(path):

@@ -21,7 +21,7 @@ entry), as for packed sequences.
 """
 
 
-def check(layout: object) -> None:
+def check_layout(layout: object) -> None:
     """Raise `ConfigError` for what is no layout."""
     names = get_args(Layout)
     integers = isinstance(layout, Tensor) and layout.dim() == 1 and not layout.is_floating_point()
@@ -30,7 +30,7 @@ def check(layout: object) -> None:
         raise ConfigError(unknown("batch layout", str(what), names) + ", or a tensor with the sample of every entry")
 
 
-def place(rows: Tensor, lengths: Sequence[int], layout: BatchLayout | None) -> tuple[int, Tensor]:
+def place_rows(rows: Tensor, lengths: Sequence[int], layout: BatchLayout | None) -> tuple[int, Tensor]:
     """The axis on which samples lie, and the rows (B, ...) for its entries.
 
     `lengths` are those of the axes that can hold samples: of the input without its channels. None takes the first axis
@@ -50,10 +50,10 @@ def place(rows: Tensor, lengths: Sequence[int], layout: BatchLayout | None) -> t
     elif layout in ("repeated", "tiled") and first and first % samples == 0:
         times = first // samples
         return 0, rows.repeat_interleave(times, dim=0) if layout == "repeated" else torch.cat([rows] * times)
-    raise ConfigError(_why(samples, lengths, layout))
+    raise ConfigError(_explain_mismatch(samples, lengths, layout))
 
 
-def _why(samples: int, lengths: Sequence[int], layout: BatchLayout | None) -> str:
+def _explain_mismatch(samples: int, lengths: Sequence[int], layout: BatchLayout | None) -> str:
     shape = f"({', '.join(map(str, [*lengths, 'channels']))})"
     if layout is not None:
         told = f"a tensor for {len(layout)} entries" if isinstance(layout, Tensor) else repr(layout)

@@ -18,7 +18,7 @@ from lycoris.errors import AttachError
 from lycoris.layers import base_weights
 from lycoris.layers.geometry import Geometry
 
-SHOWN = 5
+LAYER_NAMES_SHOWN = 5
 
 
 def is_missing(x: Tensor, y: Tensor) -> bool:
@@ -71,7 +71,9 @@ def _check_unneeded(node: Any) -> None:
             before.append(leaf)
         elif hasattr(other, "geometry") and hasattr(other, "path") and other is not node:
             layers.append(_name(other))
-    some = ", ".join(layers[:SHOWN]) + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
+    some = ", ".join(layers[:LAYER_NAMES_SHOWN]) + (
+        f" and {len(layers) - LAYER_NAMES_SHOWN} more" if len(layers) > LAYER_NAMES_SHOWN else ""
+    )
     told = f"{some}: the forward of such a layer has no derivative, and its weight cannot stand in for one"
     if any(isinstance(leaf, nn.Parameter) for leaf in before):
         raise AttachError(

@@ -12,14 +12,14 @@ from lycoris.layers.geometry import IS_ADAPTER
 HOLDERS = "_lycoris_frozen_by"
 """Attribute of a parameter: how many adapter sets keep it frozen."""
 
-Place = tuple[nn.Module, str]
+OwnedParameter = tuple[nn.Module, str]
 """A module and the name of its parameter: the object may be replaced, by a merge or by FSDP2."""
 
 
-def freeze(model: nn.Module) -> list[Place]:
+def freeze(model: nn.Module) -> list[OwnedParameter]:
     """Freeze a model's own parameters; gives those that `release` has to give back."""
     found = []
-    for module, name, parameter in _own(model):
+    for module, name, parameter in _base_parameters(model):
         holders = getattr(parameter, HOLDERS, 0)
         if parameter.requires_grad or holders:
             setattr(parameter, HOLDERS, holders + 1)
@@ -28,7 +28,7 @@ def freeze(model: nn.Module) -> list[Place]:
     return found
 
 
-def release(places: Iterable[Place]) -> None:
+def release(places: Iterable[OwnedParameter]) -> None:
     """Undo `freeze`: what no other set keeps frozen trains again."""
     for module, name in places:
         parameter = module._parameters.get(name)
@@ -58,12 +58,12 @@ def trainable_names(model: nn.Module) -> list[str]:
     layers = {id(module): path for path, module in paths.named_modules(model)}
     return [
         f"{layers[id(module)]}.{name}" if layers[id(module)] else name
-        for module, name, parameter in _own(model)
+        for module, name, parameter in _base_parameters(model)
         if parameter.requires_grad
     ]
 
 
-def _own(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _base_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     for _, module in paths.named_modules(model):
         if not getattr(module, IS_ADAPTER, False):
             yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)

@@ -66,7 +66,7 @@ class Geometry:
     stack: int = 0
     """Of a parameter of three dimensions: how many matrices (O, I) it holds. 0: it is one matrix."""
     norm: Norm = ""
-    """Which normalisation; "own": one that only the module itself can compute."""
+    """Which normalization; "own": one that only the module itself can compute."""
     eps: float | None = None
 
     @property
@@ -130,7 +130,7 @@ class Geometry:
             if self.padding_mode != "zeros":
                 return self.convolve(F.pad(x, self.pad, mode=self.padding_mode), weight, bias, padding=0)
             return self.convolve(x, weight, bias, padding=self.padding)
-        return self._normalise(x, weight, bias)
+        return self._normalize(x, weight, bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: Any) -> Tensor:
         """The convolution alone, with `padding` in place of the layer's own."""
@@ -148,7 +148,7 @@ class Geometry:
             return None
         return self.pad[::-2]
 
-    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.norm == "layer":
             return F.layer_norm(x, self.shape, weight, bias, self.eps or 0.0)
         if self.norm == "group":
@@ -189,7 +189,7 @@ class Geometry:
             lengths = x.shape[:-1]
         else:
             lengths = x.shape[:1] if x.dim() == len(self.kernel) + 2 else x.shape[:0]
-        axis, rows = batch_layout.place(rows, lengths, layout)
+        axis, rows = batch_layout.place_rows(rows, lengths, layout)
         if not self.channels_last:
             return rows.reshape(*rows.shape, *(1,) * len(self.kernel))
         return rows.reshape(*(1,) * axis, len(rows), *(1,) * (len(lengths) - axis - 1), -1)

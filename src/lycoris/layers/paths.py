@@ -29,7 +29,7 @@ WRAPPERS: Mapping[tuple[str, str], str] = MappingProxyType(
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside all wrappers around it."""
-    while (inside := _inside(module)) is not None:
+    while (inside := _find_wrapped(module)) is not None:
         module = inside
     return module
 
@@ -64,7 +64,7 @@ def ancestors(path: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
 
 
-def order(model: nn.Module) -> dict[str, int]:
+def model_order(model: nn.Module) -> dict[str, int]:
     """The place of every module and parameter in the order of the model, by path."""
     found: dict[str, int] = {}
     for path, module in _visit(unwrap(model), "", None):
@@ -86,7 +86,7 @@ def _visit(module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tupl
             yield from _visit(unwrap(child), f"{path}.{name}" if path else name, seen)
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
+def _find_wrapped(module: nn.Module) -> nn.Module | None:
     for cls in type(module).__mro__:
         for (home, name), attribute in WRAPPERS.items():
             if cls.__name__ == name and cls.__module__.startswith(home):

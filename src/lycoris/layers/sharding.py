@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lycoris.errors import AttachError
 
-FIRST = "attach the adapters first, then wrap the model, so that their gradients are shared too"
+ATTACH_FIRST = "attach the adapters first, then wrap the model, so that their gradients are shared too"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -20,7 +20,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(what: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
+def gather(what: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
     """The whole of a tensor, on every process. Collective for DTensors.
 
     Raises `AttachError` for a tensor of another shape: DeepSpeed ZeRO-3 and FSDP1 leave a piece or nothing in its
@@ -48,13 +48,15 @@ def assign(own: Any, value: Tensor) -> None:
 def check_unwrapped(model: nn.Module) -> None:
     """Raise `AttachError` for a DDP wrapper: it would not know of the adapters, nor a file of its paths."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise AttachError(f"this is a DistributedDataParallel wrapper; {FIRST}: build on its .module, then wrap anew")
+        raise AttachError(
+            f"this is a DistributedDataParallel wrapper; {ATTACH_FIRST}: build on its .module, then wrap again"
+        )
 
 
 def check_shared(layer: nn.Module, adapter: nn.Module) -> None:
     """Raise `AttachError` if a layer was sharded without this adapter, whose copies would go apart unnoticed."""
     if _is_managed(layer) and not _is_managed(adapter):
-        raise AttachError(f"the parameters of this {type(layer).__name__} are sharded already; {FIRST}")
+        raise AttachError(f"the parameters of this {type(layer).__name__} are sharded already; {ATTACH_FIRST}")
 
 
 def check_own(path: str, layer: nn.Module) -> None:

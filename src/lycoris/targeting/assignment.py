@@ -19,18 +19,18 @@ from lycoris.layers.geometry import Geometry
 from lycoris.layers.sites import ModelSites
 from lycoris.ops.factorization import butterfly_sizes, factorize
 from lycoris.targeting.options import OVERRIDE, algorithm_class, options_of, parse_optional, parse_options
-from lycoris.targeting.planning import USUAL, Plan, block_classes, check_something_left, place, servable
+from lycoris.targeting.planning import USUAL, Plan, assign_layers, block_classes, check_something_left, servable
 from lycoris.targeting.preset import LAYER_CLASSES, names_class
 from lycoris.targeting.recipe import Recipe
 from lycoris.targeting.remarks import Remark
 from lycoris.targeting.roles import expand_roles
 
-SMALL = 0.25
+SMALL_SHARE = 0.25
 """Share of a model's layers below which classes that were named reach few of them."""
-SHOWN = 5
+NAMES_SHOWN = 5
 
 
-def plan(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
+def plan_recipe(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
     """See `Recipe.plan`."""
     sites = ModelSites.of(model)
     preset, roles = expand_roles(recipe.preset, sites.model)
@@ -40,14 +40,14 @@ def plan(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
     ) -> tuple[Algorithm, ...] | None:
         override = preset.options_for(path, layer, around)
         if geometry.kind == "norm":
-            return _norm(recipe, path, override)
+            return _assign_norm(recipe, path, override)
         if override is None or not (geometry.pointwise or recipe.preset.enable_conv):
             return None
         # Embeddings and bare parameters have rules of their own; trainers' configs do not mean them.
         return (algorithm(recipe, geometry, override),) if geometry.kind in ("linear", "conv") else None
 
     remarks = [*recipe.remarks, *roles.values(), *_find_unmatched(recipe, sites, roles)]
-    made = place(sites, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
+    made = assign_layers(sites, choose, remarks, names=recipe.preset.names, unserved=recipe.unserved)
     check_something_left(made)
     if not made.placements:
         raise NothingMeantError(_nothing(recipe, sites))
@@ -64,7 +64,7 @@ def algorithm(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -
     options = {**recipe.options, **own}
     cls = algorithm_class(algo)
     values = {entry.field: options[name] for name, entry in options_of(algo).items() if entry.field and name in options}
-    rank, alpha = _size(recipe, geometry, override)
+    rank, alpha = _read_size(recipe, geometry, override)
     if issubclass(cls, OFT):
         return cls.from_options(values | {"block_size": _block_size(algo, geometry, rank)})
     if not issubclass(cls, Ranked):
@@ -90,7 +90,7 @@ def _block_size(algo: str, geometry: Geometry, wanted: int) -> int:
     return small if small > 1 else max(wanted, 2)
 
 
-def _size(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -> tuple[int, float | None]:
+def _read_size(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -> tuple[int, float | None]:
     """Rank and alpha; alpha 0 or none means the rank, and convolutions fall back on the linear sizes."""
     alpha, name = recipe.linear_alpha, "linear_alpha"
     if not geometry.pointwise:
@@ -100,7 +100,7 @@ def _size(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -> tu
     return recipe.rank_for(geometry.pointwise, override), alpha or None
 
 
-def _norm(recipe: Recipe, path: str, override: Mapping[str, Any] | None) -> tuple[Algorithm, ...] | None:
+def _assign_norm(recipe: Recipe, path: str, override: Mapping[str, Any] | None) -> tuple[Algorithm, ...] | None:
     """Default targets mean the norms of any library, named ones just what they name."""
     if override is None and (recipe.preset.excludes(path) or recipe.preset.target_module != LAYER_CLASSES):
         return None
@@ -149,7 +149,7 @@ def alike(target: str, classes: Iterable[str]) -> list[str]:
     """
     word = target.strip("*").lower()
     parts = sorted((each for each in classes if word and word in each.lower()), key=lambda each: (len(each), each))
-    return parts[:SHOWN] or nearest(target, classes)
+    return parts[:NAMES_SHOWN] or nearest(target, classes)
 
 
 def _few(recipe: Recipe, sites: ModelSites, made: Plan) -> Iterator[Remark]:
@@ -164,7 +164,7 @@ def _few(recipe: Recipe, sites: ModelSites, made: Plan) -> Iterator[Remark]:
     layers = [path for path, site in servable(sites).items() if preset.enable_conv or site.geometry.pointwise]
     got = {each.path for each in made.placements}
     reached = sum(path in got for path in layers)
-    if reached >= SMALL * len(layers):
+    if reached >= SMALL_SHARE * len(layers):
         return
     others: Counter[str] = Counter()
     for path in layers:
@@ -172,7 +172,7 @@ def _few(recipe: Recipe, sites: ModelSites, made: Plan) -> Iterator[Remark]:
             # The nearest module around a layer; the model itself is no target to name.
             above = [type(each).__name__ for each in sites.around(path)[:-1] if _names_itself(each)]
             others[above[0] if above else type(sites.model).__name__] += 1
-    where = ", ".join(f"{name} ({count})" for name, count in others.most_common(SHOWN))
+    where = ", ".join(f"{name} ({count})" for name, count in others.most_common(NAMES_SHOWN))
     yield Remark(
         f"the targets {', '.join(named)} reach {reached} of {len(layers)} layers of {type(sites.model).__name__}; "
         f"classes that have the others: {where}",

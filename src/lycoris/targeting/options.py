@@ -109,7 +109,7 @@ def unknown_option(name: str, where: str) -> Remark:
     return Remark(f"{text}{where}; it was ignored", "unknown")
 
 
-def check_algorithm(name: str) -> None:
+def check_algorithm_name(name: str) -> None:
     """Raise `ConfigError` for a name that no algorithm has.
 
     An algorithm that lycoris-lora 4.1.3 did not have needs no entry here: its name is that of its module, and its
@@ -133,7 +133,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
     """Return the class of an algorithm by its name in configs. Raises `ConfigError` for an unknown one."""
     from lycoris import algorithms
 
-    check_algorithm(name)
+    check_algorithm_name(name)
     known = dict(ALGORITHMS)
     found: type[Algorithm] = getattr(algorithms, known[name]) if name in known else algorithms.ALGORITHMS[name]
     return found

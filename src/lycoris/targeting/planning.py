@@ -20,7 +20,7 @@ from lycoris.layers.sites import ModelSites, Site, class_name
 from lycoris.layers.tied_parameters import find_shared_parameters, spells_out, tied_to
 from lycoris.targeting.remarks import Remark
 
-SHOWN = 3
+LAYERS_SHOWN = 3
 USUAL = ("linear", "conv")
 """Kinds of layers that get adapters where nothing else is said."""
 
@@ -39,7 +39,12 @@ Names = Callable[[Site], bool]
 
 @dataclass(frozen=True)
 class Rule:
-    """What the layers that it matches get. All conditions must hold; `*` and `?` are wildcards."""
+    """What the layers that it matches get. All conditions must hold; `*` and `?` are wildcards.
+
+    Example:
+        >>> Rule(LoRA(rank=8), path="*.attn.*")  # every linear layer and convolution inside an `attn`
+        >>> Rule((), path="*.norm*", kind="*")   # leave these alone
+    """
 
     use: Algorithm | tuple[Algorithm, ...]
     """One algorithm, several stacked from the lowest up, or () to leave the layer alone."""
@@ -93,7 +98,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Placement:
-    """One layer's part of a plan."""
+    """One layer of a plan: where it is, what it is, and the algorithms it gets, from the lowest up."""
 
     path: str
     geometry: Geometry
@@ -101,7 +106,7 @@ class Placement:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers."""
+        """Number of trainable parameters: elements of all trained tensors."""
         slots = [slot for algorithm in self.algorithms for slot in algorithm.slots(self.geometry).values()]
         return sum(math.prod(self.geometry.stacked_shape(slot.shape)) for slot in slots if slot.trainable)
 
@@ -115,7 +120,11 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers get which algorithms. A value: print it, compare it, hand it to `AdapterSet`."""
+    """Which layers of a model get which algorithms.
+
+    A value: print it, compare it, pass it to `AdapterSet.build` or `explain`. It holds a reference to the model that
+    it was made for; pickles and copies do not.
+    """
 
     placements: tuple[Placement, ...]
     skipped: tuple[str, ...] = ()
@@ -211,22 +220,24 @@ def plan(
                 return rule.algorithms()
         return None
 
-    made = place(sites, choose, strict=strict, names=lambda place: chosen[place.path].names(place), unserved=unserved)
+    made = assign_layers(
+        sites, choose, strict=strict, names=lambda place: chosen[place.path].names(place), unserved=unserved
+    )
     for at, rule in enumerate(rules):
         if not used[at]:
-            raise PlanError(f"{rule} applies to no layer: {_why(sites, rule)}")
+            raise PlanError(f"{rule} applies to no layer: {_explain_unused_rule(sites, rule)}")
     check_something_left(made)
     return made
 
 
 def check_something_left(made: Plan) -> None:
-    """Raise `PlanError` for a plan in which every layer that was asked for is tied, and none is named."""
+    """Raise `PlanError` where every layer that was targeted shares its weight with another, and none is named."""
     tied = [remark for remark in made.remarks if remark.kind == "tied"]
     if tied and not made.placements:
         raise PlanError(f"no layer gets an adapter: {tied[0]}")
 
 
-def place(
+def assign_layers(
     model: nn.Module | ModelSites,
     choose: Choose,
     remarks: Sequence[Remark] = (),
@@ -289,15 +300,15 @@ def _refusal(algorithms: Sequence[Algorithm], geometry: Geometry) -> str:
 
 
 def _some_left_out(layers: Sequence[LeftOut]) -> list[str]:
-    shown = [f"{path or 'the model itself'}, {why}" for path, why in layers[:SHOWN]]
-    return [*shown, f"and {len(layers) - SHOWN} more"] if len(layers) > SHOWN else shown
+    shown = [f"{path or 'the model itself'}, {why}" for path, why in layers[:LAYERS_SHOWN]]
+    return [*shown, f"and {len(layers) - LAYERS_SHOWN} more"] if len(layers) > LAYERS_SHOWN else shown
 
 
 def _shorten(remarks: list[Remark]) -> list[Remark]:
     """The first few of many remarks of the same sort."""
-    if len(remarks) <= SHOWN:
+    if len(remarks) <= LAYERS_SHOWN:
         return remarks
-    return [*remarks[:SHOWN], Remark(f"and {len(remarks) - SHOWN} more layers like these")]
+    return [*remarks[:LAYERS_SHOWN], Remark(f"and {len(remarks) - LAYERS_SHOWN} more layers like these")]
 
 
 def servable(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> dict[str, Site]:
@@ -323,7 +334,7 @@ def _describe_value(given: Any) -> str:
     return repr(given)
 
 
-def _why(sites: ModelSites, rule: Rule) -> str:
+def _explain_unused_rule(sites: ModelSites, rule: Rule) -> str:
     layers, model = servable(sites, rule.kinds()), sites.model
     if not layers:
         have = sorted({geometry.kind for geometry in sites.geometries.values()})

@@ -77,7 +77,7 @@ class Preset:
             *values.get("name_algo_map", ()),
         ):
             if not values.get("use_fnmatch", False):
-                _compile_pattern(pattern)
+                _compile_target_pattern(pattern)
         return cls(**values)
 
     def options_for(self, path: str, layer: nn.Module, around: Sequence[nn.Module]) -> Options | None:
@@ -131,7 +131,7 @@ class Preset:
         """Whether a pattern means a path."""
         if self.use_fnmatch:
             return fnmatch.fnmatchcase(path, pattern)
-        return _compile_pattern(pattern).match(path) is not None
+        return _compile_target_pattern(pattern).match(path) is not None
 
 
 def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: list[Remark]) -> Preset:
@@ -162,7 +162,7 @@ def _class_in(targets: Collection[str], name: str) -> str | None:
     return name if name in targets else next((target for target in targets if names_class(target, name)), None)
 
 
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
+def _compile_target_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -28,7 +28,7 @@ fraction: t/T. reversed: 1 - t/T. reversed steps: T - t. Each is a fact of the c
 (`lycoris.models.families`).
 """
 
-KEY = "lycoris_schedule"
+SCHEDULE_KEY = "lycoris_schedule"
 """Header key under which a file has the schedule that its adapters were trained with."""
 
 WITHOUT_SCHEDULE = (
@@ -78,14 +78,16 @@ class RankSchedule:
 
 
 def in_header(header: Mapping[str, str]) -> RankSchedule | None:
-    """The schedule under `KEY` of a file's header. Raises `FileError` for one that is none."""
-    if KEY not in header:
+    """The schedule under `SCHEDULE_KEY` of a file's header. Raises `FileError` for one that is none."""
+    if SCHEDULE_KEY not in header:
         return None
     try:
-        found = json_object(header[KEY])
+        found = json_object(header[SCHEDULE_KEY])
         return RankSchedule(**{name: found[name] for name in ("max_rank", "min_rank", "alpha", "steps")})
     except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f"the header's {KEY} is no schedule of ranks: {header[KEY]:.80}: {error}") from error
+        raise FileError(
+            f"the header's {SCHEDULE_KEY} is no schedule of ranks: {header[SCHEDULE_KEY]:.80}: {error}"
+        ) from error
 
 
 def one_if_equal(keep: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def one_if_equal(keep: Tensor) -> Tensor:
 
 def takes_timestep(model: nn.Module) -> bool:
     """Whether a model is called with a timestep that `read_timestep` finds."""
-    return "timestep" in _parameters(_unwrap_model(model))
+    return "timestep" in _forward_arguments(_unwrap_model(model))
 
 
 def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int) -> Tensor:
@@ -106,7 +108,7 @@ def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     if "timestep" in kwargs:
         given = kwargs["timestep"]
     else:
-        names = _parameters(model)
+        names = _forward_arguments(model)
         at = names.index("timestep") if "timestep" in names else len(args)
         if at >= len(args):
             raise ConfigError(f"{name} was called without a timestep, which T-LoRA's schedule needs")
@@ -134,7 +136,7 @@ def _doubt(name: str, t: Tensor, steps: int) -> None:
         )
 
 
-def _parameters(model: nn.Module) -> list[str]:
+def _forward_arguments(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
@@ -142,7 +144,7 @@ def _unwrap_model(model: nn.Module) -> nn.Module:
     """The denoiser itself inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`)."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module) and "timestep" not in _parameters(model):
+        if not isinstance(inner, nn.Module) and "timestep" not in _forward_arguments(model):
             inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             return model

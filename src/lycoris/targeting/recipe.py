@@ -18,7 +18,7 @@ from lycoris.targeting.options import (
     SCHEDULE,
     TOP,
     UNUSED_SIZES,
-    check_algorithm,
+    check_algorithm_name,
     parse_number,
     parse_optional,
     parse_options,
@@ -66,19 +66,19 @@ class Recipe:
         """
         remarks: list[Remark] = []
         algo = str(given.get("algo", "lora")).lower()
-        check_algorithm(algo)
+        check_algorithm_name(algo)
         wanted = given.get("apply_preset")
         if wanted:
             preset = Preset.parse(wanted)
         preset = with_named(preset or Preset(), wanted or {}, given.get("preset"), remarks)
-        masked = "tlora" in _algorithms(algo, preset)
+        masked = "tlora" in _algorithm_names(algo, preset)
         top = {k: v for k, v in given.items() if k not in TOP}
         schedule = {k: top.pop(k) for k in SCHEDULE if masked and k in top}
         options = parse_options(algo, top, "", strict, remarks) | parse_options("tlora", schedule, "", strict, remarks)
         for where, maps in (("module_algo_map", preset.module_algo_map), ("name_algo_map", preset.name_algo_map)):
             for name, override in maps.items():
                 inner = str(override.get("algo", algo)).lower()
-                check_algorithm(inner)
+                check_algorithm_name(inner)
                 rest = {k: v for k, v in override.items() if k not in OVERRIDE}
                 own = parse_options(inner, rest, f" in {where}[{name!r}]", strict, remarks)
                 for key in (*SCHEDULE,) if inner == "tlora" else ():
@@ -131,9 +131,9 @@ class Recipe:
 
     def plan(self, model: nn.Module | ModelSites) -> Plan:
         """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
-        from lycoris.targeting.assignment import plan
+        from lycoris.targeting.assignment import plan_recipe
 
-        return plan(self, model)
+        return plan_recipe(self, model)
 
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
         """The algorithm for a layer of this shape, with a preset's own settings over the general ones."""
@@ -162,13 +162,13 @@ def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
 
     if (found := in_header(metadata)) is not None:
         return found
-    for key in SETTINGS:
+    for key in SETTINGS_KEYS:
         if _read_settings(metadata, key) is None:
             logger.warning("the header's %s is no JSON object and was left aside: %.80s", key, metadata[key])
     return schedule_in(settings_of(metadata))
 
 
-SETTINGS = ("ss_network_args", "lycoris_config")
+SETTINGS_KEYS = ("ss_network_args", "lycoris_config")
 """Header keys with settings of training as JSON: of sd-scripts and Musubi Tuner; of SimpleTuner and this library."""
 
 
@@ -177,7 +177,7 @@ def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if (rank := metadata.get("ss_network_dim", "")).isdecimal():
         settings["linear_dim"] = rank
-    for key in SETTINGS:
+    for key in SETTINGS_KEYS:
         settings |= _read_settings(metadata, key) or {}
     return settings
 
@@ -215,7 +215,7 @@ def _uses_masks(override: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     return str(override.get("algo", config.get("algo"))).lower() == "tlora"
 
 
-def _algorithms(algo: str, preset: Preset) -> set[str]:
+def _algorithm_names(algo: str, preset: Preset) -> set[str]:
     """Names of the algorithms that layers may get."""
     return {algo, *(str(override.get("algo", algo)).lower() for override in preset.overrides())}
 
@@ -237,7 +237,7 @@ def _without_effect(
         yield Remark("rank_dropout has no effect on norms, which have no rank")
     if options.get("rank_dropout_scale") and not options.get("rank_dropout"):
         yield Remark("rank_dropout_scale has no effect without rank_dropout")
-    yield from _unused_sizes(_algorithms(algo, preset), given)
+    yield from _unused_sizes(_algorithm_names(algo, preset), given)
 
 
 def _unused_sizes(algorithms: set[str], given: Mapping[str, Any]) -> Iterator[Remark]:

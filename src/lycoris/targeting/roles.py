@@ -29,7 +29,7 @@ def expand_roles(preset: Preset, model: nn.Module) -> tuple[Preset, dict[str, Re
     for name in ROLES:
         if name not in spelled:
             continue
-        classes, layers = _parts(name, model)
+        classes, layers = _find_role_parts(name, model)
         classes = [each for each in classes if not _is_spelled(each, spelled)]
         layers = [(part, path) for part, path in layers if not _is_spelled(part.partition(".")[0], spelled)]
         if not classes and not layers:
@@ -45,7 +45,7 @@ def _is_spelled(name: str, spelled: Sequence[str]) -> bool:
     return any(names_class(target, name) for target in spelled)
 
 
-def _parts(name: str, model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:
+def _find_role_parts(name: str, model: nn.Module) -> tuple[list[str], list[tuple[str, str]]]:
     """Classes of a model that have a role, and layers that have it as (class and name of the part, path)."""
     own = class_name(model)
     known = (part for each in DENOISERS if own in each.classes for part in getattr(each, ROLES[name]))
@@ -64,7 +64,7 @@ def _parts(name: str, model: nn.Module) -> tuple[list[str], list[tuple[str, str]
 
 def _with(preset: Preset, name: str, classes: Sequence[str], layers: Sequence[tuple[str, str]]) -> Preset:
     """A preset in which classes and layers have what a name has."""
-    patterns = [pattern for _, path in layers for pattern in _patterns(path, preset.use_fnmatch)]
+    patterns = [pattern for _, path in layers for pattern in _patterns_for(path, preset.use_fnmatch)]
     if name in preset.module_algo_map:
         options = preset.module_algo_map[name]
         return replace(
@@ -79,6 +79,6 @@ def _with(preset: Preset, name: str, classes: Sequence[str], layers: Sequence[tu
     )
 
 
-def _patterns(path: str, globs: bool) -> tuple[str, ...]:
+def _patterns_for(path: str, globs: bool) -> tuple[str, ...]:
     """Those that mean a layer, or the layers in a module, and no other."""
     return (path, f"{path}.*") if globs else (re.escape(path) + r"(\..+)?$",)

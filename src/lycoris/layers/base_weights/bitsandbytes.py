@@ -20,13 +20,13 @@ class Int8(Storage):
         return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear8bitLt"))
 
     def label(self, layer: Any) -> str:
-        return "bitsandbytes int8" if _is_packed(layer.weight) else "bitsandbytes int8, not quantised yet"
+        return "bitsandbytes int8" if _is_packed(layer.weight) else "bitsandbytes int8, not quantized yet"
 
     def why_unwritable(self, layer: Any) -> str:
         if layer.state.has_fp16_weights:
-            return "with has_fp16_weights it is rounded anew in every forward pass"
+            return "with has_fp16_weights it is rounded again in every forward pass"
         return (
-            "" if _is_packed(layer.weight) else "it is quantised when the layer is moved to its device; do that first"
+            "" if _is_packed(layer.weight) else "it is quantized when the layer is moved to its device; do that first"
         )
 
     def stochastic(self, layer: Any) -> bool:
@@ -59,18 +59,18 @@ def _peaks(layer: Any, weight: Any) -> Tensor:
 
 
 class Bits4(Storage):
-    """`Linear4bit`: nf4 or fp4 codes, two to a byte, whose scales may be quantised in turn."""
+    """`Linear4bit`: nf4 or fp4 codes, two to a byte, whose scales may be quantized in turn."""
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear4bit"))
 
     def label(self, layer: Any) -> str:
-        quantised = self._state(layer, layer.weight) is not None
-        return f"bitsandbytes {layer.weight.quant_type}{'' if quantised else ', not quantised yet'}"
+        quantized = self._state(layer, layer.weight) is not None
+        return f"bitsandbytes {layer.weight.quant_type}{'' if quantized else ', not quantized yet'}"
 
     def why_unwritable(self, layer: Any) -> str:
         if self._state(layer, layer.weight) is None:
-            return "it is quantised when the layer is moved to its device; do that first"
+            return "it is quantized when the layer is moved to its device; do that first"
         return ""
 
     def decode(self, layer: Any, weight: Any) -> Tensor:
@@ -95,7 +95,7 @@ class Bits4(Storage):
             quant_type=old.quant_type,
             quant_storage=old.quant_storage,
         ).to(dense.device)
-        # Rounded from float32 at once; what it is dequantised to stays as it was.
+        # Rounded from float32 at once; what it is dequantized to stays as it was.
         made.quant_state.dtype = state.dtype
         return made
 

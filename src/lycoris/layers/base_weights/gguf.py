@@ -1,4 +1,4 @@
-"""GGUF files as diffusers loads them: bytes of blocks, dequantised in every forward pass."""
+"""GGUF files as diffusers loads them: bytes of blocks, dequantized in every forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lycoris.layers.base_weights.base import Storage, loaded_class
 
 
 class GGUF(Storage):
-    """`GGUFLinear`. Writing goes through the gguf package, which quantises to some of its types only."""
+    """`GGUFLinear`. Writing goes through the gguf package, which quantizes to some of its types only."""
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer.weight, loaded_class("diffusers.quantizers.gguf.utils", "GGUFParameter"))

@@ -1,4 +1,4 @@
-"""optimum-quanto: layers of its own whose weight, once frozen, is a quantised tensor."""
+"""optimum-quanto: layers of its own whose weight, once frozen, is a quantized tensor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lycoris.layers.base_weights.base import Storage, loaded_class
 from lycoris.layers.base_weights.block_scales import spread, widen_scale
 from lycoris.ops import rounding
 
-UNFROZEN = "it is quantised anew in every forward pass; call optimum.quanto.freeze(model) first"
+UNFROZEN = "it is quantized again in every forward pass; call optimum.quanto.freeze(model) first"
 
 
 class Quanto(Storage):
-    """8-bit: codes and a scale per row, stochastic rounding offered. 4 and 2 bits: quanto's own quantiser, nearest."""
+    """8-bit: codes and a scale per row, stochastic rounding offered. 4 and 2 bits: quanto's own quantizer, nearest."""
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("optimum.quanto", "QModuleMixin")) and layer.weight_qtype is not None

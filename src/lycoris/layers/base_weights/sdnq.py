@@ -22,7 +22,7 @@ class SDNQ(Storage):
 
     def label(self, layer: Any) -> str:
         how = layer.sdnq_dequantizer
-        return f"SDNQ {how.weights_dtype}{', quantised activations' if how.use_quantized_matmul else ''}"
+        return f"SDNQ {how.weights_dtype}{', quantized activations' if how.use_quantized_matmul else ''}"
 
     def why_unwritable(self, layer: Any) -> str:
         return "SDNQ would choose all its scales and corrections again"

@@ -42,9 +42,9 @@ class TorchAO(Storage):
         return True
 
     def passes_gradient(self, layer: Any) -> bool:
-        # torchao gives no derivative to products with quantised activations, nor to packed int4 on CPU.
-        quantised = (getattr(layer.weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
-        return not self.why_unreadable(layer) and all(given is None for given in quantised)
+        # torchao gives no derivative to products with quantized activations, nor to packed int4 on CPU.
+        quantized = (getattr(layer.weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+        return not self.why_unreadable(layer) and all(given is None for given in quantized)
 
     def decode(self, layer: Any, weight: Any) -> Tensor:
         dense: Tensor = weight.dequantize()
