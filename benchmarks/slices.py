@@ -21,7 +21,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import write_tensors
 from lycoris.files import load_tensors, resolve, save_tensors
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.layers.geometry import Geometry
 
 
@@ -60,7 +60,7 @@ def of_linear1(folder: Path) -> None:
 
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel()
-    fused = ModelLayout.from_model(model).in_naming("original").layers["single_blocks.0.linear1"]
+    fused = NamedLayout.from_model(model).in_naming("original").layers["single_blocks.0.linear1"]
     entry = lokr(fused, 32)
     tensors = {
         f"diffusion_model.single_blocks.0.linear1.{name}": tensor
@@ -97,7 +97,7 @@ def transformer() -> nn.Module:
 def of_klein(folder: Path) -> None:
     """All of a model."""
     model = transformer()
-    layout = ModelLayout.from_model(model)
+    layout = NamedLayout.from_model(model)
     original = layout.in_naming("original")
     blocks = {path: g for path, g in original.layers.items() if "blocks" in path and g.kind == "linear"}
     bundle = Bundle({path: (lokr(g, 16),) for path, g in blocks.items()})

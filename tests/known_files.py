@@ -16,7 +16,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import ConfigError
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.writing import EncodedFile, compose
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
@@ -85,12 +85,12 @@ def picks(family: str) -> Iterator[tuple[str, Chosen]]:
         yield f"{encoder}: queries", {"": {matrices[0]: (EQUAL,)}, encoder: dict.fromkeys(part, (EQUAL,))}
 
 
-def layouts_of(family: str) -> dict[str, ModelLayout]:
+def layouts_of(family: str) -> dict[str, NamedLayout]:
     components = FAMILIES[family].components
-    return {of: ModelLayout.from_outline(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
+    return {of: NamedLayout.from_outline(ARCHITECTURES[components[of]], own[0]) for of, own in FILES[family].items()}
 
 
-def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, ModelLayout]) -> EncodedFile:
+def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, NamedLayout]) -> EncodedFile:
     """Adapters with seeded numbers, in half precision; raises `FileError` where the format cannot hold them."""
     generator = torch.Generator().manual_seed(0)
     bundles, models = {}, {}
@@ -111,7 +111,7 @@ def file_of(family: str, dialect: str, chosen: Chosen, layouts: Mapping[str, Mod
     return compose(bundles, dialect, model=models, family=family)
 
 
-def _entry(algorithm: Algorithm, name: str, layout: ModelLayout, generator: torch.Generator) -> Entry | None:
+def _entry(algorithm: Algorithm, name: str, layout: NamedLayout, generator: torch.Generator) -> Entry | None:
     g = layout.layers[name]
     try:
         algorithm.check(g)

@@ -32,7 +32,7 @@ from lycoris.algorithms.tensors import write_tensors
 from lycoris.analysis.memory import memory
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files import encode, resolve
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.peft.writing import encode_peft
 from lycoris.layers.geometry import Affine, Geometry, describe
 from lycoris.ops.equality import same
@@ -302,15 +302,15 @@ def flux() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def original(flux: nn.Module) -> ModelLayout:
+def original(flux: nn.Module) -> NamedLayout:
     """The same model under its publisher's names, where projections are fused and halves exchanged."""
-    return ModelLayout.from_model(flux).convert_to_naming("original")
+    return NamedLayout.from_model(flux).convert_to_naming("original")
 
 
 FUSED = ("single_blocks.0.linear1", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
 
 
-def file_of(algorithm: Algorithm, layout: ModelLayout, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def file_of(algorithm: Algorithm, layout: NamedLayout, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """As a program that has the published model writes it, with tensors that have an effect."""
     torch.manual_seed(zlib.crc32(str(algorithm).encode()))
     found = {}
@@ -340,7 +340,7 @@ def is_mixed(algorithm: Algorithm) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "norm"])
 def test_the_file_that_is_written_is_the_one_that_was_read(
-    name: str, dtype: torch.dtype, flux: nn.Module, original: ModelLayout, tmp_path: Path
+    name: str, dtype: torch.dtype, flux: nn.Module, original: NamedLayout, tmp_path: Path
 ) -> None:
     tensors = file_of(ALGORITHMS[name], original, dtype)
     if not tensors:
@@ -361,7 +361,7 @@ def test_the_file_that_is_written_is_the_one_that_was_read(
 
 
 @pytest.mark.parametrize("name", ["lora", "lokr", "loha", "full-weight", "glora", "ia3", "dora-lokr"])
-def test_training_goes_into_the_file(name: str, flux: nn.Module, original: ModelLayout) -> None:
+def test_training_goes_into_the_file(name: str, flux: nn.Module, original: NamedLayout) -> None:
     tensors = file_of(ALGORITHMS[name], original, torch.float32)
     adapters = AdapterSet.load(flux, resolve(tensors, flux, "comfyui"))
     groups = {adapter.group for stack in adapters.stacks.values() for adapter in stack}
@@ -376,7 +376,7 @@ def test_training_goes_into_the_file(name: str, flux: nn.Module, original: Model
     assert all(same(fused_entry(one[path][0]).tensors, fused_entry(other[path][0]).tensors) for path in one)
 
 
-def test_a_layer_takes_what_its_file_takes(flux: nn.Module, original: ModelLayout) -> None:
+def test_a_layer_takes_what_its_file_takes(flux: nn.Module, original: NamedLayout) -> None:
     tensors = file_of(ALGORITHMS["lokr-factor"], original)
     bundle = resolve(tensors, flux, "comfyui")
     pieces = {t.data_ptr(): t.nbytes for (entry,) in bundle.entries.values() for t in entry.tensors.values()}
@@ -386,7 +386,7 @@ def test_a_layer_takes_what_its_file_takes(flux: nn.Module, original: ModelLayou
     assert not any(isinstance(e.algorithm, Slice) for stack in alone.entries.values() for e in stack)
 
 
-def test_some_of_the_layers_are_written_as_rows_of_their_own(flux: nn.Module, original: ModelLayout) -> None:
+def test_some_of_the_layers_are_written_as_rows_of_their_own(flux: nn.Module, original: NamedLayout) -> None:
     tensors = file_of(LoRA(rank=2), original, torch.float32)
     bundle = resolve(tensors, flux, "comfyui")
     gone = "single_transformer_blocks.0.attn.to_k"
@@ -400,7 +400,7 @@ def test_some_of_the_layers_are_written_as_rows_of_their_own(flux: nn.Module, or
         assert relative(entry.algorithm.transform(entry.tensors, zeros, g).weight + 1, expected + 1) < 1e-6
 
 
-def test_formats_of_layers_get_adapters_of_their_own(flux: nn.Module, original: ModelLayout) -> None:
+def test_formats_of_layers_get_adapters_of_their_own(flux: nn.Module, original: NamedLayout) -> None:
     bundle = resolve(file_of(LoRA(rank=2), original, torch.float32), flux, "comfyui")
     assert "lycoris_single_transformer_blocks_0_attn_to_k.lora_up.weight" in encode(bundle, "lycoris", model=flux)
     tensors, config = encode_peft(bundle, flux)
@@ -408,7 +408,7 @@ def test_formats_of_layers_get_adapters_of_their_own(flux: nn.Module, original: 
     assert any("single_transformer_blocks.0.attn.to_k.lora_B" in name for name in tensors)
 
 
-def test_adapters_of_the_layers_own_take_their_rows(flux: nn.Module, original: ModelLayout) -> None:
+def test_adapters_of_the_layers_own_take_their_rows(flux: nn.Module, original: NamedLayout) -> None:
     bundle = resolve(file_of(LoRA(rank=2), original, torch.float32), flux, "comfyui")
     rule = Rule(LoRA(rank=2), path="single_transformer_blocks.*to_[qkv]")
     adapters = AdapterSet.build(flux, plan(flux, rule))
@@ -423,7 +423,7 @@ def test_adapters_of_the_layers_own_take_their_rows(flux: nn.Module, original: M
         assert relative(adapter.adapt_affine(zeros).weight, expected) < 1e-6
 
 
-def test_two_sets_of_slices_on_one_model(flux: nn.Module, original: ModelLayout) -> None:
+def test_two_sets_of_slices_on_one_model(flux: nn.Module, original: NamedLayout) -> None:
     x: Any = torch.randn(1, 4, flux.single_transformer_blocks[0].attn.to_q.in_features)
     layer = flux.single_transformer_blocks[0].attn.to_q
     before = layer(x)

@@ -18,7 +18,7 @@ from lycoris.algorithms import Replace
 from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import ConfigError
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.layers.geometry import Geometry
 from lycoris.models import outline
 
@@ -157,16 +157,16 @@ def shrunk(told: outline.Outline) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def model_of(family: str) -> tuple[nn.Module, ModelLayout]:
+def model_of(family: str) -> tuple[nn.Module, NamedLayout]:
     """A small model of a family, or an empty one made of a known model's outline, by the name of that, behind `KNOWN`
     where a family is called the same."""
     if family not in MODELS:
         empty = outline.build_model(shrunk(outline.load_outline(family.removeprefix(KNOWN))))
-        return empty, ModelLayout.from_model(empty)
+        return empty, NamedLayout.from_model(empty)
     torch.manual_seed(7)
     kind, options = MODELS[family]
     model = kind(**options).eval().requires_grad_(False)
-    return model, ModelLayout.from_model(model)
+    return model, NamedLayout.from_model(model)
 
 
 def picks(family: str) -> Iterator[tuple[str, dict[str, tuple[Algorithm, ...]]]]:

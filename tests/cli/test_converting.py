@@ -17,7 +17,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.cli import app
 from lycoris.files import convert, described, read_header
 from lycoris.files.container.model_weights import BaseWeights
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.layers.sites import ModelSites
 from lycoris.models import fingerprint, outline
 from lycoris.models.families import ARCHITECTURES
@@ -27,7 +27,7 @@ RUN = CliRunner()
 
 def made(path: Path, algorithm: Algorithm, layer: str = "*", dialect: str = "lycoris") -> Path:
     """A file for some layers of Flux.1."""
-    where = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-schnell")
+    where = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-schnell")
     entries = {}
     for name, g in where.layers.items():
         if name.startswith("transformer_blocks.0.attn.") and g.kind == "linear":
@@ -172,7 +172,7 @@ def test_every_setting_of_a_layer_comes_back_from_a_header() -> None:
 
 def test_a_known_model_needs_no_description() -> None:
     model = outline.load_model("sd-1.5")
-    assert described.encode_base_layers(Base("UNet2DConditionModel", ModelLayout.from_model(model).layers)) is None
+    assert described.encode_base_layers(Base("UNet2DConditionModel", NamedLayout.from_model(model).layers)) is None
 
 
 LINKS = {

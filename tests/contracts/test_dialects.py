@@ -22,7 +22,7 @@ from lycoris.algorithms.layer_below import BareWeight
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.skeleton import load_skeleton
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.models.families import ARCHITECTURES
@@ -78,7 +78,7 @@ def small(g: Geometry) -> Geometry:
     return replace(g, shape=(*shape, *g.shape[2:]), groups=groups)
 
 
-def layout(architecture: str, outline: str) -> ModelLayout:
+def layout(architecture: str, outline: str) -> NamedLayout:
     """One layer of each kind of a known model, made small."""
     seen: set[str] = set()
     layers = {}
@@ -88,7 +88,7 @@ def layout(architecture: str, outline: str) -> ModelLayout:
         if (re.sub(r"blocks?\.\d+", "", path)) not in seen and g.size < 10**9 and g.kind != "embedding":
             seen |= {re.sub(r"blocks?\.\d+", "", path), kind}
             layers[path] = small(g)
-    return ModelLayout(outline, layers, ARCHITECTURES[architecture], "diffusers", layers)
+    return NamedLayout(outline, layers, ARCHITECTURES[architecture], "diffusers", layers)
 
 
 def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
@@ -102,14 +102,14 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
 
 
 @cache
-def bundles(architecture: str, outline: str) -> tuple[ModelLayout, tuple[Case, ...]]:
+def bundles(architecture: str, outline: str) -> tuple[NamedLayout, tuple[Case, ...]]:
     """A layout, and one bundle for each setting with the weights that it is over."""
     torch.manual_seed(zlib.crc32(outline.encode()))
     where = layout(architecture, outline)
     return where, tuple(made(where))
 
 
-def made(where: ModelLayout) -> Iterator[Case]:
+def made(where: NamedLayout) -> Iterator[Case]:
     plain = not where.architecture or not where.architecture.namings
     weights = {path: torch.randn(g.stacked_shape(g.shape), dtype=torch.float64) for path, g in where.layers.items()}
     for name in NAMES[:3] if plain else NAMES:

@@ -15,7 +15,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.files import check
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import ProgramCheck
 from lycoris.files.programs.keys import ANY_ARCHITECTURE
@@ -29,11 +29,11 @@ BLOCK = r"transformer_blocks\.0\..*"
 """More of one, by which models with the same attention are told apart."""
 
 
-def layout_of(architecture: str, outline: str | None = None) -> ModelLayout:
-    return ModelLayout.from_outline(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
+def layout_of(architecture: str, outline: str | None = None) -> NamedLayout:
+    return NamedLayout.from_outline(ARCHITECTURES[architecture], outline or ARCHITECTURES[architecture].outlines[0])
 
 
-def bundle_of(layout: ModelLayout, algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),), layers: str = FIRST) -> Bundle:
+def bundle_of(layout: NamedLayout, algorithms: tuple[Algorithm, ...] = (LoRA(rank=1),), layers: str = FIRST) -> Bundle:
     torch.manual_seed(0)
     entries = {}
     for name, g in layout.layers.items():

@@ -19,7 +19,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.programs import PROGRAMS
 from lycoris.layers.geometry import Affine
 from lycoris.models.families import ARCHITECTURES, FAMILIES
@@ -45,7 +45,7 @@ def source(
 ) -> Path:
     """A file with the same algorithms on some layers of a known model."""
     torch.manual_seed(0)
-    layout = ModelLayout.from_outline(ARCHITECTURES[architecture], ARCHITECTURES[architecture].outlines[0])
+    layout = NamedLayout.from_outline(ARCHITECTURES[architecture], ARCHITECTURES[architecture].outlines[0])
     entries = {
         name: tuple(
             Entry(a, g, {slot: torch.randn(s.shape) for slot, s in a.slots(g).items()})
@@ -131,7 +131,7 @@ def test_a_folder_of_pefts_has_the_models_own_names(tmp_path: Path) -> None:
     layers = {key.partition("base_model.model.")[2].rsplit(".", 2)[0] for key in load_file(
         tmp_path / "folder" / "adapter_model.safetensors"
     )}  # fmt: skip
-    layout = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     assert layers == {name for name, g in layout.layers.items() if re.fullmatch(BLOCK, name) and g.kind == "linear"}
 
 
@@ -183,9 +183,9 @@ def test_the_first_layout_of_glora(alpha: float, reads: str, tmp_path: Path) -> 
     assert check(path, "comfyui").as_trained
 
 
-def with_bias(folder: Path, algorithm: Algorithm) -> tuple[Path, ModelLayout]:
+def with_bias(folder: Path, algorithm: Algorithm) -> tuple[Path, NamedLayout]:
     path = source(folder, "sd1.5-unet", algorithm, Full(weight=False), layers=f"{UNET}to_out.0", dialect="kohya")
-    return path, ModelLayout.from_outline(ARCHITECTURES["sd1.5-unet"], "sd-1.5")
+    return path, NamedLayout.from_outline(ARCHITECTURES["sd1.5-unet"], "sd-1.5")
 
 
 @pytest.mark.parametrize("algorithm", [LoRA(rank=2), LoHa(rank=2)], ids=lambda a: a.name)

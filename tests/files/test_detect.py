@@ -17,7 +17,7 @@ from lycoris.algorithms.base import Algorithm, Entry
 from lycoris.errors import FileError
 from lycoris.files import compose, detect, judge, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 from lycoris.models.families.family import Architecture
 
@@ -43,7 +43,7 @@ def shapes(
     outline: str, family: str, dialect: str, algorithm: Algorithm
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of a file with adapters on all linear layers, without a number in it."""
-    where = ModelLayout.from_outline(ARCHITECTURES[FAMILIES[family].components[""]], outline)
+    where = NamedLayout.from_outline(ARCHITECTURES[FAMILIES[family].components[""]], outline)
     entries = {}
     for path, g in where.layers.items():
         if g.kind == "linear" and re.fullmatch(DIALECTS[dialect].layer_pattern or ".*", path):
@@ -75,7 +75,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
 @pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
-    where = ModelLayout.from_outline(*of_family(family))
+    where = NamedLayout.from_outline(*of_family(family))
     for dialect in FILES:
         written = encode_layers(where, family, dialect, layers)
         if not written:
@@ -90,7 +90,7 @@ def of_family(family: str) -> tuple[Architecture, str]:
     return architecture, architecture.outlines[0]
 
 
-def encode_layers(where: ModelLayout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
+def encode_layers(where: NamedLayout, family: str, dialect: str, layers: str) -> dict[str, Tensor]:
     """A file of LoRA on some linear layers, without a header."""
     algorithm, entries = LoRA(rank=1), {}
     for path, g in where.layers.items():

@@ -12,7 +12,7 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
 from lycoris.errors import FileError
 from lycoris.files import compose, resolve
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.models.families import FAMILIES
 
 UP = ".lora_up.weight"
@@ -408,7 +408,7 @@ EXPECTED = [
 def test_names(family: str, component: str, model: str, layer: str, dialect: str, name: str) -> None:
     from lycoris.models.families import ARCHITECTURES
 
-    where = ModelLayout.from_outline(ARCHITECTURES[FAMILIES[family].components[component]], model)
+    where = NamedLayout.from_outline(ARCHITECTURES[FAMILIES[family].components[component]], model)
     geometry = where.layers[layer]
     algorithm = LoRA(rank=2)
     tensors = {slot: torch.ones(what.shape) for slot, what in algorithm.slots(geometry).items()}
@@ -461,7 +461,7 @@ def test_tensors_and_scale(dialect: str) -> None:
     """Without alpha in the file, its two factors multiply to what they are trained as."""
     from lycoris.models.families import ARCHITECTURES
 
-    where, layer = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
+    where, layer = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
     algorithm, geometry = LoRA(rank=4, alpha=1.0), where.layers[layer]
     p = {slot: torch.randn(what.shape, dtype=torch.float64) for slot, what in algorithm.slots(geometry).items()}
     written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
@@ -487,7 +487,7 @@ LENGTHS = [
 def test_lengths_of_dora(dialect: str, axis: Literal["out", "in"], name: str, shape: tuple[int, ...]) -> None:
     from lycoris.models.families import ARCHITECTURES
 
-    where, layer = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.2"
+    where, layer = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.2"
     algorithm, geometry = DoRA(inner=LoRA(rank=2), axis=axis), where.layers[layer]
     p = {slot: torch.randn(what.shape) for slot, what in algorithm.slots(geometry).items()}
     written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
@@ -504,7 +504,7 @@ def test_a_foreign_reading_of_lokr_is_none_of_musubis() -> None:
     """What musubi's converter leaves alone: alpha stays for everything but LoRA."""
     from lycoris.models.families import ARCHITECTURES
 
-    where, layer = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
+    where, layer = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev"), "transformer_blocks.0.ff.net.0.proj"
     algorithm, geometry = LoKr(rank=2, alpha=1.0), where.layers[layer]
     p = {slot: torch.randn(what.shape) for slot, what in algorithm.slots(geometry).items()}
     written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), "musubi-other", model=where)

@@ -15,7 +15,7 @@ from torch import nn
 import lycoris
 from lycoris import AdapterSet, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read
 from lycoris.compat.network import LycorisNetwork
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.skeleton import list_namings
 from lycoris.kohya import create_network, create_network_from_weights
 from lycoris.models.families import ARCHITECTURES
@@ -138,8 +138,8 @@ def test_all(
 
 def test_a_family_that_fits_is_still_known() -> None:
     own = sizes("flux1", "original", "flux.1-dev")
-    assert ModelLayout.from_model(model(own, "Flux")).architecture is ARCHITECTURES["flux1"]
-    assert ModelLayout.from_model(model(of_one_size(own, Random(0)), "Flux")).architecture is None
+    assert NamedLayout.from_model(model(own, "Flux")).architecture is ARCHITECTURES["flux1"]
+    assert NamedLayout.from_model(model(of_one_size(own, Random(0)), "Flux")).architecture is None
 
 
 def test_a_model_with_fewer_rows_than_the_family_has(tmp_path: Path) -> None:

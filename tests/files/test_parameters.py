@@ -12,11 +12,11 @@ from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
 from lycoris.files import compose, resolve
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 KNOWN = {name: ARCHITECTURES[family.components[""]] for name, family in FAMILIES.items() if name != "language-model"}
-LAYOUTS = {name: ModelLayout.from_outline(each, each.outlines[0]) for name, each in KNOWN.items()}
+LAYOUTS = {name: NamedLayout.from_outline(each, each.outlines[0]) for name, each in KNOWN.items()}
 HAVE = [name for name, where in LAYOUTS.items() if any(g.kind == "parameter" for g in where.layers.values())]
 
 HOLDING = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, judge, read_header, resolve
 from lycoris.files.dialects.base import flatten
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.skeleton import list_namings, load_skeleton, name_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
@@ -111,7 +111,7 @@ def test_a_header_of_another_family_is_remarked() -> None:
 
 
 def test_a_header_that_contradicts_the_model_is_remarked() -> None:
-    sd3 = ModelLayout.from_model(outline.load_model("sd3-medium"))
+    sd3 = NamedLayout.from_model(outline.load_model("sd3-medium"))
     tensors = lora("lora_unet_joint_blocks_3_x_block_attn_proj", 1536, 1536)
     report = resolve(tensors, sd3, metadata={"ss_base_model_version": "sdxl_base_v1-0"}).report
     assert "its header says sdxl, and the model is a sd3" in str(report)

@@ -15,7 +15,7 @@ from lycoris import AdapterSet, DoRA, LoRA, Replace, Rule, plan, read, write
 from lycoris.algorithms import OFT
 from lycoris.errors import FileError
 from lycoris.files import check, convert, detect, encode
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.opening import Opened, parse_opened
 from lycoris.files.reading import resolve
 from lycoris.models import outline
@@ -440,6 +440,6 @@ def test_a_text_encoder_alone() -> None:
 
 
 def test_for_a_model_of_another_variant_it_is_told() -> None:
-    layout = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     with pytest.raises(FileError, match=r"x_embedder takes 128 inputs in this file, as Control \(Canny, Depth\)"):
         resolve(flux() | lora("transformer.x_embedder", 3072, 128), layout)

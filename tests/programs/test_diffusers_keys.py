@@ -17,7 +17,7 @@ from lycoris.algorithms.base import Entry
 from lycoris.algorithms.conversion import adapt_affine
 from lycoris.errors import FileError
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.keys import DENOISER_ARCHITECTURES, DIFFUSERS_KEYS, KnownKeys
 from lycoris.files.writing import compose
@@ -39,11 +39,11 @@ X = 3
 """Columns that a weight is told by."""
 
 
-def layout_of(name: str) -> ModelLayout:
-    return ModelLayout.from_outline(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
+def layout_of(name: str) -> NamedLayout:
+    return NamedLayout.from_outline(ARCHITECTURES[name], SMALLEST.get(name, ARCHITECTURES[name].outlines[0]))
 
 
-def keys_of(dialect: str, layout: ModelLayout) -> dict[str, tuple[str, ...]]:
+def keys_of(dialect: str, layout: NamedLayout) -> dict[str, tuple[str, ...]]:
     """Key without the tensor's own name → layers that it stands for, by diffusers' names.
 
     Convolutions with groups are no question of keys: PEFT's LoRA has other shapes there.
@@ -63,7 +63,7 @@ def keys_of(dialect: str, layout: ModelLayout) -> dict[str, tuple[str, ...]]:
     }
 
 
-def bundle_of(layout: ModelLayout, layers: set[str]) -> Bundle:
+def bundle_of(layout: NamedLayout, layers: set[str]) -> Bundle:
     """A LoRA of rank 2 at half its scale on each layer."""
     generator = torch.Generator().manual_seed(0)
     entries = {}
@@ -81,7 +81,7 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return up.flatten(1).double() @ (down.flatten(1).double() @ x)
 
 
-def read(dialect: str, layout: ModelLayout, bundle: Bundle) -> set[str]:
+def read(dialect: str, layout: NamedLayout, bundle: Bundle) -> set[str]:
     """The layers that diffusers gives what they were given."""
     tensors = compose(bundle, dialect, model=layout).tensors
     if dialect == "onetrainer-legacy" and layout.is_unet:
@@ -116,7 +116,7 @@ def read(dialect: str, layout: ModelLayout, bundle: Bundle) -> set[str]:
     return right
 
 
-def levels(layout: ModelLayout) -> Any:
+def levels(layout: NamedLayout) -> Any:
     """What diffusers asks of a UNet to tell its blocks."""
     count = 1 + max(int(name.split(".")[1]) for name in layout.layers if name.startswith("down_blocks."))
     model = diffusers.UNet2DConditionModel(
@@ -129,7 +129,7 @@ def levels(layout: ModelLayout) -> Any:
     return model.config
 
 
-def refuses(dialect: str, layout: ModelLayout, layers: set[str]) -> bool:
+def refuses(dialect: str, layout: NamedLayout, layers: set[str]) -> bool:
     try:
         read(dialect, layout, bundle_of(layout, layers))
     except REFUSES:
@@ -212,7 +212,7 @@ def test_lokr(name: str, dialect: str, dora: bool) -> None:
     """Each adapter of a file, by the weight that PEFT gives its layer."""
     torch.manual_seed(0)
     model = TINY[name]()
-    layout = ModelLayout.from_model(model)
+    layout = NamedLayout.from_model(model)
     over = LoKr(rank=2, alpha=1.0)
     use = DoRA(inner=over) if dora else over
     path = "*transformer_blocks.*attn.to_out*" if name == "flux2" else "layers.*.feed_forward.*"

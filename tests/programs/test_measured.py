@@ -8,7 +8,7 @@ import torch
 from lycoris import OFT, Full, GLoRA, LoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.opening import parse_opened
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.programs.check import ProgramCheck, check_opened
@@ -39,7 +39,7 @@ CASES = [
 
 
 def said(program: str, architecture: str, dialect: str, algorithm: Algorithm, layers: tuple[str, ...]) -> ProgramCheck:
-    layout = ModelLayout.from_outline(ARCHITECTURES[architecture], OUTLINES[architecture])
+    layout = NamedLayout.from_outline(ARCHITECTURES[architecture], OUTLINES[architecture])
     beside = [path for path in layout.layers if path.endswith(("attn.to_k", "attn1.to_k", "add_k_proj"))]
     entries = {}
     for path in {*layers, *beside}:
@@ -68,7 +68,7 @@ def test_what_is_said_is_what_was_measured(
 
 
 def test_nothing_is_claimed_of_what_was_not_looked_at() -> None:
-    layout = ModelLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
+    layout = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
     g = layout.layers[ATTENTION]
     own = LoRA(rank=1)
     entry = Entry(own, g, {name: torch.ones(slot.shape) for name, slot in own.slots(g).items()})

@@ -29,7 +29,7 @@ from lycoris.compat.quantized import check_mergeable, is_mergeable
 from lycoris.compat.training_hooks import TrainingHooks
 from lycoris.errors import AttachError, ConfigError, FileError
 from lycoris.files.dialects.components import find_family
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.source import open_source
 from lycoris.targeting.options import parse_number
 from lycoris.targeting.preset import Preset
@@ -330,7 +330,7 @@ class LycorisNetwork(TrainingHooks, Assignable, ClassPreset):
         bundles = {self._name(part): self._bundle(part) for part in self.parts}
         denoisers = {self._name(part): part.adapters.base for part in self.parts if not part.text}
         family = find_family(
-            {name: ModelLayout.from_layers(base.model, base.layers).architecture for name, base in denoisers.items()}
+            {name: NamedLayout.from_layers(base.model, base.layers).architecture for name, base in denoisers.items()}
         )
         files.write(
             bundles,

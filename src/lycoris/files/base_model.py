@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from lycoris.files.dialects.components import VERSION_KEYS, find_header_family
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.recognition import Fit
 from lycoris.json_io import json_object
 from lycoris.models import fingerprint
@@ -94,5 +94,5 @@ def _normalize_name(words: str) -> str:
 
 def _hash_layers(fit: Fit) -> str:
     return fingerprint.fingerprint_layers(
-        "", ModelLayout.from_outline(fit.architecture, str(fit.outline)).layers
+        "", NamedLayout.from_outline(fit.architecture, str(fit.outline)).layers
     ).layers

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from lycoris.adapters.bundle import Base
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.recognition import guess_models
 from lycoris.json_io import json_object
 from lycoris.layers.geometry import Geometry, Kind, Norm
@@ -48,7 +48,7 @@ def encode_base_layers(base: Base) -> str | None:
     return text if len(text) <= LONGEST_DESCRIPTION else None
 
 
-def decode_base(header: Mapping[str, str]) -> ModelLayout | None:
+def decode_base(header: Mapping[str, str]) -> NamedLayout | None:
     """Return the base that a header describes.
 
     The header comes from anywhere, so each field is checked, and the layers must have the hash that the header's
@@ -66,7 +66,7 @@ def decode_base(header: Mapping[str, str]) -> ModelLayout | None:
         return None
     if fingerprint.fingerprint_layers("", layers).layers != made_for.layers:
         return None
-    return ModelLayout.from_layers(made_for.model, layers)
+    return NamedLayout.from_layers(made_for.model, layers)
 
 
 def _decode_group(entry: Mapping[str, Any]) -> list[tuple[str, Geometry]]:
@@ -108,6 +108,6 @@ def _is_known_base(base: Base) -> bool:
     own = fingerprint.fingerprint_layers("", base.layers).layers
     fits = [fit for fit in guess_models(base.layers) if fit.outline is not None]
     known = (
-        ModelLayout.from_outline(fit.architecture, str(fit.outline)).convert_to_naming(fit.naming) for fit in fits[:4]
+        NamedLayout.from_outline(fit.architecture, str(fit.outline)).convert_to_naming(fit.naming) for fit in fits[:4]
     )
     return any(fingerprint.fingerprint_layers("", each.layers).layers == own for each in known)

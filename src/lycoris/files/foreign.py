@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lycoris.adapters.load_report import some
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.files.dialects.base import LONGEST_NAME
 
 TensorShape = tuple[int, ...]
-TensorShapes = Mapping[str, TensorShape]
 
 ADAPTER_NAMES = re.compile(
     r"lora|hada_|lokr_|oft_|glora|(^|[._])(dora_scale|magnitude|alpha|diff(_b|_m|_param)?|set_(weight|param))$|"

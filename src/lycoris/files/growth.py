@@ -21,7 +21,7 @@ from lycoris.algorithms.tensors import RANK_TENSORS, match_algorithms
 from lycoris.errors import FileError
 from lycoris.files.container.kinds import CONFIG, WEIGHTS
 from lycoris.files.dialects.base import Dialect
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.placing import Stack
 from lycoris.models.families.naming import Span
 
@@ -153,7 +153,7 @@ class SampledGroup(NamedTuple):
     bundle: Bundle
 
 
-def sample_groups(bundle: Bundle, layout: ModelLayout, naming: str) -> Iterator[SampledGroup]:
+def sample_groups(bundle: Bundle, layout: NamedLayout, naming: str) -> Iterator[SampledGroup]:
     """Yield one group of layers of each kind, which together represent all of a bundle.
 
     Groups are of the same kind if their names differ only in numbers and their adapters have the same shapes.
@@ -172,7 +172,7 @@ def sample_groups(bundle: Bundle, layout: ModelLayout, naming: str) -> Iterator[
         )
 
 
-def _map_holders(layout: ModelLayout, naming: str) -> dict[str, str]:
+def _map_holders(layout: NamedLayout, naming: str) -> dict[str, str]:
     """Layer of diffusers → what holds it in a naming."""
     if layout.architecture is None:
         return {}

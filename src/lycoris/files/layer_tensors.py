@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lycoris.algorithms import OFT, Replace
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.algorithms.tensors import ALPHA, MAGNITUDE, find_layer_size, match_algorithms
 from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
-from lycoris.files.foreign import TensorShapes
 from lycoris.files.recognition import LayerSize
 
 MAGNITUDE_SUFFIXES = frozenset({MAGNITUDE, MAGNITUDE_VECTOR})

@@ -23,7 +23,7 @@ MIN_MATCH = 0.9
 
 
 @dataclass(frozen=True)
-class ModelLayout:
+class NamedLayout:
     """The layers of a model in one naming, and what those names mean in all others.
 
     Immutable; `convert_to_naming` returns another. Names of all namings are linked through diffusers' names: see
@@ -43,7 +43,7 @@ class ModelLayout:
     _spans: dict[str, Mapping[str, Span]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_model(cls, model: nn.Module | ModelSites) -> ModelLayout:
+    def from_model(cls, model: nn.Module | ModelSites) -> NamedLayout:
         """Return the layout of a model, which may be on the meta device.
 
         The architecture is recognized by the names and sizes of its layers, and by its class where those fit several.
@@ -52,7 +52,7 @@ class ModelLayout:
         return cls.from_layers(class_name(sites.model), sites.geometries)
 
     @classmethod
-    def from_layers(cls, owner: str, layers: Mapping[str, Geometry]) -> ModelLayout:
+    def from_layers(cls, owner: str, layers: Mapping[str, Geometry]) -> NamedLayout:
         """Return the layout of a model from all its layers and the name of its class.
 
         Without an architecture when no known one has nearly all (`MIN_MATCH`) of these names: then its layers have one
@@ -63,7 +63,7 @@ class ModelLayout:
         return next(_fit_layouts(owner, layers, named or found), cls(owner, layers, diffusers_layers=layers))
 
     @classmethod
-    def from_some_layers(cls, layers: Mapping[str, Geometry]) -> ModelLayout:
+    def from_some_layers(cls, layers: Mapping[str, Geometry]) -> NamedLayout:
         """Return the layout of a model of which only some layers are known, such as those that have adapters.
 
         The rest is taken from the known model that fits best.
@@ -87,7 +87,7 @@ class ModelLayout:
         return next(_fit_layouts("the model", layers, found[:1]), cls("the model", layers, diffusers_layers=layers))
 
     @classmethod
-    def from_outline(cls, architecture: Architecture, outline: str) -> ModelLayout:
+    def from_outline(cls, architecture: Architecture, outline: str) -> NamedLayout:
         """Return the layout of a known model, under diffusers' names.
 
         `outline` is a name in `architecture.outlines`. Cached.
@@ -159,7 +159,7 @@ class ModelLayout:
         span = self.find_spans(naming).get(name)
         return 1 if span is None else len(span.parts)
 
-    def convert_to_naming(self, naming: str) -> ModelLayout:
+    def convert_to_naming(self, naming: str) -> NamedLayout:
         """Return the same model in another naming.
 
         Layers that a module of that naming holds together become one. Returns itself for its own naming, and for a
@@ -194,7 +194,7 @@ class ModelLayout:
         return replace(parts[0], shape=(rows, *parts[0].shape[1:]), has_bias=any(part.has_bias for part in parts))
 
 
-def _fit_layouts(owner: str, layers: Mapping[str, Geometry], found: Sequence[Fit]) -> Iterator[ModelLayout]:
+def _fit_layouts(owner: str, layers: Mapping[str, Geometry], found: Sequence[Fit]) -> Iterator[NamedLayout]:
     """The layers as those of each known model that has nearly all of their names, and whose rules they can follow.
 
     A model may have the names of a family and other sizes: then a module there is not the rows of several in diffusers.
@@ -208,10 +208,10 @@ def _fit_layouts(owner: str, layers: Mapping[str, Geometry], found: Sequence[Fit
                 middle = translate_layers(layers, fit.architecture.namings[fit.naming])
             except PlanError:
                 continue
-        yield ModelLayout(owner, layers, fit.architecture, fit.naming, middle)
+        yield NamedLayout(owner, layers, fit.architecture, fit.naming, middle)
 
 
 @lru_cache(maxsize=64)
-def _load_layout(architecture: str, outline: str) -> ModelLayout:
+def _load_layout(architecture: str, outline: str) -> NamedLayout:
     layers = load_skeleton(outline)
-    return ModelLayout(outline, layers, ARCHITECTURES[architecture], DIFFUSERS_NAMING, layers)
+    return NamedLayout(outline, layers, ARCHITECTURES[architecture], DIFFUSERS_NAMING, layers)

@@ -15,7 +15,7 @@ from lycoris.files.container.storage import get_shapes
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.base import Dialect, Key
 from lycoris.files.dialects.components import make_component_lookup
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.models.families.family import Family
 
 
@@ -81,7 +81,7 @@ def list_dialects(tensors: Mapping[str, Tensor], name: str | None, prefix: str |
 def match_best(
     tensors: Mapping[str, Tensor],
     dialects: Iterable[Dialect],
-    layout: ModelLayout,
+    layout: NamedLayout,
     component: str,
     family: Family | None,
     header: Mapping[str, str],
@@ -97,7 +97,7 @@ def match_best(
 def _match_dialect(
     tensors: Mapping[str, Tensor],
     dialect: Dialect,
-    layout: ModelLayout,
+    layout: NamedLayout,
     component: str,
     family: Family | None,
     header: Mapping[str, str],

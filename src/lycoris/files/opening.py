@@ -19,7 +19,7 @@ from lycoris.files.detect import Detection, detect, judge
 from lycoris.files.dialects import DIALECTS, wrappers
 from lycoris.files.dialects.components import find_family, find_header_family, make_component_lookup
 from lycoris.files.dialects.scales import ADJACENT_CONFIG
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.peft import read_peft
 from lycoris.files.peft.config import find_weights
 from lycoris.files.reading import DOWN, find_peft_folder, find_settled_names, resolve_as_written
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
     """Of its tensors, by the names by which they are read: `detection.renamed` has those that differ in the file."""
     header: Mapping[str, str]
     bundles: dict[str, Bundle]
-    layouts: dict[str, ModelLayout]
+    layouts: dict[str, NamedLayout]
     family: str | None
     assumed: dict[str, str]
     """Component → the known models that it was taken to be for, where none was given: which of them is not known."""
@@ -75,7 +75,7 @@ def parse_opened(
 
     `tensors` are by their names in the file. Error messages do not name the file, since it is not known here.
     """
-    denoiser = decode_base(metadata) if base is None else ModelLayout.from_model(base)
+    denoiser = decode_base(metadata) if base is None else NamedLayout.from_model(base)
     renamed: Mapping[str, str] = {} if denoiser is None else find_settled_names(tensors, denoiser, metadata)
     in_file = tensors
     tensors, shapes = _rename_with_shapes(tensors, renamed)
@@ -120,8 +120,8 @@ def _rename_with_shapes(
 
 
 def _detect_variant(
-    layout: ModelLayout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[ModelLayout, str]:
+    layout: NamedLayout, found: Detection, component: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[NamedLayout, str]:
     """A known model, or the variant of it that a file's adapter for its first layer is for, and a remark on that."""
     dialect, naming = DIALECTS[found.dialect], found.fits[component][0].naming
     written, whose = (
@@ -137,26 +137,26 @@ def _detect_variant(
     return layout, ""
 
 
-def _check_made_for(metadata: Mapping[str, str], layout: ModelLayout) -> None:
+def _check_made_for(metadata: Mapping[str, str], layout: NamedLayout) -> None:
     """Raise `FileError` where a header tells of another base than the one that a file was taken to be for."""
     if other := fingerprint.describe_other_layers(metadata, layout.model_name, layout.layers, layout.diffusers_layers):
         raise FileError(f"{other}; give that base with --base: its folder, or its config.json")
 
 
-def load_layout(fit: Fit) -> ModelLayout:
+def load_layout(fit: Fit) -> NamedLayout:
     """Return the layers of the known model that a fit names, under diffusers' names.
 
     `fit.outline` must not be None.
     """
     assert fit.outline is not None
-    return ModelLayout.from_outline(fit.architecture, fit.outline)
+    return NamedLayout.from_outline(fit.architecture, fit.outline)
 
 
 def _open_folder(folder: Path, base: nn.Module | None) -> Opened:
     found = detect(folder)
     assumed = {"": _require_model(found, "")} if base is None else {}
     model = outline.load_model(found.models[""]) if base is None else base
-    layout = ModelLayout.from_model(model)
+    layout = NamedLayout.from_model(model)
     family = FAMILIES.get(found.family or "") if base is None else _find_opened_family({}, layout)
     bundle = _without_guess(read_peft(folder, model), assumed, "")
     tensors, _ = load_tensors(find_weights(folder))
@@ -170,7 +170,7 @@ def _without_guess(bundle: Bundle, assumed: Mapping[str, str], component: str) -
     return replace(bundle, base=None) if component in assumed else bundle
 
 
-def _find_opened_family(metadata: Mapping[str, str], denoiser: ModelLayout) -> Family | None:
+def _find_opened_family(metadata: Mapping[str, str], denoiser: NamedLayout) -> Family | None:
     """The family of a file whose denoiser is known: that of its header, unless that has other denoisers."""
     architecture, stated = denoiser.architecture, find_header_family(metadata)
     if stated is not None and (architecture is None or stated.components.get("") == architecture.name):

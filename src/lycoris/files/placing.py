@@ -9,7 +9,7 @@ from lycoris.algorithms import rows
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.row_selection import RowBlock
 from lycoris.errors import FileError
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.models.families.naming import Span
 
 Stack = tuple[Entry, ...]
@@ -56,7 +56,7 @@ class PlacedStacks:
 
 
 def place_stacks(
-    stacks: Mapping[str, Stack], layout: ModelLayout, naming: str, *, dense: bool = True, shared: bool = False
+    stacks: Mapping[str, Stack], layout: NamedLayout, naming: str, *, dense: bool = True, shared: bool = False
 ) -> PlacedStacks:
     """Put stacks under the names of a naming onto the layers of a model.
 
@@ -116,7 +116,7 @@ def _swap_stack(stack: Stack, swapped: bool, found: PlacedStacks, name: str) -> 
     return moved if found.shared else found.remove_slices(moved, name)
 
 
-def _split_stack(stack: Stack, span: Span, layout: ModelLayout, found: PlacedStacks) -> dict[str, Stack]:
+def _split_stack(stack: Stack, span: Span, layout: NamedLayout, found: PlacedStacks) -> dict[str, Stack]:
     """A stack for each layer that a module holds."""
     if len(span.parts) == 1:
         return {span.parts[0]: stack}
@@ -131,7 +131,7 @@ def _split_stack(stack: Stack, span: Span, layout: ModelLayout, found: PlacedSta
     return parts
 
 
-def _join_parts(parts: Mapping[str, Stack], span: Span, layout: ModelLayout, found: PlacedStacks, name: str) -> None:
+def _join_parts(parts: Mapping[str, Stack], span: Span, layout: NamedLayout, found: PlacedStacks, name: str) -> None:
     """One stack from those of the layers that a module holds; what is missing gets nothing."""
     try:
         found.entries[name] = _join_stacks(parts, span, layout, found, name)
@@ -139,7 +139,7 @@ def _join_parts(parts: Mapping[str, Stack], span: Span, layout: ModelLayout, fou
         found.refused[name] = str(error)
 
 
-def _join_stacks(parts: Mapping[str, Stack], span: Span, layout: ModelLayout, found: PlacedStacks, name: str) -> Stack:
+def _join_stacks(parts: Mapping[str, Stack], span: Span, layout: NamedLayout, found: PlacedStacks, name: str) -> Stack:
     geometry = layout.layers[name]
     starts, start = {}, 0
     for part in span.parts:

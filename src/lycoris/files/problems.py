@@ -11,7 +11,7 @@ from lycoris.errors import FileError, nearest
 from lycoris.files import foreign
 from lycoris.files.container.storage import get_shapes
 from lycoris.files.detect import judge
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.matching import Match
 
 
@@ -43,7 +43,7 @@ def _describe_looks(tensors: Mapping[str, Tensor], header: Mapping[str, str]) ->
 
 
 def explain_mismatch(
-    report: Report, match: Match, layout: ModelLayout, tensors: Mapping[str, Tensor], header: Mapping[str, str]
+    report: Report, match: Match, layout: NamedLayout, tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> str:
     """Return the message for tensors that match no layer or do not fit, grouped by reason.
 

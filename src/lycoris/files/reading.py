@@ -24,7 +24,7 @@ from lycoris.files.container.storage import get_shapes
 from lycoris.files.dialects import DIALECTS, forms, history, wrappers
 from lycoris.files.dialects.components import find_family, find_header_family
 from lycoris.files.dialects.scales import ADJACENT_CONFIG, ScaleReader, find_scale_sources
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.matching import Match, list_dialects, match_best
 from lycoris.files.peft.reading import read_peft
 from lycoris.files.problems import explain_mismatch, explain_no_match
@@ -97,7 +97,7 @@ def find_peft_folder(path: str | os.PathLike[str]) -> Path | None:
 
 def resolve(
     tensors: Mapping[str, Tensor],
-    model: nn.Module | ModelSites | ModelLayout,
+    model: nn.Module | ModelSites | NamedLayout,
     dialect: str | None = None,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -134,11 +134,11 @@ def resolve(
         FileError: Nothing matches, or, with `strict`, some tensor of this component does not. Nothing is loaded then.
     """
     other = ""
-    if isinstance(model, ModelLayout):
+    if isinstance(model, NamedLayout):
         layout = model
     else:
         sites = ModelSites.of(model)
-        layout = ModelLayout.from_model(sites)
+        layout = NamedLayout.from_model(sites)
         other = "" if component else fingerprint.describe_other_weights(metadata or {}, sites)
     header, asked = metadata or {}, (component, prefix, strict, family)
     found, _ = _resolve_tensors(tensors, layout, dialect, header, *asked, as_written=False, shared=shared)
@@ -147,14 +147,14 @@ def resolve(
 
 def resolve_as_written(
     tensors: Mapping[str, Tensor],
-    layout: ModelLayout,
+    layout: NamedLayout,
     dialect: str,
     header: Mapping[str, str],
     component: str,
     family: str | None,
     *,
     strict: bool = True,
-) -> tuple[Bundle, ModelLayout]:
+) -> tuple[Bundle, NamedLayout]:
     """Match tensors to the layers of a layout under the names that the file uses.
 
     Nothing is split or fused, so the result can be written back as it was. Arguments are those of `resolve`, all
@@ -168,7 +168,7 @@ def resolve_as_written(
 
 def _resolve_tensors(
     tensors: Mapping[str, Tensor],
-    layout: ModelLayout,
+    layout: NamedLayout,
     dialect: str | None,
     header: Mapping[str, str],
     component: str,
@@ -178,7 +178,7 @@ def _resolve_tensors(
     *,
     as_written: bool,
     shared: bool = True,
-) -> tuple[Bundle, ModelLayout]:
+) -> tuple[Bundle, NamedLayout]:
     if whole := foreign.explain_no_adapter(get_shapes(tensors)):
         raise FileError(whole)
     whose, contradiction = _choose_family(family, header, component, layout)
@@ -225,7 +225,7 @@ def _resolve_tensors(
 
 
 def _choose_family(
-    name: str | None, header: Mapping[str, str], component: str, layout: ModelLayout
+    name: str | None, header: Mapping[str, str], component: str, layout: NamedLayout
 ) -> tuple[Family | None, str]:
     """The family by which text encoders are counted, and what is to be said of the header's."""
     if name is not None:
@@ -244,7 +244,7 @@ def _choose_family(
     ), f"its header says {stated.name}, and the model is a {architecture.name}"
 
 
-def _find_unused(match: Match, layout: ModelLayout) -> tuple[dict[str, str], str]:
+def _find_unused(match: Match, layout: NamedLayout) -> tuple[dict[str, str], str]:
     """Tensor → why it has no place, and a remark on those that are hardly an adapter's."""
     unused = dict.fromkeys(match.strange, f"not a name of the format {match.dialect.name}")
     for layer, group in match.groups.items():
@@ -288,7 +288,7 @@ def _settle_names(
 
 
 def find_settled_names(
-    tensors: Mapping[str, Tensor], layout: ModelLayout, header: Mapping[str, str]
+    tensors: Mapping[str, Tensor], layout: NamedLayout, header: Mapping[str, str]
 ) -> Mapping[str, str]:
     """Find names by which tensors fit a denoiser better than by their own.
 
@@ -316,7 +316,7 @@ class _ReadStacks:
 
 
 def _read_stacks(
-    tensors: Mapping[str, Tensor], match: Match, layout: ModelLayout, header: Mapping[str, str]
+    tensors: Mapping[str, Tensor], match: Match, layout: NamedLayout, header: Mapping[str, str]
 ) -> tuple[_ReadStacks, dict[str, str]]:
     """The stacks of a file by layer, and why others are none."""
     found, mismatched = _ReadStacks(), {}

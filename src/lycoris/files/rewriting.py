@@ -33,7 +33,7 @@ from lycoris.files.growth import (
     estimate_file_size,
     sample_groups,
 )
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.opening import Opened, load_layout, open_file, parse_opened
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS
@@ -65,7 +65,7 @@ class _PlacedBundles(NamedTuple):
     """Adapters under the names that a dialect has for their layers."""
 
     bundles: dict[str, Bundle]
-    layouts: dict[str, ModelLayout]
+    layouts: dict[str, NamedLayout]
     notes: dict[str, str]
 
 
@@ -244,7 +244,7 @@ class Rewriter:
         return f"\nAs {' or '.join(good)} it does" if good else "\nNor does it in any other format"
 
 
-def _find_naming(layout: ModelLayout, to: str) -> str:
+def _find_naming(layout: NamedLayout, to: str) -> str:
     """Whose names of layers a dialect has for a model; PEFT knows one by the names of its own modules."""
     if layout.architecture is None:
         return layout.naming
@@ -252,15 +252,15 @@ def _find_naming(layout: ModelLayout, to: str) -> str:
 
 
 def _place_bundle(
-    bundle: Bundle, layout: ModelLayout, to: str, base: nn.Module | None, notes: dict[str, str]
-) -> tuple[Bundle, ModelLayout]:
+    bundle: Bundle, layout: NamedLayout, to: str, base: nn.Module | None, notes: dict[str, str]
+) -> tuple[Bundle, NamedLayout]:
     """A bundle on the layers that a dialect knows, without ranks that only other parts of a layer needed."""
     if layout.architecture is None:
         return bundle, layout
     kind = DIALECTS[to]
     own = layout.convert_to_naming(_find_naming(layout, to))
     if kind.is_folder and base is not None:
-        own = ModelLayout.from_model(base)
+        own = NamedLayout.from_model(base)
     dense = not kind.is_folder and (kind.algorithms is None or Full.name in kind.algorithms)
     places = placing.place_stacks(bundle.entries, own, layout.naming, dense=dense)
     if places.refused:
@@ -301,7 +301,7 @@ def _merge_headers(found: Opened, own: Mapping[str, str]) -> dict[str, str]:
     return {**{key: value for key, value in own.items() if key != FAMILY_KEY or sure}, **header}
 
 
-def _free_from_base(bundle: Bundle, to: str, layout: ModelLayout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
+def _free_from_base(bundle: Bundle, to: str, layout: NamedLayout, weights: BaseWeights, done: dict[str, str]) -> Bundle:
     """Without what only the base weight determines, where layers are cut or joined for a dialect."""
     if layout.architecture is None:
         return bundle

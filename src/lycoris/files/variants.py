@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 
 
 class InputLayer(NamedTuple):
@@ -40,7 +40,7 @@ INPUT_LAYERS: Mapping[str, InputLayer] = MappingProxyType(
 """By architecture."""
 
 
-def describe_variant(layout: ModelLayout, naming: str, name: str, inputs: int) -> str:
+def describe_variant(layout: NamedLayout, naming: str, name: str, inputs: int) -> str:
     """Return what to say about an adapter whose input width is that of another variant.
 
     Args:
@@ -61,7 +61,7 @@ def describe_variant(layout: ModelLayout, naming: str, name: str, inputs: int) -
     )
 
 
-def _find_input_layer(layout: ModelLayout, naming: str, name: str) -> InputLayer | None:
+def _find_input_layer(layout: NamedLayout, naming: str, name: str) -> InputLayer | None:
     """What is known of a layer that takes the latents in, by its name in a naming."""
     own = None if layout.architecture is None else INPUT_LAYERS.get(layout.architecture.name)
     span = layout.find_spans(naming).get(name)
@@ -72,7 +72,7 @@ def _find_input_layer(layout: ModelLayout, naming: str, name: str) -> InputLayer
     )
 
 
-def widen_model(layout: ModelLayout, naming: str, name: str, inputs: int) -> ModelLayout:
+def widen_model(layout: NamedLayout, naming: str, name: str, inputs: int) -> NamedLayout:
     """Return a model as the variant whose first layer takes `inputs` inputs.
 
     Returns `layout` itself where the layer is not the first one or has that width already.

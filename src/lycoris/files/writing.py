@@ -27,7 +27,7 @@ from lycoris.files.dialects import DIALECTS, history
 from lycoris.files.dialects.base import Dialect
 from lycoris.files.dialects.components import FAMILY_KEY, find_family, find_prefix
 from lycoris.files.dialects.suffixes import MAGNITUDE_VECTOR
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.peft.config import LORA_METADATA
 from lycoris.files.peft.writing import encode_lora_metadata
 from lycoris.models import fingerprint
@@ -57,7 +57,7 @@ def compose(
     *,
     component: str = "",
     prefix: str | Mapping[str, str] | None = None,
-    model: nn.Module | ModelLayout | Mapping[str, nn.Module | ModelLayout] | None = None,
+    model: nn.Module | NamedLayout | Mapping[str, nn.Module | NamedLayout] | None = None,
     family: str | None = None,
 ) -> EncodedFile:
     """Encode a bundle, or one for each component of a pipeline, in a dialect.
@@ -110,7 +110,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     component: str = "",
     prefix: str | Mapping[str, str] | None = None,
-    model: nn.Module | ModelLayout | Mapping[str, nn.Module | ModelLayout] | None = None,
+    model: nn.Module | NamedLayout | Mapping[str, nn.Module | NamedLayout] | None = None,
     family: str | None = None,
     describe: Callable[[Mapping[str, Tensor], Mapping[str, str]], Mapping[str, str]] | None = None,
     overwrite: bool = True,
@@ -188,7 +188,7 @@ def encode(
     *,
     component: str = "",
     prefix: str | None = None,
-    model: nn.Module | ModelLayout | None = None,
+    model: nn.Module | NamedLayout | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of a bundle as a dialect names them.
 
@@ -236,23 +236,23 @@ def _make_header(
     return content
 
 
-def _find_layout(bundle: Bundle, dialect: Dialect, model: nn.Module | ModelLayout | None) -> ModelLayout:
-    if isinstance(model, ModelLayout):
+def _find_layout(bundle: Bundle, dialect: Dialect, model: nn.Module | NamedLayout | None) -> NamedLayout:
+    if isinstance(model, NamedLayout):
         return model
     if model is not None:
-        return ModelLayout.from_model(model)
+        return NamedLayout.from_model(model)
     if bundle.base is not None:
-        return ModelLayout.from_layers(bundle.base.model, bundle.base.layers)
+        return NamedLayout.from_layers(bundle.base.model, bundle.base.layers)
     layers = {path: stack[0].geometry for path, stack in bundle.entries.items()}
     return (
-        ModelLayout("the model", layers, diffusers_layers=layers)
+        NamedLayout("the model", layers, diffusers_layers=layers)
         if dialect.is_universal
-        else ModelLayout.from_some_layers(layers)
+        else NamedLayout.from_some_layers(layers)
     )
 
 
 def _name_stacks(
-    bundle: Bundle, dialect: Dialect, layout: ModelLayout | None, notes: dict[str, str]
+    bundle: Bundle, dialect: Dialect, layout: NamedLayout | None, notes: dict[str, str]
 ) -> Mapping[str, placing.Stack]:
     """The stacks under the names that a dialect uses for them; None: under their own."""
     dense = dialect.algorithms is None or Full.name in dialect.algorithms
@@ -267,7 +267,7 @@ def _name_stacks(
     return places.entries
 
 
-def _choose_prefix(dialect: Dialect, component: str, family: Family | None, layout: ModelLayout) -> str:
+def _choose_prefix(dialect: Dialect, component: str, family: Family | None, layout: NamedLayout) -> str:
     unets = [prefix for prefix, of in dialect.prefixes.items() if of == "" and "unet" in prefix]
     if component == "" and layout.is_unet and unets:
         return unets[0]

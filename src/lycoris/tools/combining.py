@@ -20,7 +20,7 @@ from lycoris.algorithms.ranked import Ranked
 from lycoris.errors import ConfigError, FileError
 from lycoris.files import placing
 from lycoris.files.container.target import check_target
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.placing import Stack
 from lycoris.ops.svd import relative
 from lycoris.tools.adapter_file import AdapterFile, LayerLocation, count_bytes, measure_on_disk
@@ -228,7 +228,7 @@ def _describe_result(given: list[tuple[float, Stack]], stack: Stack) -> str:
 
 def _with_components(first: AdapterFile, others: list[AdapterFile]) -> AdapterFile:
     """The first file, as one that could have the components of all."""
-    bundles, layouts = dict[str, Bundle](), dict[str, ModelLayout]()
+    bundles, layouts = dict[str, Bundle](), dict[str, NamedLayout]()
     for file in (*reversed(others), first):
         bundles |= file.opened.bundles
         layouts |= file.opened.layouts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lycoris.errors import FileError
 from lycoris.files.container.headers import read_header
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.ops.rounding import widen
 
@@ -39,7 +39,7 @@ class BaseWeights:
             raise FileError(f"{where} has no .safetensors files, which the base model's weights are read from")
         return cls({name: file for file in found for name in read_header(file).tensors})
 
-    def affine(self, name: str, layout: ModelLayout) -> Affine:
+    def affine(self, name: str, layout: NamedLayout) -> Affine:
         """Return weight and bias of a layer, concatenated from the layers of diffusers that it holds.
 
         Parts without a bias get zeros if another part has one.

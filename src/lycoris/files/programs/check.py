@@ -17,7 +17,7 @@ from lycoris.files.opening import Opened, open_file
 from lycoris.files.programs import PROGRAMS, Program, Verdict
 from lycoris.files.programs.parts import FilePart
 from lycoris.files.programs.portable import EXPORTS
-from lycoris.files.programs.written import find_denoiser, find_scales, group_written, list_file_names, route_file
+from lycoris.files.programs.written import find_denoiser, find_scales, group_written, list_names_in_file, route_file
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def check_opened(found: Opened, name: str) -> ProgramCheck:
     ]
     rejected = [f"{program.title} {routed.refused}"] if routed is not None and routed.refused else []
     if program.explain_rejection is not None and (
-        why := program.explain_rejection(list_file_names(found), find_denoiser(found))
+        why := program.explain_rejection(list_names_in_file(found), find_denoiser(found))
     ):
         rejected.append(f"{program.title} {why}")
     rejected += [problem for part in parts for problem in (*part.problems, part.conflict) if problem]

@@ -13,7 +13,7 @@ from lycoris.files.container.model_weights import BaseWeights
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
 from lycoris.files.dialects.components import find_prefix
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.opening import Opened
 from lycoris.files.placing import Stack
 from lycoris.files.programs import PROGRAMS, LayerPlace
@@ -106,7 +106,7 @@ def _export_stack(
     layer: str,
     key: str,
     place: LayerPlace,
-    layout: ModelLayout,
+    layout: NamedLayout,
     weights: BaseWeights | None,
     model: str,
 ) -> tuple[Stack, str]:
@@ -130,7 +130,7 @@ def _find_export_prefix(found: Opened, component: str, to: str) -> str:
     return find_prefix(DIALECTS[to], family, component) or ""
 
 
-def _name_keys(bundle: Bundle, layout: ModelLayout, to: str, prefix: str) -> Mapping[str, str]:
+def _name_keys(bundle: Bundle, layout: NamedLayout, to: str, prefix: str) -> Mapping[str, str]:
     """Layer → what the first of its parts is called in a dialect."""
     spelled = flatten if DIALECTS[to].style == "flat" else str
     if layout.architecture is None:
@@ -140,7 +140,7 @@ def _name_keys(bundle: Bundle, layout: ModelLayout, to: str, prefix: str) -> Map
     return {layer: prefix + spelled(find_module(part) or part) for layer, part in firsts.items()}
 
 
-def _find_places(bundle: Bundle, layout: ModelLayout, program: str, to: str) -> Mapping[str, LayerPlace]:
+def _find_places(bundle: Bundle, layout: NamedLayout, program: str, to: str) -> Mapping[str, LayerPlace]:
     """Layer → how the program's model holds the first of its parts, as a dialect calls it."""
     held = find_holders(PROGRAMS[program], layout)
     if layout.architecture is None or not held:

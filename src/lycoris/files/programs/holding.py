@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lycoris.files.dialects import DIALECTS
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.programs import LayerPlace, Program
 from lycoris.models.families.naming import Span
 
@@ -18,7 +18,7 @@ class Holder(NamedTuple):
     span: Span
 
 
-def find_holders(program: Program, layout: ModelLayout) -> Mapping[str, Holder]:
+def find_holders(program: Program, layout: NamedLayout) -> Mapping[str, Holder]:
     """Return, for each layer of diffusers, the layer of a program's model that holds its rows.
 
     {} if the program's names are not known.
@@ -28,12 +28,12 @@ def find_holders(program: Program, layout: ModelLayout) -> Mapping[str, Holder]:
     return map_holders(layout, DIALECTS[program.native_dialect].choose_naming(layout.architecture))
 
 
-def map_holders(layout: ModelLayout, naming: str) -> Mapping[str, Holder]:
+def map_holders(layout: NamedLayout, naming: str) -> Mapping[str, Holder]:
     """Return, for each layer of diffusers, the module of a naming that holds its rows."""
     return {part: Holder(name, span) for name, span in layout.find_spans(naming).items() for part in span.parts}
 
 
-def find_place(written: Holder, holders: Mapping[str, Holder], layout: ModelLayout) -> LayerPlace:
+def find_place(written: Holder, holders: Mapping[str, Holder], layout: NamedLayout) -> LayerPlace:
     """Return how a program's model stores the layer that a file calls `written`.
 
     "" if it has one of its own under the same name, or nothing is known.

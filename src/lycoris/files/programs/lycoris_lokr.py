@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lycoris.algorithms import LoKr
 from lycoris.algorithms.dora import unwrap_dora
-from lycoris.files.foreign import TensorShapes
+from lycoris.algorithms.serialization import TensorShapes
 from lycoris.files.programs.program import Case
 from lycoris.layers.geometry import Geometry
 from lycoris.ops.factorization import factorize

@@ -10,7 +10,7 @@ from functools import cached_property
 from lycoris.adapters.bundle import Bundle
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.dialects.base import flatten
-from lycoris.files.layout import ModelLayout
+from lycoris.files.layout import NamedLayout
 from lycoris.files.programs import Program
 from lycoris.files.programs.keys import KnownKeys
 from lycoris.files.programs.routes import RoutedKeys
@@ -25,7 +25,7 @@ class PartKeys:
     component: str
     file_dialect: str
     """The dialect of the file."""
-    layout: ModelLayout
+    layout: NamedLayout
     bundle: Bundle
     written: Mapping[str, WrittenLayer]
     """By layer as written."""

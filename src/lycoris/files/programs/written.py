@@ -60,7 +60,7 @@ def group_written(shapes: Mapping[str, tuple[int, ...]], detection: Detection) -
     return found
 
 
-def list_file_names(found: Opened) -> list[str]:
+def list_names_in_file(found: Opened) -> list[str]:
     """Return the names of all tensors as the file has them.
 
     They differ from `found.shapes` for tensors that were renamed to be read.
