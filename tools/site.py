@@ -52,39 +52,39 @@ TOP_TEXTS: Mapping[str, str] = {
     "listed in the plan.",
 }
 
-TEXT_ONLY_DEFAULTS: Mapping[str, str] = {
-    "algo": "`lora`",
-    "multiplier": "`1.0`",
-    "linear_dim": "`4`",
-    "linear_alpha": "`1.0`",
-    "unserved": "`error`",
+PRESET_TEXTS: Mapping[str, str] = {
+    "unet_target_name": "For `lycoris.kohya`: patterns for layer paths of the denoiser.",
+    "text_encoder_target_module": "For `lycoris.kohya`: class names in the text encoders.",
+    "text_encoder_target_name": "For `lycoris.kohya`: patterns for layer paths of the text encoders.",
 }
+"""Texts for preset keys that share the docstring of the one before them."""
+
+DEFAULTS: Mapping[str, str] = {
+    "algo": "default `lora`",
+    "multiplier": "default `1.0`",
+    "linear_dim": "default `4`",
+    "linear_alpha": "default `1.0`",
+    "unserved": "default `error`",
+}
+
+TYPES: Mapping[type, str] = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
 
 
 def config_page() -> str:
     """Every key of the trainer's config.json, in the order of its settings class."""
     from lycoris.training.settings import Settings
 
-    rows = []
-    for name, entry in Settings.model_fields.items():
-        default = "required" if entry.is_required() else f"`{json.dumps(entry.get_default(), default=str)}`"
-        values = _values(entry.annotation, entry.metadata)
-        rows.append(f"| `{name}` | {default} | {values} | {_cell(entry.description)} |")
-    return "\n".join(
-        [
-            "# config.json",
-            "",
-            "Every key that `lycoris train` reads, generated from the settings class. `lycoris train --list-settings` "
-            "prints the same list. Names and meanings follow SimpleTuner where it has the option; other keys of "
-            "SimpleTuner are [translated or reported](../guides/images.md#configs-of-simpletuner). Relative paths "
-            "are relative to the file.",
-            "",
-            "| key | default | values | meaning |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
+    intro = (
+        "Every key that `lycoris train` reads, generated from the settings class. `lycoris train --list-settings` prints "
+        "the same list. Names and meanings follow SimpleTuner where it has the option; other keys of SimpleTuner are "
+        "[translated or reported](../guides/images.md#configs-of-simpletuner). Relative paths are relative to the file."
     )
+    parts = ["# config.json", "", intro]
+    for name, entry in Settings.model_fields.items():
+        default = "required" if entry.is_required() else f"default `{json.dumps(entry.get_default(), default=str)}`"
+        values = _values(entry.annotation, entry.metadata)
+        parts += _entry(name, [default, values], entry.description)
+    return "\n".join([*parts, ""])
 
 
 def lycoris_config_page() -> str:
@@ -93,35 +93,39 @@ def lycoris_config_page() -> str:
     from lycoris.targeting.preset import PRESETS_WITH_CONV, Preset
 
     names = [name for name, _ in ALGORITHMS]
-    top = [f"| `{key}` | {TEXT_ONLY_DEFAULTS.get(key, '')} | {_cell(TOP_TEXTS[key])} |" for key in TOP]
-    options = [
-        f"| `{key}` | {_algorithms(each.algorithms, names)} | {each.kind.__name__} | {_native(each)} | "
-        f"{_cell(_option_text(key, each))} |"
-        for key, each in OPTIONS.items()
-    ]
-    presets = [f"| `{key}` | {_cell(text)} |" for key, text in field_texts(Preset).items()]
-    return "\n".join(
-        [
-            *("# lycoris_config.json", ""),
-            "Every key of the adapter's config, generated from the tables that read it. The same keys are accepted by "
-            "`create_lycoris(...)` and by SimpleTuner; [the two interfaces](../interface.md#lycoris_configjson) has "
-            "examples and explains how targets are matched. Values may be strings. An unknown key is an error here, "
-            "with the nearest known name.",
-            *("", "## Top level", "", "| key | default | meaning |", "|---|---|---|", *top),
-            *("", "`algo` is one of " + ", ".join(f"`{name}`" for name in names) + ". "),
-            *("`lora` and `locon` are the same algorithm.", "", "## Options", ""),
-            "On the top level, or for one target. An option that the algorithm does not have is reported and has no "
-            "effect.",
-            *("", "| key | algorithms | type | native name | meaning |", "|---|---|---|---|---|", *options),
-            *("", "## Presets: `apply_preset`", "", "| key | meaning |", "|---|---|", *presets),
-            *("", "Built-in presets: " + ", ".join(f"`{name}`" for name in PRESETS_WITH_CONV) + "."),
-            *("", "## Settings of one target", ""),
-            "The values of `module_algo_map` and `name_algo_map` are objects with any of the options above and "
-            + ", ".join(f"`{key}`" for key in OVERRIDE)
-            + ". `dim` and `alpha` apply to linear layers and convolutions alike.",
-            "",
-        ]
+    intro = (
+        "Every key of the adapter's config, generated from the tables that read it. The same keys are accepted by "
+        "`create_lycoris(...)` and by SimpleTuner; [the two interfaces](../interface.md#lycoris_configjson) has examples "
+        "and explains how targets are matched. Values may be strings. An unknown key is an error here, with the nearest "
+        "known name."
     )
+    parts = ["# lycoris_config.json", "", intro, "", "## Top level"]
+    for key in TOP:
+        parts += _entry(key, [DEFAULTS[key]] if key in DEFAULTS else [], TOP_TEXTS[key])
+    known = ", ".join(f"`{name}`" for name in names)
+    parts += ["", f"`algo` is one of {known}. `lora` and `locon` are the same algorithm.", "", "## Options", ""]
+    parts += ["On the top level, or for one target. An option that the algorithm does not have is reported and ignored."]
+    for key, each in OPTIONS.items():
+        facts = [TYPES[each.kind], _algorithms(each.algorithms, names)]
+        native = [f"`{each.field}` in Python"] if each.field not in (None, key) else []
+        parts += _entry(key, [*facts, *native], _option_text(key, each))
+    parts += ["", "## Presets", "", "The keys of `apply_preset`, and of a preset's file."]
+    for key, text in field_texts(Preset).items():
+        parts += _entry(key, [], text or PRESET_TEXTS[key])
+    parts += ["", "Built-in presets: " + ", ".join(f"`{name}`" for name in PRESETS_WITH_CONV) + "."]
+    override = ", ".join(f"`{key}`" for key in OVERRIDE)
+    parts += ["", "## Settings of one target", ""]
+    parts += [
+        f"The values of `module_algo_map` and `name_algo_map` are objects with any of the options above and {override}. "
+        "`dim` and `alpha` apply to linear layers and convolutions alike."
+    ]
+    return "\n".join([*parts, ""])
+
+
+def _entry(name: str, facts: list[str], text: str | None) -> list[str]:
+    """A key with its facts in one line and its meaning below."""
+    line = ["*" + " · ".join(facts) + "*", ""] if facts else []
+    return ["", f"### `{name}`", "", *line, _plain(text)]
 
 
 def commands_page() -> str:
@@ -188,12 +192,8 @@ def _option_text(key: str, option: Any) -> str:
     return next((text for text in texts if text), "")
 
 
-def _native(option: Any) -> str:
-    return f"`{option.field}`" if option.field else ""
-
-
 def _algorithms(having: tuple[str, ...], names: list[str]) -> str:
-    return "all" if set(having) == set(names) else ", ".join(having)
+    return "all algorithms" if set(having) == set(names) else ", ".join(having)
 
 
 def _values(annotation: Any, metadata: Any = ()) -> str:
@@ -202,9 +202,8 @@ def _values(annotation: Any, metadata: Any = ()) -> str:
         return " or ".join(_values(each) for each in get_args(annotation) if each is not type(None)) + ", or null"
     if hasattr(annotation, "__metadata__"):
         return _values(annotation.__origin__, annotation.__metadata__)
-    words = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
-    if annotation in words:
-        return ", ".join([words[annotation], *_bounds(metadata)])
+    if annotation in TYPES:
+        return ", ".join([TYPES[annotation], *_bounds(metadata)])
     if get_origin(annotation) is tuple:
         return "list of text"
     return ", ".join(f"`{each}`" for each in get_args(annotation))
@@ -255,7 +254,7 @@ def api_pages() -> dict[str, str]:
     }
     for module, names in fronts().items():
         text = _first_line(module)
-        pages[module.removeprefix("lycoris.")] = _api_page(module, text, {f"{module}.{n}": _home(module, n) for n in names})
+        pages[module.removeprefix("lycoris.")] = _api_page(module.removeprefix("lycoris."), text, {f"{module}.{n}": _home(module, n) for n in names})
     titles = {file: title for file, title, _ in FIRST}
     rows = [f"- [{titles.get(name, f'lycoris.{name}')}]({name}.md)" for name in pages]
     intro = (
