@@ -61,6 +61,7 @@ import json
 from diffusers import UNet2DConditionModel
 from torch import nn
 from lycoris import AdapterSet, write
+from lycoris.demo.demo import ASSETS
 from lycoris.targeting.recipe import Recipe
 
 unet = UNet2DConditionModel.from_pretrained(ASSETS / "base" / "unet")

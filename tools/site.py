@@ -75,8 +75,8 @@ def config_page() -> str:
     from lycoris.training.settings import Settings
 
     intro = (
-        "Every key that `lycoris train` reads, generated from the settings class. `lycoris train --list-settings` prints "
-        "the same list. Names and meanings follow SimpleTuner where it has the option; other keys of SimpleTuner are "
+        "Every key that `lycoris train` reads, generated from the settings class. `lycoris train --list-settings` "
+        "prints the same list. Names and meanings follow SimpleTuner where it has the option; its other keys are "
         "[translated or reported](../guides/images.md#configs-of-simpletuner). Relative paths are relative to the file."
     )
     parts = ["# config.json", "", intro]
@@ -95,16 +95,18 @@ def lycoris_config_page() -> str:
     names = [name for name, _ in ALGORITHMS]
     intro = (
         "Every key of the adapter's config, generated from the tables that read it. The same keys are accepted by "
-        "`create_lycoris(...)` and by SimpleTuner; [the two interfaces](../interface.md#lycoris_configjson) has examples "
-        "and explains how targets are matched. Values may be strings. An unknown key is an error here, with the nearest "
-        "known name."
+        "`create_lycoris(...)` and by SimpleTuner; [the two interfaces](../interface.md#lycoris_configjson) has "
+        "examples and explains how targets are matched. Values may be strings. An unknown key is an error here, with "
+        "the nearest known name."
     )
     parts = ["# lycoris_config.json", "", intro, "", "## Top level"]
     for key in TOP:
         parts += _entry(key, [DEFAULTS[key]] if key in DEFAULTS else [], TOP_TEXTS[key])
     known = ", ".join(f"`{name}`" for name in names)
     parts += ["", f"`algo` is one of {known}. `lora` and `locon` are the same algorithm.", "", "## Options", ""]
-    parts += ["On the top level, or for one target. An option that the algorithm does not have is reported and ignored."]
+    parts += [
+        "On the top level, or for one target. An option that the algorithm does not have is reported and ignored."
+    ]
     for key, each in OPTIONS.items():
         facts = [TYPES[each.kind], _algorithms(each.algorithms, names)]
         native = [f"`{each.field}` in Python"] if each.field not in (None, key) else []
@@ -116,8 +118,8 @@ def lycoris_config_page() -> str:
     override = ", ".join(f"`{key}`" for key in OVERRIDE)
     parts += ["", "## Settings of one target", ""]
     parts += [
-        f"The values of `module_algo_map` and `name_algo_map` are objects with any of the options above and {override}. "
-        "`dim` and `alpha` apply to linear layers and convolutions alike."
+        f"The values of `module_algo_map` and `name_algo_map` are objects with any of the options above and {override}."
+        " `dim` and `alpha` apply to linear layers and convolutions alike."
     ]
     return "\n".join([*parts, ""])
 
@@ -162,7 +164,9 @@ def _option_names(option: Any) -> str:
 
 def _option_help(option: Any) -> str:
     default, text = option.default, _cell(option.help)
-    shown = "" if callable(default) or default in (None, False, (), []) or option.required else f" Default: `{default}`."
+    shown = (
+        "" if callable(default) or default in (None, False, (), []) or option.required else f" Default: `{default}`."
+    )
     needed = " Required." if option.required else ""
     return text + needed + shown
 
@@ -177,7 +181,9 @@ def field_texts(owner: type) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef)
         for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                text = (
+                    after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                )
                 if "ClassVar" not in ast.unparse(node.annotation):
                     found[node.target.id] = str(text) or found.get(node.target.id, "")
     return found
@@ -229,11 +235,15 @@ def _plain(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-# -- the Python API ------------------------------------------------------------------------------------------------------
+# -- the Python API ----------------------------------------------------------------------------------------------------
 
 FIRST: tuple[tuple[str, str, str], ...] = (
     ("adapters", "Adapters", "Plan, build, attach, merge, read, write and check adapters."),
-    ("algorithms", "Algorithms", "What can be put on a layer. Formulas and file layouts: [Algorithms](../../algorithms.md)."),
+    (
+        "algorithms",
+        "Algorithms",
+        "What can be put on a layer. Formulas and file layouts: [Algorithms](../../algorithms.md).",
+    ),
     ("drop-in", "Drop-in interface", "What trainers and scripts for lycoris-lora import."),
     ("errors", "Errors", "Every error that the library raises on purpose is a `LycorisError`."),
 )
@@ -254,7 +264,9 @@ def api_pages() -> dict[str, str]:
     }
     for module, names in fronts().items():
         text = _first_line(module)
-        pages[module.removeprefix("lycoris.")] = _api_page(module.removeprefix("lycoris."), text, {f"{module}.{n}": _home(module, n) for n in names})
+        pages[module.removeprefix("lycoris.")] = _api_page(
+            module.removeprefix("lycoris."), text, {f"{module}.{n}": _home(module, n) for n in names}
+        )
     titles = {file: title for file, title, _ in FIRST}
     rows = [f"- [{titles.get(name, f'lycoris.{name}')}]({name}.md)" for name in pages]
     intro = (
@@ -321,11 +333,17 @@ def _first_line(module: str) -> str:
 def _api_page(title: str, text: str, names: Mapping[str, str]) -> str:
     parts = [f"# {title}", "", text]
     for shown, home in names.items():
-        parts += ["", f"::: {home}", "    options:", f'      heading: "{shown}"', f'      toc_label: "{shown.rpartition(".")[2]}"']
+        parts += [
+            "",
+            f"::: {home}",
+            "    options:",
+            f'      heading: "{shown}"',
+            f'      toc_label: "{shown.rpartition(".")[2]}"',
+        ]
     return "\n".join([*parts, ""])
 
 
-# -- pages that are files of the repository -------------------------------------------------------------------------------
+# -- pages that are files of the repository ----------------------------------------------------------------------------
 
 
 def from_repository(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What `mkdocs build` calls: adds the generated pages, puts drawings into the page, and checks every link that was built."""
+"""What `mkdocs build` calls: adds the generated pages, inlines drawings, and checks every link of the result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from urllib.parse import unquote, urldefrag
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
+# mkdocs loads hooks by path, and the root of the repository is not on the path of its program.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tools import site  # noqa: E402  # mkdocs loads hooks by path, with the root of the repository not on the path
+from tools import site
 
 DRAWING = re.compile(r'<img alt="([^"]*)" src="([^"]+\.svg)"\s*/?>')
 
