@@ -61,11 +61,11 @@ import json
 from diffusers import UNet2DConditionModel
 from torch import nn
 from lycoris import AdapterSet, write
-from lycoris.demo.demo import ASSETS
+from lycoris.demo.demo import DEMO_ASSETS
 from lycoris.targeting.recipe import Recipe
 
-unet = UNet2DConditionModel.from_pretrained(ASSETS / "base" / "unet")
-recipe = Recipe.parse(json.loads((ASSETS / "lycoris_config.json").read_text()))
+unet = UNet2DConditionModel.from_pretrained(DEMO_ASSETS / "base" / "unet")
+recipe = Recipe.parse(json.loads((DEMO_ASSETS / "lycoris_config.json").read_text()))
 adapters = AdapterSet.build(unet, recipe.plan(unet))
 for parameter in adapters.parameters():
     nn.init.normal_(parameter, std=0.05)
