@@ -1,9 +1,10 @@
-.PHONY: demo test test-all check bench models
+.PHONY: demo test test-all check bench models docs
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := .venv/.installed-run
 STAMP := .venv/.installed-dev
+DOCS := .venv/.installed-docs
 
 demo: $(RUN)
 	$(BIN)/lycoris demo --force
@@ -30,6 +31,10 @@ bench: $(STAMP)
 models: $(STAMP)
 	$(BIN)/python -m tools.models
 
+# The documentation site, in build/site. Every warning is an error, and every link is checked.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # torch goes first and from constraints.txt: any other requirement would bring gigabytes of CUDA onto a CPU machine.
 $(RUN): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,7 +43,12 @@ $(RUN): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
 	touch $@
 
-# The libraries for quantised bases slow every start of diffusers, so the demo does without them.
+# The libraries for quantized bases slow every start of diffusers, so the demo does without them.
 $(STAMP): $(RUN)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The tests do without mkdocs, so it has a stamp of its own.
+$(DOCS): $(RUN)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,docs]"
 	touch $@

@@ -67,7 +67,7 @@ def text(value: Mapping[str, Any]) -> str:
 
 def rows() -> Iterator[str]:
     """Of the table of denoisers, a line for each known model."""
-    yield "| family | model | class, from | parameters | tensors | layers | names beside diffusers' |"
+    yield "| family | model | class, from | parameters | tensors | layers | names besides diffusers' |"
     yield "|---|---|---|---|---|---|---|"
     for family in FAMILIES.values():
         architecture = ARCHITECTURES[family.components[""]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from lycoris.config_sdk import (
     describe_algo,
     list_algorithms,
 )
-from lycoris.targeting.options import ALL, OPTIONS, RANKED
 
 ELEVEN = ["boft", "diag-oft", "dylora", "full", "glora", "ia3", "locon", "loha", "lokr", "lora", "tlora"]
 
@@ -103,17 +100,3 @@ def test_settings_of_maps_are_checked_only_when_strict() -> None:
 def test_sizes_are_checked(algo: dict[str, str], name: str, value: Any) -> None:
     with pytest.raises(PresetValidationError, match=name):
         PresetConfig.from_dict({"module_algo_map": {"Attention": {**algo, name: value}}}, strict=True)
-
-
-def test_the_table_of_options_is_right() -> None:
-    """docs/interface.md says which algorithm has which option."""
-    text = (Path(__file__).parents[2] / "docs" / "interface.md").read_text()
-    table = text.split("| option | algorithms | native name |")[1].split("\n\n")[0]
-    told = {}
-    for row in table.strip().splitlines()[1:]:
-        names, whose, _ = row.strip("| ").split(" | ")
-        whose = whose.partition(" and `train_norm`")[0].partition(";")[0].rstrip(",")
-        known = set(RANKED) if whose == "all with a rank" else set(ALL) if whose.startswith("all") else None
-        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), known or set(whose.split(", ")))
-    own = {name: set(entry.algorithms) for name, entry in OPTIONS.items() if entry.built and name != "bypass_mode"}
-    assert told == own

@@ -78,7 +78,7 @@ def _check_unneeded(node: Any) -> None:
     if any(isinstance(leaf, nn.Parameter) for leaf in before):
         raise AttachError(
             f"{told}. Gradients of what trains before it would be wrong. Put adapters only behind such layers and "
-            "freeze the rest, or load the base in a form that can be trained beside: docs/quantised.md has a table"
+            "freeze the rest, or load the base in a form that can be trained beside: docs/quantized.md has a table"
         )
     if before:
         warnings.warn(f"{told}. Gradients of tensors before it are without its part", stacklevel=2)

@@ -1,0 +1,1 @@
+"""How is a file stored? safetensors and pickles: bytes, headers, limits."""
