@@ -10,9 +10,9 @@ from functools import cache
 
 import pytest
 import torch
-from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
+from cases import ALGORITHMS, relative
 from lycoris import OFT
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
