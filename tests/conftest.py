@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,6 +14,14 @@ torch.set_num_threads(1)
 # The first draw of a process reads the source for constants, and a busy machine is slow at any draw.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline for 32-pixel images, as `save_pretrained` writes it."""
+    from training_runs import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(autouse=True)
