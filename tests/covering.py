@@ -12,6 +12,7 @@ The other combinations are marked slow. `product` says that a test needs all of 
 from __future__ import annotations
 
 import heapq
+import inspect
 import itertools
 import zlib
 from collections import defaultdict
@@ -35,14 +36,16 @@ def register(classes: Mapping[Any, Hashable]) -> None:
 
 def mark_slow(items: Iterable[pytest.Item]) -> None:
     """Mark what is beyond the covering set of each test."""
-    tests: dict[str, list[pytest.Function]] = defaultdict(list)
+    tests: dict[tuple[Hashable, ...], list[pytest.Function]] = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not is_exempt(item):
-            tests[item.nodeid.partition("[")[0]].append(item)
+            # A function that a test is handed is what it checks, so that each of them has a set of its own.
+            checks = [value.__qualname__ for value in item.callspec.params.values() if inspect.isfunction(value)]
+            tests[(item.nodeid.partition("[")[0], *checks)].append(item)
     for name, cases in tests.items():
         if len(cases) <= SMALL:
             continue
-        chosen = covering_set([axes_of(case) for case in cases], start=zlib.crc32(name.encode()) % len(cases))
+        chosen = covering_set([axes_of(case) for case in cases], start=zlib.crc32(repr(name).encode()) % len(cases))
         for at, case in enumerate(cases):
             if at not in chosen:
                 case.add_marker(pytest.mark.slow)
