@@ -129,8 +129,8 @@ LAYERS: dict[str, LayerCase] = {
 
 def algorithm_class(algorithm: Algorithm) -> str:
     """What is alike but for its settings: DoRA over LoRA is not DoRA over LoHa."""
-    over = getattr(algorithm, "over", None)
-    return type(algorithm).__name__ + (f" over {algorithm_class(over)}" if over else "")
+    inner = getattr(algorithm, "inner", None)
+    return type(algorithm).__name__ + (f" over {algorithm_class(inner)}" if inner else "")
 
 
 covering.register({name: algorithm_class(each) for name, each in WITH_SLICES.items()})
