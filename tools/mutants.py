@@ -58,15 +58,18 @@ class Mutant:
 
 
 def mutants(path: str, source: bytes) -> list[Mutant]:
-    """Return every mutant of a file that still compiles, in the order of the file."""
-    found = []
-    for mutant in _Finder(path, source).statements(ast.parse(source).body):
-        try:
-            compile(mutant.apply(source), path, "exec")
-        except SyntaxError:
-            continue
-        found.append(mutant)
+    """Return every mutant of a file, in the order of the file."""
+    found = _Finder(path, source).statements(ast.parse(source).body)
     return sorted(found, key=lambda each: (each.start, each.end, each.text))
+
+
+def compiles(mutant: Mutant, source: bytes) -> bool:
+    """Tell whether a mutant is Python, as a removed line that others continue is not."""
+    try:
+        ast.parse(mutant.apply(source))
+    except SyntaxError:
+        return False
+    return True
 
 
 class _Finder:

@@ -25,9 +25,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
-from tools.mutants import Mutant, mutants
+from tools.mutants import Mutant, compiles, mutants
 
 ROOT = Path(__file__).parent.parent
 CPU_SECONDS = 900
@@ -94,7 +95,9 @@ def sample(seed: int, count: int, source: Path) -> list[Mutant]:
             for path in sorted((source / "lycoris" / area).rglob("*.py"))
             for mutant in mutants(path.relative_to(source).as_posix(), path.read_bytes())
         ]
-        areas.append(draw.sample(found, -(-count // len(STAGES))))
+        draw.shuffle(found)
+        sound = (mutant for mutant in found if compiles(mutant, (source / mutant.path).read_bytes()))
+        areas.append(list(islice(sound, -(-count // len(STAGES)))))
     return [mutant for group in zip(*areas, strict=True) for mutant in group][:count]
 
 
