@@ -31,6 +31,8 @@ from pathlib import Path
 from tools.mutants import Mutant, compiles, mutants
 
 ROOT = Path(__file__).parent.parent
+NOT_RUN = 99
+"""Exit code of a run that failed before any test."""
 CPU_SECONDS = 900
 """After which a run counts as one that does not end; a mutant that loops for ever is killed."""
 CONTRACTS = "tests/contracts"
@@ -132,8 +134,15 @@ class Bench:
     def _passes(self, files: Sequence[str]) -> bool:
         process = os.fork()
         if process == 0:
-            os._exit(self._pytest(files))
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+            code = NOT_RUN
+            try:
+                code = self._pytest(files)
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code in (4, 5, NOT_RUN):
+            raise RuntimeError(f"pytest ran no tests of {', '.join(files)}: exit code {code}")
+        return code == 0
 
     def _pytest(self, files: Sequence[str]) -> int:
         import pytest
@@ -146,6 +155,8 @@ class Bench:
         sys.path.insert(0, str(self._source))
         os.environ["PYTHONPATH"] = str(self._source)
         words = ["-x", "-q", "-m", self._expression, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
+        # Plugins among the libraries that were loaded before.
+        words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         return int(pytest.main([*words, f"--rootdir={self._root}", *files]))
 
 
