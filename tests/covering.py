@@ -6,7 +6,8 @@ few of them run everything that all of them do. Those few have, together,
 - every value along every axis, and every setting and every layer;
 - every pair of classes of two axes: of an algorithm and a kind of layer, of an algorithm and a dtype.
 
-The other combinations are marked slow. `product` says that a test needs all of them.
+The other combinations are marked slow. `product` says that a test needs all of them, and `covers` names values of a
+parameter that have to be among the quick ones, where something else than its class tells what a case runs.
 """
 
 from __future__ import annotations
@@ -47,13 +48,19 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
             continue
         chosen = covering_set([axes_of(case) for case in cases], start=zlib.crc32(repr(name).encode()) % len(cases))
         for at, case in enumerate(cases):
-            if at not in chosen:
+            if at not in chosen and not is_named(case):
                 case.add_marker(pytest.mark.slow)
 
 
 def is_exempt(item: pytest.Item) -> bool:
     """Whether a case is slow anyway, or its test asks for the whole product."""
     return any(item.get_closest_marker(name) for name in ("slow", "product"))
+
+
+def is_named(item: pytest.Function) -> bool:
+    """Whether `covers` names the case."""
+    mark = item.get_closest_marker("covers")
+    return mark is not None and any(value in mark.args[0] for value in item.callspec.params.values())
 
 
 def axes_of(item: pytest.Function) -> dict[str, Hashable]:

@@ -67,6 +67,11 @@ def test_thinned(number, other): pass
 @pytest.mark.product
 def test_all(number, other): pass
 
+@each
+@pytest.mark.parametrize("other", range(10))
+@pytest.mark.covers({7})
+def test_named(number, other): pass
+
 @pytest.mark.parametrize("one", range(4))
 @pytest.mark.parametrize("two", range(4))
 def test_small(one, two): pass
@@ -93,7 +98,8 @@ def test_what_is_beyond_it_is_slow(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(PAGES)
     found = pytester.inline_run("--collect-only", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     (call,) = found.getcalls("pytest_collection_finish")
-    counts = dict.fromkeys(("thinned", "all", "small", "pairs", "checks"), 0)
+    counts = dict.fromkeys(("thinned", "all", "named", "small", "pairs", "checks"), 0)
     for item in call.session.items:
         counts[item.originalname.removeprefix("test_")] += 1
+    assert counts.pop("named") >= 10 + 20 - 1
     assert counts == {"thinned": 20, "all": 200, "small": 16, "pairs": 20, "checks": 40}
