@@ -24,7 +24,7 @@ import pytest
 
 SMALL = 16
 """Cases of a test of which none is left out."""
-FEW = 6
+FEW = 16
 """Values along an axis that are each a class of their own; of a longer axis only the registered ones have classes."""
 Feature = tuple[Hashable, ...]
 _CLASSES: dict[Hashable, Hashable] = {}
