@@ -80,4 +80,4 @@ ANSWERS = frozenset(
         ("tlora-last", "linear"),
     }
 )
-"""Pairs that, together, get every answer that any pair gets; `test_the_named_pairs_get_every_answer` finds what is missing."""
+"""Pairs that get, together, every answer; `test_the_named_pairs_get_every_answer` finds what is missing."""
