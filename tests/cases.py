@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import covering
 from lycoris import (
     BOFT,
     IA3,
@@ -124,6 +125,16 @@ LAYERS: dict[str, LayerCase] = {
     **testing_layers.LAYERS,
     "conv1d-transformers": LayerCase(Conv1D, (18, 12), {}, (2, 5, 12)),
 }
+
+
+def algorithm_class(algorithm: Algorithm) -> str:
+    """What is alike but for its settings: DoRA over LoRA is not DoRA over LoHa."""
+    inner = getattr(algorithm, "inner", None)
+    return type(algorithm).__name__ + (f" over {algorithm_class(inner)}" if inner else "")
+
+
+covering.register({name: algorithm_class(each) for name, each in WITH_SLICES.items()})
+covering.register({name: case.make.__name__ for name, case in LAYERS.items()})
 
 
 def serves(model: nn.Module, algorithm: Algorithm) -> bool:

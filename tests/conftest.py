@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import covering
 
 torch.set_num_threads(1)
 # The first draw of a process reads the source for constants, and a busy machine is slow at any draw.
@@ -12,6 +16,20 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline for 32-pixel images, as `save_pretrained` writes it."""
+    from training_runs import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m` looks at the marks."""
+    covering.mark_slow(items)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import covering
+
 
 def bits4(layer: nn.Linear, kind: str) -> nn.Module:
     import bitsandbytes as bnb
@@ -130,5 +132,6 @@ CPU: dict[str, Quantized] = {
     "gguf-q8": Quantized(lambda layer: gguf(layer, "Q8_0"), "GGUF Q8_0", 1 / 127),
     "gguf-q4": Quantized(lambda layer: gguf(layer, "Q4_0"), "GGUF Q4_0", 1 / 7),
 }
+covering.register({name: name.partition("-")[0] for name in CPU})
 SLOW = {"quanto-int4": COMPILED}
 EVERY = pytest.mark.parametrize("base", [pytest.param(name, marks=SLOW.get(name, ())) for name in CPU])

@@ -97,3 +97,8 @@ def _mutable(value: ast.expr) -> bool:
         return True
     call = ast.unparse(value.func).split(".")[-1].split("[")[0] if isinstance(value, ast.Call) else ""
     return call in {"dict", "list", "set", "defaultdict", "Counter", "deque", "WeakKeyDictionary", "WeakSet"}
+
+
+def test_tests_are_of_a_size_to_read() -> None:
+    tests = {path.name: len(path.read_text().splitlines()) for path in Path(__file__).parent.rglob("*.py")}
+    assert {name: lines for name, lines in tests.items() if lines > FILE_LIMIT} == {}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
+from cases import ALGORITHMS, relative
 from lycoris import OFT, Full, LoKr, LoRA
 from lycoris.adapters.adapter import Adapter
 from lycoris.algorithms import ALGORITHMS as KINDS

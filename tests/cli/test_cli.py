@@ -16,30 +16,37 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from lycoris.cli import app
-from lycoris.demo.demo import DEMO_ASSETS
 from lycoris.training import evaluate, loop
+from lycoris.training.base_model import suppress_library_output
 from lycoris.training.sampling import Sampling
 from lycoris.training.settings import Settings
+from training_runs import small_run
 
 LYCORIS = Path(sys.executable).with_name("lycoris")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as from a shell: for what a process is, such as what it loads."""
     return subprocess.run([LYCORIS, *words], capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
+def invoke(*words: str | Path) -> Result:
+    """In this process, which has the libraries loaded."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The demo's settings with few steps and no pictures."""
-    values: dict[str, Any] = json.loads((DEMO_ASSETS / "config.json").read_text())
-    for key in ("pretrained_model_name_or_path", "instance_data_dir", "lycoris_config"):
-        values[key] = str(DEMO_ASSETS / values[key])
+def config(tiny_base: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few steps and no pictures, alone in its folder."""
+    settings = tmp_path_factory.mktemp("settings")
+    values = small_run(tiny_base, settings, max_train_steps=2, num_eval_images=2, seed=42)
+    for key in ("instance_data_dir", "lycoris_config"):
+        values[key] = str(settings / values[key])
     del values["validation_prompts"], values["validation_prompts_outside"]
-    values.update(output_dir="out", max_train_steps=2, train_batch_size=2, num_eval_images=2, report_to="none")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     return path
@@ -105,30 +112,30 @@ def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path) ->
     out = config.parent / "out"
     assert (out / "report.json").is_file()
     code = made.stdout[made.stdout.index("from diffusers") :].replace("pipe(", "pipe(num_inference_steps=2, prompt=")
-    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert drawn.returncode == 0, drawn.stderr
+    with suppress_library_output():
+        exec(code, {})
     with Image.open(out / "picture.png") as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (32, 32)
 
 
 def test_a_finished_run_is_replaced_only_with_force(config: Path) -> None:
     out = config.parent / "out"
     out.mkdir()
     (out / "pytorch_lora_weights.safetensors").write_text("an earlier run's")
-    made = run("train", config)
-    assert made.returncode == 2
+    made = invoke("train", config)
+    assert made.exit_code == 2
     assert "has pytorch_lora_weights.safetensors of an earlier run" in made.stderr
     assert "--force" in made.stderr
     assert [path.name for path in out.iterdir()] == ["pytorch_lora_weights.safetensors"]
-    assert run("train", config, "--force").returncode == 0
+    assert invoke("train", config, "--force").exit_code == 0
     assert (out / "report.json").is_file()
 
 
 def test_the_recipe_that_is_read_is_not_written(config: Path) -> None:
     (config.parent / "lycoris_config.json").write_text('{"algo": "lora"}')
     change(config, lycoris_config="lycoris_config.json", output_dir=".")
-    made = run("train", config)
-    assert made.returncode == 2
+    made = invoke("train", config)
+    assert made.exit_code == 2
     assert "holds lycoris_config.json, which is read here" in made.stderr
     assert (config.parent / "lycoris_config.json").read_text() == '{"algo": "lora"}'
 
@@ -161,13 +168,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config: Path) -> None:
     process = subprocess.Popen(
         [LYCORIS, "train", config, "--output-dir", out], text=True, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (out / "checkpoint-2").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130
     assert f"--output-dir {out} --resume latest" in said
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
@@ -177,8 +184,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config: Path) -> None:
 
     last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     config.write_text(json.dumps({**values, "max_train_steps": last + 1}))
-    made = run("train", config, "--output-dir", out, "--resume", "latest")
-    assert made.returncode == 0, made.stderr
+    made = invoke("train", config, "--output-dir", out, "--resume", "latest")
+    assert made.exit_code == 0, made.output
     assert json.loads((out / "report.json").read_text())["steps"] == last + 1
 
 
@@ -190,24 +197,23 @@ def change(config: Path, **changes: Any) -> None:
     ("old", "new", "words"),
     [
         ('"out"', '"config.json/out"', "config.json is a file"),
-        ('"learning_rate": 0.002', '"learning_rate": 1e999', "learning_rate = inf"),
+        ('"learning_rate": 0.01', '"learning_rate": 1e999', "learning_rate = inf"),
         ('"seed": 42', f'"seed": {2**70}', f"seed = {2**70}"),
     ],
 )
 def test_bad_values_are_one_message_and_leave_nothing(config: Path, old: str, new: str, words: str) -> None:
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
-    made = run("train", config)
-    assert made.returncode == 2
+    made = invoke("train", config)
+    assert made.exit_code == 2
     assert words in made.stderr
-    assert "Traceback" not in made.stderr
     assert list(config.parent.iterdir()) == [config]
 
 
 def test_any_folder_name_will_do(config: Path) -> None:
     change(config, output_dir="x[/bold]")
-    made = run("train", config)
-    assert made.returncode == 0, made.stderr
+    made = invoke("train", config)
+    assert made.exit_code == 0, made.output
     assert (config.parent / "x[" / "bold]" / "report.json").is_file()
 
 
@@ -217,19 +223,19 @@ def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monk
     monkeypatch.setattr(evaluate, "sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
     with monkeypatch.context() as patched:
         patched.setattr(loop, "interruptible", lambda: nullcontext(lambda: True))
-        assert CliRunner().invoke(app, words).exit_code == 130
+        assert invoke(*words).exit_code == 130
     assert (out / "checkpoint-1").is_dir()
-    made = CliRunner().invoke(app, words)
+    made = invoke(*words)
     assert made.exit_code == 0, made.output
     assert f"resuming from {out / 'checkpoint-1'}" in made.output
     assert not (out / "checkpoint-1").exists()
-    refused = CliRunner().invoke(app, words)
+    refused = invoke(*words)
     assert refused.exit_code == 2
     commands = [line.strip() for line in made.output[made.output.index("Next:") :].splitlines() if "lycoris " in line]
     assert len(commands) == 3
     for command in commands:
         program, *rest = shlex.split(command)
         assert program == "lycoris"
-        done = run(*rest)
-        assert done.returncode == 0, done.stderr
+        done = invoke(*rest)
+        assert done.exit_code == 0, done.output
         assert done.stderr == ""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from tests.cases import ALGORITHMS, relative
 from torch import Tensor
 
+import covering
+from cases import ALGORITHMS, relative
 from lycoris import OFT
 from lycoris.adapters.adapter import Adapter
 from lycoris.adapters.bundle import Bundle
@@ -51,22 +51,10 @@ FILES = [name for name, each in DIALECTS.items() if not each.is_folder]
 SETTINGS = ALGORITHMS | {"oft-constraint": OFT(block_size=2, constraint=1 / 64)}
 """A constraint that the file, which keeps it in single precision, does not round."""
 Tensors = dict[str, Tensor]
-Case = tuple[str, Bundle, tuple[Tensors, Tensors]]
-"""Setting, adapters, and by layer the weight below and what the adapters add to it."""
-USUAL = ("diffusers", "comfyui", "kohya")
-"""Formats that are tried for every family; the others are, in the quick tests, for these."""
-THOROUGH = (
-    "sdxl-unet",
-    "sd3",
-    "flux1",
-    "flux2",
-    "wan",
-    "hunyuanvideo",
-    "z-image",
-    "minimax-h3",
-    "clip",
-    "language-model",
-)
+NAMINGS = {name: len(each.namings) for name, each in ARCHITECTURES.items()}
+"""Of architectures with as many namings, one with each setting and each format is quick."""
+covering.register(NAMINGS)
+covering.register({"oft-constraint": "OFT"})
 MODELS = [(name, outline) for name, each in ARCHITECTURES.items() for outline in each.outlines[:1]]
 
 
@@ -102,22 +90,13 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
 
 
 @cache
-def bundles(architecture: str, outline: str) -> tuple[NamedLayout, tuple[Case, ...]]:
-    """A layout, and one bundle for each setting with the weights that it is over."""
+def made(architecture: str, outline: str, name: str) -> tuple[NamedLayout, Bundle, Tensors]:
+    """A layout, adapters of one setting on its layers, and by layer the weight that they are over."""
     torch.manual_seed(zlib.crc32(outline.encode()))
     where = layout(architecture, outline)
-    return where, tuple(made(where))
-
-
-def made(where: NamedLayout) -> Iterator[Case]:
-    plain = not where.architecture or not where.architecture.namings
     weights = {path: torch.randn(g.stacked_shape(g.shape), dtype=torch.float64) for path, g in where.layers.items()}
-    for name in NAMES[:3] if plain else NAMES:
-        each = {path: entry(SETTINGS[name], g, weights[path]) for path, g in where.layers.items()}
-        entries = {path: (one,) for path, one in each.items() if one is not None}
-        if entries:
-            expected = {path: change(stack, weights[path]) for path, stack in entries.items()}
-            yield name, Bundle(entries), (weights, expected)
+    each = {path: entry(SETTINGS[name], g, weights[path]) for path, g in where.layers.items()}
+    return where, Bundle({path: (one,) for path, one in each.items() if one is not None}), weights
 
 
 def change(stack: tuple[Entry, ...], weight: Tensor) -> Tensor:
@@ -146,39 +125,31 @@ def rightly_refused(error: FileError, bundle: Bundle, kind: str, dialect: str) -
     assert (served is not None and kind not in served) or tied, str(error)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "outline", "dialect"),
-    [
-        pytest.param(*model, dialect, marks=() if dialect in USUAL or model[0] in THOROUGH else pytest.mark.slow)
-        for dialect in FILES
-        for model in MODELS
-    ],
-)
-def test_read_as_written(architecture: str, outline: str, dialect: str) -> None:
-    where, settings = bundles(architecture, outline)
-    served = DIALECTS[dialect].algorithms
-    for name, bundle, (weights, expected) in settings:
-        kind = SETTINGS[name].name
-        bundle = held(bundle, dialect)
-        if not bundle.entries:
-            continue
-        try:
-            written = compose(bundle, dialect, model=where)
-        except FileError as error:
-            rightly_refused(error, bundle, kind, dialect)
-            continue
-        assert served is None or kind in served
-        read = resolve(written.tensors, where, dialect, metadata=written.header)
-        assert read.entries.keys() == bundle.entries.keys(), name
-        for path, stack in bundle.entries.items():
-            expected = change(stack, weights[path])
-            assert relative(change(read.entries[path], weights[path]), expected) < EXACT, (name, path)
+@pytest.mark.parametrize("dialect", FILES)
+@pytest.mark.parametrize(("architecture", "outline"), MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_read_as_written(architecture: str, outline: str, name: str, dialect: str) -> None:
+    where, bundle, weights = made(architecture, outline, name)
+    bundle = held(bundle, dialect)
+    served, kind = DIALECTS[dialect].algorithms, SETTINGS[name].name
+    if not bundle.entries:
+        return
+    try:
+        written = compose(bundle, dialect, model=where)
+    except FileError as error:
+        rightly_refused(error, bundle, kind, dialect)
+        return
+    assert served is None or kind in served
+    read = resolve(written.tensors, where, dialect, metadata=written.header)
+    assert read.entries.keys() == bundle.entries.keys()
+    for path, stack in bundle.entries.items():
+        assert relative(change(read.entries[path], weights[path]), change(stack, weights[path])) < EXACT, path
 
 
 @pytest.mark.parametrize(("architecture", "outline"), MODELS)
 def test_recognised_without_being_told(architecture: str, outline: str) -> None:
     """The dialect may be told by its keys alone, whichever of those that look alike is found."""
-    where, ((_, bundle, (weights, expected)), *_) = bundles(architecture, outline)
+    where, bundle, weights = made(architecture, outline, "lora")
     for dialect in FILES:
         own = held(bundle, dialect)
         if not own.entries:
@@ -186,5 +157,5 @@ def test_recognised_without_being_told(architecture: str, outline: str) -> None:
         written = compose(own, dialect, model=where)
         read = resolve(written.tensors, where, metadata=written.header)
         assert read.entries.keys() == own.entries.keys(), dialect
-        for path in own.entries:
-            assert relative(change(read.entries[path], weights[path]), expected[path]) < EXACT
+        for path, stack in own.entries.items():
+            assert relative(change(read.entries[path], weights[path]), change(stack, weights[path])) < EXACT

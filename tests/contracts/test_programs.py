@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ from lycoris.files.programs.portable import make_portable
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.layers.sites import ModelSites
 from programs import Refused, comfyui, forge, invokeai, musubi, simpletuner, tuners, webui
+from programs.answers import ANSWERS
+
+pytestmark = pytest.mark.covers(ANSWERS)
 
 SAME = 1e-5
 READERS = {
@@ -137,6 +141,23 @@ def check_told(verdict: Verdict, found: Affine | None, wanted: Affine, base: Aff
     off = error(change(found, base), change(wanted, base))
     assert verdict.reads == ("as trained" if off <= SAME else "differently"), (where, off)
     assert verdict.error is None or verdict.error == pytest.approx(off, rel=0.1), where
+
+
+def answers(pair: tuple[str, str]) -> set[tuple[str, ...]]:
+    """Which rows of the tables hold for it, with the weight below it and without: programs and words, no figures."""
+    case = made(*pair)
+    found = set()
+    for name, program in PROGRAMS.items():
+        for verdict in (program.verdict(case.entry, case.base), program.verdict(case.entry)):
+            found.add((name, verdict.reads, re.sub(r"[\d.e+-]*\d[\d.e+-]*", "#", verdict.why), str(verdict.remedy)))
+    return found
+
+
+@pytest.mark.slow
+def test_the_named_pairs_get_every_answer() -> None:
+    every = {pair: answers(pair) for pair in ALL_PAIRS}
+    named = set().union(*(every[pair] for pair in ANSWERS))
+    assert not {pair: found - named for pair, found in every.items() if found - named}
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
