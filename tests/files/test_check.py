@@ -236,7 +236,7 @@ def test_a_scale_that_is_not_what_was_trained(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"ss_network_args": '{"algo": "dylora", "block_size": "2"}'})
     found = check(path, "comfyui")
     assert {each.reads for each in found.layers.values()} == {"differently"}
-    assert "its DyLoRA was trained at 2 times the scale that it says" in str(found)
+    assert "its DyLoRA was trained at 2 times the stored scale" in str(found)
     assert "an export makes it right: written with the scale that was trained" in str(found)
 
 

@@ -45,7 +45,7 @@ class TestAsTrained:
         said = {"ss_network_args": json.dumps({"algo": "dylora", "block_size": "2"})}
         scale, told = self.scale(said)
         assert scale == 1.0
-        assert "DyLoRA was trained at 2 times the scale" in told
+        assert "DyLoRA was trained at 2 times the stored scale" in told
         assert self.scale({"lycoris_config": json.dumps({"algo": "dylora"})})[0] == 2.0
         assert self.scale(said | {"lycoris_scale": "{}"})[0] == 0.5, "this library wrote it"
 

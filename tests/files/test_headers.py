@@ -110,8 +110,8 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "shape long": ({"a": entry(shape=[1] * 65 + [2])}, "at most 64"),
     "shape too large": ({"a": entry(shape=[2**62, 2])}, "more than can be counted"),
     "shape wraps round": ({"a": entry(shape=[2**32, 2**32, 2])}, "more than can be counted"),
-    "shape beyond": ({"a": entry(shape=[10**30])}, "whole numbers"),
-    "shape of a hundred digits": ({"a": entry(shape=[10**100])}, "whole numbers"),
+    "shape beyond": ({"a": entry(shape=[10**30])}, "non-negative integers"),
+    "shape of a hundred digits": ({"a": entry(shape=[10**100])}, "non-negative integers"),
     "shape empty but huge": ({"a": entry(shape=[2**40, 0, 2**40], at=[0, 0])}, "more than can be counted"),
     "shape and bytes": (
         {"a": entry(shape=[3])},
@@ -182,7 +182,7 @@ def test_a_hostile_header_takes_no_more_than_a_good_one(bomb: str, tmp_path: Pat
 
 
 def test_more_keys_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lycoris.files.container.headers.MEMBERS", 3)
+    monkeypatch.setattr("lycoris.files.container.headers.MAX_KEYS", 3)
     metadata = {str(n): "" for n in range(4)}
     assert len(read_header(put(tmp_path, raw({"__metadata__": dict(list(metadata.items())[:3])}))).metadata) == 3
     refused(put(tmp_path, raw({"__metadata__": metadata})), "of __metadata__ has more than 3 keys")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lycoris.adapters.load_report import SHOWN, Report
 from lycoris.errors import FileError, prefix_errors, unknown
@@ -22,7 +22,7 @@ from lycoris.files.growth import GROWTH_ADVICE, FileSize, GrowthError, count_for
 from lycoris.files.opening import open_file
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS
-from lycoris.files.rewriting import Rewriter
+from lycoris.files.rewriting import Rewriter, RewrittenFile
 from lycoris.files.writing import EncodedFile
 
 
@@ -122,12 +122,7 @@ def convert(
             made = order.rewrite_for_program(portable, to) if portable is not None else order.rewrite(str(to))
     except GrowthError as error:
         raise GrowthError(f"{error}. {GROWTH_ADVICE}") from error
-    if made.folder is None:
-        save_tensors(made.written.tensors, target, made.written.header)
-    else:
-        write_peft(made.folder, target, dtype=dtype)
-        made.written.tensors.update(load_tensors(Path(target) / WEIGHTS)[0])
-    written = made.written.tensors
+    written = _write_result(made, target, dtype)
     return Conversion(
         detection=found.detection,
         reports={name: bundle.report for name, bundle in found.bundles.items()},
@@ -142,6 +137,16 @@ def convert(
         after=FileSize.measure(written, measure_file(target)),
         unchanged=made.unchanged,
     )
+
+
+def _write_result(made: RewrittenFile, target: str | os.PathLike[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Write the file or folder, and return its tensors."""
+    if made.folder is None:
+        save_tensors(made.written.tensors, target, made.written.header)
+    else:
+        write_peft(made.folder, target, dtype=dtype)
+        made.written.tensors.update(load_tensors(Path(target) / WEIGHTS)[0])
+    return made.written.tensors
 
 
 def _check_request(to: str | None, portable: str | None) -> None:
