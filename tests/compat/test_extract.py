@@ -125,7 +125,7 @@ def test_mistakes() -> None:
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
             extract_diff([], [], base, tuned, mode, **wrong)  # type: ignore[arg-type]  # wrong on purpose
     tuned.a = nn.Linear(12, 17)
-    with pytest.raises(FileError, match=r"a is linear \(16, 12\) with bias in the base and linear \(17, 12\)"):
+    with pytest.raises(FileError, match=r"a is linear \(16, 12\) with bias in the base model and linear \(17, 12\)"):
         extract_diff([], [], base, tuned)
 
 
@@ -182,7 +182,7 @@ def test_layers_and_models_of_one_side_are_errors() -> None:
             extract_diff([], [], *models)
     base, tuned = pair()
     tuned.a = nn.Linear(12, 16, bias=False)
-    with pytest.raises(FileError, match=r"with bias in the base and .* without bias"):
+    with pytest.raises(FileError, match=r"with bias in the base model and .* without bias"):
         extract_diff([], [], base, tuned)
     for given in (([base], [], None, None), ([], [], base, None), ([None], [tuned], base, tuned)):
         with pytest.raises(ConfigError, match="each base model needs a fine-tuned counterpart"):

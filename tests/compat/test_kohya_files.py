@@ -128,7 +128,7 @@ def test_a_header_is_that_of_every_other_file(tmp_path: Path) -> None:
 
 def test_two_models_of_one_name_are_refused(host: Host) -> None:
     encoders = [host.encoders[0], T5EncoderModel(), host.encoders[1]]
-    with pytest.raises(ConfigError, match=r"both called lora_te3"):
+    with pytest.raises(ConfigError, match=r"have the same prefix lora_te3"):
         create_network(1.0, 4, 1, None, encoders, host.unet, train_t5xxl=True)
 
 
@@ -144,7 +144,7 @@ def test_the_header_says_what_tensors_mean_whenever_they_are_loaded(host: Host, 
     raw = of_lycoris_4(host, path)
     network, sd = create_network_from_weights(1.0, path, None, host.encoders, host.unet)
     assert {module.scale for module in network.loras} == {2 * 2 / 4}
-    assert [text for text in caplog.messages if "its DyLoRA was trained at 2 times the scale" in text]
+    assert [text for text in caplog.messages if "its DyLoRA was trained at 2 times the stored scale" in text]
     network.apply_to(host.encoders, host.unet)
     live = host()
     for load in (lambda: network.load_weights(path), lambda: network.load_state_dict(sd, False)):

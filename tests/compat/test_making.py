@@ -166,7 +166,7 @@ def test_a_preset_in_a_file_and_names_that_were_replaced(model: MyModel, tmp_pat
     (tmp_path / "mine.toml").write_text('enable_conv = false\ntarget_module = ["FeedForward"]\n')
     network = create_lycoris(model, preset=str(tmp_path / "mine.toml"), algo="locon", use_cp=False)
     assert names(network) == {"lycoris_blocks_1_net_0", "lycoris_blocks_1_net_2"}
-    assert caplog.messages == ["use_cp is called use_tucker now"]
+    assert caplog.messages == ["use_cp is deprecated; use use_tucker"]
     with pytest.raises(ConfigError, match="neither a built-in preset nor a file"):
         create_lycoris(model, preset="nowhere.toml")
     for name, text in (("a.toml", "target_module = ["), ("b.toml", "a=" + "[" * 10**5), ("c.json", "[" * 10**5)):

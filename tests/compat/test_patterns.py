@@ -189,7 +189,7 @@ def test_lora_plus_has_no_effect_on_others_and_says_so(algo: str, host: Host, ca
     network = create_network(1.0, 4, 1, None, None, host.unet, algo=algo, preset=preset, loraplus_lr_ratio="16")
     caplog.clear()
     assert network.prepare_optimizer_params(None, 1e-3, None)[1] == ["unet"]
-    assert caplog.messages == ["LoRA+ has no effect on unet: it is for LoRA, LoHa, LoKr"]
+    assert caplog.messages == ["LoRA+ has no effect on unet; it is supported for LoRA, LoHa, LoKr"]
 
 
 @pytest.mark.parametrize("written", ["lora_te", "lora_te1"])

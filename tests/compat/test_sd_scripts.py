@@ -144,7 +144,7 @@ def test_every_value_may_be_a_string_or_none(host: Host) -> None:
 def test_unknown_and_renamed_keywords_are_told(host: Host, caplog: Any) -> None:
     create_network(1.0, 4, 1, None, host.encoders, host.unet, algo="diag-oft", constrain="0.5", facter="3")
     assert sum("facter" in text and "did you mean 'factor'" in text for text in caplog.messages) == 1
-    assert "constrain is called constraint now" in caplog.messages
+    assert "constrain is deprecated; use constraint" in caplog.messages
     assert len(caplog.messages) == 2
     loud = create_network(1.0, 4, 1, None, None, host.unet, algo="locon", disable_conv_cp="False")
     assert next(m for m in loud.loras if m.lora_name.endswith("conv1")).algorithm.tucker

@@ -272,7 +272,7 @@ def test_wrong_models_files_and_arguments(name: str, caplog: Any) -> None:
     caplog.clear()
     module.create_network(1.0, 2, 1.0, None, [None], sdxl(), surprise="1", exclude_patterns="['nowhere']")
     assert [text.split("; known")[0] for text in caplog.messages if "surprise" in text] == [
-        "unknown option 'surprise' was ignored"
+        "unknown option 'surprise' is ignored"
     ]
     assert [text for text in caplog.messages if text.startswith("'nowhere' in exclude_patterns matches")]
 

@@ -94,10 +94,10 @@ def test_a_sheet_is_cut_into_tiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": "../s.png"}, "must be the name of a file beside the sheet"),
-        ({"image": "/etc/passwd"}, "must be the name of a file beside the sheet"),
+        ({"image": "../s.png"}, "must be the name of a file in the folder of the sheet"),
+        ({"image": "/etc/passwd"}, "must be the name of a file in the folder of the sheet"),
         ({"image": "other.png"}, "other.png is not a readable image"),
-        ({"columns": 3}, "3 columns of 8 pixels"),
+        ({"columns": 3}, "8 pixels in 3 columns"),
         ({"items": [{"name": "x"}]}, "is not a sheet"),
     ],
 )

@@ -56,7 +56,7 @@ def test_it_is_one_screen_that_says_what_to_do(config: Path) -> None:
     text = str(caught.value)
     assert sum(len(textwrap.wrap(line, 120)) for line in text.splitlines()) <= 24
     for words in (
-        "kept: 2", "checkpoint_step_interval → checkpointing_steps", "optimizer = adamw_bf16 → adamw",
+        "used as they are: 2", "checkpoint_step_interval → checkpointing_steps", "optimizer = adamw_bf16 → adamw",
         "hub_model_id, push_to_hub", "nothing is uploaded", "not supported: 7 keys", "use_ema = \"true\"",
         "name the folder of images as instance_data_dir", "--allow-unsupported",
     ):  # fmt: skip
@@ -94,7 +94,7 @@ def test_text_is_a_number_only_as_on_a_command_line() -> None:
 def test_one_setting_under_two_names_is_refused() -> None:
     found = translate_config({"validation_steps": 1, "validation_step_interval": 2}, KNOWN)
     assert found.values == {"validation_steps": 1}
-    assert "leave one out" in next(iter(found.unsupported))
+    assert "remove one of them" in next(iter(found.unsupported))
 
 
 def test_no_key_of_this_library_is_taken_for_anothers() -> None:

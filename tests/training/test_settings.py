@@ -36,7 +36,7 @@ NEEDED = {"lycoris_config": "l.json", "pretrained_model_name_or_path": "base", "
         ({"lora_type": "standard"}, ["lora_type = 'standard'", "'lycoris'"]),
         ({"model_family": "flux"}, ["model_family = 'flux'", "cannot be trained yet", "sd1x"]),
         ({"validation_prompts": "a cat"}, ["validation_prompts = 'a cat'"]),
-        ({"validation_prompts": ["cat"], "validation_prompts_outside": ["cat"]}, ["cat", "keep them in one"]),
+        ({"validation_prompts": ["cat"], "validation_prompts_outside": ["cat"]}, ["cat", "remove them from one"]),
     ],
 )
 def test_a_mistake_names_key_and_value(changes: dict[str, Any], words: list[str]) -> None:
@@ -110,7 +110,7 @@ def test_another_pipeline_class_is_not_yet_supported(settings: Callable[..., Set
 
 
 def test_a_folder_without_a_pipeline_is_refused(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
+    with pytest.raises(ConfigError, match="neither a pipeline folder"):
         base_model.check_base_model(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_in_a_file_is_relative_to_it_or_a_name_in_output_dir(
 @pytest.mark.parametrize("text", ["[]", "3", '"StableDiffusionPipeline"', "{"])
 def test_an_index_that_is_none_is_refused(settings: Callable[..., Settings], tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
-    with pytest.raises(ConfigError, match="neither a folder with a pipeline"):
+    with pytest.raises(ConfigError, match="neither a pipeline folder"):
         base_model.check_base_model(settings(pretrained_model_name_or_path=str(tmp_path)))
 
 

@@ -26,7 +26,7 @@ from lycoris.compat.quantized import is_substitute
 from lycoris.compat.tensor_aliases import (
     check_assignable,
     get_by_old_name,
-    list_file_names,
+    list_attribute_names,
     write_by_old_name,
     write_tensor,
 )
@@ -227,7 +227,7 @@ class AdapterView(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters by the names that they have in files; `scalar` is a trained scalar."""
-        names = list_file_names(self.algorithm)
+        names = list_attribute_names(self.algorithm)
         for slot, tensor in self.adapter.named_parameters():
             yield f"{prefix}{'.' if prefix else ''}{names[slot]}", tensor
 

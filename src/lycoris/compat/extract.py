@@ -18,7 +18,7 @@ from lycoris.algorithms import Full, LoRA, Norm, conversion
 from lycoris.algorithms.base import Entry
 from lycoris.algorithms.tensors import ALPHA
 from lycoris.compat.extract_layer import Mode, select_rank
-from lycoris.compat.kohya import list_components
+from lycoris.compat.kohya import Component, list_components
 from lycoris.compat.merge import unwrap_single
 from lycoris.errors import ConfigError, FileError, unknown
 from lycoris.files.dialects.base import flatten
@@ -75,22 +75,26 @@ def extract_diff(
     found: dict[str, Tensor] = {}
     models = zip(list_components(unwrap_single(base_tes), base_unet), [m for m in afters if m is not None], strict=True)
     for component, after in models:
-        entries: dict[str, tuple[Entry, ...]] = {}
-        lost = list(_find_other_changes(component.model, after))
-        for place, other in _pair_layers(component.model, after):
-            weight, bias = _compute_change(place, other, extract_device)
-            if place.geometry.kind == "embedding" and mode != "full":
-                lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' stores it)"]
-            elif stack := _build_entries(place.geometry, weight, bias, wanted):
-                entries[place.path] = stack
-                found |= _largest_residuals(
-                    f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity
-                )
-        if lost:
-            logger.warning("%s: changed but not stored: %s", component.prefix, some(lost))
-        found |= files.encode(Bundle(entries), prefix=component.prefix)
+        found |= _extract_model(component, after, wanted, extract_device)
     converted = {key: tensor if key.endswith(f".{ALPHA}") else _to_half(tensor) for key, tensor in found.items()}
     return {key: tensor.cpu().contiguous() for key, tensor in converted.items()}
+
+
+def _extract_model(component: Component, tuned: nn.Module, wanted: _Selection, device: Any) -> dict[str, Tensor]:
+    """Return the tensors for one model; what changed and cannot be stored is logged."""
+    found: dict[str, Tensor] = {}
+    entries: dict[str, tuple[Entry, ...]] = {}
+    lost = list(_find_other_changes(component.model, tuned))
+    for place, other in _pair_layers(component.model, tuned):
+        weight, bias = _compute_change(place, other, device)
+        if place.geometry.kind == "embedding" and wanted.mode != "full":
+            lost += [] if weight is None else [f"{place.path}, an embedding (mode='full' stores it)"]
+        elif stack := _build_entries(place.geometry, weight, bias, wanted):
+            entries[place.path] = stack
+            found |= _largest_residuals(f"{component.prefix}_{flatten(place.path)}", stack[0], weight, wanted.sparsity)
+    if lost:
+        logger.warning("%s: changed but not stored: %s", component.prefix, some(lost))
+    return found | files.encode(Bundle(entries), prefix=component.prefix)
 
 
 def _check_arguments(mode: str, **numbers: float) -> None:

@@ -74,8 +74,8 @@ def write_tensor(name: str, own: Tensor, value: Tensor) -> None:
     sharding.assign(own, value)
 
 
-def list_file_names(algorithm: Algorithm) -> dict[str, str]:
-    """Return slot → name in files.
+def list_attribute_names(algorithm: Algorithm) -> dict[str, str]:
+    """Return slot → name of the tensor, as in files.
 
     Slots that files have no name for are included: a trained scalar is `scalar`.
     """
@@ -94,7 +94,7 @@ def get_by_old_name(adapter: Adapter, name: str) -> Any:
     tensors = adapter.tensors()
     if name == "scalar":
         return tensors["scalar"] if "scalar" in tensors else ConstantTensor.from_value(name, 1.0)
-    for slot, key in list_file_names(adapter.algorithm).items():
+    for slot, key in list_attribute_names(adapter.algorithm).items():
         if slot in tensors and key == name:
             return tensors[slot]
         if slot in tensors and key == f"{name}.weight":
@@ -127,7 +127,7 @@ def write_by_old_name(adapter: Adapter, name: str, value: Any) -> bool:
             raise ConfigError(f"{name} is a tensor of shape {tuple(own.shape)}; {value!r:.80} cannot be assigned to it")
         write_tensor(name, own, value)
         return True
-    known = {key.removesuffix(".weight") for key in list_file_names(adapter.algorithm).values()}
+    known = {key.removesuffix(".weight") for key in list_attribute_names(adapter.algorithm).values()}
     known |= {"weight", "bias"} if isinstance(unwrap_dora(adapter.algorithm), Full) else set()
     if name in ALGORITHM_ATTRIBUTES:
         raise ConfigError(
