@@ -56,8 +56,7 @@ class AdapterSet:
         """Which ranks act, for adapters that follow the timestep: schedule, batch layout, following a pipeline."""
         self._strengths, self._merged_at = Strengths(), Strengths()
         self._merges: dict[str, Merge] = {}
-        self._attached_by_merge = False
-        self._attached = False
+        self._attached, self._attached_by_merge = False, False
         self._frozen: list[freezing.OwnedParameter] = []
 
     # -- making ------------------------------------------------------------------------------------------------------
@@ -110,13 +109,12 @@ class AdapterSet:
     def attach(self, *, freeze: bool = True) -> AdapterSet:
         """Put every adapter on its layer, on top of what is there. All or nothing; a second call does nothing.
 
-        The model's own parameters are frozen, so that only adapters train, and `detach` gives back to each the
-        `requires_grad` that it had. `freeze=False` leaves them as they are.
+        The model's own parameters are frozen, so that only adapters train, until `detach`; `freeze=False` leaves them
+        as they are. While merged, attached adapters do nothing, as their effect is in the weights. For low-bit layers
+        the logger "LyCORIS" has a table of what works on them; see `capabilities`.
 
-        Raises `AttachError` while another set has some of them attached or merged.
-
-        While merged, the adapters are there and wait: what they do is in the weights. On low-bit layers the logger
-        "LyCORIS" says what works on them, which `capabilities` has as a value.
+        Raises:
+            AttachError: Another set has some of these adapters attached or merged, or a layer was replaced.
         """
         if not self._attached:
             self._check_layers()
@@ -292,9 +290,8 @@ class AdapterSet:
     ) -> MergeReport:
         """Fold the adapters into the layers' weights, at the strength in force or the one given.
 
-        Computed in float32 (float64 for such weights) and rounded once; the report says how much of each update that
-        took. `stochastic_seed` rounds up or down by chance, so that small updates survive in the mean. The layers' old
-        parameters are kept aside and `unmerge` puts the very same objects back.
+        Computed in float32 (float64 for such weights) and rounded once, with a `stochastic_seed` up or down at random;
+        the report says how much of each update that lost. `unmerge` puts the very same old parameters back.
 
         Raises `AttachError`, and changes nothing, for low-bit weights unless `into_low_bit` asks for it, and for
         layers that share a parameter with other modules unless `untie` does: they no longer do so while merged.

@@ -144,7 +144,7 @@ def stage(rows: Tensor, turn: Tensor, i: int) -> Tensor:
 
 
 def stages_to_join(m: int, s: int) -> int:
-    """How many neighbouring stages of m are best applied as one: larger blocks, fewer passes over the activations."""
+    """How many neighboring stages of m are best applied as one: larger blocks, fewer passes over the activations."""
 
     def cost(many: int) -> int:
         return sum((s // 2 << min(many, m - at)) + PASS for at in range(0, m, many))
@@ -159,7 +159,7 @@ def butterfly_work(o: int, m: int, s: int) -> int:
 
 
 class Butterfly(NamedTuple):
-    """Stages of a butterfly, neighbours multiplied into one matrix of larger blocks: fewer passes over activations."""
+    """Stages of a butterfly, neighbors multiplied into one matrix of larger blocks: fewer passes over activations."""
 
     turns: list[Tensor]
     """(blocks, size, size) each, for channels on the right, minus I."""

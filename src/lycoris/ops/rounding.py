@@ -25,7 +25,7 @@ def to_dtype(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = 
     """
     limit = torch.finfo(dtype)
     if generator is not None and limit.bits < torch.finfo(x.dtype).bits:
-        # Neighbours in the target format are eps·2^e apart, with e the exponent of x, or of the smallest normal number.
+        # Neighbors in the target format are eps·2^e apart, with e the exponent of x, or of the smallest normal number.
         exponent = torch.frexp(x.abs().clamp_min(limit.tiny)).exponent - 1
         step = torch.ldexp(torch.full_like(x, limit.eps), exponent)
         x = (_up_or_down(x / step, generator) * step).clamp(limit.min, limit.max)

@@ -1,6 +1,6 @@
 """`lycoris_config.json`: the settings that trainers hand over, and the plan that they mean for a model.
 
-Names, defaults and matching rules are those that existing configs rely on. Every option is honoured, refused, or
+Names, defaults and matching rules are those that existing configs rely on. Every option is honored, refused, or
 remarked upon; none is dropped.
 """
 
