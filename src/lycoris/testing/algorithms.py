@@ -103,7 +103,7 @@ def check_forward_equals_merged(algorithm: Algorithm, case: LayerCase) -> None:
         attached = model(x)
         error = relative_error(attached, dense_output(model, x))
         assert error < TOLERANCE, f"forward and transform differ by {error:.1e} at strength {strength}"
-        merge(adapters)
+        merge_set(adapters)
         error = relative_error(model(x), attached)
         assert error < TOLERANCE, f"forward and the merged layer differ by {error:.1e} at strength {strength}"
 
@@ -185,7 +185,7 @@ def check_unmerge(algorithm: Algorithm, case: LayerCase) -> None:
     parameters, before = dict(model.layer._parameters), model(x)
     adapters = adapt(model, algorithm)
     attached = model(x)
-    merge(adapters)
+    merge_set(adapters)
     adapters.unmerge()
     same = all(model.layer._parameters[name] is parameter for name, parameter in parameters.items())
     assert same, "unmerging has to bring back the same parameter objects"
@@ -249,7 +249,7 @@ def dense_output(model: OneLayer, x: Tensor) -> Tensor:
     return output
 
 
-def merge(adapters: AdapterSet) -> None:
+def merge_set(adapters: AdapterSet) -> None:
     """Merge, expecting the warning about timesteps exactly where the adapters follow them."""
     with warnings.catch_warnings():
         if adapters.rank_masks.are_used:

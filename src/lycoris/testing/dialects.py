@@ -21,7 +21,7 @@ from lycoris.testing.algorithms import perturb, relative_error
 
 EXACT = 1e-10
 
-USUAL: tuple[Algorithm, ...] = (
+DIALECT_SETTINGS: tuple[Algorithm, ...] = (
     LoRA(rank=2, alpha=1.0),
     LoHa(rank=2, alpha=1.0),
     LoKr(rank=1, alpha=0.5, factor=2),
@@ -31,7 +31,7 @@ USUAL: tuple[Algorithm, ...] = (
 """Settings that differ in what a format has to store."""
 
 
-def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm] = USUAL) -> None:
+def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm] = DIALECT_SETTINGS) -> None:
     """Write adapters of a model in a format and read them back, with and without naming the format.
 
     Args:

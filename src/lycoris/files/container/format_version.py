@@ -19,5 +19,5 @@ def check_format(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> N
     if not (version.isascii() and version.isdecimal()) or int(version) > FORMAT_VERSION:
         raise FileError(
             f"{path} says that it has version {version:.20} of LyCORIS' file format, and this release reads up to "
-            f"{FORMAT_VERSION}: install a newer lycoris, or write the file again with `--dialect kohya`"
+            f"{FORMAT_VERSION}: install a newer lycoris, or convert the file there with `lycoris convert --to kohya`"
         )
