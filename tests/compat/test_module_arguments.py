@@ -107,11 +107,11 @@ def test_no_tensor_of_a_file_is_dropped() -> None:
     sd = {f"a.{key}": tensor for key, tensor in net.state_dict().items()}
     assert get_module(sd, "a")[0] is LoConModule
     assert get_module(sd, "b") == (None, None)
-    with pytest.raises(FileError, match="a: LoConModule has no place for diff_b; create_lycoris_from_weights"):
+    with pytest.raises(FileError, match=r"a: LoConModule has no tensors named diff_b; .* create_lycoris_from_weights"):
         get_module(sd | {"a.diff_b": torch.zeros(8)}, "a")
     with pytest.raises(FileError, match="a: no module class has tensors named lokr_w2"):
         get_module({"a.lokr_w2": torch.zeros(2, 3)}, "a")
-    with pytest.raises(FileError, match=r"LoConModule is made of 5 tensors.*2 were given"):
+    with pytest.raises(FileError, match=r"LoConModule takes 5 tensors.*2 were given"):
         make_module(LoConModule, (sd["a.lora_up.weight"], sd["a.lora_down.weight"]), "a", layer)
-    with pytest.raises(FileError, match="DyLoraModule is made of 0 tensors"):
+    with pytest.raises(FileError, match="DyLoraModule takes 0 tensors"):
         make_module(DyLoraModule, (sd["a.lora_up.weight"],), "a", layer)

@@ -131,7 +131,7 @@ def test_all_states_of_a_parametrized_weight(cls: type[LycorisBaseModule], dtype
         net.merge_to()
         assert type(base) is nn.Linear
         assert torch.equal(base.weight, live), "without dropout"
-        with pytest.raises(AttachError, match="merged into weight already"):
+        with pytest.raises(AttachError, match="already merged into weight"):
             net.merge_to()
         with pytest.raises(AttachError, match="before changing its multiplier"):
             net.multiplier = 1.0

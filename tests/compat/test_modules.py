@@ -197,7 +197,7 @@ def test_norms() -> None:
     assert torch.equal(base(x), before)
     with pytest.raises(ConfigError, match="norms take Norm"):
         LoConModule("norm", base)
-    with pytest.raises(ConfigError, match="is not a layer that LoConModule can serve"):
+    with pytest.raises(ConfigError, match="is not a layer that LoConModule can adapt"):
         LoConModule("gelu", nn.GELU())
 
 

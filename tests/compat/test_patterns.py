@@ -99,7 +99,7 @@ def test_the_schedule_of_tlora_reaches_the_largest_rank(host: Host) -> None:
     ("args", "text"),
     [
         ({"exclude_patterns": ".*norm.*"}, r"exclude_patterns must be a list of regular expressions in Python syntax"),
-        ({"exclude_patterns": "[1]"}, "exclude_patterns is a list of regular expressions"),
+        ({"exclude_patterns": "[1]"}, "exclude_patterns must be a list of regular expressions"),
         ({"include_patterns": "['(']"}, r"include_patterns: '\(' is not a regular expression"),
         ({"network_reg_dims": r".*\d{1,2}=8"}, r"Expressions cannot contain commas"),
         ({"network_reg_dims": ".*=2.5"}, "in network_reg_dims must be a whole number"),
@@ -139,7 +139,7 @@ def test_a_network_from_a_file_has_rates_and_says_what_the_file_decides(host: Ho
     network, _ = create_network_from_weights(1, None, None, host.encoders, host.unet, weights_sd=sd, **args)
     assert set(network.state_dict()) == set(sd)
     assert network.prepare_optimizer_params(None, 1e-3, None)[1] == ["unet reg_lr_0", "unet"]
-    assert [text for text in caplog.messages if "no effect: exclude_patterns, network_reg_dims" in text]
+    assert [text for text in caplog.messages if "the file decide: exclude_patterns, network_reg_dims" in text]
     assert [text for text in caplog.messages if text.startswith("'.*attn7.*' in network_reg_lrs matches")]
 
 

@@ -353,7 +353,7 @@ def test_a_refused_restore_leaves_the_network_as_it_was() -> None:
     with pytest.raises(AttachError, match="newest to oldest"):
         lower.restore()
     set_timestep_mask(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    assert lower.adapters._keep is not None, "masks still reach it"
+    assert lower.adapters.rank_masks.mask is not None, "masks still reach it"
     clear_timestep_mask()
     upper.restore()
     assert len(model._forward_pre_hooks) == hooks
