@@ -58,7 +58,7 @@ def test_it_is_one_screen_that_says_what_to_do(config: Path) -> None:
     for words in (
         "used as they are: 2", "checkpoint_step_interval → checkpointing_steps", "optimizer = adamw_bf16 → adamw",
         "hub_model_id, push_to_hub", "nothing is uploaded", "not supported: 7 keys", "use_ema = \"true\"",
-        "name the folder of images as instance_data_dir", "--allow-unsupported",
+        "set instance_data_dir to the folder of images", "--allow-unsupported",
     ):  # fmt: skip
         assert words in text, words
 

@@ -124,7 +124,7 @@ def test_nan_stops_training_and_names_the_module(settings: Make, console: Consol
     broken = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     with torch.no_grad():
         pipe.unet.get_submodule(broken).weight[0, 0] = torch.nan
-    with base_model.quiet():
+    with base_model.suppress_library_output():
         pipe.save_pretrained(tmp_path / "broken")
     given = settings(pretrained_model_name_or_path="broken")
     with pytest.raises(NotFiniteError) as caught:
