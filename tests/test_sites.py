@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    config = json.loads((demo.ASSETS / "base" / "unet" / "config.json").read_text())
+    config = json.loads((demo.DEMO_ASSETS / "base" / "unet" / "config.json").read_text())
     model: nn.Module = UNet2DConditionModel.from_config(config)
     return model
 

@@ -195,7 +195,7 @@ def _everything(model: nn.Module, adapters: AdapterSet) -> dict[str, Any]:
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "classes": [type(module) for module in model.modules()],
         "strengths": (adapters.strength, dict(adapters.strengths.blocks)),
-        "calls": [(adapter.call.strength, adapter.call.keep) for _, _, adapter in adapters._each()],
+        "calls": [(adapter.call.strength, adapter.call.rank_mask) for _, _, adapter in adapters._each()],
         "seen": [
             tuple(getattr(adapter.seen, name) for name in adapter.seen.__slots__) for _, _, adapter in adapters._each()
         ],
@@ -286,7 +286,7 @@ def test_timestep_masks_are_off_and_come_back() -> None:
     adapters.rank_masks.follow()
     adapters.set_rank_mask(keep := torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     assert verify(adapters, torch.randn(3, 8)).ok
-    assert torch.equal(adapters.stacks["layer"][0].call.keep, keep)
+    assert torch.equal(adapters.stacks["layer"][0].call.rank_mask, keep)
     assert len(model._forward_pre_hooks) == 1
 
 

@@ -64,7 +64,7 @@ FOREIGN: dict[str, tuple[Tensors, str]] = {
     "checkpoint": (ones("model.diffusion_model.out.2.weight", "first_stage_model.conv.weight"), "full weights"),
     "transformer": (
         ones("transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_q.bias"),
-        "whole weigh",
+        "full weights",
     ),
 }
 

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 5}, "the config says rank 5, its tensors have 3"),
     "text": ({"r": "3"}, "r must be a finite number"),
     "nan": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
-    "zero": ({"r": 0}, "whole number of at least 1"),
+    "zero": ({"r": 0}, "integer of at least 1"),
     "flag": ({"use_rslora": "yes"}, "use_rslora must be true or false"),
     "pattern": ({"rank_pattern": {"(": 3}}, "no regular expression"),
     "slow": ({"alpha_pattern": {"(a+)+b": 3}}, "repeats a repetition"),

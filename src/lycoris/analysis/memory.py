@@ -13,23 +13,23 @@ from lycoris.errors import ConfigError, unknown
 WIDTH = 4
 """Bytes of a number of an adapter in training: float32."""
 
-TensorShape = tuple[int, ...]
+LayerShape = tuple[int, ...]
 
 
-def _eight_bit(shape: TensorShape) -> int:
+def _eight_bit(shape: LayerShape) -> int:
     """bitsandbytes: two states of a byte and a float32 for each 256 of them; small tensors stay in float32."""
     n = math.prod(shape)
     return 8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256))
 
 
-def _adafactor_bytes(shape: TensorShape) -> int:
+def _adafactor_bytes(shape: LayerShape) -> int:
     """Adafactor without momentum: the last two axes as a row and a column."""
     if len(shape) < 2:
         return 4 * math.prod(shape)
     return 4 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
-OPTIMIZERS: Mapping[str, Callable[[TensorShape], int]] = {
+OPTIMIZERS: Mapping[str, Callable[[LayerShape], int]] = {
     "adamw": lambda shape: 8 * math.prod(shape),
     "adamw8bit": _eight_bit,
     "adafactor": _adafactor_bytes,
