@@ -136,7 +136,7 @@ def test_the_recipe_that_is_read_is_not_written(config: Path) -> None:
     change(config, lycoris_config="lycoris_config.json", output_dir=".")
     made = invoke("train", config)
     assert made.exit_code == 2
-    assert "holds lycoris_config.json, which is read here" in made.stderr
+    assert "contains the lycoris_config of this run" in made.stderr
     assert (config.parent / "lycoris_config.json").read_text() == '{"algo": "lora"}'
 
 
@@ -220,7 +220,7 @@ def test_any_folder_name_will_do(config: Path) -> None:
 def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ["demo", "--output-dir", str(out), "--steps", "2"]
-    monkeypatch.setattr(evaluate, "sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
+    monkeypatch.setattr(evaluate, "build_sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
     with monkeypatch.context() as patched:
         patched.setattr(loop, "interruptible", lambda: nullcontext(lambda: True))
         assert invoke(*words).exit_code == 130

@@ -212,7 +212,7 @@ def test_not_finite(key: str, value: float, good: Path, model: Model) -> None:
 
 
 def test_two_algorithms_on_one_layer(good: Path, model: Model) -> None:
-    refused(changed(good, lycoris_head__lokr_w1=torch.zeros(2, 2)), model, "head", "mix lora and lokr", "lokr_w1")
+    refused(changed(good, lycoris_head__lokr_w1=torch.zeros(2, 2)), model, "head", "mix lokr and lora", "lokr_w1")
 
 
 @pytest.mark.parametrize("suffix", ["lora_left__weight", "lora_up__wait", "x"])

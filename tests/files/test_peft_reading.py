@@ -118,7 +118,7 @@ def test_a_whole_tensor_that_differs_is_told() -> None:
     state = wrapped.state_dict()
     state["base_model.model.inner.bare.weight"] = state["base_model.model.inner.bare.weight"] + 1
     remarks = read_peft(state, net(), wrapped.peft_config["default"].to_dict()).remarks
-    assert any("1 tensors are whole ones" in remark and "inner.bare.weight" in remark for remark in remarks)
+    assert any("1 tensors replace the model's own" in remark and "inner.bare.weight" in remark for remark in remarks)
 
 
 def test_a_dump_of_a_state_dict_is_read() -> None:

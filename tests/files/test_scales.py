@@ -121,4 +121,4 @@ def test_a_scale_that_nothing_tells(prefix: str, spelled: tuple[str, str], tmp_p
     save_file(tensors(prefix, spelled), tmp_path / "a.safetensors")
     found = read(tmp_path / "a.safetensors", Block())
     assert scales(found) == {"to_q": 1, "to_k": 1}
-    assert found.report.remarks == ("nothing tells the scale of 2 layers; 1 was taken",)
+    assert found.report.remarks == ("the scale of 2 layers is not stored; 1 was used",)

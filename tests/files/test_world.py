@@ -265,7 +265,7 @@ def test_rotations_in_parts(sizes: list[tuple[int, int]], alpha: float) -> None:
 
 def test_rotations_that_do_not_fit_name_their_program() -> None:
     tensors = {f"oft_unet_fc.oft_blocks.{at}": torch.zeros(3, 4, 4) for at in range(2)}
-    with pytest.raises(FileError, match=r"sd-scripts' networks\.oft_flux has them, turn 12 \+ 12 rows"):
+    with pytest.raises(FileError, match=r"sd-scripts' networks\.oft_flux has them, rotate 12 \+ 12 rows"):
         resolve(tensors, Net())
 
 
@@ -358,5 +358,5 @@ def test_a_text_encoder_alone() -> None:
 
 def test_for_a_model_of_another_variant_it_is_told() -> None:
     layout = NamedLayout.from_outline(ARCHITECTURES["flux1"], "flux.1-dev")
-    with pytest.raises(FileError, match=r"x_embedder takes 128 inputs in this file, as Control \(Canny, Depth\)"):
+    with pytest.raises(FileError, match=r"x_embedder takes 128 inputs in this file, as in Control \(Canny, Depth\)"):
         resolve(flux() | lora("transformer.x_embedder", 3072, 128), layout)

@@ -240,7 +240,7 @@ def test_tlora_on_a_text_encoder_counts_whole(made: dict[str, Any]) -> None:
     plain = draw(pipe)
     for schedule in (None, RankSchedule(max_rank=2)):
         with load(pipe, found, schedule=schedule) as loaded:
-            assert loaded.report.remarks == ("text_encoder: it takes no timestep, and all ranks count at every step",)
+            assert loaded.report.remarks == ("text_encoder: it takes no timestep; all ranks count at every step",)
             by_hand = draw(merged(pipeline("sd", made), found, lambda *_: 1.0))
             assert relative(by_hand, plain) > 1e-4
             assert relative(draw(pipe), by_hand) < 1e-4

@@ -131,7 +131,9 @@ def _recognize(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
         return fitting[0]
     if fitting:
         raise FileError(f"{where}: the file has {fitting[0].name} for a {g.kind}, which it does not serve")
-    partly = [kind.name for kind in ALGORITHMS.values() if suffixes & set(kind.tensor_names.values())]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    having = [kind for kind in ALGORITHMS.values() if suffixes & set(kind.tensor_names.values())]
+    partly = [kind.name for kind in having if kind.claims(_own_shapes(kind, shapes))]
     why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here has just these"
     told = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
     raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
