@@ -21,11 +21,21 @@ from lycoris.layers.geometry import Affine, Geometry
 
 
 class SharedTensors:
-    """What adapters have in common that share their tensors, such as the slices of one adapter: its identity."""
+    """The identity of adapters that share their tensors, such as the slices of one adapter.
+
+    It has no attributes: adapters share their tensors exactly if their `group` is the same object.
+    """
 
 
 class Adapter(nn.Module):
-    """An algorithm, its tensors for one layer, and what is in force for the next forward pass."""
+    """An algorithm, its tensors for one layer, and what is in force for the next forward pass.
+
+    Trained tensors are parameters and fixed ones buffers, by slot name. New ones are uninitialized memory: call
+    `initialize` or `fill` before the first pass. `state_dict` is empty, so that base checkpoints stay as they are.
+
+    Args:
+        dtype: Of the tensors; a magnitude is kept in float32 at least.
+    """
 
     is_lycoris_adapter = True
     """See `lycoris.layers.geometry.IS_ADAPTER`."""
@@ -70,7 +80,13 @@ class Adapter(nn.Module):
 
     @classmethod
     def sharing(cls, first: Adapter, algorithm: Algorithm, geometry: Geometry) -> Adapter:
-        """An adapter whose tensors are those of another, the very same objects."""
+        """Make an adapter whose tensors are those of another, the very same objects.
+
+        Both are in one `group` afterwards, which `first` gets if it had none.
+
+        Args:
+            algorithm: One with the slots that the algorithm of `first` has.
+        """
         made = cls(algorithm, geometry, device="meta")
         made.group = first.group = first.group or SharedTensors()
         for name, parameter in first._parameters.items():
@@ -80,17 +96,30 @@ class Adapter(nn.Module):
         return made
 
     def tensors(self) -> dict[str, Tensor]:
-        """By slot name, live."""
+        """Return parameters and buffers by slot name.
+
+        They are the adapter's own, not copies; of a model that FSDP sharded, what is in their place at the time.
+        """
         found: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """By slot name, what training changes: of a sharded model the shards, never FSDP's passing whole copies."""
+        """Return what training changes, by slot name, and the fixed tensors with it; not copies.
+
+        Of a sharded model these are the shards (DTensors), never the whole copies that FSDP has during a pass.
+        """
         # A module's own state_dict, which the one below hides, is what makes FSDP put its shards back.
         return nn.Module.state_dict(self, keep_vars=True)
 
     def whole(self) -> dict[str, Tensor]:
-        """By slot name, detached and gathered from the processes that share them, all of which have to call this."""
+        """Return every tensor by slot name, detached and gathered from the processes that share it.
+
+        Collective on a sharded model: every process has to call it. Elsewhere the tensors share memory with the
+        adapter.
+
+        Raises:
+            AttachError: DeepSpeed ZeRO-3 or FSDP1 holds a part of a tensor; gather with their own means first.
+        """
         shapes = self._shapes()
         return {name: sharding.gather(name, tensor, shapes[name]) for name, tensor in self.trained_tensors().items()}
 
@@ -99,7 +128,12 @@ class Adapter(nn.Module):
         return {name: g.stacked_shape(slot.shape) for name, slot in self.algorithm.slots(g).items()}
 
     def set_call(self, strength: float, keep: Tensor | None, layout: BatchLayout | None = None) -> None:
-        """Set the strength and the mask of ranks (1, r) or (B, r) for the passes from now on."""
+        """Set strength and rank mask for the passes from now on.
+
+        Args:
+            keep: The mask, (1, r) for all samples or (B, r) for one each, of this adapter's rank. None: all ranks act.
+            layout: Where the samples of a batch are in the input. None: not said; only masks of several rows need it.
+        """
         if strength == self.call.strength and keep is self.call.rank_mask and layout is self.call.layout:
             return
         self.call = Call(strength, keep, layout)
@@ -107,7 +141,10 @@ class Adapter(nn.Module):
         self._strength = torch.tensor(strength, dtype=torch.float64)
 
     def train(self, mode: bool = True) -> Adapter:
-        """Training draws dropout, evaluation is deterministic."""
+        """Set training mode, which draws dropout, or evaluation, which is deterministic; return self.
+
+        Graphs that `torch.compile` has made follow the change without being compiled again.
+        """
         # A tensor, so that a compiled graph serves both.
         self._dropping = torch.tensor(1.0 if mode else 0.0)
         super().train(mode)
@@ -115,7 +152,13 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def initialize(self, below: LayerBelow) -> None:
-        """Draw new tensors; the layer's effect does not change."""
+        """Draw new tensors in place, such that the layer's output stays as it is.
+
+        Random values come from torch's global random number generator; of a stack each matrix gets its own.
+
+        Args:
+            below: The layer with the adapters that are under this one; data-dependent algorithms read its weight.
+        """
         if not self.geometry.stack:
             self.algorithm.initialize(self.tensors(), below)
             return
@@ -126,7 +169,14 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Copy tensors in by slot name; all of them, with the right shapes."""
+        """Copy tensors in by slot name, cast to the adapter's precision and device.
+
+        Collective on a sharded model, where the first process's values count.
+
+        Raises:
+            AttachError: The names are not those of this adapter's slots, and nothing was copied; or a shape differs,
+                and slots before that one have their new values.
+        """
         own = self.trained_tensors()
         if own.keys() != values.keys():
             raise AttachError(f"{self.algorithm.name} has the tensors {sorted(own)}; given were {sorted(values)}")
@@ -136,7 +186,16 @@ class Adapter(nn.Module):
             sharding.assign(own[name], value)
 
     def adapt_affine(self, base: Affine, call: Call | None = None) -> Affine:
-        """Weight and bias that this adapter makes of those below, at the strength in force; without dropout."""
+        """Return the weight and bias that this adapter makes of those below: W + s·(V - W), without dropout.
+
+        Computed in the precision of `base.weight`, which stays as it is.
+
+        Args:
+            call: Strength s and rank mask to use. None: those in force.
+
+        Raises:
+            PlanError: The rank mask has several rows: one weight cannot follow them all.
+        """
         call = self.call if call is None else call
         keep = None if call.rank_mask is None else require_one_mask(call.rank_mask).to(base.weight)
         tensors = {name: tensor.to(base.weight) for name, tensor in self.tensors().items()}
@@ -151,14 +210,23 @@ class Adapter(nn.Module):
 
     @property
     def state(self) -> PassState:
-        """What is in force for a pass that begins now and is no recomputation."""
+        """What is in force for a pass that begins now and is no recomputation.
+
+        The same object as long as nothing changes.
+        """
         last, draws = self._state, self.training and self._drops
         if last.call is not self.call or last.draws is not draws or last.merged is not self.merged:
             self._state = last = PassState(self.call, draws, self.merged)
         return last
 
     def state_of_pass(self, x: Tensor) -> PassState:
-        """What is in force for a pass over x; in the recomputation of a pass, what was in force then."""
+        """Return what is in force for a pass over x; in the recomputation of a pass, what was in force then.
+
+        Call it once for each pass: under gradient checkpointing passes are told apart by their order.
+
+        Raises:
+            AttachError: See `PassHistory.state_of_pass`.
+        """
         if torch.compiler.is_compiling():
             return self._compiled_state()
         return self._history.state_of_pass(self.state, x)
@@ -174,7 +242,10 @@ class Adapter(nn.Module):
         return PassState(call, draws, self.merged)
 
     def draw_call(self, state: PassState, x: Tensor) -> Call:
-        """The call of a pass with its random choices made; the same call in evaluation."""
+        """Return the call of a pass with its random choices made; in evaluation the same call.
+
+        They are drawn on the device of `x`. A call without a `dropout_scale` draws at the full probabilities.
+        """
         if not state.draws:
             return state.call
         call = state.call

@@ -121,7 +121,11 @@ class _Stage:
 
 
 class Adapted:
-    """Mixed into the class of a module with adapters."""
+    """A mixin of the class of a module with adapters: `isinstance(module, Adapted)` tells such modules.
+
+    Never instantiated by itself. It runs the stack in `forward`, pickles by the class from before, and keeps adapters
+    in their precision where a layer that stores float8 is cast.
+    """
 
     attributes: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that are adapted, for a module that is not a layer."""
@@ -171,7 +175,10 @@ class Adapted:
 
 
 def top(site: Site) -> LayerBelow:
-    """Return a layer, or a parameter, with the adapters that it has now: what the next one finds below itself."""
+    """Return a layer, or a parameter, with the adapters that it has now: what the next one finds below itself.
+
+    They act with the strength and the mask in force; merged ones are part of the weight already.
+    """
     below = bottom(site)
     for adapter in adapters_on(site.module, site.attribute):
         below = _Stage(adapter, below, adapter.state)
@@ -179,7 +186,11 @@ def top(site: Site) -> LayerBelow:
 
 
 def bottom(site: Site) -> LayerBelow:
-    """Return a layer, or a parameter, without its adapters."""
+    """Return a layer, or a parameter, without its attached adapters; merged ones are part of its weight.
+
+    Raises:
+        AttachError: The module has no such parameter any more.
+    """
     if not site.attribute:
         return _BaseLayer(site.module, base_class(site.module).forward, site.geometry, ((), {}))
     parameter = site.module._parameters[site.attribute]
@@ -189,7 +200,13 @@ def bottom(site: Site) -> LayerBelow:
 
 
 def adapters_on(layer: nn.Module, attribute: str = "") -> Iterator[Adapter]:
-    """The adapters of a layer, or of a parameter, lowest first."""
+    """Return the adapters of a layer, or of a parameter, lowest first.
+
+    An iterator over the layer as it is: make a list of it before adapters are put on or taken off.
+
+    Args:
+        attribute: Name of the parameter; "" for the adapters of the layer itself.
+    """
     children = layer._modules.values()
     return (child for child in children if isinstance(child, Adapter) and child.attribute == attribute)
 
@@ -200,7 +217,10 @@ def is_on(layer: nn.Module, adapter: Adapter) -> bool:
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
-    """The class a layer had before adapters came onto it."""
+    """Return the class that a layer had before adapters came onto it.
+
+    Its own class if it has no adapters.
+    """
     found: type[nn.Module] = getattr(type(layer), BASE, type(layer))
     return found
 
@@ -238,7 +258,10 @@ def detach(layer: nn.Module, name: str) -> None:
 
 
 def check_detachable(layer: nn.Module) -> None:
-    """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it."""
+    """Raise `AttachError` unless the layer's class is its own, or the one that `attach` gave it.
+
+    Parametrizations and FSDP derive another from that; they have to be undone before adapters come on or off.
+    """
     if isinstance(layer, Adapted) and BASE not in vars(type(layer)):
         raise AttachError(
             f"this layer became a {type(layer).__name__} after its adapters were attached (parametrization and FSDP do "
@@ -247,7 +270,10 @@ def check_detachable(layer: nn.Module) -> None:
 
 
 def free_name(layers: Iterable[nn.Module]) -> str:
-    """A name for adapters that none on these layers has."""
+    """Return a name for adapters that none on these layers has: lycoris0, lycoris1 and so on.
+
+    Taken are those for which a layer has a child `adapter_lycoris0` and so on.
+    """
     taken = {child for layer in layers for child in layer._modules}
     return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
 

@@ -14,7 +14,10 @@ __all__ = ["Base", "Bundle", "Entry"]
 
 
 class Base(NamedTuple):
-    """The model that adapters are for."""
+    """The model that adapters are for, as far as a file can tell of it: no weights.
+
+    An `AdapterSet` reads it when it is made: later the model may be sharded, or merged into.
+    """
 
     model: str
     """Name of its class."""
@@ -26,7 +29,11 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Bundle:
-    """What an adapter file holds, in the library's own terms."""
+    """What an adapter file holds, in the library's own terms.
+
+    `lycoris.read` and `AdapterSet.bundle` return one, `lycoris.write` takes one. The tensors of `AdapterSet.bundle`
+    share memory with the adapters unless the model is sharded: training goes on in them.
+    """
 
     entries: dict[str, tuple[Entry, ...]]
     """Dotted module path → stack of algorithms, lowest first."""
@@ -42,7 +49,10 @@ class Bundle:
         return tuple(self.report.notes())
 
     def with_remark(self, remark: str) -> Bundle:
-        """With one more of these."""
+        """Return a bundle with one more remark, which comes last among those of its report.
+
+        This one stays as it is; both have the same tensors.
+        """
         return replace(self, report=replace(self.report, remarks=(*self.report.remarks, remark)))
 
     def __str__(self) -> str:

@@ -16,7 +16,10 @@ APART = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedLayer:
-    """One layer's adapters on one batch. Changes of the output are max|a - b| / max|a|."""
+    """One layer's adapters on one batch. Changes of the output are max|a - b| / max|a|.
+
+    They are relative: 0.01 is a change by 1% of the largest value.
+    """
 
     path: str
     calls: int
@@ -35,7 +38,13 @@ class CheckedLayer:
     """Why they cannot."""
 
     def problem(self, tolerance: float) -> str:
-        """What is wrong, with what to do; "" for nothing."""
+        """Say what is wrong, with what to do; "" for nothing.
+
+        The first of these that holds: not called, no gradient, no effect, merged unlike attached.
+
+        Args:
+            tolerance: Relative change of the output up to which merged and attached count as equal.
+        """
         apart = self.difference is not None and self.difference > tolerance
         if not self.calls:
             return "its weight is read and it is not called: idle until merged" if apart else "not called in this batch"
@@ -48,7 +57,10 @@ class CheckedLayer:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found, layer by layer; prints as a table."""
+    """What `verify` found, layer by layer; prints as a table.
+
+    A problem is not an error: nothing is raised for it. Look at `ok`, or at `problems` for what to do.
+    """
 
     layers: tuple[CheckedLayer, ...]
     tolerance: float
@@ -65,13 +77,20 @@ class Verification:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong, by layer; under "" what concerns no single one."""
+        """What is wrong, by layer path; under "" what concerns no single one. {} for nothing.
+
+        Under "" is the error that ended the backward pass, or else a gradient that is more than `APART` off.
+        """
         found = {layer.path: layer.problem(self.tolerance) for layer in self.layers}
         return {path: told for path, told in {**found, "": self._whole()}.items() if told}
 
     @property
     def ok(self) -> bool:
-        """Whether every adapter is called, gets a gradient that is right, acts, and merges to what it does."""
+        """Whether every adapter is called, gets a gradient that is right, acts, and merges to what it does.
+
+        Not asked of an adapter: a gradient where none of its parameters trains, and a merge that its layer does not
+        allow.
+        """
         return not self.problems
 
     def _whole(self) -> str:
@@ -104,7 +123,10 @@ class Verification:
 
 
 def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """max|a - b| / max|a|, the largest over pairs of tensors; infinite where the pairs do not fit."""
+    """Return max|a - b| / max|a| in float64, the largest over pairs of tensors.
+
+    Infinite where numbers or shapes of the tensors differ, and where `a` is zero and `b` is not; 0 for no tensors.
+    """
     if [x.shape for x in a] != [x.shape for x in b]:
         return float("inf")
     return max((_relative(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
@@ -116,7 +138,10 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a module was given or returned."""
+    """Return the floating-point tensors in what a module was given or returned, in order.
+
+    Mappings, tuples, lists and dataclasses are looked into, at any depth; anything else holds none.
+    """
     return list(_tensors(output))
 
 

@@ -60,7 +60,10 @@ def first_bad_module(model: nn.Module, run: Callable[[], object]) -> str | None:
 
 
 def first_bad_tensor(model: nn.Module) -> str | None:
-    """Name the first trained parameter, or gradient of one, that is not finite; None when all are."""
+    """Name the first trained parameter, or gradient of one, that is not finite; None when all are.
+
+    In the order of `named_parameters()`, each before its gradient. Frozen parameters are not looked at.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             return name
@@ -70,7 +73,10 @@ def first_bad_tensor(model: nn.Module) -> str | None:
 
 
 def is_output_finite(output: Any) -> bool:
-    """Whether all tensors in something that a module was given or returned are finite."""
+    """Return whether all tensors in something that a module was given or returned are finite.
+
+    Dicts, tuples and lists are looked into, at any depth; integer tensors and other objects count as finite.
+    """
     if isinstance(output, torch.Tensor):
         return not output.is_floating_point() or bool(output.isfinite().all())
     if isinstance(output, dict):

@@ -13,7 +13,10 @@ WIDEST = 120
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every tensor of a file. `str` tells it in lines."""
+    """What became of every tensor of a file. `str` tells it in lines.
+
+    Problems do not raise here: whoever reads the file decides by `clean`.
+    """
 
     dialect: str = ""
     applied: Mapping[str, str] = field(default_factory=dict)
@@ -32,11 +35,17 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether everything for this component was used."""
+        """Whether everything for this component was used: nothing is `unused` or `mismatched`.
+
+        Tensors for other components, changed algorithms and remarks do not count against it; see `notes`.
+        """
         return not self.unused and not self.mismatched
 
     def notes(self) -> list[str]:
-        """What is no error and yet worth knowing."""
+        """Return what is no error and yet worth knowing, a sentence each.
+
+        First the tensors for other components, then what changed on layers, grouped by the change, then remarks.
+        """
         lines = []
         if self.elsewhere:
             count = sum(self.elsewhere.values())
@@ -62,7 +71,10 @@ def _count_kinds(kinds: Mapping[str, int]) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """A few of many names, and how many there are."""
+    """Return the first few of many names as one text, with how many there are in all if that is more.
+
+    At most `SHOWN` names, each cut to `WIDEST` characters.
+    """
     names = list(names)
     shown = (name if len(name) <= WIDEST else f"{name[:WIDEST]}..." for name in names[:SHOWN])
     return ", ".join(shown) + (f", ... ({len(names)})" if len(names) > SHOWN else "")

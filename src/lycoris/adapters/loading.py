@@ -26,12 +26,20 @@ from lycoris.targeting.planning import Plan
 
 
 def tensor_options(place: Site) -> dict[str, Any]:
-    """Return the device and dtype of new adapter tensors for a site: those of its weight, in float32 at least."""
+    """Return device and dtype of new adapter tensors for a site, as keyword arguments of `torch.empty`.
+
+    The device is that of the site's weight. The dtype is float64 for float64 weights, else float32, low-bit ones
+    included.
+    """
     return base_weights.home(base_weights.holder(place.module, place.attribute))
 
 
 def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
-    """Say what parameters of half precision do to small updates."""
+    """Warn of what parameters of half precision do to small updates; any other dtype, or None, is fine.
+
+    Args:
+        stacklevel: As for `warnings.warn`: 1 is who calls this.
+    """
     if dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
             f"adapter parameters in {dtype}: an update far below a parameter's own size rounds away. Leave dtype out "
@@ -41,7 +49,13 @@ def warn_of_rounding(dtype: torch.dtype | None, stacklevel: int) -> None:
 
 
 def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
-    """An entry's tensors with those that follow from the base weight, which must still be the base weight."""
+    """Return an entry's tensors with those that the file leaves out because they follow from the base weight.
+
+    Such are the frozen starting factors of a T-LoRA in files of other programs.
+
+    Raises:
+        FileError: Some are left out and adapters are merged into the weight, or they do not follow from it.
+    """
     tensors = entry.algorithm.fill_missing(entry.tensors, attach.bottom(place))
     if len(tensors) > len(entry.tensors) and merging.is_merged(place.module, place.attribute):
         raise FileError(
@@ -52,7 +66,11 @@ def complete_tensors(entry: Entry, place: Site) -> dict[str, Tensor]:
 
 
 def fit_tensors(adapter: Adapter, entry: Entry, place: Site) -> dict[str, Tensor]:
-    """An entry's tensors for an adapter that is there already. Raises `FileError` when they mean something else."""
+    """Return an entry's tensors for an adapter that is there already, by slot name.
+
+    Raises:
+        FileError: They mean something else on this adapter: other shapes, another algorithm or scale.
+    """
     if not isinstance(adapter.algorithm, Slice):
         entry = rows.separate_slice(entry, place.path).entry
     # Of what makes a start, a file does not tell all.
@@ -87,13 +105,22 @@ Stacks = Mapping[str, tuple[Adapter, ...]]
 
 
 def in_model_order(model: nn.Module, stacks: Stacks) -> dict[str, tuple[Adapter, ...]]:
-    """The same stacks, sorted by where their layers are in the model: optimizers tell parameters apart by position."""
+    """Return the same stacks, sorted by where their layers are in the model.
+
+    Optimizers tell parameters apart by position. Layers that are not in the model come last, in the order given.
+    """
     position = paths.model_order(model)
     return dict(sorted(stacks.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def build_adapters(sites: ModelSites, plan: Plan, dtype: torch.dtype | None) -> dict[str, tuple[Adapter, ...]]:
-    """New adapters for a plan, initialized; None: parameters as fine as their layer's, and float32 at least."""
+    """Build new adapters for a plan, initialized; the model stays as it is.
+
+    They start on top of the adapters that a layer has already. Random numbers are torch's global ones.
+
+    Args:
+        dtype: Of the parameters. None: float64 on float64 layers, else float32.
+    """
     stacks = {}
     for placement in plan.placements:
         place = sites[placement.path]
@@ -108,9 +135,12 @@ def build_adapters(sites: ModelSites, plan: Plan, dtype: torch.dtype | None) -> 
 
 
 def load_adapters(sites: ModelSites, bundle: Bundle) -> dict[str, tuple[Adapter, ...]]:
-    """New adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
+    """Build adapters with a bundle's tensors, which slices of one adapter share where their layers are alike.
 
-    Raises `FileError` for layers that the model does not have like that.
+    The tensors are copied, to the device of each layer and in float32 or float64 as `tensor_options` says.
+
+    Raises:
+        FileError: The model lacks a layer of the bundle, or has it in another shape or of another kind.
     """
     places, first = _find_sites(sites, bundle), dict[Any, Adapter]()
     return {
@@ -156,7 +186,13 @@ def _make_adapter(entry: Entry, place: Site, first: dict[Any, Adapter]) -> Adapt
 
 
 def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
-    """Adapters as values, whole; those that share their tensors do so here as well."""
+    """Return adapters as values with whole tensors; those that share their tensors do so here as well.
+
+    Collective on a sharded model; elsewhere the tensors share memory with the adapters.
+
+    Raises:
+        AttachError: See `check_sharing` and `Adapter.whole`.
+    """
     check_sharing(stacks)
     found: dict[Any, dict[str, Tensor]] = {}
 
@@ -173,7 +209,10 @@ def entries(stacks: Stacks) -> dict[str, tuple[Entry, ...]]:
 
 
 def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
-    """Path, place in the stack and adapter; of adapters that share their tensors the first."""
+    """Iterate over (path, index in the stack, adapter), in the order of the stacks.
+
+    Of adapters that share their tensors only the first is given.
+    """
     seen: set[SharedTensors] = set()
     for path, at, adapter in _each_adapter(stacks):
         if adapter.group is None or adapter.group not in seen:
@@ -183,7 +222,10 @@ def each_once(stacks: Stacks) -> Iterator[tuple[str, int, Adapter]]:
 
 
 def check_sharing(stacks: Stacks) -> None:
-    """Raise `AttachError` where adapters of a group have tensors of their own by now: one would stand for all."""
+    """Raise `AttachError` where adapters of a group have parameters of their own by now.
+
+    One of them stands for all in states and files, so that the values of the others would be lost.
+    """
     first: dict[SharedTensors, tuple[str, Adapter]] = {}
     for path, _, adapter in _each_adapter(stacks):
         if adapter.group is None:
@@ -198,7 +240,11 @@ def check_sharing(stacks: Stacks) -> None:
 
 
 def state(stacks: Stacks) -> dict[str, Tensor]:
-    """Every tensor under `path/index/slot`, detached and whole."""
+    """Return every tensor under `path/index/slot`, detached and whole.
+
+    Collective on a sharded model; elsewhere the tensors share memory with the adapters. Those that slices of one
+    adapter share are given once, under the first.
+    """
     check_sharing(stacks)
     return {
         f"{path}/{at}/{slot}": tensor
@@ -208,7 +254,11 @@ def state(stacks: Stacks) -> dict[str, Tensor]:
 
 
 def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
-    """Copy tensors into adapters. Raises `AttachError`, and changes nothing, if one of them is merged."""
+    """Copy tensors into adapters, each by slot name.
+
+    Raises:
+        AttachError: One of the adapters is merged, and nothing was copied; or see `Adapter.fill`.
+    """
     if any(adapter.merged for adapter, _ in values):
         raise AttachError(
             "the adapters are merged, and the weights would keep what was merged: undo the merge (a network's or "
@@ -219,7 +269,12 @@ def put(values: Sequence[tuple[Adapter, Mapping[str, Tensor]]]) -> None:
 
 
 def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
-    """Copy in what `state` gave. Raises `FileError` unless names and shapes are the same."""
+    """Copy in what `state` gave. Collective on a sharded model, where the first process's values count.
+
+    Raises:
+        FileError: A name is missing or too many, or a shape differs. Nothing was copied.
+        AttachError: One of the adapters is merged.
+    """
     check_sharing(stacks)
     own = {
         f"{path}/{at}/{slot}": t
@@ -239,7 +294,13 @@ def load_state(stacks: Stacks, values: Mapping[str, Tensor]) -> None:
 
 
 def fill(sites: Mapping[str, Site], stacks: Stacks, bundle: Bundle) -> None:
-    """Copy in a bundle's tensors, for layers that these adapters have. Raises `FileError` if one does not fit."""
+    """Copy in a bundle's tensors, for layers that these adapters have; adapters of other layers stay as they are.
+
+    Raises:
+        FileError: A layer of the bundle has no adapters here, or others than in the bundle; or tensors that adapters
+            share here differ in the bundle. Nothing was copied.
+        AttachError: One of the adapters is merged.
+    """
     values = {path: _values(sites, stacks.get(path), path, entries) for path, entries in bundle.entries.items()}
     pairs = [(path, *pair) for path, stack in values.items() for pair in zip(stacks[path], stack, strict=True)]
     first: dict[SharedTensors, tuple[str, Mapping[str, Tensor]]] = {}

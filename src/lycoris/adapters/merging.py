@@ -29,7 +29,11 @@ LOST = 3.0
 
 
 class Merge(NamedTuple):
-    """A layer's parameters before and after, and how often the new ones had been written to when they were made."""
+    """A layer's parameters before and after a merge, which `fold` has made and nothing has installed yet.
+
+    `base_weights.install` puts `new` on the layer, `restore_parameters` puts `old` back. `versions` counts the in-place
+    writes to `new` when it was made, so that later ones show.
+    """
 
     attribute: str
     """Name of the parameter; "" for a layer's weight and bias."""
@@ -42,7 +46,10 @@ class Merge(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What a merge did to one layer."""
+    """What a merge did to one layer.
+
+    `stored_as` names how the layer stores its weight, such as a dtype or a low-bit format.
+    """
 
     path: str
     stored_as: str
@@ -56,7 +63,10 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What rounding did to a merged update, layer by layer; prints as a table, worst first."""
+    """What rounding did to a merged update, layer by layer; prints as a table, worst first.
+
+    `strength` is that of the model as a whole, without factors by block; `layers` are in the order of the set.
+    """
 
     strength: float
     layers: tuple[MergedLayer, ...]
@@ -67,7 +77,10 @@ class MergeReport:
 
     @property
     def lost_layers(self) -> tuple[MergedLayer, ...]:
-        """Layers of which the update is of the size of the rounding error or below: less than `LOST` dB."""
+        """Layers of which the update is of the size of the rounding error or below: less than `LOST` dB.
+
+        From 3 dB down the error has at least half the power of the update; () where every update survived.
+        """
         return tuple(layer for layer in self.layers if layer.sqnr < LOST)
 
     def __str__(self) -> str:
@@ -82,7 +95,11 @@ class MergeReport:
         return "\n".join(lines)
 
     def warn(self, stacklevel: int) -> None:
-        """Say which updates did not survive, and which nothing had used before."""
+        """Warn of updates that did not survive, and of layers that nothing had used before; at most once for each.
+
+        Args:
+            stacklevel: As for `warnings.warn`: 1 is who calls this.
+        """
         if self.uncalled:
             warnings.warn(
                 f"{len(self.uncalled)} of {len(self.layers)} merged layers have not been called so far: "
@@ -106,7 +123,14 @@ def report(
     strength: float,
     stacks: Mapping[str, Sequence[Adapter]],
 ) -> MergeReport:
-    """What the merges of a model's layers are about to do."""
+    """Report what the merges of a model's layers are about to do.
+
+    Call it before they are installed: a layer with its new parameters no longer shares those of other modules.
+
+    Args:
+        strength: Overall, for the report.
+        stacks: The adapters that passes can have reached; {} where they are not attached.
+    """
     told = (
         MergedLayer(path, base_weights.kind(weight_holder(sites[path])), merge.sqnr) for path, merge in merges.items()
     )
@@ -115,7 +139,10 @@ def report(
 
 
 def weight_holder(site: Site) -> nn.Module:
-    """Return what has the weight of a site: the layer, or a stand-in for a bare parameter."""
+    """Return what has the weight of a site: the layer, or a stand-in for a bare parameter.
+
+    The stand-in has the very parameter as its `weight`. Giving it another one does not change the model.
+    """
     return base_weights.holder(site.module, site.attribute)
 
 
@@ -138,7 +165,12 @@ def _check_untied(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
 
 def check_writable(path: str, layer: nn.Module, into_low_bit: bool, stochastic: bool) -> None:
-    """Raise `AttachError` unless a weight can be written as asked."""
+    """Raise `AttachError` unless a weight can be written as asked; nothing is changed.
+
+    Args:
+        into_low_bit: Whether low-bit weights may be decoded, changed and rounded again.
+        stochastic: Whether rounding is to be stochastic, which some formats of other libraries do not do.
+    """
     row = base_weights.storage(layer)
     stored = f"the weight of {path} is stored as {row.label(layer)}"
     if row.low_bit and not into_low_bit:
@@ -191,7 +223,12 @@ def fold_all(
     strength_at: Callable[[str], float],
     seed: int | None = None,
 ) -> dict[str, Merge]:
-    """`fold` for every layer, by path."""
+    """Fold the stacks of all layers, and return the merges by path. Nothing is changed yet; see `fold`.
+
+    Args:
+        strength_at: Strength of the layer of a path.
+        seed: Of stochastic rounding. None: to nearest.
+    """
     return {
         path: fold(path, weight_holder(site), stacks[path], strength_at(path), seed) for path, site in sites.items()
     }
@@ -205,12 +242,19 @@ def _decibel(signal: Tensor, noise: Tensor) -> float:
 
 
 def is_merged(layer: nn.Module, attribute: str = "") -> bool:
-    """Whether a layer's weight, or a parameter, has adapters folded in."""
+    """Return whether a layer's weight, or the parameter of that name, has adapters folded in.
+
+    By a mark on the parameter that the merge made: one that takes its place later has none.
+    """
     return bool(getattr(layer._parameters.get(attribute or "weight"), MERGED_MARK, False))
 
 
 def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
-    """Raise `AttachError` unless the layer still has just what the merge gave it (moved or cast, perhaps)."""
+    """Raise `AttachError` unless the layer still has just what the merge gave it.
+
+    Refused: another parameter in its place, an in-place write since, and for formats that keep scales beside the weight
+    a move or cast. Moving or casting is fine for all others.
+    """
     own = base_weights.holder(layer, merge.attribute)
     now = base_weights.own(own)
     if now.weight is not merge.new.weight or now.bias is not merge.new.bias:
@@ -230,7 +274,11 @@ def check_untouched(path: str, layer: nn.Module, merge: Merge) -> None:
 
 
 def restore_parameters(layer: nn.Module, merge: Merge) -> None:
-    """Put a layer's own parameters back, where and in the precision to which the layer was moved since."""
+    """Put a layer's own parameters back, where and in the precision to which the layer was moved since.
+
+    They are the very objects of before, and train, or not, as those of the merge did. `check_untouched` tells
+    beforehand whether something would be lost.
+    """
     for old, new in zip(merge.old, merge.new, strict=True):
         if old is not None and new is not None and (old.dtype, old.device) != (new.dtype, new.device):
             old.data = old.data.to(new)
@@ -256,7 +304,11 @@ def check_foldable(
     stochastic: bool,
     untie: bool,
 ) -> None:
-    """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked."""
+    """Raise `AttachError` unless stacks can be folded into the weights of a model's layers as asked.
+
+    Nothing is changed. Refused: a stack that does not commute with adapters under it, a weight that cannot be written
+    (see `check_writable`), a sharded layer and, unless `untie`, a layer that shares a parameter with another module.
+    """
     for path, site in sites.items():
         check_order(path, site.module, stacks[path])
         check_writable(path, weight_holder(site), into_low_bit, stochastic)

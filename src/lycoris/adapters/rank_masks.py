@@ -37,11 +37,18 @@ class RankMasks:
 
     @property
     def are_used(self) -> bool:
-        """Whether any of the adapters follows the timestep."""
+        """Whether any of the adapters follows the timestep.
+
+        Without one, masks and timesteps may be set and have no effect.
+        """
         return any(adapter.algorithm.uses_rank_mask for stack in self.stacks.values() for adapter in stack)
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Set the mask of the ranks that act: (1, r) for all samples, (B, r) for one each, None for all ranks."""
+        """Set the mask of the ranks that act: (1, r) for all samples, (B, r) for one each, None for all ranks.
+
+        (r) is taken as (1, r), and (B, r) with equal rows becomes (1, r). Each adapter cuts it to its own rank; ranks
+        beyond a shorter mask act. It stays in force until the next call.
+        """
         self.mask = None if mask is None else one_if_equal(mask)
         self._changed()
 
@@ -56,7 +63,10 @@ class RankMasks:
         self.set_mask(None if timesteps is None or self.schedule is None else self.schedule.mask(timesteps))
 
     def mask_for(self, adapter: Adapter) -> Tensor | None:
-        """Return the mask in force for one adapter, cut to its rank; None where all of its ranks act."""
+        """Return the mask in force for one adapter, fitted to its rank; None where all of its ranks act.
+
+        None too for an adapter that does not follow the timestep.
+        """
         if self.mask is None or not adapter.algorithm.uses_rank_mask:
             return None
         return adapter.algorithm.fit_rank_mask(self.mask)
@@ -82,12 +92,18 @@ class RankMasks:
         self._changed()
 
     def layout_at(self, path: str) -> BatchLayout | None:
-        """Return the batch layout of a layer; None: the default."""
+        """Return the batch layout of a layer, by the first key that matches its path.
+
+        None where none does: the samples are then looked for on the first axis.
+        """
         return next((each for glob, each in self._layouts.items() if fnmatch.fnmatchcase(path, glob)), None)
 
     @property
     def is_following(self) -> bool:
-        """Whether the timestep is read from the model's calls."""
+        """Whether the timestep is read from the model's calls.
+
+        True also without a `schedule`; the calls are then not looked at.
+        """
         return bool(self._hooks)
 
     def follow(self) -> None:
@@ -101,7 +117,10 @@ class RankMasks:
             self._hooks = [before, after]
 
     def unfollow(self) -> None:
-        """Stop reading timesteps."""
+        """Stop reading timesteps; does nothing while none are read.
+
+        A mask that was set by hand stays in force.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

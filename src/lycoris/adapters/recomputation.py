@@ -41,7 +41,10 @@ PASSES = "_lycoris_passes"
 
 
 class PassState(NamedTuple):
-    """What is in force for one pass through one layer."""
+    """What is in force for one pass through one layer.
+
+    A value: a recomputation of the pass gets the same one, whatever was set since.
+    """
 
     call: Call
     draws: bool
@@ -53,7 +56,10 @@ class PassState(NamedTuple):
 
     @property
     def silent(self) -> bool:
-        """Whether the adapter lets the pass through: merged, and no mask takes a part of it away again."""
+        """Whether the adapter lets the pass through: merged, and no mask takes a part of it away again.
+
+        Strength 0 alone does not make it silent.
+        """
         return self.merged and self.call.rank_mask is None
 
 
@@ -92,7 +98,11 @@ class _Passes:
 
 
 class PassHistory:
-    """The passes of one adapter, as far as a recomputation has to know of them."""
+    """The passes of one adapter, as far as a recomputation has to know of them.
+
+    Args:
+        adapter: A number that no other adapter has, under which checkpointed regions keep its passes.
+    """
 
     def __init__(self, adapter: int) -> None:
         self.adapter = adapter
@@ -229,7 +239,13 @@ def _passes(owner: Any) -> _Passes:
 
 @contextmanager
 def replayed_random(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Draw dropout from this state of the random number generator, whatever a checkpoint does about it; None: as is."""
+    """Draw dropout from this state of the random number generator, whatever a checkpoint does about it.
+
+    Afterwards the generator goes on from where it was, unless it was in this very state already.
+
+    Args:
+        state: Of the generator of `device`. None: draw from the generator as it is.
+    """
     if state is None or torch.equal(now := _read_random_state(device), state):
         # A checkpoint that has put the state back itself: what is drawn after this pass goes on from here.
         yield

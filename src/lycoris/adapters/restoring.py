@@ -16,7 +16,11 @@ from lycoris.adapters.adapter import Adapter
 
 @contextmanager
 def same_draws(models: Sequence[nn.Module]) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Gives what runs a function with the same random numbers each time; those of before go on afterwards."""
+    """Yield a function that runs another with the same random numbers each time, and returns its result.
+
+    They are those of Python, NumPy and torch, on the CPU and on the CUDA devices of the models' parameters. Afterwards
+    the generators go on as if nothing had been drawn.
+    """
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"})
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
@@ -39,7 +43,10 @@ def same_draws(models: Sequence[nn.Module]) -> Iterator[Callable[[Callable[[], A
 
 @contextmanager
 def state_restored(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Puts buffers back, and what adapters have noted."""
+    """Put buffers back in place, and what adapters have noted, at the end of the block.
+
+    Buffers on the meta device, parameters and gradients are not looked after; see `stand_ins`.
+    """
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers() if not buffer.is_meta]
     seen = [(adapter, adapter.seen) for adapter in adapters]
     try:
@@ -54,7 +61,10 @@ def state_restored(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> 
 
 @contextmanager
 def in_evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, by the flags alone: a model's own `train` may do more."""
+    """Set every module inside to evaluation, by the flags alone: a model's own `train` may do more.
+
+    Adapters are switched by their `train`, which compiled graphs follow. Each module gets its own mode back.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:
@@ -74,7 +84,10 @@ def _set_mode(module: nn.Module, mode: bool) -> None:
 
 @contextmanager
 def stand_ins(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Others in the place of all parameters that train, with the same values: hooks and gradients stay untouched."""
+    """Put other parameters in the place of all that train: hooks and gradients of the real ones stay untouched.
+
+    The others share memory with the real ones, so that a write in place reaches both; tied parameters stay tied.
+    """
     owned = [
         (module, name, parameter)
         for model in models
@@ -94,7 +107,11 @@ def stand_ins(models: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def perturb_parameters(parameters: list[nn.Parameter], steps: list[Tensor], by: float) -> Iterator[None]:
-    """Parameters with something added, and then the very values of before."""
+    """Add `by` times a step to each parameter in place, and put the very values of before back afterwards.
+
+    Args:
+        steps: One for each parameter, of its shape; cast to its precision and device.
+    """
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, step in zip(parameters, steps, strict=True):

@@ -25,7 +25,10 @@ PASSING = ("contextlib", "functools", "lycoris", "torch")
 
 
 class BaseOnlyWarning(UserWarning):
-    """A library saved an adapted model without its adapters."""
+    """A library saved an adapted model without its adapters.
+
+    Given once for each model as long as it has adapters. `lycoris.write` and a merge are what save them.
+    """
 
 
 class _StateDictHook:
@@ -48,7 +51,10 @@ class _StateDictHook:
 
 
 def watch_saving(model: Any) -> None:
-    """Look at who asks for the state of a model that adapters came onto; a second call does nothing."""
+    """Warn from now on when a library saves the state of a model without its adapters; a second call does nothing.
+
+    Nor does one for a single layer that is adapted by itself: it is a part of what would be saved.
+    """
     # A single layer that is adapted by itself is part of a model, which is what would be saved.
     alone = any(isinstance(child, Adapter) for child in model.children())
     if not alone and not any(isinstance(hook, _StateDictHook) for hook in model._state_dict_pre_hooks.values()):
@@ -56,7 +62,10 @@ def watch_saving(model: Any) -> None:
 
 
 def unwatch_saving(model: nn.Module) -> None:
-    """Stop that, once the model has no adapters."""
+    """Stop warning of saves without adapters, once the model has none.
+
+    As long as another set is attached nothing changes.
+    """
     if not any(isinstance(module, Adapter) for module in model.modules()):
         hooks = model._state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _StateDictHook)]:

@@ -6,13 +6,19 @@ import torch
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` traces the pass, which takes a flag that is set for a fault."""
+    """Return whether `torch.export` traces the pass, which takes a flag that is set for a fault.
+
+    Always false before torch 2.7, which cannot tell.
+    """
     # torch before 2.7 has no such question.
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 class Seen:
-    """Plain attributes, only ever written in a pass: a compiled graph neither breaks nor is made again for them."""
+    """What has happened to an adapter since it was attached: flags that only ever become true.
+
+    Plain attributes, only ever written in a pass: a compiled graph neither breaks nor is made again for them.
+    """
 
     __slots__ = ("called", "cut", "ran", "reached", "trained")
 

@@ -25,7 +25,11 @@ READ = (
 
 
 class Watch:
-    """Waits for the first backward pass of some adapters; what it finds comes as one warning."""
+    """A check of adapters at the end of their first backward pass; what it finds comes as one warning.
+
+    Making one puts hooks on the model and on the trained parameters, tells every adapter its path and clears its flags.
+    The hooks go at the end of that backward pass, or with `stop`.
+    """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, Sequence[Adapter]]) -> None:
         self._stacks = stacks
@@ -85,24 +89,36 @@ class _FirstPassHook:
 
 
 def never_called(stacks: Mapping[str, Sequence[Adapter]]) -> tuple[str, ...]:
-    """Paths of adapters that no pass has reached; () as long as the model has not run, as far as is known."""
+    """Return the paths of layers whose adapters no pass has reached.
+
+    () as long as the model has not run, as far as is known: then nothing says that they are idle.
+    """
     idle = tuple(path for path, stack in stacks.items() if not any(adapter.seen.called for adapter in stack))
     ran = len(idle) < len(stacks) or any(adapter.seen.ran for stack in stacks.values() for adapter in stack)
     return idle if ran else ()
 
 
 def without_gradient(stacks: Mapping[str, Sequence[Adapter]]) -> tuple[str, ...]:
-    """Paths of adapters that took part in a pass with gradients, and have got none."""
+    """Return the paths of layers with an adapter that took part in a pass with gradients, and has got none.
+
+    Adapters without trained parameters, and those whose parameters have a `grad` from elsewhere, do not count.
+    """
     return tuple(path for path, stack in stacks.items() if any(map(_is_missed, stack)))
 
 
 def without_derivative(stacks: Mapping[str, Sequence[Adapter]]) -> tuple[str, ...]:
-    """Paths of layers that were seen to give an output without a gradient for an input with one."""
+    """Return the paths of layers that were seen to give an output without a gradient for an input with one.
+
+    So do layers of other libraries whose low-bit operation has no backward.
+    """
     return tuple(path for path, stack in stacks.items() if any(adapter.seen.cut for adapter in stack))
 
 
 def warn_of_idle(stacks: Mapping[str, Sequence[Adapter]]) -> None:
-    """Warn of adapters that a first training step did not reach."""
+    """Warn of adapters that a first training step did not reach, or whose parameters got no gradient.
+
+    One warning for both; none where there are no such adapters.
+    """
     idle, missed = never_called(stacks), without_gradient(stacks)
     said = []
     if idle:
@@ -121,7 +137,10 @@ def warn_of_idle(stacks: Mapping[str, Sequence[Adapter]]) -> None:
 
 
 def list_some_paths(paths: Iterable[str]) -> str:
-    """The first few of many paths, and how many more there are."""
+    """Return the first few of many paths as one text, with how many more there are.
+
+    At most `PATHS_SHOWN`, in the order given.
+    """
     every = list(paths)
     more = f" and {len(every) - PATHS_SHOWN} more" if len(every) > PATHS_SHOWN else ""
     return ", ".join(every[:PATHS_SHOWN]) + more

@@ -26,7 +26,11 @@ PRECISE_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One adapter on one layer. Work and memory are per token, in a pass over as many as the explanation says."""
+    """One adapter on one layer. Work and memory are per token, in a pass over as many as the explanation says.
+
+    Of a stack, each adapter has one of its own under the same path; of slices that share their tensors, only the first
+    has parameters and file size.
+    """
 
     path: str
     """Of the layer."""
@@ -59,7 +63,10 @@ class LayerCost:
 
     @property
     def ratio(self) -> float | None:
-        """Of `flops` to the layer's own; None where those are nothing."""
+        """Share of `flops` in the layer's own forward: 0.05 is 5% more.
+
+        None where the layer itself takes none, as a look-up or a norm.
+        """
         return self.flops / self.base_flops if self.base_flops else None
 
     @property
@@ -68,7 +75,10 @@ class LayerCost:
         return f"{self.geometry.kind} {_format_shape(self.geometry)}"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return it as JSON has it: numbers as they are, the algorithm as text, and kind and shape of the weight.
+
+        `why` and `way` are among it, the shapes of the trained tensors are not.
+        """
         g, names = self.geometry, ("parameters", "frozen", "file_bytes", "rank", "flops", "training_flops")
         told = {name: getattr(self, name) for name in (*names, "base_flops", "ratio", "kept", "input", "way", "why")}
         return {"path": self.path, "kind": g.kind, "shape": [*g.shape], "algorithm": str(self.algorithm)} | told
@@ -76,7 +86,10 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What adapters cost. A value: print it, sum it, compare two."""
+    """What adapters cost. A value: print it, sum it, compare two.
+
+    `layers` are in the order of the plan or the set.
+    """
 
     layers: tuple[LayerCost, ...]
     tokens: int
@@ -97,12 +110,18 @@ class Explanation:
 
     @property
     def flops(self) -> float:
-        """Per token, forward, over all layers."""
+        """Forward work per token in addition to that of the layers, over all of them.
+
+        A multiplication and the addition that goes with it count as two.
+        """
         return sum(layer.flops for layer in self.layers)
 
     @property
     def training_flops(self) -> float:
-        """Per token, forward and backward, over all layers."""
+        """Forward and backward work per token, over all layers, in addition to what frozen ones take.
+
+        Counted as in `flops`; recomputation by gradient checkpointing comes on top.
+        """
         return sum(layer.training_flops for layer in self.layers)
 
     @property
@@ -112,7 +131,10 @@ class Explanation:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes per token kept for backward, over all layers."""
+        """Bytes per token kept for backward inside adapters, over all layers.
+
+        Times `tokens`, it is what a pass keeps; `inputs` come on top.
+        """
         return sum(layer.kept for layer in self.layers)
 
     @property
@@ -121,7 +143,10 @@ class Explanation:
         return sum({layer.path: layer.input for layer in self.layers if layer.input}.values())
 
     def groups(self) -> list[tuple[int, LayerCost]]:
-        """Layers that are alike: how many, and what each costs; those that cost most parameters together first."""
+        """Group layers that are alike, as (how many, the first of them); most parameters together first.
+
+        Alike are those with the same algorithm, shape, work, memory and way.
+        """
         found: dict[tuple[Any, ...], list[LayerCost]] = {}
         for layer in self.layers:
             # Not by geometry: what a layer costs does not depend on its stride, nor always on having a bias.
@@ -131,7 +156,10 @@ class Explanation:
         return sorted(sizes, key=lambda each: -each[0] * each[1].parameters)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows of words: a heading, then a row for each group of layers."""
+        """Return rows of words: a heading, then a row for each group of layers.
+
+        Parameters and bytes in a file are of the whole group; FLOPs and kept bytes are of one layer, per token.
+        """
         heading = (
             "layers",
             "shape",
@@ -160,7 +188,10 @@ class Explanation:
         return [heading, *rows]
 
     def totals(self) -> list[str]:
-        """In sentences."""
+        """Return sums over all layers in three lines of text: size, then work and memory, then tokens and precision.
+
+        Work is per token, and given as a share of what the layers take where they take anything.
+        """
         part = f" (+{self.flops / self.base_flops:.2%} of theirs)" if self.base_flops else ""
         return [
             f"{len({layer.path for layer in self.layers})} layers get adapters, {len(self.skipped)} do not; "
@@ -192,7 +223,10 @@ class Explanation:
         return "\n".join([*lines, *self.totals(), *self.reasons(), *(f"note: {remark}" for remark in self.remarks)])
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it: settings, totals, and every layer."""
+        """Return it as JSON has it: settings, totals, and every layer.
+
+        Work and memory are per token, sizes are bytes.
+        """
         totals = ("parameters", "file_bytes", "flops", "training_flops", "base_flops", "saved_bytes", "inputs")
         return {
             "tokens": self.tokens,
@@ -312,7 +346,10 @@ def _cost(algorithm: Algorithm, g: Geometry, alone: bool, tokens: int) -> Cost:
 
 
 def size_text(count: float) -> str:
-    """Bytes in words: 1.5 MB is 1,500,000."""
+    """Return bytes in words: 1.5 MB is 1,500,000.
+
+    Three digits at most; units from B to TB, in steps of 1000.
+    """
     if count < 1000:
         return f"{count:.0f} B"
     at = min(4, int(math.log10(count) // 3))
@@ -320,7 +357,10 @@ def size_text(count: float) -> str:
 
 
 def number_text(count: float) -> str:
-    """1.5 M is 1,500,000."""
+    """Return a number in words: 1.5 M is 1,500,000.
+
+    Three digits at most; units k, M, G and T, in steps of 1000.
+    """
     if count < 1000:
         return f"{count:.3g}"
     at = min(4, int(math.log10(count) // 3))

@@ -43,7 +43,10 @@ OPTIMIZERS: Mapping[str, Callable[[LayerShape], int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes in training, by what they are for. What a frozen base keeps for its own backward is not among them."""
+    """Bytes in training, by what they are for. What a frozen base keeps for its own backward is not among them.
+
+    Nor is what operations need while they run, or what the allocator holds in reserve.
+    """
 
     base: int
     """All weights of the model."""
@@ -65,11 +68,14 @@ class Memory:
         return self.base + self.adapters + self.gradients + self.optimizer + self.kept + self.inputs
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return bytes by field, and their sum under "total", as JSON has it."""
         return asdict(self) | {"total": self.total}
 
     def rows(self) -> list[tuple[str, str]]:
-        """What it is for, and how much."""
+        """Return pairs of words: what it is for, and how much.
+
+        In the order of the fields, with the sum last.
+        """
         words = {
             "base": "base weights",
             "adapters": "adapters",

@@ -31,7 +31,13 @@ NAMES_SHOWN = 5
 
 
 def plan_recipe(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
-    """See `Recipe.plan`."""
+    """Make the plan that a recipe means for a model; see `Recipe.plan`.
+
+    Raises:
+        NothingMeantError: No layer is targeted.
+        PlanError: An algorithm cannot serve a layer, unless the recipe skips such layers and others can be served; or
+            every layer that is targeted shares its weight with another module.
+    """
     sites = ModelSites.of(model)
     preset, roles = expand_roles(recipe.preset, sites.model)
 
@@ -58,7 +64,14 @@ def plan_recipe(recipe: Recipe, model: nn.Module | ModelSites) -> Plan:
 
 
 def algorithm(recipe: Recipe, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
-    """See `Recipe.algorithm`."""
+    """Make the algorithm that a recipe means for a layer; see `Recipe.algorithm`.
+
+    `dora_wd` puts it into a DoRA. For OFT and BOFT the rank bounds the size of the blocks, which follows from the
+    number of outputs. Alpha 0 or none means the rank.
+
+    Raises:
+        ConfigError: The override has an unknown algorithm or a wrong value.
+    """
     algo = str(override.get("algo", recipe.algo)).lower()
     own = parse_options(algo, {k: v for k, v in override.items() if k not in OVERRIDE}, "", False, [])
     options = {**recipe.options, **own}

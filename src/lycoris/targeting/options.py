@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Option(NamedTuple):
-    """How a config's option reaches an algorithm."""
+    """How a config's option reaches an algorithm: its field, the algorithms that know it, and the type of its value.
+
+    `algorithms` are names as in configs.
+    """
 
     field: str | None
     """The algorithm's own name for it; None: not a field of an algorithm."""
@@ -99,7 +102,10 @@ OVERRIDE = ("algo", "dim", "alpha", "linear_dim", "linear_alpha", "conv_dim", "c
 
 
 def unknown_options(given: Mapping[str, Any]) -> list[Remark]:
-    """A remark for each top-level option that no algorithm of the format knows."""
+    """Return a remark for each top-level option that no algorithm of the format knows, in the order given.
+
+    Options that only some algorithms know are no concern of it; `parse_options` is for those.
+    """
     strange = [name for name in given if name not in OPTIONS and name not in TOP]
     return [unknown_option(name, "") for name in strange]
 
@@ -130,7 +136,11 @@ def _has_module(name: str) -> bool:
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """Return the class of an algorithm by its name in configs. Raises `ConfigError` for an unknown one."""
+    """Return the class of an algorithm by its name in configs; the first call imports torch.
+
+    Raises:
+        ConfigError: No algorithm has the name.
+    """
     from lycoris import algorithms
 
     check_algorithm_name(name)
@@ -161,7 +171,16 @@ def options_of(algo: str) -> Mapping[str, Option]:
 def parse_options(
     algo: str, given: Mapping[str, Any], where: str, strict: bool, remarks: list[Remark]
 ) -> dict[str, Any]:
-    """Options that reach the algorithm or the recipe. The others are refused or remarked upon."""
+    """Read the options that reach the algorithm or the recipe, by name; the others are refused or remarked upon.
+
+    Args:
+        where: Follows the name in messages, such as " in module_algo_map['Attention']"; "" for the top level.
+        strict: Whether an option that nothing knows is an error. False: a remark.
+        remarks: Remarks are appended here.
+
+    Raises:
+        ConfigError: A value is wrong, an option is not built yet and switched on, or unknown while `strict`.
+    """
     options: dict[str, Any] = {}
     own = options_of(algo)
     known = {**OPTIONS, **own}
@@ -188,7 +207,14 @@ def parse_options(
 
 
 def parse_rank(value: Any, name: str) -> int | None:
-    """A rank; None when none was given, which is not the same as 0."""
+    """Read a rank; None when none was given, which is not the same as 0.
+
+    Args:
+        name: Of the option, for messages.
+
+    Raises:
+        ConfigError: It is no whole number, or below 1.
+    """
     rank: int | None = parse_optional(value, name, int)
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {name} = {value!r}")
@@ -200,7 +226,14 @@ def parse_optional(value: Any, name: str, kind: type) -> Any:
 
 
 def parse_number(value: Any, name: str, kind: type) -> Any:
-    """A value of the wanted type; kohya-style callers hand strings over, and false for "none"."""
+    """Read a value as bool, int, float or str; kohya-style callers hand strings over, and false for "none".
+
+    False is 0, 0.0 or "" where a number or a word is wanted. As bool count true, 1 and yes, and false, 0, no, none and
+    "".
+
+    Raises:
+        ConfigError: It is no such value, or a fraction where an int is wanted.
+    """
     if kind is bool:
         if isinstance(value, bool):
             return value

@@ -79,7 +79,10 @@ class Rule:
         return self.kind if isinstance(self.kind, tuple) else (self.kind,)
 
     def names(self, place: Site) -> bool:
-        """Whether this asks for a layer by the last part of its path, or for an uncommon kind of layer by name."""
+        """Return whether this asks for a layer by the last part of its path, or for an uncommon kind of layer by name.
+
+        Such a layer gets an adapter even if it shares its weight with another module. Wildcards do not count as names.
+        """
         wanted = self.path.pattern if isinstance(self.path, re.Pattern) else self.path
         by_kind = place.geometry.kind not in USUAL and place.geometry.kind in self.kinds()
         return by_kind or spells_out(wanted, place.path)
@@ -98,7 +101,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Placement:
-    """One layer of a plan: where it is, what it is, and the algorithms it gets, from the lowest up."""
+    """One layer of a plan: where it is, what it is, and the algorithms it gets, from the lowest up.
+
+    `path` is "" where the model itself is the layer.
+    """
 
     path: str
     geometry: Geometry
@@ -112,7 +118,10 @@ class Placement:
 
 
 class LeftOut(NamedTuple):
-    """A layer that was to get an adapter, and why it gets none."""
+    """A layer that was to get an adapter, and why it gets none.
+
+    `path` is dotted; `why` begins with what the layer is.
+    """
 
     path: str
     why: str
@@ -312,7 +321,11 @@ def _shorten(remarks: list[Remark]) -> list[Remark]:
 
 
 def servable(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> dict[str, Site]:
-    """Return the layers of some kinds that adapters can serve, by path; `*` in a kind is a wildcard."""
+    """Return the layers of some kinds that adapters can serve, by path and in model order.
+
+    Args:
+        kinds: As `Rule.kind`; `*` in a kind is a wildcard.
+    """
     return {
         path: site
         for path, site in ModelSites.of(model).items()
@@ -321,7 +334,10 @@ def servable(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> dic
 
 
 def block_classes(model: nn.Module | ModelSites, kinds: Sequence[str] = USUAL) -> list[str]:
-    """Return the sorted class names of layers that adapters can serve, and of the modules around them."""
+    """Return the sorted class names of layers that adapters can serve, and of the modules around them.
+
+    The class of the model itself is among them: these are the names that a rule's `inside` can match.
+    """
     sites = ModelSites.of(model)
     chains = ((path, *paths.ancestors(path)) for path in servable(sites, kinds))
     return sorted({type(sites.modules[name]).__name__ for chain in chains for name in chain if name in sites.modules})

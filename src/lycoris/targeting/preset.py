@@ -36,7 +36,10 @@ PRESETS_WITH_CONV: Mapping[str, bool] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The `apply_preset` part of a config. A layer is meant by its name first, else by the classes around it."""
+    """The `apply_preset` part of a config. A layer is meant by its name first, else by the classes around it.
+
+    The constructor takes values as they are; `parse` checks them.
+    """
 
     enable_conv: bool = True
     """Whether convolutions with a real kernel get adapters; 1x1 ones count as linear."""
@@ -62,7 +65,12 @@ class Preset:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Preset:
-        """From a JSON object. Raises `ConfigError` for unknown keys and values of the wrong type."""
+        """Check a JSON object, and make a preset of it.
+
+        Raises:
+            ConfigError: A key is unknown, a value is of the wrong type, or a pattern is no regular expression although
+                `use_fnmatch` is off.
+        """
         if not isinstance(given, Mapping):
             raise ConfigError(f"a preset must be an object with keys such as target_module, not {given!r}")
         known = {f.name: f for f in fields(cls)}
@@ -81,7 +89,13 @@ class Preset:
         return cls(**values)
 
     def options_for(self, path: str, layer: nn.Module, around: Sequence[nn.Module]) -> Options | None:
-        """Settings of its own for a layer that is meant, {} when it has none; None for a layer that is not meant."""
+        """Return a layer's own settings, {} when it is meant and has none; None when it is not meant.
+
+        `exclude_name` counts first, then the pattern that matches its path, then its class and those around it.
+
+        Args:
+            around: The modules around the layer, from the nearest out.
+        """
         if self.excludes(path):
             return None
         by_class = self._by_class([type(module).__name__ for module in (layer, *around)])
@@ -91,7 +105,10 @@ class Preset:
         return self.name_algo_map.get(named, by_class or {})
 
     def names(self, place: Site) -> bool:
-        """Whether a pattern asks for a layer by the last part of its path, or a target by a class of its own."""
+        """Return whether a pattern asks for a layer by the last part of its path, or a target by a class of its own.
+
+        A class of its own is one that is not in `LAYER_CLASSES`. Wildcards do not count as names.
+        """
         from lycoris.layers.tied_parameters import spells_out
 
         own = type(place.module).__name__
@@ -116,26 +133,51 @@ class Preset:
         return next((pattern for pattern in patterns if self.matches(pattern, path)), None)
 
     def overrides(self) -> tuple[Options, ...]:
-        """The settings of both maps."""
+        """Return the settings of `module_algo_map`, then those of `name_algo_map`.
+
+        The very mappings, without the names that they are for.
+        """
         return (*self.module_algo_map.values(), *self.name_algo_map.values())
 
     def for_pipelines(self) -> list[str]:
-        """Keys that were given and that only the kohya interface reads."""
+        """Return the keys that were given and that only the kohya interface reads.
+
+        Keys with an empty list count as not given.
+        """
         return [f.name for f in fields(self) if f.name.startswith(("unet_", "text_encoder_")) and getattr(self, f.name)]
 
     def means(self, pattern: str, path: str) -> bool:
-        """Whether a pattern, or the very path, means a path."""
+        """Return whether a pattern, or the very path, means a path.
+
+        A path that is given in full means itself, even where it does not match itself as a regular expression.
+        """
         return pattern == path or self.matches(pattern, path)
 
     def matches(self, pattern: str, path: str) -> bool:
-        """Whether a pattern means a path."""
+        """Return whether a pattern means a path.
+
+        With `use_fnmatch` a glob that matches the whole path, with case; else a regular expression that matches from
+        its start.
+
+        Raises:
+            ConfigError: It is no regular expression.
+        """
         if self.use_fnmatch:
             return fnmatch.fnmatchcase(path, pattern)
         return _compile_target_pattern(pattern).match(path) is not None
 
 
 def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: list[Remark]) -> Preset:
-    """A preset with what a built-in one of that name says, remarked upon. Raises `ConfigError` for an unknown name."""
+    """Return a preset with what a built-in one of that name says about convolutions, remarked upon.
+
+    Args:
+        given: The `apply_preset` of the config; an `enable_conv` in it wins.
+        name: None: no built-in one is asked for, and the preset is returned as it is.
+        remarks: The remark is appended here.
+
+    Raises:
+        ConfigError: No built-in preset has the name.
+    """
     if name is None:
         return preset
     if str(name) not in PRESETS_WITH_CONV:
@@ -153,7 +195,10 @@ def with_named(preset: Preset, given: Mapping[str, Any], name: Any, remarks: lis
 
 
 def names_class(target: str, name: str) -> bool:
-    """Whether a target, which may have wildcards, means the class of a name."""
+    """Return whether a target, which may have wildcards, means the class of a name.
+
+    With case; the whole name has to match.
+    """
     return target == name or fnmatch.fnmatchcase(name, target)
 
 

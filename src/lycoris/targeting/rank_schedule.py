@@ -66,19 +66,29 @@ class RankSchedule:
         return json.dumps(asdict(self))
 
     def rank(self, t: float) -> int:
-        """Active ranks at timestep t."""
+        """Return the number of ranks that act at timestep t, from `min_rank` at T to `max_rank` at 0.
+
+        A t outside 0..T counts as the nearer end.
+        """
         clean = (self.steps - min(max(float(t), 0.0), self.steps)) / self.steps
         return min(self.max_rank, math.floor(clean**self.alpha * (self.max_rank - self.min_rank)) + self.min_rank)
 
     def mask(self, timesteps: Tensor | float) -> Tensor:
-        """(B, max_rank) of ones for the ranks that count and zeros for the others, for B timesteps on 0..T."""
+        """Return the rank mask (B, max_rank) for B timesteps on 0..T: 1 for ranks that act, 0 for the others.
+
+        In float32. A number, or a tensor without axes, gives one row.
+        """
         values = torch.as_tensor(timesteps).reshape(-1).tolist()
         ranks = torch.tensor([self.rank(t) for t in values]).unsqueeze(1)
         return (torch.arange(self.max_rank) < ranks).float()
 
 
 def in_header(header: Mapping[str, str]) -> RankSchedule | None:
-    """The schedule under `SCHEDULE_KEY` of a file's header. Raises `FileError` for one that is none."""
+    """Return the schedule under `SCHEDULE_KEY` of a file's header; None where it has none.
+
+    Raises:
+        FileError: What is there is no JSON object, lacks a value, or has one that is out of range.
+    """
     if SCHEDULE_KEY not in header:
         return None
     try:
@@ -91,18 +101,35 @@ def in_header(header: Mapping[str, str]) -> RankSchedule | None:
 
 
 def one_if_equal(keep: Tensor) -> Tensor:
-    """A mask (B, r) as (1, r) where all samples have the same: it then fits an input whatever its batch looks like."""
+    """Return a mask (B, r) as (1, r) where all samples have the same.
+
+    One row fits an input whatever its batch looks like. (r) becomes (1, r) as well. On a GPU this waits for the values.
+    """
     keep = keep.reshape(-1, keep.shape[-1])
     return keep[:1] if len(keep) > 1 and bool((keep == keep[:1]).all()) else keep
 
 
 def takes_timestep(model: nn.Module) -> bool:
-    """Whether a model is called with a timestep that `read_timestep` finds."""
+    """Return whether a model is called with a timestep that `read_timestep` finds.
+
+    By an argument `timestep` of its forward, inside the wrappers of `torch.compile` and data parallelism.
+    """
     return "timestep" in _forward_arguments(_unwrap_model(model))
 
 
 def read_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int) -> Tensor:
-    """The timestep with which a denoiser is being called, on the scale 0..steps, whatever unit its class takes."""
+    """Return the timesteps with which a denoiser is being called, on the scale 0..steps, whatever unit its class takes.
+
+    A float64 tensor, (1) or (B), where the given one is. Warns where the unit of a class is not known and all values
+    lie between 0 and 1.
+
+    Args:
+        args: Of the call, and `kwargs` with them.
+        steps: T, the number of training timesteps.
+
+    Raises:
+        ConfigError: The call has no timestep.
+    """
     model = _unwrap_model(model)
     name = type(model).__name__
     if "timestep" in kwargs:

@@ -41,7 +41,11 @@ logger = logging.getLogger("LyCORIS")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A parsed `lycoris_config.json`."""
+    """A parsed `lycoris_config.json`.
+
+    `parse` checks and makes one; the constructor takes values as they are. `linear_alpha` 0 or None means the rank, and
+    None for `conv_dim` or `conv_alpha` what linear layers have.
+    """
 
     algo: str = "lora"
     multiplier: float = 1.0
@@ -105,7 +109,10 @@ class Recipe:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object as it came."""
+        """Return the JSON object as it came, as a new dict.
+
+        Defaults are not filled in, and options that were remarked upon are still there.
+        """
         return dict(self.given)
 
     @property
@@ -130,19 +137,39 @@ class Recipe:
         )
 
     def plan(self, model: nn.Module | ModelSites) -> Plan:
-        """What each layer of a model gets. Raises `NothingMeantError`, naming the model's classes, when none does."""
+        """Return what each layer of a model gets; the model stays as it is.
+
+        Raises:
+            NothingMeantError: No layer is targeted. The message names the classes that the model has.
+            PlanError: An algorithm cannot serve a layer that is targeted; `unserved` "skip" leaves such layers out.
+        """
         from lycoris.targeting.assignment import plan_recipe
 
         return plan_recipe(self, model)
 
     def algorithm(self, geometry: Geometry, override: Mapping[str, Any]) -> Algorithm:
-        """The algorithm for a layer of this shape, with a preset's own settings over the general ones."""
+        """Return the algorithm for a layer of this shape.
+
+        Args:
+            override: The settings that a preset has for the layer; they win over the general ones. {}: none.
+
+        Raises:
+            ConfigError: The override has an unknown algorithm or a wrong value.
+        """
         from lycoris.targeting.assignment import algorithm
 
         return algorithm(self, geometry, override)
 
     def rank_for(self, pointwise: bool, override: Mapping[str, Any]) -> int:
-        """The rank of a layer; convolutions fall back on that of linear layers."""
+        """Return the rank of a layer; convolutions fall back on that of linear layers.
+
+        Args:
+            pointwise: Whether it is a linear layer or a 1x1 convolution.
+            override: The settings that a preset has for the layer: `dim` wins, then `linear_dim` or `conv_dim`.
+
+        Raises:
+            ConfigError: A rank of the override is no whole number, or `dim` or `linear_dim` is below 1.
+        """
         own = parse_rank(override.get("dim"), "dim")
         if pointwise:
             return own or parse_rank(override.get("linear_dim"), "linear_dim") or self.linear_dim
@@ -157,7 +184,14 @@ def _parse_unserved(value: Any) -> Literal["error", "skip"]:
 
 
 def schedule_of(metadata: Mapping[str, str]) -> RankSchedule | None:
-    """The rank schedule in a file's header, by itself or in the settings of its training, or None."""
+    """Return the rank schedule in a file's header, by itself or in the settings of its training.
+
+    None where there is none. Settings that are no JSON object are logged and left aside.
+
+    Raises:
+        FileError: The header has a schedule of its own that cannot be read.
+        ConfigError: The settings of the training describe a schedule with a wrong value.
+    """
     from lycoris.targeting.rank_schedule import in_header
 
     if (found := in_header(metadata)) is not None:
@@ -173,7 +207,11 @@ SETTINGS_KEYS = ("ss_network_args", "lycoris_config")
 
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of training in a file's header, as far as it can be read; what `lycoris_config` says counts most."""
+    """Return the settings of training in a file's header, as far as it can be read; {} for none.
+
+    What `lycoris_config` says wins over `ss_network_args`, and that over `ss_network_dim`. What is no JSON object is
+    left out without a word.
+    """
     settings: dict[str, Any] = {}
     if (rank := metadata.get("ss_network_dim", "")).isdecimal():
         settings["linear_dim"] = rank
@@ -191,7 +229,11 @@ def _read_settings(metadata: Mapping[str, str], key: str) -> dict[str, Any] | No
 
 
 def schedule_in(config: Mapping[str, Any]) -> RankSchedule | None:
-    """The rank schedule that a whole config describes, whatever else it says; None when no T-LoRA is in it."""
+    """Return the rank schedule that a whole config describes, whatever else it says; None when no T-LoRA is in it.
+
+    Raises:
+        ConfigError: A rank or a setting of the schedule is wrong.
+    """
     preset = config.get("apply_preset")
     maps = {
         name: {target: _schedule_keys(override) for target, override in given.items() if isinstance(override, Mapping)}

@@ -10,7 +10,11 @@ RemarkKind = Literal["note", "unknown", "unmatched", "tied"]
 
 
 class Remark(str):
-    """Something that the user should know, as text with a kind."""
+    """Something that the user should know, as text with a kind.
+
+    A `str`: it compares as its text, and what string methods make of it has no kind. Kinds are "unknown" for options,
+    "unmatched" for targets that no layer matches, "tied" for layers that share a weight, and "note" for the rest.
+    """
 
     kind: RemarkKind
 
