@@ -19,7 +19,7 @@ from lycoris.files.container.target import check_target
 from lycoris.files.detect import Detection
 from lycoris.files.dialects import DIALECTS
 from lycoris.files.growth import GROWTH_ADVICE, FileSize, GrowthError, count_forms, format_growth, measure_file
-from lycoris.files.opening import open_file
+from lycoris.files.opening import Opened, open_file
 from lycoris.files.peft import write_peft
 from lycoris.files.programs import PROGRAMS
 from lycoris.files.rewriting import Rewriter, RewrittenFile
@@ -115,8 +115,8 @@ def convert(
     read = {Path(source), *(() if weights is None else weights.files.values())}
     check_target(target, read, overwrite=overwrite)
     found = open_file(source, base, strict=strict)
-    before = FileSize.measure(found.tensors, measure_file(source), dtype)
-    order = Rewriter(found, base, weights, dtype, before, allow_growth)
+    size = FileSize.measure(found.tensors, measure_file(source), dtype)
+    order = Rewriter(found, base, weights, dtype, size, allow_growth)
     try:
         with prefix_errors(source):
             made = order.rewrite_for_program(portable, to) if portable is not None else order.rewrite(str(to))
@@ -129,14 +129,17 @@ def convert(
         assumed=found.assumed,
         written=made.written,
         rounded=made.rounded,
-        forms=(
-            _summarize_forms(found.shapes, found.detection.dialect),
-            _summarize_forms(get_shapes(written), made.dialect),
-        ),
+        forms=_summarize_both(found, written, made.dialect),
         before=FileSize.measure(found.tensors, measure_file(source)),
         after=FileSize.measure(written, measure_file(target)),
         unchanged=made.unchanged,
     )
+
+
+def _summarize_both(found: Opened, written: Mapping[str, Tensor], dialect: str) -> tuple[str, str]:
+    """Return the forms of the layers in the file that was read, and in the one that was written."""
+    before = _summarize_forms(found.shapes, found.detection.dialect)
+    return before, _summarize_forms(get_shapes(written), dialect)
 
 
 def _write_result(made: RewrittenFile, target: str | os.PathLike[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
