@@ -181,7 +181,7 @@ class TestMistakes:
     def test_sets_have_to_be_of_one_model_and_of_different_names(self) -> None:
         model = net()
         one, two = adapt(model), adapt(net())
-        with pytest.raises(ConfigError, match="not all on one Sequential"):
+        with pytest.raises(ConfigError, match="not all on this Sequential"):
             checkpoint_adapters(one, two.__class__.build(two.model, plan(two.model, Rule(LoRA(rank=1))), "two"))
         with pytest.raises(ConfigError, match="the names are default"):
             checkpoint_adapters(one, two)
