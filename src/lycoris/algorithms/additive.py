@@ -27,7 +27,10 @@ TOKENS = 1024
 
 
 class Path(NamedTuple):
-    """How a layer's adapter is computed, and why."""
+    """How a layer's adapter is computed, and why.
+
+    What `Additive.path` decides for a number of tokens.
+    """
 
     name: str
     """"factored": ΔW is applied as a product of factors and never built. "dense": ΔW is built."""
@@ -63,7 +66,10 @@ class Additive(Algorithm):
         """
 
     def low_rank_factors(self, p: Params, g: Geometry) -> tuple[Tensor, Tensor] | None:
-        """Return factors (O, r') and (r', I, *K) whose product is ΔW without the scale; None where there are none."""
+        """Return factors (O, r') and (r', I, *K) whose product is ΔW without the scale; None where there are none.
+
+        r' may be more than the rank: T-LoRA has 2·rank. Override it, and the default `add_product` uses them.
+        """
         return None
 
     def gram_terms(self, p: Params, weight: Tensor, g: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
@@ -81,11 +87,17 @@ class Additive(Algorithm):
         return None
 
     def product_macs(self, g: Geometry) -> int | None:
-        """Return the multiplications per token of the factored product; None where this layer has none."""
+        """Return the multiplications per token of the factored product; None where this layer has none.
+
+        With None, the default, ΔW is built in every pass.
+        """
         return None
 
     def saved_elements(self, g: Geometry) -> int:
-        """Return the elements per token that the factored product saves for backward in addition to x."""
+        """Return the elements per token that the factored product saves for backward in addition to x.
+
+        The default is 0. It enters `cost`, and nothing that is computed.
+        """
         return 0
 
     def check(self, g: Geometry) -> None:
@@ -130,7 +142,13 @@ class Additive(Algorithm):
         return self._add_bias(y, p, g, call)
 
     def add(self, y: Tensor, p: Params, g: Geometry, x: Tensor, call: Call) -> Tensor:
-        """Return y + μ · scale · ΔW(x), with dropout on x in training."""
+        """Return y + μ · scale · ΔW(x), with the change of the bias if there is one, and dropout on x in training.
+
+        Args:
+            y: the output of the layer below for x. It is not changed.
+            p: tensors by slot name.
+            x: the layer's input.
+        """
         if self.dropout and call.dropout_scale is not None:
             x = apply_dropout(x, call.dropout_scale * self.dropout)
         if self._is_factored(g, _tokens(g, x), alone=True):
@@ -191,15 +209,24 @@ class Additive(Algorithm):
         return (3 if alone else 1) * _product(g) * tokens + 4 * self.delta_macs(g)
 
     def mask_ranks(self, p: Params, g: Geometry, rank_mask: Tensor | None) -> Params:
-        """Return the tensors with each rank multiplied by its entry of a mask (r) or (1, r); None: as they are."""
+        """Return the tensors with each rank multiplied by its entry of a mask (r) or (1, r); None: as they are.
+
+        The default returns them as they are, for algorithms without ranks, or that mask activations instead.
+        """
         return p
 
     def delta_bias(self, p: Params) -> Tensor | None:
-        """Return Δb (O) without the scale; None where there is none."""
+        """Return Δb (O) without the scale; None where there is none.
+
+        It must be the bias of `delta`, without building ΔW. The default is None.
+        """
         return None
 
     def read_scalar(self, p: Params) -> Tensor | float:
-        """Return the trained scalar that multiplies ΔW; 1.0 where there is none."""
+        """Return the trained scalar that multiplies ΔW; 1.0 where there is none.
+
+        The default reads the slot `scalar`.
+        """
         return p.get("scalar", 1.0)
 
     def _gain(self, p: Params, g: Geometry, call: Call) -> Tensor | float:
@@ -227,14 +254,20 @@ class Additive(Algorithm):
 
 
 def amplify(h: Tensor, gain: Tensor | float) -> Tensor:
-    """Return gain · h in the dtype of h, and h itself where gain is 1."""
+    """Return gain · h in the dtype of h, and h itself where gain is 1.
+
+    A gain that is a tensor is always multiplied, so that it gets a gradient.
+    """
     if isinstance(gain, Tensor):
         return h * gain.to(h.dtype)
     return h if gain == 1.0 else h * gain
 
 
 def add_mixed(y: Tensor, g: Geometry, h: Tensor, out: Tensor) -> Tensor:
-    """Return y + out(h), with `out` (O, r) applied to the channels of h."""
+    """Return y + out(h), with `out` (O, r) applied to the channels of h.
+
+    Shapes: y with O channels and h with r channels, both on `g.channel_axis`. y is not changed.
+    """
     return add_product(y, h, out) if g.channels_last else y + g.mix(h, out)
 
 

@@ -35,7 +35,11 @@ from lycoris.layers.geometry import Affine, Geometry, Kind
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
-    """Settings of one method and its maths. `transform` is the definition; `forward` is the same, faster."""
+    """Settings of one method and its maths. `transform` is the definition; `forward` is the same, faster.
+
+    A value without tensors of its own: equal settings are equal algorithms, and one serves any number of layers. A
+    setting of the wrong type, or a dropout outside [0, 1), raises `ConfigError` when it is made.
+    """
 
     name: ClassVar[str]
     """Name in config files and reports."""
@@ -59,7 +63,14 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
 
     @abstractmethod
     def initialize(self, p: Params, below: LayerBelow) -> None:
-        """Fill every tensor in place, so that the layer's output does not change."""
+        """Fill every tensor in place, so that the layer's output does not change.
+
+        Call it under `torch.no_grad()` if they train.
+
+        Args:
+            p: tensors by slot name, of the shapes that `slots` gives.
+            below: the layer; algorithms that start from its weight read it.
+        """
 
     @abstractmethod
     def transform(self, p: Params, base: Affine, g: Geometry, rank_mask: Tensor | None = None) -> Affine:
@@ -70,7 +81,7 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
         Args:
             p: tensors by slot name.
             base: weight (O, I, *K) and bias (O) below.
-            keep: weight of each rank (r); None where every rank counts fully.
+            rank_mask: weight of each rank (r); None where every rank counts fully.
         """
 
     def forward(self, p: Params, below: LayerBelow, x: Tensor, call: Call) -> Tensor:
@@ -94,16 +105,26 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
         """
 
     def scale(self, g: Geometry) -> float:
-        """Return the factor of ΔW, mostly alpha / rank. It is applied exactly once wherever ΔW is used."""
+        """Return the factor of ΔW, mostly alpha / rank. It is applied exactly once wherever ΔW is used.
+
+        The default is 1.0, for algorithms without an alpha.
+        """
         return 1.0
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it changes the bias of a layer that has one."""
+        """Whether it changes the bias of a layer that has one.
+
+        False by default: the adapted layer then keeps the bias below, and DoRA may go over it.
+        """
         return False
 
     def check(self, g: Geometry) -> None:
-        """Raise `ConfigError` when this algorithm cannot serve a layer; `slots` is asked as well."""
+        """Check that this algorithm can serve a layer; `slots` is asked as well.
+
+        Raises:
+            ConfigError: it cannot. For a kind that it does not serve, the message says what to do instead.
+        """
         if g.kind not in self.kinds:
             instead = "norms take Norm()" if g.kind == "norm" else "leave it out, or give it LoRA()"
             raise ConfigError(f"{self.name} serves {', '.join(self.kinds)}, not a {g.kind}; {instead}")
@@ -117,7 +138,11 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Build an algorithm from settings by name. Raises `ConfigError` for one that it does not have."""
+        """Build an algorithm from settings by name; those left out have their defaults.
+
+        Raises:
+            ConfigError: it has no setting of that name, or a value is not valid for it.
+        """
         known = {f.name for f in fields(cls)}
         for name in options:
             if name not in known:
@@ -126,7 +151,10 @@ class Algorithm(PassHooks, CostHooks, FileHooks, RowHooks, ABC):
 
 
 class Entry(NamedTuple):
-    """One algorithm on one layer."""
+    """One algorithm on one layer, with its tensors.
+
+    The tensors are referred to and not copied. They may lack frozen ones that the base weight determines.
+    """
 
     algorithm: Algorithm
     geometry: Geometry
@@ -135,7 +163,10 @@ class Entry(NamedTuple):
 
 
 def interpolate(base: Affine, adapted: Affine, strength: Tensor | float) -> Affine:
-    """Return base + μ(adapted - base) for weight and bias: the definition of strength."""
+    """Return base + μ(adapted - base) for weight and bias: the definition of strength.
+
+    A bias that only the adapted layer has is multiplied by μ. Strengths below 0 and above 1 are on the same line.
+    """
     if adapted.bias is None:
         bias = None
     elif base.bias is None:
@@ -180,7 +211,10 @@ def _adapt(algorithm: Algorithm, p: Params, base: Affine, g: Geometry, call: Cal
 
 
 def in_dtype_of(x: Tensor, p: Params) -> Params:
-    """Return the tensors in the dtype of x. Under autocast they stay as they are, since operations convert them."""
+    """Return the tensors in the dtype of x. Under autocast they stay as they are, since operations convert them.
+
+    p itself where nothing has to be converted. Gradients pass through the conversion.
+    """
     dtype = x.dtype
     for tensor in p.values():
         if tensor.dtype != dtype:
@@ -193,6 +227,9 @@ def in_dtype_of(x: Tensor, p: Params) -> Params:
 
 
 def uniform_like_linear(tensor: Tensor, fan_in: int) -> None:
-    """Fill a tensor with U(-1/√fan_in, 1/√fan_in), as PyTorch initializes linear layers."""
+    """Fill a tensor with U(-1/√fan_in, 1/√fan_in), as PyTorch initializes linear layers.
+
+    The tensor is changed in place. A fan_in below 1 counts as 1.
+    """
     bound = 1 / math.sqrt(max(fan_in, 1))
     torch.nn.init.uniform_(tensor, -bound, bound)

@@ -13,7 +13,10 @@ from lycoris.layers.batch_layout import BatchLayout
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What is in force for one forward pass. It is never saved with the adapter."""
+    """What is in force for one forward pass. It is never saved with the adapter.
+
+    Frozen: `PassHooks.sample_dropout` returns a changed copy.
+    """
 
     strength: Tensor | float = 1.0
     """μ: a number, or a 0-d tensor where a compiled graph must not depend on its value."""
@@ -29,7 +32,7 @@ class Call:
 class PassHooks:
     """What may differ from one forward pass to the next: dropout, and rank masks from a timestep schedule.
 
-    All random numbers are drawn in `draw`, so that recomputation and the rest of the maths are deterministic.
+    All random numbers are drawn in `sample_dropout`, so that recomputation and the rest of the maths are deterministic.
     """
 
     module_dropout: float = 0.0
@@ -43,7 +46,8 @@ class PassHooks:
     def sample_dropout(self, call: Call, x: Tensor) -> Call:
         """Return the call with this pass's random choices made, drawn on the device of `x`.
 
-        Override to add choices, starting from `super().draw(call, x)`; does nothing while `call.dropping` is None.
+        Override to add choices, starting from `super().sample_dropout(call, x)`. Does nothing while
+        `call.dropout_scale` is None.
         """
         if call.dropout_scale is None or not self.module_dropout:
             return call

@@ -27,7 +27,10 @@ from lycoris.layers.geometry import Affine, Geometry
 
 
 def needs_base(entry: Entry) -> bool:
-    """Tell whether the change that an entry makes depends on the weight below."""
+    """Tell whether the change that an entry makes depends on the weight below.
+
+    True for multiplicative algorithms such as OFT, and where tensors are missing that the base weight determines.
+    """
     if isinstance(entry.algorithm, Norm):
         return False
     return not isinstance(entry.algorithm, Additive) or not has_start(entry)

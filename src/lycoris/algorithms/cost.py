@@ -30,7 +30,10 @@ class Cost(NamedTuple):
 
 
 class CostHooks:
-    """How much an algorithm computes and saves. The defaults are right for `dense_forward`."""
+    """How much an algorithm computes and saves.
+
+    The defaults are right for `dense_forward`. Override them where `forward` does less.
+    """
 
     def max_rank(self, g: Geometry) -> int | None:
         """Return the highest rank of ΔW as a matrix (O, I·ΠK), for any values of the tensors.
@@ -40,7 +43,10 @@ class CostHooks:
         return min(g.out_features, g.fan_in)
 
     def delta_macs(self, g: Geometry) -> int:
-        """Return the multiplications that building ΔW takes."""
+        """Return the multiplications that building ΔW takes, once per pass whatever the number of tokens.
+
+        The default is one per element of the weight.
+        """
         return g.size
 
     def cost(self, g: Geometry, tokens: int, *, alone: bool = False) -> Cost:

@@ -192,7 +192,13 @@ class DoRA(Algorithm):
 
     @classmethod
     def read(cls, over: Additive, p: Params, g: Geometry) -> Self:
-        """Return DoRA over an algorithm that was read from a file; the shape of `magnitude` gives the axis."""
+        """Return DoRA over an algorithm that was read from a file; the shape of `magnitude` gives the axis.
+
+        "out" for (O) and (O, 1, ...), else "in".
+
+        Args:
+            p: tensors by slot name, with `magnitude` among them.
+        """
         sizes = p["magnitude"].shape
         return cls(inner=over, axis="out" if sizes[:1] == (sizes.numel(),) == (g.out_features,) else "in")
 

@@ -11,7 +11,10 @@ from lycoris.layers.geometry import Affine, Geometry
 
 
 class LayerBelow(Protocol):
-    """A layer, or a layer that already has adapters on it."""
+    """A layer, or a layer that already has adapters on it.
+
+    What `forward` and `initialize` of an algorithm get to see of it.
+    """
 
     @property
     def geometry(self) -> Geometry:
@@ -21,10 +24,19 @@ class LayerBelow(Protocol):
         """Run the layer, with the adapters that are already on it."""
 
     def affine(self) -> Affine:
-        """Return the dense weight and bias, as a merge would leave them."""
+        """Return the dense weight (O, I, *K) and bias, as a merge would leave them.
+
+        A quantized weight is decoded for it, in every call.
+
+        Raises:
+            AttachError: the weight cannot be read, or is sharded.
+        """
 
     def bias(self) -> Tensor | None:
-        """Return the bias alone, without decoding the weight."""
+        """Return the bias alone, without decoding the weight where that is possible.
+
+        None where the layer has none.
+        """
 
     def plain(self, x: Tensor) -> Affine | None:
         """Return weight and bias if calling the layer is exactly `geometry.op(x, weight, bias)` in x's precision.
@@ -33,11 +45,17 @@ class LayerBelow(Protocol):
         """
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
-        """Run the layer's operation with another weight and bias."""
+        """Run the layer's operation with another weight and bias.
+
+        The adapters already on the layer are not applied: `affine` is to have their change in it.
+        """
 
 
 class BareWeight:
-    """A weight without a layer, as a `LayerBelow`: for parameters that their module uses directly."""
+    """A weight without a layer, as a `LayerBelow`: for parameters that their module uses directly.
+
+    It has no output: calling it, or `run`, raises `AttachError`.
+    """
 
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry, self.weight = geometry, weight

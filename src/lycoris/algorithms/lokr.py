@@ -28,7 +28,10 @@ from lycoris.ops.tucker import tucker
 
 
 class FactorSizes(NamedTuple):
-    """Sizes of the two factors of one layer: w1 is (ol, im), w2 is (ok, in, *K), with O = ol·ok and I = im·in."""
+    """Sizes of the two factors of one layer: w1 is (ol, im), w2 is (ok, in, *K), with O = ol·ok and I = im·in.
+
+    ok and in are not stored, since they follow from the layer.
+    """
 
     ol: int
     im: int
@@ -90,7 +93,11 @@ class LoKr(Ranked, Additive):
             raise ConfigError("lokr cannot have both full_matrix and decompose_both: choose one")
 
     def layout_for(self, g: Geometry) -> FactorSizes:
-        """Return the sizes of a layer's factors, and which of them are split."""
+        """Return the sizes of a layer's factors, and which of them are split.
+
+        They are `layout` where it is set. Otherwise `factorize` splits O and I, and a factor is made of two matrices
+        only if the settings allow it and the rank is below half of its larger side.
+        """
         if self.layout is not None:
             return self.layout
         im, inner = factorize(g.in_features, self.factor)

@@ -148,5 +148,8 @@ class OFT(Algorithm):
 
 
 def length_slot(wanted: bool, g: Geometry) -> dict[str, Slot]:
-    """Return the slot of a trained factor per row, if it is wanted."""
+    """Return the slot of a trained factor per row, `rescale` of shape (O, 1, ...), if it is wanted.
+
+    {} if not.
+    """
     return {"rescale": Slot((g.out_features, *(1,) * (len(g.shape) - 1)), "magnitude")} if wanted else {}

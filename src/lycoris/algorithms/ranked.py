@@ -102,7 +102,10 @@ class Ranked(Algorithm):
 
     @classmethod
     def common_scale(cls, parts: Sequence[RowBlock]) -> float | None:
-        """Return the scale that all parts share; None where they differ."""
+        """Return the scale that all parts share; None where they differ.
+
+        Scales are compared exactly. Where they differ, they have to be multiplied into a factor.
+        """
         scales = {part.entry.algorithm.scale(part.entry.geometry) for part in parts}
         return scales.pop() if len(scales) == 1 else None
 

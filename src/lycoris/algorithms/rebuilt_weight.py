@@ -47,7 +47,10 @@ def apply_rebuilt(
 def apply_by_autograd(
     build: Build, g: Geometry, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """Return the result of `apply_rebuilt` by plain autograd."""
+    """Return the result of `apply_rebuilt` by plain autograd.
+
+    It keeps the built weight for backward. Arguments are those of `apply_rebuilt`.
+    """
     return g.op(x, _add_weight(build(*factors), weight, x if x.is_floating_point() else None), bias)
 
 

@@ -78,7 +78,15 @@ def share_swapped_halves(entry: Entry, where: str, *, dense: bool = True) -> Ste
 
 
 def separate_slice(entry: Entry, where: str, *, dense: bool = True) -> Step:
-    """Return a slice as an adapter with tensors of its own, as `take_rows` does, and any other entry as it is."""
+    """Return a slice as an adapter with tensors of its own, as `take_rows` does, and any other entry as it is.
+
+    Args:
+        where: the layer's name, for errors.
+        dense: allow a dense difference.
+
+    Raises:
+        FileError: see `take_rows`.
+    """
     if not isinstance(entry.algorithm, Slice):
         return Step(entry)
     whole = slices.fused_entry(entry)

@@ -17,12 +17,15 @@ TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 class FileHooks:
-    """Names, alpha and shapes of an algorithm's tensors in a file. The defaults store every slot as it is."""
+    """Names, alpha and shapes of an algorithm's tensors in a file.
+
+    The defaults store every slot as it is, without an alpha.
+    """
 
     tensor_names: ClassVar[Mapping[str, str]]
     """Slot name → tensor name in adapter files, as LyCORIS, kohya and ComfyUI spell it."""
     stored_settings: ClassVar[tuple[str, ...]] = ()
-    """Names among `keys` that hold a setting and are no slots."""
+    """Names among `tensor_names` that hold a setting and are no slots."""
     rank_tensors: ClassVar[tuple[str, ...]] = ()
     """Slots whose first axis in a file is the rank that alpha is divided by; the first one present tells it."""
 
@@ -47,7 +50,13 @@ class FileHooks:
 
     @classmethod
     def uses_alpha(cls, p: Params) -> bool:
-        """Tell whether the alpha stored with these tensors changes the result."""
+        """Tell whether the alpha stored with these tensors changes the result.
+
+        Where it does not, an infinite alpha is accepted as well. The default is True.
+
+        Args:
+            p: tensors by slot name.
+        """
         return True
 
     @classmethod
@@ -59,11 +68,17 @@ class FileHooks:
         return 0, 0
 
     def export_tensors(self, p: Params, g: Geometry) -> dict[str, Tensor]:
-        """Return the tensors that go into a file, by slot name; trained scalars are multiplied into a factor."""
+        """Return the tensors that go into a file, by slot name; trained scalars are multiplied into a factor.
+
+        Tensors that do not change are not copied.
+        """
         return dict(p)
 
     def export_alpha(self, g: Geometry) -> float | None:
-        """Return the alpha to store, so that a reader that divides it by the rank gets `scale`. None: store none."""
+        """Return the alpha to store, so that a reader that divides it by the rank gets `scale`.
+
+        None, the default: store none. Under rsLoRA it is another number than the setting `alpha`.
+        """
         return None
 
     def fill_missing(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
@@ -76,11 +91,19 @@ class FileHooks:
 
 
 def axis_size(shapes: TensorShapes, name: str, axis: int) -> int:
-    """Return the size of one axis of a tensor in a file; 0 if the tensor or the axis is not there."""
+    """Return the size of one axis of a tensor in a file; 0 if the tensor or the axis is not there.
+
+    Args:
+        name: the tensor's name in files.
+        axis: counted from 0.
+    """
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) > axis else 0
 
 
 def column_count(shapes: TensorShapes, name: str) -> int:
-    """Return the product of all sizes but the first of a tensor in a file; 0 if it has no second axis."""
+    """Return the product of all sizes but the first of a tensor in a file; 0 if it has no second axis.
+
+    For a factor (r, I, *K) that is I·ΠK.
+    """
     return math.prod(shapes[name][1:]) if len(shapes.get(name, ())) > 1 else 0

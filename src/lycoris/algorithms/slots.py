@@ -32,5 +32,8 @@ class Slot(NamedTuple):
 
     @property
     def trainable(self) -> bool:
-        """Whether an optimizer gets this tensor."""
+        """Whether an optimizer gets this tensor.
+
+        Frozen ones are saved with the adapter all the same.
+        """
         return self.role != "frozen"

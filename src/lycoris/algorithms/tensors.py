@@ -107,13 +107,22 @@ def _read_stack(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> tuple
 
 
 def match_algorithms(shapes: TensorShapes) -> list[type[Algorithm]]:
-    """Return the algorithms that have all of a layer's tensors, without `alpha`, by name and claim them by shape."""
+    """Return the algorithms that have all of a layer's tensors by name and claim them by shape.
+
+    They come in the order of `ALGORITHMS`; none fit a layer without tensors.
+
+    Args:
+        shapes: by name in files, without `alpha` and DoRA's magnitude.
+    """
     fitting = [kind for kind in ALGORITHMS.values() if shapes and shapes.keys() <= set(kind.tensor_names.values())]
     return [kind for kind in fitting if kind.claims(shapes)]
 
 
 def find_layer_size(shapes: TensorShapes) -> tuple[int, int]:
-    """Return (O, I·ΠK) of the layer that an adapter's tensors belong to, from their shapes in a file; 0 for unknown."""
+    """Return (O, I·ΠK) of the layer that an adapter's tensors belong to, from their shapes in a file; 0 for unknown.
+
+    Tensors that no algorithm has are ignored. Of several answers the most complete counts.
+    """
     having = [kind for kind in ALGORITHMS.values() if shapes.keys() & set(kind.tensor_names.values())]
     sizes = [kind.layer_size(shapes) for kind in having if kind.claims(_own_shapes(kind, shapes))]
     return max(sizes, key=lambda size: (all(size), any(size)), default=(0, 0))

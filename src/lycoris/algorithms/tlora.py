@@ -87,7 +87,13 @@ class TLoRA(Ranked, Additive):
             p[f"{name}0"].copy_(start)
 
     def fill_missing(self, p: Params, below: LayerBelow) -> dict[str, Tensor]:
-        """Files of other programs leave the frozen copies out; they are the base weight's first singular triplets."""
+        """Return the tensors together with the frozen copies, which files of other programs leave out.
+
+        They are made of the base weight's singular triplets, in the dtype and on the device of the trained tensors.
+
+        Raises:
+            FileError: they are missing, and `data_init` is False: random starts are in the file or nowhere.
+        """
         tensors = dict(p)
         if "q0" not in tensors:
             if not self.data_init:
@@ -167,7 +173,10 @@ class TLoRA(Ranked, Additive):
         return y + (chain(p["q"], p["lam"], p["p"]) + chain(p["q0"], -p["lam0"], p["p0"]))
 
     def fit_rank_mask(self, rank_mask: Tensor) -> Tensor:
-        """The mask (..., r): longer ones are cut, ranks beyond a shorter one count."""
+        """Return the mask (..., r) over exactly the ranks of this algorithm.
+
+        Longer ones are cut; ranks beyond a shorter one count fully.
+        """
         rank_mask = rank_mask[..., : self.rank]
         missing = self.rank - rank_mask.shape[-1]
         return (

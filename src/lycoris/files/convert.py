@@ -28,7 +28,10 @@ from lycoris.files.writing import EncodedFile
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted, and how. `str` gives a summary in lines."""
+    """What was converted, and how.
+
+    `str` gives a summary in lines. `written` holds the tensors themselves, those of a PEFT folder as well.
+    """
 
     detection: Detection
     reports: Mapping[str, Report]

@@ -33,7 +33,10 @@ IGNORED_NAMES: Sequence[tuple[re.Pattern[str], str]] = (
 
 
 class ForeignKind(NamedTuple):
-    """A kind of file that contains no adapters this library reads."""
+    """A kind of file that contains no adapters this library reads.
+
+    `what` says what it is, and `todo` what to do with it; both become part of a message.
+    """
 
     marks: re.Pattern[str]
     """Names of which one is enough."""

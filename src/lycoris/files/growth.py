@@ -46,7 +46,10 @@ class GrowthError(FileError):
 
 @dataclass(frozen=True)
 class FileSize:
-    """The size of a file and of the tensors in it, in bytes."""
+    """The size of a file and of the tensors in it, in bytes.
+
+    Make it with `measure`, which says what counts.
+    """
 
     file: int
     tensors: int
@@ -77,7 +80,10 @@ class FileSize:
 
 
 def measure_file(source: str | os.PathLike[str]) -> int:
-    """Return the bytes of a file, or of the weights and the config of a PEFT folder."""
+    """Return the bytes of a file, or of the weights and the config of a PEFT folder.
+
+    A folder without either counts as 0. A file that is not there raises `FileNotFoundError`.
+    """
     path = Path(source)
     if path.is_dir():
         return sum((path / name).stat().st_size for name in (WEIGHTS, CONFIG) if (path / name).is_file())

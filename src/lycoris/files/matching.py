@@ -21,7 +21,10 @@ from lycoris.models.families.family import Family
 
 @dataclass
 class Match:
-    """A file read as one dialect, in the naming of its family that fits best."""
+    """A file read as one dialect, in the naming of its family that fits best.
+
+    `strange` has the tensors whose names the dialect does not know; `elsewhere` counts those of other components.
+    """
 
     dialect: Dialect
     naming: str

@@ -17,7 +17,10 @@ Stack = tuple[Entry, ...]
 
 @dataclass
 class PlacedStacks:
-    """Stacks under the model's own names, and notes on those that had to change."""
+    """Stacks under the model's own names, and notes on those that had to change.
+
+    `place_stacks` makes it, and `add` puts more in.
+    """
 
     dense: bool
     """Whether a dense difference may stand for what cannot be said otherwise."""

@@ -51,7 +51,10 @@ HOPELESS_GROWTH = 3
 
 
 class RewrittenFile(NamedTuple):
-    """A converted file that has not been written yet."""
+    """A converted file that has not been written yet.
+
+    `rounded` counts tensors by the precision that does not hold their values exactly.
+    """
 
     written: EncodedFile
     dialect: str

@@ -15,7 +15,10 @@ from lycoris.files.dialects.scales import read_adjacent_config
 
 
 class FileContent(NamedTuple):
-    """What an adapter file holds."""
+    """What an adapter file holds.
+
+    Without a file, where the tensors were given, the header is empty.
+    """
 
     tensors: dict[str, Tensor]
     header: dict[str, str]

@@ -11,7 +11,10 @@ from lycoris.files.layout import NamedLayout
 
 
 class InputLayer(NamedTuple):
-    """The layer of an architecture that takes the latents in, and the variants known by its width."""
+    """The layer of an architecture that takes the latents in, and the variants known by its width.
+
+    Widths are inputs of one position: channels, or features of a patch.
+    """
 
     layer: str
     """In diffusers."""

@@ -43,7 +43,10 @@ STALE_KEYS = (LORA_METADATA, history.SCALES_KEY, described.DESCRIPTION_KEY, *HAS
 
 
 class EncodedFile(NamedTuple):
-    """The content of a file: tensors and header, with notes on adapters that had to change."""
+    """The content of a file: tensors and header, with notes on adapters that had to change.
+
+    Nothing is on disk before `save_tensors` gets it.
+    """
 
     tensors: dict[str, Tensor]
     header: dict[str, str]

@@ -22,7 +22,11 @@ entry), as for packed sequences.
 
 
 def check_layout(layout: object) -> None:
-    """Raise `ConfigError` for what is no layout."""
+    """Check that a value is a `BatchLayout`: one of the names, or a 1-d tensor of integers.
+
+    Raises:
+        ConfigError: it is anything else. Whether it fits an input is only known in a pass.
+    """
     names = get_args(Layout)
     integers = isinstance(layout, Tensor) and layout.dim() == 1 and not layout.is_floating_point()
     if not integers and not (isinstance(layout, str) and layout in names):

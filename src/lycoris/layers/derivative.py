@@ -22,13 +22,25 @@ LAYER_NAMES_SHOWN = 5
 
 
 def is_missing(x: Tensor, y: Tensor) -> bool:
-    """Whether an output has no gradient although gradients are on and the input has one."""
+    """Return whether an output has no gradient although gradients are on and the input has one.
+
+    False for outputs that are not floating point, which cannot have one.
+    """
     return x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and y.is_floating_point()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def supply(layer: nn.Module, path: str, geometry: Geometry, x: Tensor, y: Tensor) -> Tensor:
-    """The output of a layer without a derivative, with one, or with an error in wait for a backward that needs it."""
+    """Return the output of a layer without a derivative, with one, or with an error in wait for a backward that asks.
+
+    In backward the weight is decoded where it can stand in. Elsewhere backward raises `AttachError` if a parameter that
+    trains lies before the layer, and warns if only other tensors that need a gradient do.
+
+    Args:
+        path: the layer's path, for messages; "" where it has none.
+        x: the layer's input.
+        y: the layer's output for it, whose values are returned unchanged.
+    """
     # Tensors of inference mode cannot be kept for backward.
     return _Supplied.apply(x, y.clone() if y.is_inference() else y, layer, path, geometry)  # type: ignore[no-untyped-call]
 

@@ -17,7 +17,11 @@ OwnedParameter = tuple[nn.Module, str]
 
 
 def freeze(model: nn.Module) -> list[OwnedParameter]:
-    """Freeze a model's own parameters; gives those that `release` has to give back."""
+    """Freeze a model's own parameters, and return those that `release` has to give back.
+
+    Parameters of adapters are left alone, and so are those that were frozen by others before: they are not in the list.
+    Several adapter sets may freeze one parameter; each call counts, and needs a `release` of its own.
+    """
     found = []
     for module, name, parameter in _base_parameters(model):
         holders = getattr(parameter, HOLDERS, 0)
@@ -29,7 +33,13 @@ def freeze(model: nn.Module) -> list[OwnedParameter]:
 
 
 def release(places: Iterable[OwnedParameter]) -> None:
-    """Undo `freeze`: what no other set keeps frozen trains again."""
+    """Undo `freeze`: what no other set keeps frozen trains again.
+
+    Parameters that are no longer there are skipped.
+
+    Args:
+        places: what `freeze` returned. Pass it once, since every call takes one holder off.
+    """
     for module, name in places:
         parameter = module._parameters.get(name)
         if parameter is None:
@@ -44,7 +54,10 @@ def release(places: Iterable[OwnedParameter]) -> None:
 
 
 def carry(old: Tensor, new: Tensor) -> None:
-    """Let a parameter that takes the place of another train, or not, like that one."""
+    """Let a parameter that takes the place of another train, or not, like that one.
+
+    `new` is changed in place: its `requires_grad`, unless it holds integers, and the count of sets that keep it frozen.
+    """
     if new.is_floating_point():
         new.requires_grad_(old.requires_grad)
     if hasattr(old, HOLDERS):
@@ -54,7 +67,10 @@ def carry(old: Tensor, new: Tensor) -> None:
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    """Names of the model's own parameters that would train."""
+    """Return the names of the model's own parameters that would train, in model order.
+
+    Names are without wrappers around modules. Parameters of adapters are not among them.
+    """
     layers = {id(module): path for path, module in paths.named_modules(model)}
     return [
         f"{layers[id(module)]}.{name}" if layers[id(module)] else name

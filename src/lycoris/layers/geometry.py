@@ -25,18 +25,29 @@ _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 
 
 
 class Affine(NamedTuple):
-    """A layer's weight and bias."""
+    """A layer's weight and bias.
+
+    The bias is None where the layer has none. Which axes the weight has is up to the source: `LayerBelow.affine` gives
+    (O, I, *K), and `base_weights.read` what the module stores.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def widen(self, dtype: torch.dtype) -> Affine:
-        """In at least that precision."""
+        """Return both in at least that precision.
+
+        The dtype is the one that torch promotes the weight's and `dtype` to, for the bias as well. Tensors that have it
+        already are not copied.
+        """
         wide = torch.promote_types(self.weight.dtype, dtype)
         return Affine(self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
     def like(self, other: Affine) -> Affine:
-        """In the precision of another."""
+        """Return both in the precision of another, weight and bias each in that of its counterpart.
+
+        The bias stays as it is where either of the two has none.
+        """
         bias = self.bias if self.bias is None or other.bias is None else self.bias.to(other.bias.dtype)
         return Affine(self.weight.to(other.weight.dtype), bias)
 
@@ -75,17 +86,26 @@ class Geometry:
 
     @property
     def in_features(self) -> int:
-        """Per group."""
+        """Inputs of one group.
+
+        The entries of an embedding. See `channels_in` for those of all groups.
+        """
         return self.shape[1]
 
     @property
     def channels_in(self) -> int:
-        """Of all groups together: what one position of the input holds."""
+        """Inputs of all groups together: the channels that one position of the input holds.
+
+        For an embedding it is the number of entries.
+        """
         return self.shape[1] * (self.groups if self.kind == "conv" else 1)
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Kernel dimensions; empty for layers without one."""
+        """Kernel dimensions K, such as (3, 3).
+
+        Empty for layers without one.
+        """
         return self.shape[2:]
 
     @property
@@ -105,15 +125,24 @@ class Geometry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """As the module keeps one weight."""
+        """The shape in which the module keeps one weight.
+
+        (I, O) for transposed layers, else `shape`. The axis of a stack is not in it; see `stacked_shape`.
+        """
         return self.shape[::-1] if self.transposed else self.shape
 
     def stacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what there is one of for each matrix of a stack."""
+        """Return the shape of what there is one of for each matrix of a stack: (E, *shape).
+
+        Where the layer is no stack, it is `shape` itself.
+        """
         return (self.stack, *shape) if self.stack else shape
 
     def transpose_stored(self, weight: Tensor) -> Tensor:
-        """A weight as the module stores it → (O, I, ...), and back."""
+        """Return a weight as the module stores it in the order (O, I, ...), and back.
+
+        The result is a view, or the weight itself where the module stores that order.
+        """
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,17 +162,29 @@ class Geometry:
         return self._normalize(x, weight, bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: Any) -> Tensor:
-        """The convolution alone, with `padding` in place of the layer's own."""
+        """Run the convolution alone, with `padding` in place of the layer's own.
+
+        Stride, dilation and groups are the layer's. Only for layers of kind "conv".
+
+        Args:
+            padding: as `torch.nn.functional.conv2d` takes it.
+        """
         run = _CONVOLUTIONS[len(self.kernel)]
         return run(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def pad_input(self, x: Tensor) -> Tensor:
-        """The input of a convolution with its padding around it."""
+        """Return the input of a convolution with the layer's padding around it.
+
+        The values there follow `padding_mode`. Run `convolve` with a padding of 0 on the result.
+        """
         return F.pad(x, self.pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     @property
     def even_padding(self) -> tuple[int, ...] | None:
-        """Zeros on both sides of each dimension of a convolution's input; None for any other padding."""
+        """Zeros on both sides of each dimension of a convolution's input, first dimension first.
+
+        None for any other padding: other values than zeros, or different amounts on the two sides.
+        """
         if self.padding_mode != "zeros" or self.pad[::2] != self.pad[1::2]:
             return None
         return self.pad[::-2]
@@ -164,18 +205,29 @@ class Geometry:
 
     @property
     def channel_axis(self) -> int:
-        """Where features are in inputs and outputs, counted from the end: a batch dimension may be missing."""
+        """The axis of features in inputs and outputs, counted from the end, since a batch dimension may be missing.
+
+        -1, or -1 - len(K) for a convolution.
+        """
         return -1 - (len(self.kernel) if self.kind == "conv" else 0)
 
     def mix(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Mix channels without touching positions: `weight` is (rows, channels), whatever the layer's kernel."""
+        """Mix channels without touching positions, whatever the layer's kernel.
+
+        Args:
+            x: channels on `channel_axis`, as inputs and outputs of the layer have them.
+            weight: (rows, channels); the result has `rows` channels.
+        """
         if self.channels_last:
             return F.linear(x, weight)
         ones = (1,) * len(self.kernel)
         return _CONVOLUTIONS[len(self.kernel)](x, weight.reshape(*weight.shape[:2], *ones))
 
     def channels(self, vector: Tensor) -> Tensor:
-        """Shape a vector over channels (C) so that it broadcasts over a layer's input or output."""
+        """Shape a vector over channels (C) so that it broadcasts over a layer's input or output.
+
+        (C) where channels are last, (C, 1, ...) for a convolution.
+        """
         return vector.reshape(-1) if self.channels_last else vector.reshape(-1, *(1,) * len(self.kernel))
 
     def spread(self, rows: Tensor, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
@@ -200,7 +252,10 @@ class Geometry:
 
 
 def describe_parameter(parameter: Tensor) -> Geometry | None:
-    """The geometry of a bare parameter: a matrix (O, I), or a stack of them as experts have (E, O, I)."""
+    """Return the geometry of a bare parameter: a matrix (O, I), or a stack of them as experts have (E, O, I).
+
+    None for any other number of dimensions, and for integers that are not on the meta device.
+    """
     if parameter.dim() not in (2, 3) or not (parameter.is_floating_point() or parameter.is_meta):
         return None
     *stack, o, i = parameter.shape
@@ -208,7 +263,12 @@ def describe_parameter(parameter: Tensor) -> Geometry | None:
 
 
 def describe(module: nn.Module) -> Geometry | None:
-    """The geometry of a layer that adapters can serve, or None for every other module."""
+    """Return the geometry of a layer that adapters can serve, or None for every other module.
+
+    Served are linear layers, convolutions over 1 to 3 dimensions, embeddings and norms with a weight. None also for an
+    embedding with `max_norm`, which changes its weight in forward, and for the output projection of
+    `nn.MultiheadAttention`, which is never called.
+    """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # the projection inside nn.MultiheadAttention, which reads its weight and never calls it
     if isinstance(module, nn.Linear):

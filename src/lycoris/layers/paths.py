@@ -28,19 +28,28 @@ WRAPPERS: Mapping[tuple[str, str], str] = MappingProxyType(
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside all wrappers around it."""
+    """Return the module inside all wrappers around it, those of `WRAPPERS`.
+
+    A module without one is returned as it is.
+    """
     while (inside := _find_wrapped(module)) is not None:
         module = inside
     return module
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module, like `model.named_modules()` without the wrappers; a module that appears twice is given once."""
+    """Yield path and module, like `model.named_modules()` without the wrappers, the model itself first, under "".
+
+    A module that appears twice is given once, under its first path.
+    """
     return _visit(unwrap(model), "", set())
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Path and tensor of every parameter and buffer; one that several modules share is given for each."""
+    """Yield path and tensor of every parameter and buffer, module by module, parameters first.
+
+    A tensor that several modules share is given for each. Buffers are included whether or not they are persistent.
+    """
     for path, module in named_modules(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -48,7 +57,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path. Raises `AttributeError` when there is none."""
+    """Return the module at a path, without wrappers around it or on the way to it.
+
+    Args:
+        path: dotted; "" for the model itself.
+
+    Raises:
+        AttributeError: there is none.
+    """
     found = unwrap(model)
     for name in path.split(".") if path else ():
         child = found._modules.get(name)
@@ -59,13 +75,19 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def ancestors(path: str) -> list[str]:
-    """Return the paths of the modules around one, nearest first, that of the model, "", last."""
+    """Return the paths of the modules around one, nearest first, that of the model, "", last.
+
+    The path itself is not among them: "a.b" has "a" and "", and "" has none.
+    """
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
 
 
 def model_order(model: nn.Module) -> dict[str, int]:
-    """The place of every module and parameter in the order of the model, by path."""
+    """Return the place of every module and parameter in the order of the model, by path.
+
+    Places count up from 0. A module that appears several times has a place for each of its paths.
+    """
     found: dict[str, int] = {}
     for path, module in _visit(unwrap(model), "", None):
         found.setdefault(path, len(found))

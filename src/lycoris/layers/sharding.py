@@ -16,7 +16,10 @@ ATTACH_FIRST = "attach the adapters first, then wrap the model, so that their gr
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. Told by its method: importing the class takes a second that most never need."""
+    """Return whether a tensor is a DTensor.
+
+    Told by its method `full_tensor`: importing the class takes a second that most never need.
+    """
     return hasattr(tensor, "full_tensor")
 
 
@@ -37,7 +40,15 @@ def gather(what: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def assign(own: Any, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded. Collective for DTensors, where the first process's counts."""
+    """Copy a whole tensor into one that may be sharded, which is changed in place.
+
+    Collective for DTensors, where the value of the first process counts. Call it under `torch.no_grad()` if the tensor
+    trains.
+
+    Args:
+        own: the tensor to fill, whose device and dtype it keeps.
+        value: the whole tensor, on any device.
+    """
     if is_sharded(own):
         from torch.distributed.tensor import distribute_tensor
 
@@ -46,7 +57,11 @@ def assign(own: Any, value: Tensor) -> None:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise `AttachError` for a DDP wrapper: it would not know of the adapters, nor a file of its paths."""
+    """Check that a model is no DDP wrapper, which would not know of the adapters.
+
+    Raises:
+        AttachError: it is a `DistributedDataParallel`. Other wrappers pass.
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise AttachError(
             f"this is a DistributedDataParallel wrapper; {ATTACH_FIRST}: build on its .module, then wrap again"
@@ -54,13 +69,26 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_shared(layer: nn.Module, adapter: nn.Module) -> None:
-    """Raise `AttachError` if a layer was sharded without this adapter, whose copies would go apart unnoticed."""
+    """Check that a layer was not sharded before this adapter was there.
+
+    The adapter's copies on the processes would go apart unnoticed.
+
+    Raises:
+        AttachError: the layer is sharded and the adapter is not.
+    """
     if _is_managed(layer) and not _is_managed(adapter):
         raise AttachError(f"the parameters of this {type(layer).__name__} are sharded already; {ATTACH_FIRST}")
 
 
 def check_own(path: str, layer: nn.Module) -> None:
-    """Raise `AttachError` if a layer's weight is in the hands of FSDP, which would undo a change to it."""
+    """Check that a layer's weight is not in the hands of FSDP, which would undo a change to it.
+
+    Args:
+        path: the layer's path, for the error.
+
+    Raises:
+        AttachError: the layer is sharded.
+    """
     if _is_managed(layer):
         raise AttachError(
             f"the parameters of {path} are sharded, and a merge replaces them; merge before the model is sharded, or "
@@ -69,7 +97,11 @@ def check_own(path: str, layer: nn.Module) -> None:
 
 
 def check_readable(layer: nn.Module, weight: Tensor) -> None:
-    """Raise `AttachError` for a weight of which this process has a part, or nothing as DeepSpeed ZeRO-3 leaves it."""
+    """Check that this process has the whole of a weight.
+
+    Raises:
+        AttachError: it has a part, as a DTensor, or nothing, as DeepSpeed ZeRO-3 leaves it outside a forward pass.
+    """
     if is_sharded(weight) or weight.numel() == 0:
         raise AttachError(
             f"the weight of this {type(layer).__name__} is sharded, and whole only inside the forward pass; do what "

@@ -14,7 +14,11 @@ from lycoris.layers.geometry import IS_ADAPTER, Geometry, describe, describe_par
 
 
 class Site(NamedTuple):
-    """A place in a model where adapters can go."""
+    """A place in a model where adapters can go.
+
+    It refers to the module and does not copy it. `ModelSites` has those of a model; `Site.of` makes one for a module by
+    itself.
+    """
 
     path: str
     """Dotted path of the layer, or of the parameter."""
@@ -44,11 +48,17 @@ class Site(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """Dotted path of `module`."""
+        """Dotted path of `module`.
+
+        The path itself for a layer, and without the parameter's name for a parameter; "" for the model.
+        """
         return self.path.removesuffix(self.attribute).removesuffix(".") if self.attribute else self.path
 
     def is_in(self, model: nn.Module) -> bool:
-        """Return whether the module is still at its path in a model."""
+        """Return whether the module is still at its path in a model.
+
+        False where another module has taken its place, or there is none. Its parameters are not checked.
+        """
         try:
             return paths.submodule(model, self.owner) is self.module
         except AttributeError:
@@ -71,7 +81,10 @@ class ModelSites(Mapping[str, Site]):
 
     @classmethod
     def of(cls, model: nn.Module | Self) -> Self:
-        """Return the sites of a model; those that were found already are returned as they are."""
+        """Return the sites of a model; those that were found already are returned as they are.
+
+        They may be out of date where the model has changed since: see `are_current`.
+        """
         return cls(model) if isinstance(model, nn.Module) else model
 
     def __getitem__(self, path: str) -> Site:
@@ -85,7 +98,10 @@ class ModelSites(Mapping[str, Site]):
 
     @property
     def geometries(self) -> dict[str, Geometry]:
-        """The geometry of every site, by path."""
+        """The geometry of every site by path, in model order.
+
+        A new dictionary each time.
+        """
         return {path: site.geometry for path, site in self._sites.items()}
 
     def find(self, path: str) -> Site:
@@ -98,11 +114,18 @@ class ModelSites(Mapping[str, Site]):
         return self._find_under_other_path(path) if found is None else found
 
     def around(self, path: str) -> list[nn.Module]:
-        """Return the modules around the site at a path, nearest first, the model last."""
+        """Return the modules around the site at a path, nearest first, the model last.
+
+        The module of a layer is not among its own; the one that owns a bare parameter is. Modules listed under another
+        path are left out.
+        """
         return [self.modules[name] for name in paths.ancestors(path) if name in self.modules]
 
     def are_current(self) -> bool:
-        """Return whether the model still has these very modules at these paths."""
+        """Return whether the model still has these very modules at these paths.
+
+        It takes a walk over the model. Parameters that were replaced within a module do not count as a change.
+        """
         now = _modules_of(self.model)
         return now.keys() == self.modules.keys() and all(now[path] is module for path, module in self.modules.items())
 

@@ -14,12 +14,21 @@ Owners = dict[int, list[str]]
 
 
 def spells_out(pattern: str, path: str) -> bool:
-    """Whether a pattern for paths has the last part of a path in it as a word, and not only a wildcard for it."""
+    """Return whether a pattern for paths has the last part of a path in it as a word, and not only a wildcard for it.
+
+    For the path "model.lm_head", `.*lm_head` does and `.*head` does not.
+    """
     return path.rpartition(".")[2] in re.split(r"\W+", pattern)
 
 
 def find_shared_parameters(modules: Mapping[str, nn.Module]) -> Owners:
-    """Return the parameters that more than one of a model's modules owns; see `ModelSites.modules`."""
+    """Return the parameters that more than one of a model's modules owns.
+
+    Buffers are not looked at.
+
+    Args:
+        modules: by path; see `ModelSites.modules`.
+    """
     found: Owners = {}
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
@@ -29,7 +38,13 @@ def find_shared_parameters(modules: Mapping[str, nn.Module]) -> Owners:
 
 
 def tied_to(place: Site, shared: Owners) -> tuple[str, ...]:
-    """Names of the parameters of other modules that what an adapter at a place changes is as well."""
+    """Return the names of parameters of other modules that an adapter at a place changes as well.
+
+    Empty where nothing is tied. Of a layer, weight and bias are looked at; of a parameter, it alone.
+
+    Args:
+        shared: from `find_shared_parameters`.
+    """
     own = (place.attribute,) if place.attribute else ("weight", "bias")
     mine = {f"{place.owner}.{name}" if place.owner else name for name in own}
     names = [name for each in own for name in shared.get(id(place.module._parameters.get(each)), ())]

@@ -24,7 +24,10 @@ def bend(y: Tensor, w: Tensor, axis: int = -1, bias: Tensor | None = None) -> Te
 
 
 def reference(y: Tensor, w: Tensor, axis: int = -1, bias: Tensor | None = None) -> Tensor:
-    """The same by plain autograd."""
+    """Return what `bend` does by plain autograd, which defines it.
+
+    Shapes are those of `bend`, which takes this path itself on a GPU, for small y, and under `torch.compile`.
+    """
     shape = (-1, *(1,) * (-1 - axis))
     plain = y if bias is None else y - bias.to(y.dtype).reshape(shape)
     return torch.addcmul(y, plain, w.to(y.dtype).reshape(shape))

@@ -28,11 +28,17 @@ def _factorize(n: int, factor: int) -> tuple[int, int]:
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n closest to the one wanted; of two that are as close, the smaller."""
+    """Return the divisor of n closest to the one wanted; of two that are as close, the smaller.
+
+    Tries all numbers up to n, which must be at least 1.
+    """
     return min((m for m in range(1, n + 1) if n % m == 0), key=lambda m: (abs(m - wanted), m))
 
 
 def butterfly_sizes(n: int) -> list[int]:
-    """Even block sizes s, ascending, for which n is s times a power of two."""
+    """Return the even block sizes s, ascending, for which n is s times a power of two.
+
+    Example: 12 → [6, 12]. Empty for odd n.
+    """
     sizes = (n >> power for power in range(n.bit_length()) if n % (1 << power) == 0)
     return sorted(size for size in sizes if size % 2 == 0)

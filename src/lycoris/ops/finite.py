@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity."""
+    """Return whether a tensor has no NaN and no infinity.
+
+    True for integers and for tensors without elements. On a GPU it waits for the result.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     # NaN is both; many times as fast as a test of every number. Of one byte torch has no order.

@@ -17,20 +17,33 @@ CHUNK = 64
 
 
 def kron(w1: Tensor, w2: Tensor) -> Tensor:
-    """w1 ⊗ w2, built."""
+    """Return w1 ⊗ w2, built.
+
+    Shapes: w1 (ol, im), w2 (ok, in, *K) → (ol·ok, im·in, *K), which is a full weight in memory.
+    """
     (ol, im), (ok, inner, *kernel) = w1.shape, w2.shape
     blocks = w1.reshape(ol, 1, im, 1, *(1,) * len(kernel)) * w2.reshape(1, ok, 1, inner, *kernel)
     return blocks.reshape(ol * ok, im * inner, *kernel)
 
 
 def first_small(w1: tuple[int, ...], w2: tuple[int, ...]) -> bool:
-    """Whether applying w1 before w2 takes clearly fewer multiplications; after it, the sum with y costs nothing."""
+    """Return whether applying w1 before w2 takes clearly fewer multiplications; after it, the sum with y costs nothing.
+
+    Clearly means by a factor of 1.3.
+
+    Args:
+        w1: the shape (ol, im).
+        w2: the shape (ok, in, ...), whose kernel dimensions do not matter.
+    """
     (ol, im), (ok, inner) = w1, w2[:2]
     return 1.3 * (ol * im * inner + ol * inner * ok) < im * inner * ok + ol * im * ok
 
 
 def add_linear(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """y + x·(w1 ⊗ w2)ᵀ: one small product on each side of x as matrices (im, in). Shapes: x (..., im·in)."""
+    """Return y + x·(w1 ⊗ w2)ᵀ by one small product on each side of x as matrices (im, in).
+
+    y is not changed; the result has its dtype. Shapes: y (..., ol·ok), x (..., im·in), w1 (ol, im), w2 (ok, in).
+    """
     (ol, im), (ok, inner) = w1.shape, w2.shape
     x = x.reshape(-1, im, inner)
     if not y.numel():
@@ -44,7 +57,10 @@ def add_linear(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
-    """The same with w2 = w2_a·w2_b of low rank r. Shapes: w2_a (ok, r), w2_b (r, in)."""
+    """Return what `add_linear` does with w2 = w2_a·w2_b of low rank r, without building w2.
+
+    Shapes: y (..., ol·ok), x (..., im·in), w1 (ol, im), w2_a (ok, r), w2_b (r, in).
+    """
     im, inner = w1.shape[1], w2_b.shape[1]
     if not y.numel():
         return add_linear(y, x, w1, w2_a @ w2_b)
@@ -54,13 +70,19 @@ def add_linear_split(y: Tensor, x: Tensor, w1: Tensor, w2_a: Tensor, w2_b: Tenso
 
 
 def look_up(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Columns x of w1 ⊗ w2, the rows of an embedding. Shapes: x (...) of whole numbers → (..., ol·ok)."""
+    """Return the columns x of w1 ⊗ w2: the rows of an embedding whose stored weight is its transpose.
+
+    Shapes: x (...) of whole numbers below im·in, w1 (ol, im), w2 (ok, in) → (..., ol·ok).
+    """
     inner = w2.shape[1]
     return (w1.T[x // inner].unsqueeze(-1) * w2.T[x % inner].unsqueeze(-2)).flatten(-2)
 
 
 def mix_rows(w: Tensor, x: Tensor) -> Tensor:
-    """w (a, b) applied to each of x (T, b, n) → (T, a, n)."""
+    """Return w (a, b) applied to each of x (T, b, n) → (T, a, n).
+
+    In eager mode on a CPU the gradient of w is summed over T in chunks, and has no second derivative.
+    """
     plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
     if plain or not w.requires_grad or w.dtype != x.dtype:
         return torch.matmul(w, x)
@@ -96,7 +118,11 @@ def _by_column(blocks: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def kron_gram(weight: Tensor, w1: Tensor, w2: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """⟨W, w1 ⊗ w2⟩ and ‖w1 ⊗ w2‖² over all axes of the weight but `axis` (0 or 1), flat, in at least float32."""
+    """Return ⟨W, w1 ⊗ w2⟩ and ‖w1 ⊗ w2‖² over all axes of the weight but `axis` (0 or 1), without building the product.
+
+    Shapes: weight (ol·ok, im·in, *K) → two vectors of ol·ok entries for axis 0 and of im·in for axis 1, in at least
+    float32.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     (ol, im), (ok, inner) = w1.shape, w2.shape[:2]
     blocks = weight.reshape(ol, ok, im, inner, -1)

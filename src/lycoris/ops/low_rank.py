@@ -13,7 +13,10 @@ FEW_OUTPUTS = 1 << 16
 
 
 def add_product(y: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """y + h·outᵀ in one pass over y. Shapes: y (..., O), h (..., r), out (O, r)."""
+    """Return y + h·outᵀ in one pass over y, which is not changed.
+
+    The result has the dtype of y. Shapes: y (..., O), h (..., r), out (O, r).
+    """
     if y.numel() < FEW_OUTPUTS:
         return y + F.linear(h, out).to(y.dtype)
     rows = y.reshape(-1, y.shape[-1])

@@ -36,7 +36,11 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
 
 
 def limit_norm(blocks: Tensor, bound: float) -> Tensor:
-    """B scaled down so that Q = B - Bᵀ of all blocks together is within a Frobenius norm; 0: as it is."""
+    """Return B scaled down so that Q = B - Bᵀ of all blocks together is within a Frobenius norm.
+
+    With a bound of 0 or less it is B itself, else in at least float32; a B within the bound keeps its values.
+    Shapes: (..., s, s) → the same.
+    """
     if bound <= 0:
         return blocks
     blocks = widen(blocks)
@@ -127,7 +131,10 @@ def _with_eye(turn: Tensor) -> Tensor:
 
 
 def scaled_turn(turn: Tensor, length: Tensor | None) -> Tensor:
-    """R·diag(length) - I from R - I. Shapes: turn (n, s, s), length with n·s numbers in all, or None."""
+    """Return R·diag(length) - I from R - I, so that a rotation also scales the channels that it gives.
+
+    None for `length` returns R - I itself. Shapes: turn (n, s, s), length with n·s numbers in all, or None.
+    """
     if length is None:
         return turn
     length = length.reshape(turn.shape[0], 1, turn.shape[-1]).to(turn.dtype)
@@ -135,7 +142,10 @@ def scaled_turn(turn: Tensor, length: Tensor | None) -> Tensor:
 
 
 def stage(rows: Tensor, turn: Tensor, i: int) -> Tensor:
-    """Butterfly stage i on the first axis: rows + turn·rows in each group. Shapes: rows (O, N), turn (n, s, s)."""
+    """Return butterfly stage i on the first axis: rows + turn·rows in each group.
+
+    Stage 0 mixes consecutive blocks of s. Shapes: rows (O, N), turn (n, s, s) = R_i - I with O = n·s → (O, N).
+    """
     n, s, _ = turn.shape
     view = rows.reshape(n >> i, 2, 1 << i, s // 2, -1)
     groups = view.permute(0, 2, 3, 1, 4).reshape(n, s, -1)
@@ -144,7 +154,14 @@ def stage(rows: Tensor, turn: Tensor, i: int) -> Tensor:
 
 
 def stages_to_join(m: int, s: int) -> int:
-    """How many neighboring stages of m are best applied as one: larger blocks, fewer passes over the activations."""
+    """Return how many neighboring stages of m are best applied as one, for fewer passes over the activations.
+
+    The number from 1 to m with the least work per channel, where a pass counts as `PASS` multiplications.
+
+    Args:
+        m: stages of the butterfly.
+        s: channels in a block of one stage; joining k of them makes blocks of s/2·2^k.
+    """
 
     def cost(many: int) -> int:
         return sum((s // 2 << min(many, m - at)) + PASS for at in range(0, m, many))
@@ -153,7 +170,13 @@ def stages_to_join(m: int, s: int) -> int:
 
 
 def butterfly_work(o: int, m: int, s: int) -> int:
-    """Multiplications per token."""
+    """Return the multiplications per token of a butterfly whose stages are joined as `stages_to_join` says.
+
+    Args:
+        o: channels.
+        m: stages.
+        s: channels in a block of one stage.
+    """
     many = stages_to_join(m, s)
     return sum(o * (s // 2 << min(many, m - at)) for at in range(0, m, many))
 
@@ -168,7 +191,10 @@ class Butterfly(NamedTuple):
 
 
 def joined_butterfly(stages: Tensor, length: Tensor | None = None) -> Butterfly:
-    """The stages R_m-1 ... R_0, from R_i - I (m, n, s, s), then times `length`, n·s numbers."""
+    """Return the stages R_m-1 ... R_0 as one butterfly, with output channels multiplied by `length` where it is given.
+
+    Shapes: stages (m, n, s, s), each R_i - I; length with n·s numbers, or None. Differentiable in both.
+    """
     m, s = stages.shape[0], stages.shape[-1]
     many = stages_to_join(m, s)
     turns, orders = [], []
@@ -185,7 +211,11 @@ def joined_butterfly(stages: Tensor, length: Tensor | None = None) -> Butterfly:
 
 
 def turn_all(y: Tensor, butterfly: Butterfly, shift: Tensor | None = None) -> Tensor:
-    """y·(R_m-1 ... R_0)ᵀ, and `shift` per channel. Shapes: y (T, O), shift (O) or None."""
+    """Return y·(R_m-1 ... R_0)ᵀ, plus `shift` per channel.
+
+    Computed in the dtype of y. On a CPU, float32 and float64 inputs of the matrices but the first are computed again in
+    backward and not kept. Shapes: y (T, O), shift (O) or None → (T, O).
+    """
     turns = [turn.to(y.dtype) for turn in butterfly.turns]
     wide = y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
     if wide and not torch.compiler.is_compiling():

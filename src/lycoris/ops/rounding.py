@@ -7,13 +7,19 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in at least float32: products and sums in half precision are rounded at every step."""
+    """Return x in at least float32, since products and sums in half precision are rounded at every step.
+
+    float64 stays as it is; every format of one byte becomes float32.
+    """
     # Of one byte torch promotes nothing.
     return x.to(torch.float32 if x.itemsize == 1 else torch.promote_types(x.dtype, torch.float32))
 
 
 def to_integers(x: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:
-    """x on the whole numbers low..high, still in x's dtype. A generator makes the rounding stochastic: E[y] = x."""
+    """Return x on the whole numbers low to high, both included, still in x's dtype.
+
+    A generator makes the rounding stochastic: E[y] = x within the limits. None rounds to nearest, halves to even.
+    """
     whole = torch.round(x) if generator is None else _up_or_down(x, generator)
     return whole.clamp(low, high)
 

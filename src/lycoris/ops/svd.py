@@ -18,7 +18,10 @@ ITERATIONS = 2
 
 
 class Decomposition(NamedTuple):
-    """A ≈ left · diag(values) · right, the largest singular values first."""
+    """A ≈ left · diag(values) · right, the largest singular values first.
+
+    Exact where `rest` is 0. Make it with `decompose` or `decompose_product`.
+    """
 
     left: Tensor
     """(O, n)"""
@@ -30,12 +33,18 @@ class Decomposition(NamedTuple):
     """‖A‖² without these values, in the Frobenius norm; 0 where all of them are there."""
 
     def energies(self) -> Tensor:
-        """(n + 1), ‖A - A_k‖² for k = 0 ... n, where A_k keeps the first k singular values, in float64."""
+        """Return ‖A - A_k‖² for k = 0 ... n, where A_k keeps the first k singular values.
+
+        Entry k of the (n + 1) is the squared Frobenius error of rank k, in float64: from ‖A‖² down to `rest`.
+        """
         squares = self.values.double().square()
         return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + self.rest
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """up (O, rank) and down (rank, I) of the best approximation of that rank, with the values shared evenly."""
+        """Return up (O, rank) and down (rank, I) of the best approximation of that rank, up · down.
+
+        Both are multiplied by the root of the singular values. A rank above n gives n.
+        """
         root = self.values[:rank].sqrt()
         return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
 
@@ -78,5 +87,8 @@ def decompose(matrix: Tensor, rank: int | None = None, generator: torch.Generato
 
 
 def relative(squared_error: float, squared_norm: float) -> float:
-    """‖error‖ / ‖A‖ from their squares; 0 where both are 0."""
+    """Return ‖error‖ / ‖A‖ from their squares.
+
+    It is 0 where ‖A‖ is 0.
+    """
     return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0

@@ -36,6 +36,9 @@ unsafe_view = torch.ops.aten._unsafe_view
 
 
 def has_bfloat16_on_cpu() -> bool:
-    """Whether products in bfloat16 are fast on this processor; builds of torch without oneDNN have no such operator."""
+    """Return whether products in bfloat16 are fast on this processor.
+
+    False for builds of torch without oneDNN, which have no such operator.
+    """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())

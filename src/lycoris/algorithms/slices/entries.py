@@ -43,13 +43,19 @@ def share(entry: Entry, run: RowRange, g: Geometry) -> Entry | None:
 
 
 def fused_entry(entry: Entry) -> Entry:
-    """Return the adapter that an entry is a slice of, and any other entry as it is."""
+    """Return the adapter that an entry is a slice of, and any other entry as it is.
+
+    It has the same tensors, and the geometry of the fused layer.
+    """
     own, g, tensors = entry
     return Entry(own.inner, own.fused_geometry(g), tensors) if isinstance(own, Slice) else entry
 
 
 def own_rows(entry: Entry) -> Entry | None:
-    """Return a slice as an adapter with tensors of its own; None where its rows alone are no adapter."""
+    """Return a slice as an adapter with tensors of its own; None where its rows alone are no adapter.
+
+    Any other entry is returned as it is. A change of the bias is dropped where the layer has none.
+    """
     own, g, _ = entry
     if not isinstance(own, Slice):
         return entry
@@ -61,7 +67,13 @@ def own_rows(entry: Entry) -> Entry | None:
 
 
 def cut_entry(entry: Entry, run: RowRange) -> Entry:
-    """Return the adapter of some rows, which must not split a block of `row_block_size`; changed tensors are copies."""
+    """Return the adapter of some rows, with copies of the tensors that follow the rows.
+
+    Tensors that do not are shared. On a stack, the rows are those of each matrix.
+
+    Args:
+        run: the rows, which must not split a block of `row_block_size`.
+    """
     algorithm, g, p = entry
 
     def take(one: Params) -> dict[str, Tensor]:
@@ -74,7 +86,12 @@ def cut_entry(entry: Entry, run: RowRange) -> Entry:
 
 
 def rejoin(parts: Sequence[RowBlock], g: Geometry) -> Entry | None:
-    """Return the adapter whose slices these parts are, complete and in order; None where they are not."""
+    """Return the adapter whose slices these parts are, complete and in order; None where they are not.
+
+    Args:
+        parts: at least one, each with its first row in the fused layer.
+        g: the fused layer.
+    """
     first = parts[0].entry
     if not all(_continues(part, first, g) for part in parts):
         return None

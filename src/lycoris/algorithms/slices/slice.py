@@ -35,10 +35,10 @@ ROW_BIASES = ("diff_b",)
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(Algorithm):
-    """V = rows `start` to `start + O` of what `over` makes of a fused layer with O + `others` rows.
+    """V = rows `start` to `start + O` of what `inner` makes of a fused layer with O + `others` rows.
 
     After the last row comes the first again, so that a slice can also be all rows with their halves exchanged. Dropout
-    and masks are those of `over`, drawn by each layer for itself.
+    and masks are those of `inner`, drawn by each layer for itself.
     """
 
     inner: Algorithm
@@ -60,7 +60,11 @@ class Slice(Algorithm):
 
     @classmethod
     def of(cls, over: Algorithm, run: RowRange, bias: bool | None = None) -> Slice:
-        """The slice with these rows."""
+        """Return the slice with these rows, an `AdditiveSlice` where the algorithm is additive.
+
+        Args:
+            bias: whether the fused layer has one; None: as the layer of the slice.
+        """
         start, others = run.start, run.total - run.rows
         if isinstance(over, Additive):
             return AdditiveSlice(inner=over, start=start, others=others, bias=bias)
@@ -76,7 +80,10 @@ class Slice(Algorithm):
         return self.inner.tensor_names
 
     def fused_geometry(self, g: Geometry) -> Geometry:
-        """F, for a layer that has the slice."""
+        """Return F, the geometry of the fused layer, for a layer that has the slice.
+
+        It is that of the layer with `others` more rows.
+        """
         bias = g.has_bias if self.bias is None else self.bias
         return replace(g, shape=(g.out_features + self.others, *g.shape[1:]), has_bias=bias)
 
@@ -85,7 +92,10 @@ class Slice(Algorithm):
         return RowRange(self.start, g.out_features, g.out_features + self.others)
 
     def is_own(self, g: Geometry) -> bool:
-        """Whether the rows are an adapter of the same algorithm by themselves."""
+        """Return whether the rows are an adapter of the same algorithm by themselves.
+
+        They are if they split no block of the inner algorithm's `row_block_size`.
+        """
         return _find_form(self, g).is_own
 
     def check(self, g: Geometry) -> None:
@@ -129,7 +139,10 @@ class Slice(Algorithm):
         return self.rows(g).of(self.inner.forward(p, _Unrolled(below, _back(self.rows(g))), x, call), g.channel_axis)
 
     def own(self, p: Params, g: Geometry) -> tuple[Algorithm, dict[str, Tensor]]:
-        """The rows by themselves, where that `is_own`."""
+        """Return algorithm and tensors of the rows by themselves, where that `is_own`.
+
+        The tensors are mostly views of the shared ones.
+        """
         form = _find_form(self, g)
         return form.algorithm, self._own(p, g, form)
 

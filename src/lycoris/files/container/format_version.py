@@ -14,7 +14,15 @@ FORMAT_VERSION = 1
 
 
 def check_format(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> None:
-    """Raise `FileError` for a file of a later version than this release can read; files without one are accepted."""
+    """Check that this release can read a file's version of the format; files without one are accepted.
+
+    Args:
+        metadata: of the file's header.
+        path: for the error.
+
+    Raises:
+        FileError: the version is a later one, or no whole number.
+    """
     version = metadata.get(FORMAT_KEY, str(FORMAT_VERSION))
     if not (version.isascii() and version.isdecimal()) or int(version) > FORMAT_VERSION:
         raise FileError(

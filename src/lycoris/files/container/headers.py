@@ -68,7 +68,10 @@ SHOWN_CHARS = 60
 
 
 class TensorInfo(NamedTuple):
-    """Type, shape and size of a tensor that has not been read."""
+    """Type, shape and size of a tensor that has not been read.
+
+    `bytes` is the size of its data in the file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,7 +80,10 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """The content of a safetensors header."""
+    """The content of a safetensors header.
+
+    Made by `read_header`, which checks all of it first.
+    """
 
     tensors: Mapping[str, TensorInfo]
     """In the order of the header."""

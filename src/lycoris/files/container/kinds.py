@@ -17,7 +17,10 @@ HEADER_LIMIT = 100_000_000
 
 
 class Examined(NamedTuple):
-    """What is known about a file before it is read."""
+    """What is known about a file before it is read.
+
+    `head` is its first `HEAD_BYTES` bytes, or all of a shorter one.
+    """
 
     kind: Literal["safetensors", "zip", "pickle", "unknown"]
     """By the first bytes: "zip" is what `torch.save` writes, "pickle" what it wrote before."""

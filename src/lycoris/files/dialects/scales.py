@@ -28,7 +28,10 @@ Alpha = Callable[[str, int], float | None]
 
 
 class ScaleSource(NamedTuple):
-    """A place that stores scales: a function from layer and rank to alpha."""
+    """A place that stores scales: a function from layer and rank to alpha.
+
+    `alpha` returns None for a layer of which the place says nothing; `name` is for messages.
+    """
 
     name: str
     alpha: Alpha

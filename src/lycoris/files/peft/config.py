@@ -31,7 +31,10 @@ _LYCORIS = "r alpha rank_pattern alpha_pattern rank_dropout module_dropout init_
 
 @dataclass(frozen=True)
 class PeftType:
-    """The settings and tensors of one `peft_type`."""
+    """The settings and tensors of one `peft_type`.
+
+    A setting that is neither known nor refused is accepted while it is off.
+    """
 
     tensors: tuple[str, ...]
     """Names of its tensors."""
@@ -181,7 +184,13 @@ class PeftConfig:
         return self._match_path("alpha_pattern", path, "lora_alpha" if self.type == "LORA" else "alpha", 8)
 
     def get_scale(self, path: str) -> float:
-        """Return the factor of a layer's ΔW: alpha / rank, or alpha / √rank with `use_rslora`."""
+        """Return the factor of a layer's ΔW: alpha / rank, or alpha / √rank with `use_rslora`.
+
+        Rank and alpha are those of the layer, where patterns give it its own.
+
+        Args:
+            path: the layer's path in the model.
+        """
         rank = self.get_rank(path)
         return self.get_alpha(path) / (math.sqrt(rank) if self.get_flag("use_rslora") else rank)
 

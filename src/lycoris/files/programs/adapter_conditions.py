@@ -145,7 +145,10 @@ def is_stack_of_one(case: Case) -> bool:
 
 
 def has_dora_scale(case: Case) -> bool:
-    """Return whether the file stores DoRA's magnitude as `dora_scale`, a name PEFT does not know."""
+    """Return whether the file stores DoRA's magnitude as `dora_scale`, a name PEFT does not know.
+
+    For an adapter that is not in a file yet, whether its dialect would.
+    """
     if case.stored:
         return bool(case.dora) and MAGNITUDE in case.stored
     return DIALECTS[case.dialect].magnitudes.get(case.dora) == MAGNITUDE
@@ -157,7 +160,10 @@ def has_core(case: Case) -> bool:
 
 
 def has_unread_core(case: Case) -> bool:
-    """Return whether a LoRA has a core although its factors have PEFT's names, with which no core is expected."""
+    """Return whether a LoRA has a core although its factors have PEFT's names, with which no core is expected.
+
+    Names are those of the file, or those of its dialect where they are not known.
+    """
     if case.name != "lora" or not has_core(case):
         return False
     if case.spelled:
@@ -222,14 +228,20 @@ def has_unsplit_factors(case: Case) -> bool:
 
 
 def has_misplaced_w2(case: Case) -> bool:
-    """Return whether an unsplit w2 has one or three kernel dimensions, and `kron` would pair the wrong axes."""
+    """Return whether an unsplit w2 has one or three kernel dimensions, and `kron` would pair the wrong axes.
+
+    False where the wrong pairing gives the right weight up to `ROUNDING_ERROR`.
+    """
     if case.name != "lokr" or "w2" not in case.entry.tensors or not is_not_2d(case):
         return False
     return misplacement_error(case) > ROUNDING_ERROR
 
 
 def has_row_magnitude(case: Case) -> bool:
-    """Return whether rotated rows are rescaled, too, by factors other than 1."""
+    """Return whether rotated rows are rescaled, too, by factors other than 1.
+
+    Factors within `ROUNDING_ERROR` of 1 count as 1.
+    """
     scale = case.entry.tensors.get("rescale")
     return scale is not None and not torch.allclose(scale, torch.ones_like(scale), rtol=0, atol=ROUNDING_ERROR)
 
@@ -264,7 +276,10 @@ def has_lone_shift(case: Case) -> bool:
 
 
 def has_half_norm(case: Case) -> bool:
-    """Return whether there is only one of a norm's scale and shift."""
+    """Return whether there is only one of a norm's scale and shift.
+
+    By the names in the file, or by the adapter's tensors where those are not known.
+    """
     if case.name != "norm":
         return False
     keys = case.entry.algorithm.tensor_names

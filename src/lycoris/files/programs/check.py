@@ -22,7 +22,10 @@ from lycoris.files.programs.written import find_denoiser, find_scales, group_wri
 
 @dataclass(frozen=True)
 class ProgramCheck:
-    """What a program reads of a file. `str` gives it in lines, with layers of the same verdict together."""
+    """What a program reads of a file.
+
+    `str` gives it in lines, with layers of the same verdict together.
+    """
 
     program: str
     detection: Detection

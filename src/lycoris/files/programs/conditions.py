@@ -30,7 +30,13 @@ def not_(test: Condition) -> Condition:
 
 
 def is_for(*architectures: str) -> Condition:
-    """Make a condition for layers of these architectures."""
+    """Make a condition for layers of these architectures.
+
+    It is false where the architecture is unknown.
+
+    Args:
+        architectures: names as in `lycoris.models.families`.
+    """
     return lambda case: case.architecture in architectures
 
 
@@ -55,7 +61,10 @@ def has_own_names(case: Case) -> bool:
 
 
 def is_modeled_as(*models: str) -> Condition:
-    """Make a condition for components that are taken to be one of these known models."""
+    """Make a condition for components that are taken to be one of these known models.
+
+    It is false where no model is known.
+    """
     return lambda case: case.model in models
 
 
@@ -96,12 +105,18 @@ def lacks_base(case: Case) -> bool:
 
 
 def is_in_rows(case: Case) -> bool:
-    """Return whether the program's model stores the layer as rows of a larger one, or with its halves swapped."""
+    """Return whether the program's model stores the layer as rows of a larger one, or with its halves swapped.
+
+    False where nothing is known about the program's model.
+    """
     return case.place in ("rows", "swapped")
 
 
 def is_renamed(case: Case) -> bool:
-    """Return whether the program's model has the layer under another name, in rows of another, or swapped."""
+    """Return whether the program's model has the layer under another name, in rows of another, or swapped.
+
+    False where nothing is known about the program's model.
+    """
     return bool(case.place)
 
 

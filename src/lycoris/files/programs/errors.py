@@ -28,7 +28,10 @@ def misplacement_error(case: Case) -> float:
 
 
 def misplaced_alone(case: Case) -> float | None:
-    """Return `misplacement_error`, or None under DoRA, where it depends on the base weight."""
+    """Return `misplacement_error`, or None under DoRA, where it depends on the base weight.
+
+    For LoKr with a w2 that is not split.
+    """
     return None if case.dora else misplacement_error(case)
 
 

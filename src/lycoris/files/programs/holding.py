@@ -12,7 +12,10 @@ from lycoris.models.families.naming import Span
 
 
 class Holder(NamedTuple):
-    """A layer of a program's model, and the layers of diffusers that it holds."""
+    """A layer of a program's model, and the layers of diffusers that it holds.
+
+    `name` is in the naming that was asked for; `span` has the parts in the order of the rows.
+    """
 
     name: str
     span: Span
@@ -29,7 +32,11 @@ def find_holders(program: Program, layout: NamedLayout) -> Mapping[str, Holder]:
 
 
 def map_holders(layout: NamedLayout, naming: str) -> Mapping[str, Holder]:
-    """Return, for each layer of diffusers, the module of a naming that holds its rows."""
+    """Return, for each layer of diffusers, the module of a naming that holds its rows.
+
+    Args:
+        naming: a naming of the layout's architecture.
+    """
     return {part: Holder(name, span) for name, span in layout.find_spans(naming).items() for part in span.parts}
 
 

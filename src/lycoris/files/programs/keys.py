@@ -46,7 +46,10 @@ ANY_ARCHITECTURE = "*"
 
 
 def know_all(*architectures: str) -> dict[str, KnownKeys]:
-    """Make entries for architectures of which a program knows all keys."""
+    """Make entries for architectures of which a program knows all keys.
+
+    Merge them into a table of `KeysByDialect`.
+    """
     return dict.fromkeys(architectures, KnownKeys())
 
 

@@ -19,7 +19,10 @@ from lycoris.files.programs.written import WrittenLayer
 
 @dataclass(frozen=True)
 class PartKeys:
-    """A file's keys for one component of a pipeline, as a program knows them."""
+    """A file's keys for one component of a pipeline, as a program knows them.
+
+    `component` is "" for the denoiser.
+    """
 
     program: Program
     component: str

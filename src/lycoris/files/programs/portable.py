@@ -242,14 +242,23 @@ def complete_norm(entry: Entry, base: Affine | None = None) -> Entry:
 
 
 def complete_diff(entry: Entry, base: Affine | None = None) -> Entry:
-    """Return a change of the bias with a change of the weight by zeros next to it."""
+    """Return a change of the bias with a change of the weight by zeros next to it.
+
+    The change of the weight has the dtype and the device of that of the bias. Nothing of `entry` is changed.
+
+    Args:
+        base: not used; exports take it.
+    """
     g, p = entry.geometry, dict(entry.tensors)
     p.setdefault("diff", p["diff_b"].new_zeros(g.stacked_shape(g.stored_shape)))
     return entry._replace(algorithm=Full(), tensors=p)
 
 
 class Export(NamedTuple):
-    """A way to write an adapter in another form: what it does, in words, and the function that does it."""
+    """A way to write an adapter in another form: what it does, in words, and the function that does it.
+
+    `convert` takes the entry and the base weight, None where it is not known, and leaves both as they are.
+    """
 
     description: str
     convert: Callable[[Entry, Affine | None], Entry]

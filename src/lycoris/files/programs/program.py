@@ -51,7 +51,10 @@ EXAMINED_TENSORS = frozenset(
 
 
 class Verdict(NamedTuple):
-    """What a program makes of one layer's adapter, at strength 1."""
+    """What a program makes of one layer's adapter, at strength 1.
+
+    `remedy` names one of the `EXPORTS` in `lycoris.files.programs.portable`.
+    """
 
     reads: Reads
     why: str
@@ -121,7 +124,10 @@ Condition = Callable[[Case], bool]
 
 
 class Row(NamedTuple):
-    """One line of a program's table: for which adapters it holds, and what the program does with them."""
+    """One line of a program's table: for which adapters it holds, and what the program does with them.
+
+    `why` and `error` may depend on the case; the other fields mean what they mean in `Verdict`.
+    """
 
     when: Condition
     reads: Reads
@@ -249,6 +255,12 @@ class Program:
         return Verdict("as trained", f"{self.title} computes what was trained")
 
     def is_examined(self, architecture: str | None) -> bool:
-        """Return whether it was examined which keys the program knows for an architecture."""
+        """Return whether it was examined which keys the program knows for an architecture.
+
+        True also for architectures that it is known not to have.
+
+        Args:
+            architecture: None where it is unknown.
+        """
         named = any(ANY_ARCHITECTURE in there or architecture in there for there in self.keys.values())
         return architecture in EXAMINED_ARCHITECTURES or architecture in self.missing_architectures or named

@@ -17,7 +17,10 @@ def replaces_bias(case: Case) -> bool:
 
 
 def changes_replaced(case: Case) -> bool:
-    """Return whether a weight or bias is changed on top of one that replaces it."""
+    """Return whether a weight or bias is changed on top of one that replaces it.
+
+    Entries of a layer are looked at in their order: a change before the replacement does not count.
+    """
     replaced: set[str] = set()
     for each in (case.entry, *case.extra):
         if isinstance(each.algorithm, Replace):
@@ -28,7 +31,10 @@ def changes_replaced(case: Case) -> bool:
 
 
 def replaces_only_bias(case: Case) -> bool:
-    """Return whether the file replaces the layer's bias and changes nothing else."""
+    """Return whether the file replaces the layer's bias and changes nothing else.
+
+    Ask it only of layers with a replacement.
+    """
     return not replaces_weight(case) and not case.extra
 
 

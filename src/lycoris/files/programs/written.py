@@ -22,7 +22,10 @@ _PROCESSOR_NAME = re.compile(r"(.+)(_lora\.(?:up|down)\.weight)")
 
 
 class WrittenLayer(NamedTuple):
-    """A layer as a file writes it: its key, and its tensors' names and shapes."""
+    """A layer as a file writes it: its key, and its tensors' names and shapes.
+
+    LyCORIS' spelling of a tensor's name is the one of `Algorithm.tensor_names`.
+    """
 
     key: str
     """What the names of its tensors have in common."""

@@ -30,17 +30,27 @@ NO_DERIVATIVE = "its forward has no derivative: backward stops here"
 
 
 def storage(layer: nn.Module) -> Storage:
-    """How a layer stores its weight."""
+    """Return how a layer stores its weight: the first row of `STORAGES` that holds it.
+
+    There always is one, since `Unknown` holds everything. The layer needs an attribute `weight`.
+    """
     return next(row for row in STORAGES if row.holds(layer))
 
 
 def kind(layer: nn.Module) -> str:
-    """What a layer's weight is stored as, in words."""
+    """Return what a layer's weight is stored as, in words for reports and errors.
+
+    Examples are "dense bfloat16", "bitsandbytes nf4" and "GGUF Q4_K".
+    """
     return storage(layer).label(layer)
 
 
 def own(layer: nn.Module) -> Affine:
-    """A layer's parameters themselves, as it stores them."""
+    """Return a layer's parameters themselves, as it stores them.
+
+    Nothing is decoded or copied: a packed weight has another shape than (O, I, *K). The bias is None where the layer
+    has none.
+    """
     weight: Any = layer.weight
     return Affine(weight, getattr(layer, "bias", None))
 
@@ -56,7 +66,13 @@ def read(layer: nn.Module) -> Affine:
 
 @torch.no_grad()
 def read_as(layer: nn.Module, stored: Affine) -> Affine:
-    """What `read` would give if the layer had these parameters, its own or ones from `rewritten`."""
+    """Return what `read` would give if the layer had these parameters, its own or ones from `rewritten`.
+
+    No gradient reaches the stored parameters. A bias in float8 is widened to float32.
+
+    Raises:
+        AttachError: the layer's weight cannot be read densely.
+    """
     row = storage(layer)
     if why := row.why_unreadable(layer):
         raise AttachError(
@@ -85,7 +101,14 @@ def rewritten(layer: nn.Module, affine: Affine, generator: torch.Generator | Non
 
 
 def install(layer: nn.Module, affine: Affine, attribute: str = "") -> None:
-    """Give a layer, or the parameter of that name, these very parameters. Others that shared the old ones keep them."""
+    """Give a layer, or the parameter of that name, these very parameters.
+
+    The objects are installed, not copied; modules that shared the old ones keep those.
+
+    Args:
+        attribute: name of a bare parameter, of which only `affine.weight` is used. "": the layer's weight, and its bias
+            where it registers one.
+    """
     if attribute:
         layer._parameters[attribute] = affine.weight  # type: ignore[assignment]
         return
@@ -105,7 +128,10 @@ def stands_in(layer: nn.Module, geometry: Geometry | None) -> bool:
 
 
 def movable(layer: nn.Module) -> bool:
-    """Whether a parameter of the layer that was set aside can follow it to another device or precision."""
+    """Return whether a parameter of the layer that was set aside can follow it to another device or precision.
+
+    True for dense and float8 storage, where the weight is a tensor with nothing beside it.
+    """
     return storage(layer).plain
 
 
@@ -115,14 +141,20 @@ def is_float8(*dtypes: torch.dtype) -> bool:
 
 
 def precision(layer: nn.Module) -> torch.dtype:
-    """What a layer's parameters are kept in, by its weight or, where it has none, by the first."""
+    """Return the dtype of a layer's own weight, parameter or buffer, or of its first parameter where it has none.
+
+    For a packed weight that may be the dtype of the codes. float32 for a module without parameters of its own.
+    """
     weight: Any = layer._parameters.get("weight", layer._buffers.get("weight"))
     weight = next(layer.parameters(recurse=False), None) if weight is None else weight
     return torch.float32 if weight is None else weight.dtype
 
 
 def holder(layer: nn.Module, attribute: str) -> nn.Module:
-    """A layer, or a module with the parameter of that name as its weight and nothing else."""
+    """Return a layer, or a module with the parameter of that name as its weight and nothing else.
+
+    The parameter is shared, not copied. With "" as `attribute` the layer itself is returned.
+    """
     if not attribute:
         return layer
     made = nn.Module()
@@ -131,14 +163,20 @@ def holder(layer: nn.Module, attribute: str) -> nn.Module:
 
 
 def home(layer: nn.Module) -> dict[str, Any]:
-    """Where and how a layer's adapters keep their tensors: beside it, in float32, or float64 if the layer is so."""
+    """Return where and how a layer's adapters keep their tensors: beside its weight, in float32.
+
+    They are float64 where the weight is. The keys are `device` and `dtype`, as functions that make tensors take them.
+    """
     weight: Any = layer.weight
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What works on the layers that store their weight in one way."""
+    """What works on the layers that store their weight in one way.
+
+    Layers are counted together only if all fields but `layers` and `example` agree.
+    """
 
     stored_as: str
     layers: int
@@ -164,7 +202,10 @@ class Capability:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What works on the layers of a model, by how they store their weight; prints as a table."""
+    """What works on the layers of a model, by how they store their weight.
+
+    `str` gives it as a table, one row for each `Capability`. Make it with `capabilities`.
+    """
 
     rows: tuple[Capability, ...] = field(default=())
 

@@ -24,7 +24,10 @@ class Storage(ABC):
 
     @abstractmethod
     def holds(self, layer: Any) -> bool:
-        """Whether this layer's weight is stored this way."""
+        """Return whether this layer's weight is stored this way.
+
+        `STORAGES` is searched in order, so a row may rely on those before it having said no.
+        """
 
     @abstractmethod
     def label(self, layer: Any) -> str:
@@ -32,7 +35,14 @@ class Storage(ABC):
 
     @abstractmethod
     def decode(self, layer: Any, weight: Any) -> Tensor:
-        """The dense weight (O, I, *K) that the layer multiplies with, from its own parameter or from one like it."""
+        """Return the dense weight (O, I, *K) that the layer multiplies with.
+
+        Call it only where `why_unreadable` is empty.
+
+        Args:
+            layer: the layer, which may hold scales beside the weight. It is not changed.
+            weight: the parameter to decode: the layer's own, or one that `encode` made.
+        """
 
     @abstractmethod
     def encode(self, layer: Any, dense: Tensor, generator: torch.Generator | None) -> nn.Parameter:
@@ -42,28 +52,49 @@ class Storage(ABC):
         """
 
     def why_unreadable(self, layer: Any) -> str:
-        """Why `decode` is not possible, with what to do; empty when it is."""
+        """Return why `decode` is not possible, with what to do; empty when it is.
+
+        The default is empty. Errors and the table of `Capabilities` quote it.
+        """
         return ""
 
     def why_unwritable(self, layer: Any) -> str:
-        """Why `encode` is not possible, with what to do; empty when it is."""
+        """Return why `encode` is not possible, with what to do; empty when it is.
+
+        The default is empty. A merge needs `why_unreadable` to be empty as well.
+        """
         return ""
 
     def stochastic(self, layer: Any) -> bool:
-        """Whether `encode` can round stochastically."""
+        """Return whether `encode` can round stochastically.
+
+        Where it cannot, it ignores the generator and rounds to nearest.
+        """
         return False
 
     def passes_gradient(self, layer: Any) -> bool:
-        """Whether backward reaches what lies before the layer."""
+        """Return whether backward reaches what lies before the layer.
+
+        Where it does not, the decoded weight may give the derivative instead; see `stands_in`.
+        """
         return True
 
     def install(self, layer: Any, weight: nn.Parameter) -> None:
-        """Make a parameter from `encode`, or the layer's own earlier one, the layer's weight."""
+        """Make a parameter from `encode`, or the layer's own earlier one, the layer's weight.
+
+        Override it where the layer keeps codes or scales in other places, too.
+        """
         layer.weight = weight
 
 
 def loaded_class(module: str, name: str) -> Any:
-    """A class of another library if that library is in use, else one that nothing is an instance of."""
+    """Return a class of another library if that library is in use, else one that nothing is an instance of.
+
+    Nothing is imported: a library that is not in `sys.modules` cannot have made a layer.
+
+    Args:
+        module: the dotted name of the module that has the class.
+    """
     return getattr(sys.modules.get(module), name, _Nothing)
 
 

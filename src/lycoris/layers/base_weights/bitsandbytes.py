@@ -14,7 +14,10 @@ from lycoris.ops import rounding
 
 
 class Int8(Storage):
-    """`Linear8bitLt`: W[o, i] = SCB[o] / 127 · CB[o, i]."""
+    """`Linear8bitLt`: W[o, i] = SCB[o] / 127 · CB[o, i].
+
+    Written with stochastic rounding or to nearest. Not writable before it is quantized, nor with `has_fp16_weights`.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear8bitLt"))
@@ -59,7 +62,10 @@ def _peaks(layer: Any, weight: Any) -> Tensor:
 
 
 class Bits4(Storage):
-    """`Linear4bit`: nf4 or fp4 codes, two to a byte, whose scales may be quantized in turn."""
+    """`Linear4bit`: nf4 or fp4 codes, two to a byte, whose scales may be quantized in turn.
+
+    Not writable before the layer was moved to its device, which quantizes it.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("bitsandbytes.nn", "Linear4bit"))

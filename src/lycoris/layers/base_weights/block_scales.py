@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """A scale per block, (blocks along O, blocks along I, ...), repeated over its block. A single one stays one."""
+    """Return a scale per block, (blocks along O, blocks along I, ...), repeated over its block.
+
+    A single scale becomes a 0-d tensor. An axis with one block stays 1 and broadcasts.
+
+    Args:
+        shape: the shape of the weight; its sizes must be multiples of the numbers of blocks.
+    """
     if scale.numel() == 1:
         return scale.reshape(())
     scale = scale.reshape(scale.shape[: len(shape)])

@@ -21,7 +21,10 @@ OF_ACTIVATIONS = ("input", "activation", "output")
 
 
 def is_dense(layer: Any) -> bool:
-    """The quick answer for nearly all layers, which `torch.compile` can follow."""
+    """Return the quick answer for nearly all layers: whether the weight is an ordinary parameter of 16 bits or more.
+
+    `torch.compile` can follow it. False does not rule out `Dense` storage, which subclasses of tensors may have too.
+    """
     weight = layer.weight
     # optimum-quanto's layers hold a plain parameter until they are frozen, SDNQ's codes may have a format of 16 bits.
     plain = type(weight) is nn.Parameter and _wide(weight)
@@ -33,7 +36,10 @@ def _wide(weight: Tensor) -> bool:
 
 
 class Dense(Storage):
-    """Floating point of 16 bits or more, whatever class of tensor holds it."""
+    """Floating point of 16 bits or more, whatever class of tensor holds it.
+
+    Written in the dtype of the weight. Not writable where the weight is a buffer or is computed in every pass.
+    """
 
     low_bit = False
     plain = True
@@ -58,7 +64,10 @@ class Dense(Storage):
 
 
 class Float8(Storage):
-    """float8 in a layer whose own forward deals with it, with or without a scale beside it."""
+    """float8 in a layer whose own forward deals with it, with or without a scale beside it.
+
+    W = scale · code, with a scale under one of the names in `SCALES`: a single one, or one per block. A merge keeps it.
+    """
 
     plain = True
 
@@ -136,7 +145,10 @@ def _scale(layer: Any) -> Tensor | None:
 
 
 class Unknown(Storage):
-    """Anything else: adapters that need only the layer's output work on it."""
+    """Anything else: adapters that need only the layer's output work on it.
+
+    Reading and writing raise `AttachError`.
+    """
 
     def holds(self, layer: Any) -> bool:
         return True

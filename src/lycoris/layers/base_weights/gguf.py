@@ -11,7 +11,10 @@ from lycoris.layers.base_weights.base import Storage, loaded_class
 
 
 class GGUF(Storage):
-    """`GGUFLinear`. Writing goes through the gguf package, which quantizes to some of its types only."""
+    """`GGUFLinear`: blocks of bytes that are dequantized in every forward pass.
+
+    Writing goes through the gguf package, which quantizes to some of its types only, and to nearest.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer.weight, loaded_class("diffusers.quantizers.gguf.utils", "GGUFParameter"))

@@ -15,7 +15,10 @@ UNFROZEN = "it is quantized again in every forward pass; call optimum.quanto.fre
 
 
 class Quanto(Storage):
-    """8-bit: codes and a scale per row, stochastic rounding offered. 4 and 2 bits: quanto's own quantizer, nearest."""
+    """Layers of optimum-quanto, readable and writable once they are frozen.
+
+    8-bit: codes and a scale per row, stochastic rounding offered. 4 and 2 bits: quanto's own quantizer, nearest.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("optimum.quanto", "QModuleMixin")) and layer.weight_qtype is not None

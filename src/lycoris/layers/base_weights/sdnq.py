@@ -15,7 +15,11 @@ MARK = "sdnq_dequantizer"
 
 
 class SDNQ(Storage):
-    """Read by its own dequantizer; its forward runs without gradients, whatever the settings."""
+    """Layers of SDNQ, read by its own dequantizer and never written.
+
+    The forward runs without gradients, whatever the settings; in linear layers and convolutions the decoded weight
+    stands in for the derivative.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer, loaded_class("sdnq.layers", "SDNQLayer")) and hasattr(layer, MARK)

@@ -13,7 +13,11 @@ from lycoris.ops import rounding
 
 
 class TorchAO(Storage):
-    """Any torchao weight can be trained beside; written are those that keep codes, scales and whole zero points."""
+    """A weight of any torchao class: adapters train beside all of them.
+
+    Written are `Int8Tensor`, `Float8Tensor` and `IntxUnpackedToInt8Tensor` with whole zero points. Products with
+    quantized activations pass no gradient.
+    """
 
     def holds(self, layer: Any) -> bool:
         return isinstance(layer.weight, loaded_class("torchao.utils", "TorchAOBaseTensor"))
