@@ -174,7 +174,7 @@ def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> 
         return own(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(algorithm), "product", product)
+        patch.setattr(type(algorithm), "add_product", product)
         model(x)
     told = explain(adapters, tokens=tokens, dtype=torch.float64).layers[0]
     assert (told.way == "factored") == bool(gone) or told.way == "added"
