@@ -222,7 +222,7 @@ def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monk
     words = ["demo", "--output-dir", str(out), "--steps", "2"]
     monkeypatch.setattr(evaluate, "build_sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "interruptible", lambda: nullcontext(lambda: True))
+        patched.setattr(loop, "catch_interrupt", lambda: nullcontext(lambda: True))
         assert invoke(*words).exit_code == 130
     assert (out / "checkpoint-1").is_dir()
     made = invoke(*words)
