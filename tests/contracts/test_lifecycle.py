@@ -367,3 +367,13 @@ def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:
         tensor.data.fill_(torch.nan)
     adapter.initialize(BareWeight(geometry, below.affine().weight) if alone else below)
     assert all(tensor.isfinite().all() for tensor in adapter.tensors().values())
+
+
+def test_sets_without_a_name_take_free_ones_on_a_bare_parameter_too() -> None:
+    model = One(LAYERS["parameter"].layer())
+    rule = Rule(LoRA(rank=2), kind="*")
+    sets = [AdapterSet.build(model, plan(model, rule), name=None, dtype=torch.float64).attach() for _ in range(3)]
+    assert len({own for own in model.layer._modules if own.startswith("adapter_lycoris")}) == 3
+    for own in sets:
+        own.detach()
+    assert not model.layer._modules

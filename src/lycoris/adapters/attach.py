@@ -272,10 +272,12 @@ def check_detachable(layer: nn.Module) -> None:
 def free_name(layers: Iterable[nn.Module]) -> str:
     """Return a name for adapters that none on these layers has: lycoris0, lycoris1 and so on.
 
-    Taken are those for which a layer has a child `adapter_lycoris0` and so on.
+    Taken are those for which a layer has a child `adapter_lycoris0`, or `adapter_lycoris0_weight_in` for an adapter of
+    a bare parameter, and so on.
     """
     taken = {child for layer in layers for child in layer._modules}
-    return next(name for n in range(len(taken) + 1) if f"adapter_{(name := f'lycoris{n}')}" not in taken)
+    names = (f"lycoris{n}" for n in range(len(taken) + 1))
+    return next(name for name in names if not any(f"{child}_".startswith(f"adapter_{name}_") for child in taken))
 
 
 def keep_off_fast_path(around: nn.Module, adapter: Adapter) -> None:
