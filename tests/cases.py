@@ -5,7 +5,6 @@ A new algorithm is here with its default settings; add those under which it take
 
 from __future__ import annotations
 
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import covering
@@ -27,13 +26,12 @@ from lycoris import (
 from lycoris.algorithms import ALGORITHMS as REGISTRY
 from lycoris.algorithms.base import Algorithm
 from lycoris.algorithms.slices import AdditiveSlice, Slice
-from lycoris.errors import ConfigError
-from lycoris.layers.sites import ModelSites
 from lycoris.testing import algorithms as contracts
 from lycoris.testing import layers as testing_layers
 from lycoris.testing.layers import LayerCase
 
 adapt, perturb, relative, dense = contracts.adapt, contracts.perturb, contracts.relative_error, contracts.dense_output
+serves = contracts.serves
 One, Fused, Experts, HalfNorm = (
     testing_layers.OneLayer,
     testing_layers.BareMatrix,
@@ -135,16 +133,6 @@ def algorithm_class(algorithm: Algorithm) -> str:
 
 covering.register({name: algorithm_class(each) for name, each in WITH_SLICES.items()})
 covering.register({name: case.make.__name__ for name, case in LAYERS.items()})
-
-
-def serves(model: nn.Module, algorithm: Algorithm) -> bool:
-    """Whether an algorithm serves the one layer of a model: `test_planning.py` says for which it must not."""
-    ((_, _, _, geometry),) = ModelSites(model).values()
-    try:
-        algorithm.check(geometry)
-    except ConfigError:
-        return False
-    return True
 
 
 PAIRS_WITH_SLICES = [

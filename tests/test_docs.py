@@ -137,7 +137,7 @@ def test_json_snippets_are_configs_that_parse(page: Path) -> None:
 
 
 @cache
-def generated() -> dict[str, str]:
+def generate_pages() -> dict[str, str]:
     return site.pages()
 
 
@@ -145,7 +145,7 @@ def generated() -> dict[str, str]:
 def anchors(page: Path) -> set[str]:
     """Of the headings, as the site's Markdown makes them."""
     inside = page.relative_to(ROOT / "docs").as_posix() if page.is_relative_to(ROOT / "docs") else ""
-    text = FENCE.sub("", page.read_text() if page.exists() else generated()[inside])
+    text = FENCE.sub("", page.read_text() if page.exists() else generate_pages()[inside])
     return {slug(title) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
@@ -164,7 +164,7 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 
 @pages(PAGES)
 def test_links_lead_somewhere(page: Path) -> None:
-    made = {ROOT / "docs" / path for path in generated()}
+    made = {ROOT / "docs" / path for path in generate_pages()}
     for target, anchor in links(page):
         assert target.exists() or target in made, target
         if anchor and target.suffix == ".md":
@@ -174,8 +174,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     own = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    api = {path for path in generated() if path.startswith("reference/api/")}
-    assert listed == own | (set(generated()) - api)
+    api = {path for path in generate_pages() if path.startswith("reference/api/")}
+    assert listed == own | (set(generate_pages()) - api)
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "images").iterdir()), ids=lambda path: path.name)
@@ -193,12 +193,12 @@ class TestGeneratedPages:
         self.check_entries("reference/lycoris-config.md", keys)
 
     def check_entries(self, page: str, keys: object) -> None:
-        found = re.findall(r"^### `(\w+)`\n\n(?:\*.+\*\n\n)?(.+)$", generated()[page], re.MULTILINE)
+        found = re.findall(r"^### `(\w+)`\n\n(?:\*.+\*\n\n)?(.+)$", generate_pages()[page], re.MULTILINE)
         assert [name for name, _ in found] == list(keys)  # type: ignore[call-overload]
         assert all(len(text.split()) > 1 for _, text in found)
 
     def test_every_command_and_option(self) -> None:
-        page = generated()["reference/commands.md"]
+        page = generate_pages()["reference/commands.md"]
         for name, command in get_command(app).commands.items():
             assert f"## lycoris {name}\n" in page
             for option in command.params:
@@ -207,7 +207,7 @@ class TestGeneratedPages:
     def test_every_public_name(self) -> None:
         import lycoris
 
-        api = "\n".join(text for path, text in generated().items() if path.startswith("reference/api/"))
+        api = "\n".join(text for path, text in generate_pages().items() if path.startswith("reference/api/"))
         for name in lycoris.__all__:
             assert name == "__version__" or f'heading: "lycoris.{name}"' in api
 

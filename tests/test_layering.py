@@ -40,7 +40,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
+def parse_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
@@ -72,22 +72,22 @@ class TestEveryFile:
         if own == "__init__":
             return
         assert rank(own) >= 0, f"{own} has no place in the import order"
-        for other in imports(parsed(path)) - {"__version__"}:
+        for other in imports(parse_file(path)) - {"__version__"}:
             assert 0 <= rank(other) <= rank(own), f"{own} may not import {other}"
 
     def test_is_of_a_size_to_read(self, path: Path) -> None:
         text = path.read_text()
         assert len(text.splitlines()) <= FILE_LIMIT
-        for node in ast.walk(parsed(path)):
+        for node in ast.walk(parse_file(path)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < FUNCTION_LIMIT, f"{node.name} is too long"
 
     def test_has_a_docstring(self, path: Path) -> None:
-        assert ast.get_docstring(parsed(path))
+        assert ast.get_docstring(parse_file(path))
 
     def test_keeps_no_state_for_the_process(self, path: Path) -> None:
         name = path.relative_to(SOURCE).as_posix()
-        for node in parsed(path).body:
+        for node in parse_file(path).body:
             if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
                 continue
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target

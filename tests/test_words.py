@@ -135,14 +135,14 @@ def test_a_name_is_defined_in_one_module() -> None:
     owners = defaultdict(set)
     for path in SOURCE.rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for name in _defined(node):
+            for name in _list_names(node):
                 if name not in INTERFACES and not name.startswith("__"):
                     owners[name].add(path.relative_to(SOURCE).as_posix())
     shared = {name: sorted(paths) for name, paths in owners.items() if len(paths) > 1}
     assert len(shared) <= MOST_SHARED_NAMES, shared
 
 
-def _defined(node: ast.stmt) -> list[str]:
+def _list_names(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

@@ -7,7 +7,6 @@ Every setting of `tests/cases.py` in every dialect, for a model of four small la
 
 from __future__ import annotations
 
-import re
 import sys
 import tarfile
 import tempfile
@@ -33,6 +32,7 @@ from lycoris.layers.geometry import Affine  # noqa: E402
 from lycoris.layers.sites import ModelSites  # noqa: E402
 from lycoris.targeting.planning import Rule, plan  # noqa: E402
 from lycoris.testing.algorithms import perturb  # noqa: E402
+from lycoris.testing.dialects import keep_held_layers  # noqa: E402
 
 FOLDER = ROOT / "tests" / "fixtures"
 SAME_FILES = ("drops", "stable")
@@ -96,18 +96,6 @@ def trained(name: str) -> tuple[Model, Bundle]:
     return model, adapters.bundle()
 
 
-def held_by(dialect: str, bundle: Bundle) -> Bundle:
-    """Leave out the layers that a dialect has no place for."""
-    kind = DIALECTS[dialect]
-    return Bundle(
-        {
-            path: stack
-            for path, stack in bundle.entries.items()
-            if (kind.kinds is None or stack[0].geometry.kind in kind.kinds) and re.fullmatch(kind.layers or ".*", path)
-        }
-    )
-
-
 def main() -> None:
     """Write the archive of this release."""
     FOLDER.mkdir(exist_ok=True)
@@ -120,15 +108,15 @@ def main() -> None:
             model, bundle = trained(name)
             expected |= {f"{name}:{path}": change.float() for path, change in changes(model, bundle).items()}
             for dialect, kind in DIALECTS.items():
-                path = Path(folder) / dialect / (name if kind.folder else f"{name}.safetensors")
+                path = Path(folder) / dialect / (name if kind.is_folder else f"{name}.safetensors")
                 path.parent.mkdir(exist_ok=True)
-                held = held_by(dialect, bundle)
+                held = keep_held_layers(bundle, dialect)
                 if not held.entries:
                     continue
                 try:
-                    (write_peft if kind.folder else write)(held, path, *(() if kind.folder else (dialect,)))
-                except FileError:  # the format does not hold this setting
-                    continue
+                    (write_peft if kind.is_folder else write)(held, path, *(() if kind.is_folder else (dialect,)))
+                except FileError as error:
+                    sys.stderr.write(f"{name} is not in {dialect}: {str(error).splitlines()[0]}\n")
         save_file(expected, Path(folder) / "expected.safetensors")
         with tarfile.open(target, "x:xz") as archive:
             for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):

@@ -90,7 +90,7 @@ def entry(algorithm: Algorithm, g: Geometry, weight: Tensor) -> Entry | None:
 
 
 @cache
-def made(architecture: str, outline: str, name: str) -> tuple[NamedLayout, Bundle, Tensors]:
+def build_bundle(architecture: str, outline: str, name: str) -> tuple[NamedLayout, Bundle, Tensors]:
     """A layout, adapters of one setting on its layers, and by layer the weight that they are over."""
     torch.manual_seed(zlib.crc32(outline.encode()))
     where = layout(architecture, outline)
@@ -129,7 +129,7 @@ def rightly_refused(error: FileError, bundle: Bundle, kind: str, dialect: str) -
 @pytest.mark.parametrize(("architecture", "outline"), MODELS)
 @pytest.mark.parametrize("name", NAMES)
 def test_read_as_written(architecture: str, outline: str, name: str, dialect: str) -> None:
-    where, bundle, weights = made(architecture, outline, name)
+    where, bundle, weights = build_bundle(architecture, outline, name)
     bundle = held(bundle, dialect)
     served, kind = DIALECTS[dialect].algorithms, SETTINGS[name].name
     if not bundle.entries:
@@ -149,7 +149,7 @@ def test_read_as_written(architecture: str, outline: str, name: str, dialect: st
 @pytest.mark.parametrize(("architecture", "outline"), MODELS)
 def test_recognised_without_being_told(architecture: str, outline: str) -> None:
     """The dialect may be told by its keys alone, whichever of those that look alike is found."""
-    where, bundle, weights = made(architecture, outline, "lora")
+    where, bundle, weights = build_bundle(architecture, outline, "lora")
     for dialect in FILES:
         own = held(bundle, dialect)
         if not own.entries:

@@ -14,6 +14,7 @@ from cases import relative
 from lycoris import FileError, read
 from lycoris.files import detect
 from lycoris.files.container import format_version
+from tools import fixtures
 
 RELEASES = sorted(FOLDER.glob("*.tar.xz"))
 EXACT = 1e-5
@@ -59,3 +60,15 @@ def test_a_later_format_is_refused_by_its_number(release: Path, tmp_path: Path) 
     for reader in (detect, lambda path: read(path, build_model())):
         with pytest.raises(FileError, match=r"has version 2 of LyCORIS' file format, and this release reads up to 1"):
             reader(tmp_path / "new.safetensors")
+
+
+def test_the_tool_writes_every_format_and_never_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixtures, "FOLDER", tmp_path)
+    monkeypatch.setattr(fixtures, "settings", lambda: iter(["lora"]))
+    fixtures.main()
+    (path,) = tmp_path.iterdir()
+    with tarfile.open(path) as archive:
+        names = set(archive.getnames())
+    assert {"expected.safetensors", "lycoris/lora.safetensors", "peft/lora/adapter_config.json"} <= names
+    with pytest.raises(SystemExit, match="never written again"):
+        fixtures.main()

@@ -43,12 +43,12 @@ CASES = [
 
 def said(found: ProgramCheck) -> str:
     rejected = any("rejects" in line for line in found.keys.splitlines())
-    layers = sorted(found.layers, key=lambda name: _placed(name, found))
+    layers = sorted(found.layers, key=lambda name: _find_place(name, found))
     codes = "".join("-" if rejected or found.unknown else CODES.get(found.layers[name].reads, "?") for name in layers)
     return codes[0] if len(set(codes)) == 1 else codes
 
 
-def _placed(name: str, found: ProgramCheck) -> tuple[str, str]:
+def _find_place(name: str, found: ProgramCheck) -> tuple[str, str]:
     """Component and layer."""
     own = next((each for each in found.detection.components if each and name.startswith(f"{each}.")), "")
     return own, name.removeprefix(f"{own}.") if own else name

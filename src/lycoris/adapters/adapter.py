@@ -222,7 +222,7 @@ class Adapter(nn.Module):
     def state_of_pass(self, x: Tensor) -> PassState:
         """Return what is in force for a pass over x; in the recomputation of a pass, what was in force then.
 
-        Call it once for each pass: under gradient checkpointing passes are told apart by their order.
+        Call it once for each pass: under gradient checkpointing passes are distinguished by their order.
 
         Raises:
             AttachError: See `PassHistory.state_of_pass`.

@@ -69,7 +69,7 @@ class Verification:
     """Change of the output between two equal passes."""
     gradient_error: float | None
     """Of the whole gradient against difference quotients in random directions, relative; None where that cannot be
-    told: after an error, and in half precision."""
+    reported: after an error, and in half precision."""
     stopped: str
     """The error that ended the backward pass, or ""."""
     cuts: tuple[str, ...]

@@ -96,8 +96,8 @@ def match_tensors(adapter: Adapter, algorithm: Algorithm, given: Mapping[str, Te
     if shapes == own and same:
         return tensors
     odd = next((name for name in sorted(shapes.keys() | own.keys()) if shapes.get(name) != own.get(name)), None)
-    told = f"; {odd} {shapes.get(odd, 'none')} in the file and {own.get(odd, 'none')} here" if odd else ""
-    raise FileError(f"{where}: the file has {algorithm}, the adapter is {adapter.algorithm}{told}")
+    hint = f"; {odd} {shapes.get(odd, 'none')} in the file and {own.get(odd, 'none')} here" if odd else ""
+    raise FileError(f"{where}: the file has {algorithm}, the adapter is {adapter.algorithm}{hint}")
 
 
 Stacks = Mapping[str, tuple[Adapter, ...]]
@@ -157,12 +157,12 @@ def _find_sites(sites: ModelSites, bundle: Bundle) -> dict[str, Site]:
             found[path] = sites.find(path)
     if lost := [path for path in bundle.entries if path not in found]:
         near = (f"{path} is like {close[0]}" for path in lost if (close := nearest(path, sites, limit=1)))
-        told = next(near, "is this the model they were made for?")
+        hint = next(near, "is this the model they were made for?")
         if any(f"{path}.base_layer" in sites for path in lost):
-            told = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
+            hint = "PEFT's layers are in their place: take them off first, as with pipe.unload_lora_weights()"
         raise FileError(
             f"{len(lost)} of {len(bundle.entries)} layers are no layers of this {type(sites.model).__name__}: "
-            f"{', '.join(lost[:5])}; {told}"
+            f"{', '.join(lost[:5])}; {hint}"
         )
     return found
 

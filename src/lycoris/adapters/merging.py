@@ -89,7 +89,7 @@ class MergeReport:
         lines = [
             f"merged {len(self.layers)} layers at strength {self.strength:g}; in {exact} of them nothing was rounded",
             *(f"  {layer.sqnr:7.1f} dB  {layer.stored_as}  {layer.path}" for layer in worst),
-            *(f"  untied  {told}" for told in self.untied),
+            *(f"  untied  {reason}" for reason in self.untied),
             *(f"  never called  {path}" for path in self.uncalled),
         ]
         return "\n".join(lines)
@@ -131,11 +131,11 @@ def report(
         strength: Overall, for the report.
         stacks: The adapters that passes can have reached; {} where they are not attached.
     """
-    told = (
+    layers = (
         MergedLayer(path, base_weights.kind(weight_holder(sites[path])), merge.sqnr) for path, merge in merges.items()
     )
     parted = tuple(f"{path} from {', '.join(names)}" for path, names in _find_tied_sites(model, sites).items())
-    return MergeReport(strength, tuple(told), parted, watching.never_called(stacks))
+    return MergeReport(strength, tuple(layers), parted, watching.never_called(stacks))
 
 
 def weight_holder(site: Site) -> nn.Module:

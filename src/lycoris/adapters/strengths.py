@@ -48,8 +48,10 @@ class Strengths:
 
         In the result `overall` is 1 and every layer a block of its own.
         """
-        told = self.overall == 1 and self.blocks.keys() >= set(paths)
-        return Strengths(1.0, {**(self.blocks if told else {each: self.at(each) for each in paths}), path: strength})
+        is_complete = self.overall == 1 and self.blocks.keys() >= set(paths)
+        return Strengths(
+            1.0, {**(self.blocks if is_complete else {each: self.at(each) for each in paths}), path: strength}
+        )
 
 
 def finite(strength: float) -> float:

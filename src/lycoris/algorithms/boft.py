@@ -47,8 +47,8 @@ class BOFT(OFT):
         fitting = butterfly_sizes(o)
         if s not in fitting:
             near = sorted(fitting, key=lambda size: (abs(size - s), size))[:2]
-            told = f"; the nearest are {' and '.join(map(str, near))}" if near else "; no size does, leave it out"
-            raise ConfigError(f"block_size of boft is even and {o} outputs are it times a power of two: not {s}{told}")
+            hint = f"; the nearest are {' and '.join(map(str, near))}" if near else "; no size does, leave it out"
+            raise ConfigError(f"block_size of boft is even and {o} outputs are it times a power of two: not {s}{hint}")
         n = o // s
         return {"blocks": Slot((n.bit_length(), n, s, s), "rotation")} | length_slot(self.rescale, g)
 

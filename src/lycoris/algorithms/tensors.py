@@ -144,8 +144,8 @@ def _recognize(tensors: Mapping[str, Tensor], g: Geometry, where: str) -> type[A
     having = [kind for kind in ALGORITHMS.values() if suffixes & set(kind.tensor_names.values())]
     partly = [kind.name for kind in having if kind.claims(_own_shapes(kind, shapes))]
     why = f"they mix {' and '.join(partly)}" if len(partly) > 1 else "no algorithm known here has just these"
-    told = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
-    raise FileError(f"{where}: cannot read the tensors {told} of a {g}: {why}")
+    found = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(suffixes)) or "(none)"
+    raise FileError(f"{where}: cannot read the tensors {found} of a {g}: {why}")
 
 
 def _fit_shapes(algorithm: Algorithm, p: dict[str, Tensor], g: Geometry, where: str) -> dict[str, Tensor]:

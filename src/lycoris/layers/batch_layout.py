@@ -60,8 +60,8 @@ def place_rows(rows: Tensor, lengths: Sequence[int], layout: BatchLayout | None)
 def _explain_mismatch(samples: int, lengths: Sequence[int], layout: BatchLayout | None) -> str:
     shape = f"({', '.join(map(str, [*lengths, 'channels']))})"
     if layout is not None:
-        told = f"a tensor for {len(layout)} entries" if isinstance(layout, Tensor) else repr(layout)
-        return f"the rank masks of {samples} samples do not fit an input {shape} with the batch layout {told}"
+        given = f"a tensor for {len(layout)} entries" if isinstance(layout, Tensor) else repr(layout)
+        return f"the rank masks of {samples} samples do not fit an input {shape} with the batch layout {given}"
     batch = lengths[0] if lengths else 1
     return (
         f"rank masks (timesteps) for {samples} samples do not fit a batch of {batch}: which entries of an input "

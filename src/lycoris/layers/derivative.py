@@ -86,14 +86,14 @@ def _check_unneeded(node: Any) -> None:
     some = ", ".join(layers[:LAYER_NAMES_SHOWN]) + (
         f" and {len(layers) - LAYER_NAMES_SHOWN} more" if len(layers) > LAYER_NAMES_SHOWN else ""
     )
-    told = f"{some}: the forward of such a layer has no derivative, and its weight cannot stand in for one"
+    message = f"{some}: the forward of such a layer has no derivative, and its weight cannot stand in for one"
     if any(isinstance(leaf, nn.Parameter) for leaf in before):
         raise AttachError(
-            f"{told}. Gradients of what trains before it would be wrong. Put adapters only behind such layers and "
+            f"{message}. Gradients of what trains before it would be wrong. Put adapters only behind such layers and "
             "freeze the rest, or load the base in a form that can be trained beside: docs/quantized.md has a table"
         )
     if before:
-        warnings.warn(f"{told}. Gradients of tensors before it are without its part", stacklevel=2)
+        warnings.warn(f"{message}. Gradients of tensors before it are without its part", stacklevel=2)
 
 
 def _name(node: Any) -> str:

@@ -18,7 +18,7 @@ ATTACH_FIRST = "attach the adapters first, then wrap the model, so that their gr
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor.
 
-    Told by its method `full_tensor`: importing the class takes a second that most never need.
+    Recognized by its method `full_tensor`: importing the class takes a second that most never need.
     """
     return hasattr(tensor, "full_tensor")
 

@@ -32,7 +32,7 @@ def cayley(blocks: Tensor, bound: float = 0.0) -> Tensor:
     """
     q = limit_norm(widen(blocks), bound)
     q = q - q.mT
-    return _rotate(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]
+    return _rotate(q) if torch.compiler.is_compiling() else _Cayley.apply(q)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def limit_norm(blocks: Tensor, bound: float) -> Tensor:

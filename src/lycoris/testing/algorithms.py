@@ -44,7 +44,7 @@ def check_algorithm(algorithm: Algorithm, layers: Iterable[str] = tuple(LAYERS))
     Raises:
         AssertionError: a contract does not hold; the message names it, the algorithm and the layer.
     """
-    served = [name for name in layers if serves(algorithm, LAYERS[name])]
+    served = [name for name in layers if serves(OneLayer(LAYERS[name].layer()), algorithm)]
     assert served, f"{algorithm} serves none of the layers {', '.join(layers)}: see its `kinds`, `check` and `slots`"
     for name in served:
         for check in CONTRACTS:
@@ -60,9 +60,9 @@ def _naming(where: str) -> Iterator[None]:
         raise AssertionError(f"{where}: {error}") from error
 
 
-def serves(algorithm: Algorithm, case: LayerCase) -> bool:
-    """Tell whether an algorithm can adapt a layer."""
-    ((_, _, _, geometry),) = ModelSites(OneLayer(case.layer())).values()
+def serves(model: nn.Module, algorithm: Algorithm) -> bool:
+    """Tell whether an algorithm can adapt the one layer of a model."""
+    ((_, _, _, geometry),) = ModelSites(model).values()
     try:
         algorithm.check(geometry)
     except ConfigError:

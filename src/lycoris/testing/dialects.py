@@ -44,7 +44,7 @@ def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm
     """
     held = DIALECTS[dialect].algorithms
     for algorithm in algorithms:
-        bundle = _keep_held(_build(model, algorithm), dialect)
+        bundle = keep_held_layers(_build(model, algorithm), dialect)
         assert bundle.entries, f"{dialect} holds no layer of this model: see its `kinds` and `layers`"
         try:
             written = compose(bundle, dialect, model=model)
@@ -63,7 +63,7 @@ def check_dialect(dialect: str, model: nn.Module, algorithms: Iterable[Algorithm
                 assert error_ < EXACT, f"{dialect}, {algorithm}, {path}: read back with an error of {error_:.1e}"
 
 
-def _keep_held(bundle: Bundle, dialect: str) -> Bundle:
+def keep_held_layers(bundle: Bundle, dialect: str) -> Bundle:
     """Leave out the layers that a format has no place for."""
     kinds, layers = DIALECTS[dialect].kinds, DIALECTS[dialect].layer_pattern or ".*"
     return Bundle(

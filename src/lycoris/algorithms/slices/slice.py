@@ -76,7 +76,7 @@ class Slice(Algorithm):
         return self.inner.name
 
     @property
-    def tensor_names(self) -> Mapping[str, str]:  # type: ignore[override]
+    def tensor_names(self) -> Mapping[str, str]:  # type: ignore[override]  # a class attribute elsewhere
         return self.inner.tensor_names
 
     def fused_geometry(self, g: Geometry) -> Geometry:
