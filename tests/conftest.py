@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import covering
+from interpreters import WarmInterpreter
 
 torch.set_num_threads(1)
 # The first draw of a process reads the source for constants, and a busy machine is slow at any draw.
@@ -22,6 +24,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training_runs import save_base
 
     return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[WarmInterpreter]:
+    """Runs code in processes of their own that have the heavy libraries loaded."""
+    warm = WarmInterpreter()
+    yield warm
+    warm.close()
 
 
 @pytest.fixture(autouse=True)

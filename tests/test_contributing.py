@@ -6,10 +6,11 @@ import inspect
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from interpreters import WarmInterpreter
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -70,17 +71,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(library: Path, code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(library), "PATH": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=library, env=environment, capture_output=True, text=True, check=False)
+def run(interpreter: WarmInterpreter, library: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return interpreter.run(code, library, path=[str(library)])
 
 
-def test_one_file_and_one_line_are_all_that_an_algorithm_needs(library: Path) -> None:
+def test_one_file_and_one_line_are_all_that_an_algorithm_needs(interpreter: WarmInterpreter, library: Path) -> None:
     own = block("check_algorithm(Outer(").replace(
         "from lycoris.testing", "from lycoris import Outer\nfrom lycoris.testing"
     )
-    done = run(library, own + USES)
+    done = run(interpreter, library, own + USES)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -92,27 +91,29 @@ def test_one_file_and_one_line_are_all_that_an_algorithm_needs(library: Path) ->
         ("cls(gain=1.0 if alpha is None else alpha)", "cls()", "after saving and loading the output differs"),
     ],
 )
-def test_a_mistake_is_named(library: Path, right: str, wrong: str, message: str) -> None:
+def test_a_mistake_is_named(
+    interpreter: WarmInterpreter, library: Path, right: str, wrong: str, message: str
+) -> None:
     path = library / "lycoris" / "algorithms" / "outer.py"
     text = path.read_text(encoding="utf-8")
     assert right in text
     path.write_text(text.replace(right, wrong), encoding="utf-8")
     try:
         own = block("check_algorithm(Outer(").replace("0.5))", "0.5), ['linear'])")
-        done = run(library, "from lycoris import Outer\n" + own)
+        done = run(interpreter, library, "from lycoris import Outer\n" + own)
     finally:
         path.write_text(text, encoding="utf-8")
     assert "Outer(gain=0.5) on linear" in done.stderr
     assert message in done.stderr
 
 
-def test_a_missing_line_is_named(library: Path) -> None:
+def test_a_missing_line_is_named(interpreter: WarmInterpreter, library: Path) -> None:
     table = library / "lycoris" / "algorithms" / "__init__.py"
     text = table.read_text(encoding="utf-8")
     table.write_text(text.replace(block("as Outer"), ""), encoding="utf-8")
     try:
         imports = "from lycoris.algorithms.outer import Outer\nfrom lycoris.testing import check_algorithm\n"
-        done = run(library, f"{imports}check_algorithm(Outer())")
+        done = run(interpreter, library, f"{imports}check_algorithm(Outer())")
     finally:
         table.write_text(text, encoding="utf-8")
     assert "add `from lycoris.algorithms.outer import Outer as Outer` to lycoris/algorithms/__init__.py" in done.stderr

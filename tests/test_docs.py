@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +15,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from interpreters import WarmInterpreter
 from lycoris.cli import app
 from lycoris.targeting.options import OPTIONS, TOP
 from lycoris.targeting.preset import Preset
@@ -78,10 +77,10 @@ write(adapters.bundle(), "pytorch_lora_weights.safetensors", metadata=metadata)
 
 
 @pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tmp_path_factory: pytest.TempPathFactory, interpreter: WarmInterpreter) -> Path:
     """A file such as `lycoris demo` writes, without its training."""
     folder = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", DEMO_ADAPTER], cwd=folder, check=True)
+    interpreter.run(DEMO_ADAPTER, folder).check_returncode()
     return folder / "pytorch_lora_weights.safetensors"
 
 
@@ -95,11 +94,13 @@ def checkout(tmp_path: Path, adapter: Path) -> Path:
 
 
 @pages([page for page in PAGES if page != WALK and (blocks(page, "python") or blocks(page, "bash"))])
-def test_what_a_page_says_runs(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_page_says_runs(
+    page: Path, checkout: Path, interpreter: WarmInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its snippets one after the other, then its blocks of bash, as a reader would type them, from one folder."""
     code = "\n".join(blocks(page, "python"))
     if code:
-        run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+        run = interpreter.run(code, checkout)
         assert run.returncode == 0, run.stderr
     monkeypatch.chdir(checkout)
     for line in "\n".join(blocks(page, "bash")).splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,24 @@ def shapes(
     return {name: tuple(tensor.shape) for name, tensor in written.tensors.items()}, written.header
 
 
-@pytest.mark.parametrize(
-    ("family", "outline", "dialect"),
-    [(*model, dialect) for at, model in enumerate(MODELS) for dialect in FILES if model[0] != MODELS[at - 1][0]]
-    + [(*model, "lycoris") for at, model in enumerate(MODELS) if model[0] == MODELS[at - 1][0]],
-)
+USUAL = ("kohya", "comfyui", "diffusers")
+"""Dialects that files of any family are found in, and here read for each of them."""
+TYPICAL = ("sdxl", "flux1", "wan")
+"""Families that differ in how they are named, and here read in every dialect."""
+
+
+def pairs() -> list[Any]:
+    """Every family in every dialect, and the further models of a family in one."""
+    first = [model for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]]
+    further = [(*model, "lycoris") for model in MODELS if model not in first]
+    return further + [
+        pytest.param(*model, dialect, marks=() if dialect in USUAL or model[0] in TYPICAL else pytest.mark.slow)
+        for model in first
+        for dialect in FILES
+    ]
+
+
+@pytest.mark.parametrize(("family", "outline", "dialect"), pairs())
 def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> None:
     names, header = shapes(outline, family, dialect, LoRA(rank=4))
     if not names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
 from lycoris.algorithms import OFT, Replace
 from lycoris.algorithms.serialization import TensorShapes
@@ -22,7 +23,12 @@ def infer_layer_size(tensors: TensorShapes) -> LayerSize:
 
     `tensors` are the shapes by suffix in LyCORIS' spelling. 0 stands for a size that they do not determine.
     """
-    return find_layer_size(_rename_old_rotations(tensors))
+    return _infer_layer_size(tuple(tensors.items()))
+
+
+@lru_cache(maxsize=2**12)  # many layers of a file have the same shapes, and every dialect asks for all of them
+def _infer_layer_size(tensors: tuple[tuple[str, tuple[int, ...]], ...]) -> LayerSize:
+    return find_layer_size(_rename_old_rotations(dict(tensors)))
 
 
 def count_algorithms(layers: Iterable[TensorShapes]) -> dict[str, int]:

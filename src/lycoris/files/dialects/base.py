@@ -87,7 +87,9 @@ class Dialect:
         """
         if len(name) > LONGEST_NAME:
             return None
-        name = remove_adapter_name(strip_wrappers(name))
+        name = _strip_name(name)
+        if not name.startswith((*self.prefixes,)):
+            return None
         for prefix, component in self.prefixes.items():
             if name.startswith(prefix):
                 parts = (
@@ -141,6 +143,12 @@ def _split_flat_name(name: str) -> tuple[str, str, str] | None:
     if not dot or layer.startswith("_"):
         return None
     return layer, find_canonical_suffix(spelled) or spelled, spelled
+
+
+@lru_cache(maxsize=2**14)  # every dialect asks for all names of a file
+def _strip_name(name: str) -> str:
+    """A tensor's name without the steps of wrappers and without the adapter's name."""
+    return remove_adapter_name(strip_wrappers(name))
 
 
 @lru_cache(maxsize=2**14)

@@ -46,7 +46,7 @@ class DiffusersDialect(Dialect):
 
 def _move_to_encoder_projection(name: str) -> str | None:
     """The name that a text encoder's projection would have."""
-    found = _ENCODER.fullmatch(name)
+    found = _ENCODER.fullmatch(name) if "_lora." in name else None
     return None if found is None else f"{found[1]}.{found[2]}_proj.{expand_processor_suffix(found[3])}"
 
 

@@ -42,6 +42,8 @@ def move_to_projection(name: str) -> str | None:
 
     None if it is not a name of that kind. `a.processor.to_q_lora.up.weight` becomes `a.to_q.lora_up.weight`.
     """
+    if ".processor." not in name:
+        return None
     found = _PROJECTION.fullmatch(name)
     if found is not None:
         layer = f"{found[1]}.{found[2]}{'.0' * (found[2] == 'to_out')}"
