@@ -91,9 +91,7 @@ def test_one_file_and_one_line_are_all_that_an_algorithm_needs(interpreter: Warm
         ("cls(gain=1.0 if alpha is None else alpha)", "cls()", "after saving and loading the output differs"),
     ],
 )
-def test_a_mistake_is_named(
-    interpreter: WarmInterpreter, library: Path, right: str, wrong: str, message: str
-) -> None:
+def test_a_mistake_is_named(interpreter: WarmInterpreter, library: Path, right: str, wrong: str, message: str) -> None:
     path = library / "lycoris" / "algorithms" / "outer.py"
     text = path.read_text(encoding="utf-8")
     assert right in text

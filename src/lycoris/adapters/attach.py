@@ -20,7 +20,7 @@ from lycoris.adapters.recomputation import PassState, replayed_random
 from lycoris.adapters.usage import is_exporting
 from lycoris.algorithms.layer_below import BareWeight, LayerBelow
 from lycoris.errors import AttachError
-from lycoris.layers import base_weights, derivative, sharding
+from lycoris.layers import base_weights, sharding
 from lycoris.layers.geometry import Affine, Geometry
 from lycoris.layers.sites import Site
 
@@ -40,9 +40,12 @@ class _BaseLayer:
     def __call__(self, x: Tensor) -> Tensor:
         args, kwargs = self.extra
         y = self.forward(self.layer, x, *args, **kwargs)
-        return self._with_derivative(x, y) if derivative.is_missing(x, y) else y
+        return self._with_derivative(x, y) if _is_cut(x, y) else y
 
     def _with_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        # It loads torch's compiler, which takes longer than all the rest of the library, and few layers need it.
+        from lycoris.layers import derivative
+
         adapters = list(adapters_on(self.layer))
         for adapter in adapters:
             adapter.seen.cut = True
@@ -306,6 +309,14 @@ def _derive_class(cls: Any, attributes: tuple[str, ...]) -> Any:
     own[OFFLOAD_HOOK] = property(_offload_hook, _set_offload_hook, _delete_offload_hook)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "attributes": attributes, BASE: cls}
     return type(cls.__name__, (cls, Adapted), own | names)
+
+
+def _is_cut(x: Tensor, y: Tensor) -> bool:
+    """Whether an output has no gradient although gradients are on and the input has one.
+
+    False for outputs that are not floating point, which cannot have one.
+    """
+    return x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and y.is_floating_point()
 
 
 def _offload_hook(layer: Any) -> Any:

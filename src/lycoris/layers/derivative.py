@@ -21,14 +21,6 @@ from lycoris.layers.geometry import Geometry
 LAYER_NAMES_SHOWN = 5
 
 
-def is_missing(x: Tensor, y: Tensor) -> bool:
-    """Return whether an output has no gradient although gradients are on and the input has one.
-
-    False for outputs that are not floating point, which cannot have one.
-    """
-    return x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and y.is_floating_point()
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def supply(layer: nn.Module, path: str, geometry: Geometry, x: Tensor, y: Tensor) -> Tensor:
     """Return the output of a layer without a derivative, with one, or with an error in wait for a backward that asks.
