@@ -17,7 +17,7 @@ import inspect
 import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -33,6 +33,16 @@ _CLASSES: dict[Hashable, Hashable] = {}
 def register(classes: Mapping[Any, Hashable]) -> None:
     """Say which values of parameters are alike: value → class. Each is an axis of its own wherever it is found."""
     _CLASSES.update(classes)
+
+
+def spread(rows: Sequence[tuple[Any, ...]], *classes: Callable[..., Hashable]) -> list[Any]:
+    """Return the rows of a `parametrize`, all slow but some that have each value of each column.
+
+    For rows that each take long, and that `mark_slow` sees as one axis. A function of a row adds another column.
+    """
+    columns = [(*row, *(each(*row) for each in classes)) for row in rows]
+    chosen = covering_set([{str(at): value for at, value in enumerate(row)} for row in columns], pairs=False)
+    return [pytest.param(*row, marks=() if at in chosen else pytest.mark.slow) for at, row in enumerate(rows)]
 
 
 def mark_slow(items: Iterable[pytest.Item]) -> None:
@@ -92,9 +102,12 @@ def _hashable(value: Any) -> Hashable:
     return value if value in _CLASSES or isinstance(value, tuple) else (type(value), value)
 
 
-def covering_set(cases: Sequence[Mapping[str, Hashable]], start: int = 0) -> set[int]:
-    """Return which cases have every feature that any has: greedily the one that adds most, from `start` on."""
-    shown = list(features(cases))
+def covering_set(cases: Sequence[Mapping[str, Hashable]], start: int = 0, *, pairs: bool = True) -> set[int]:
+    """Return which cases have every feature that any has: greedily the one that adds most, from `start` on.
+
+    Without `pairs`, features are only the values.
+    """
+    shown = list(features(cases)) if pairs else [{*case.items()} for case in cases]
     missing: set[Feature] = set().union(*shown)
     order = [(-len(shown[at]), (at - start) % len(cases), at) for at in range(len(cases))]
     heapq.heapify(order)

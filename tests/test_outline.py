@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tools.models import PAGE, made, table
@@ -14,7 +15,11 @@ from lycoris import ConfigError
 from lycoris.layers.geometry import describe
 from lycoris.layers.sites import ModelSites
 from lycoris.models import outline
-from lycoris.models.families import ARCHITECTURES
+from lycoris.models.families import ARCHITECTURES, FAMILIES
+
+MODELS = known_models()
+QUICK = tuple(each.outlines[0] for each in ARCHITECTURES.values())
+SOME = [pytest.param(name, marks=() if name in QUICK[::5] else pytest.mark.slow) for name in outline.list_models()]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -54,15 +59,11 @@ def test_a_tied_parameter_is_one() -> None:
     assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", outline.list_models())
+@pytest.mark.parametrize("name", SOME)
 def test_places_are_the_sites(name: str) -> None:
     assert [*outline.iterate_layers(outline.load_outline(name))] == [
         (s.path, s.geometry) for s in ModelSites(outline.load_model(name)).values()
     ]
-
-
-MODELS = known_models()
-QUICK = tuple(each.outlines[0] for each in ARCHITECTURES.values())
 
 
 # Chroma's class uses one that diffusers means to remove, and warns of it.
@@ -85,6 +86,12 @@ def test_known_models_are_those_of_the_library(name: str) -> None:
     }
 
 
+def test_the_page_has_every_model() -> None:
+    rows = re.findall(r"^\| (?!family)\S+ \| (\S+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [name for family in FAMILIES.values() for name in ARCHITECTURES[family.components[""]].models]
+
+
+@pytest.mark.slow
 def test_the_page_of_models_is_what_make_models_writes() -> None:
     assert PAGE.read_text(encoding="utf-8") == table()
 

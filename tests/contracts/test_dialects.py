@@ -56,6 +56,8 @@ NAMINGS = {name: len(each.namings) for name, each in ARCHITECTURES.items()}
 covering.register(NAMINGS)
 covering.register({"oft-constraint": "OFT"})
 MODELS = [(name, outline) for name, each in ARCHITECTURES.items() for outline in each.outlines[:1]]
+TYPICAL = ("sdxl-unet", "flux1", "flux2", "wan", "sd3", "clip")
+"""Architectures that differ in how their layers are named and fused."""
 
 
 def small(g: Geometry) -> Geometry:
@@ -146,7 +148,10 @@ def test_read_as_written(architecture: str, outline: str, name: str, dialect: st
         assert relative(change(read.entries[path], weights[path]), change(stack, weights[path])) < EXACT, path
 
 
-@pytest.mark.parametrize(("architecture", "outline"), MODELS)
+@pytest.mark.parametrize(
+    ("architecture", "outline"),
+    [pytest.param(*model, marks=() if model[0] in TYPICAL else pytest.mark.slow) for model in MODELS],
+)
 def test_recognised_without_being_told(architecture: str, outline: str) -> None:
     """The dialect may be told by its keys alone, whichever of those that look alike is found."""
     where, bundle, weights = build_bundle(architecture, outline, "lora")

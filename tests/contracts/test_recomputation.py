@@ -264,7 +264,9 @@ def test_two_backwards_through_one_graph(reentrant: bool) -> None:
 # torch looks at the gradient of every input of a compiled function.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @FORMS
-@pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora", "lora-drops"])
+@pytest.mark.parametrize(
+    "name", ["dora-lora", "tlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "lora-drops"))]
+)
 def test_compiled_blocks_in_checkpoints(name: str, reentrant: bool) -> None:
     """As diffusers compiles: block by block, with the checkpoint around them."""
     torch._dynamo.reset()

@@ -54,21 +54,20 @@ def shapes(
     return {name: tuple(tensor.shape) for name, tensor in written.tensors.items()}, written.header
 
 
-USUAL = ("kohya", "comfyui", "diffusers")
+USUAL = ("kohya", "comfyui")
 """Dialects that files of any family are found in, and here read for each of them."""
-TYPICAL = ("sdxl", "flux1", "wan")
+TYPICAL = ("sdxl", "flux1")
 """Families that differ in how they are named, and here read in every dialect."""
 
 
 def pairs() -> list[Any]:
-    """Every family in every dialect, and the further models of a family in one."""
+    """Every model in every dialect: the first of each family in the usual ones, and all of some families, are quick."""
     first = [model for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]]
-    further = [(*model, "lycoris") for model in MODELS if model not in first]
-    return further + [
+    return [
         pytest.param(*model, dialect, marks=() if dialect in USUAL or model[0] in TYPICAL else pytest.mark.slow)
         for model in first
         for dialect in FILES
-    ]
+    ] + [pytest.param(*model, "lycoris", marks=pytest.mark.slow) for model in MODELS if model not in first]
 
 
 @pytest.mark.parametrize(("family", "outline", "dialect"), pairs())

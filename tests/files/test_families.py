@@ -308,8 +308,13 @@ def test_a_name_of_no_model_has_no_place_in_the_unet() -> None:
         assert unet.find_module(path) is None
 
 
+FIRST = {each.outlines[0] for each in ARCHITECTURES.values()}
+
+
 class TestOutlines:
-    @pytest.mark.parametrize("model", COUNTS)
+    @pytest.mark.parametrize(
+        "model", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in COUNTS]
+    )
     def test_counts_are_the_published_ones(self, model: str) -> None:
         kinds = Counter(geometry.kind for geometry in load_skeleton(model).values())
         parameters = sum(each.numel() for each in outline.load_model(model).parameters())

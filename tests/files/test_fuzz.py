@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-QUICK = {"structure": 1200, "bytes": 800, "zips": 300, "legacy": 300, "adapters": 200}
+QUICK = {"structure": 300, "bytes": 300, "zips": 100, "legacy": 100, "adapters": 100}
 LONG = {"structure": 12000, "bytes": 8000, "zips": 3000, "legacy": 3000, "adapters": 3000}
 GROWN = 64 * 2**20
 """Bytes that a batch of files of a few thousand bytes each may add to the process."""

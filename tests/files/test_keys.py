@@ -82,9 +82,10 @@ def test_tensors_and_scale(dialect: str) -> None:
     written = compose(Bundle({layer: (Entry(algorithm, geometry, p),)}), dialect, model=where)
     name, down, up, *alpha = SPELLED[dialect]
     assert set(written.tensors) == {f"{name}.{suffix}" for suffix in (down, up, *alpha)}
-    product = written.tensors[f"{name}.{up}"] @ written.tensors[f"{name}.{down}"]
+    some = torch.randn(geometry.shape[1], 3, dtype=torch.float64)
+    product = written.tensors[f"{name}.{up}"] @ (written.tensors[f"{name}.{down}"] @ some)
     inside = 1.0 if alpha or dialect == "diffusers" else 0.25
-    assert torch.allclose(product, p["up"] @ p["down"] * inside, rtol=1e-12)
+    assert torch.allclose(product, p["up"] @ (p["down"] @ some) * inside, rtol=1e-12)
 
 
 LENGTHS = [

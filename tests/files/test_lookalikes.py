@@ -13,6 +13,7 @@ from test_families import spelt
 from torch import nn
 
 import lycoris
+from covering import spread
 from lycoris import AdapterSet, LoRA, Rule, create_lycoris, create_lycoris_from_weights, plan, read
 from lycoris.compat.network import LycorisNetwork
 from lycoris.files.layout import NamedLayout
@@ -118,8 +119,9 @@ def check(own: Sizes, name: str, folder: Path) -> None:
         torch.testing.assert_close(second.state_dict()[key], tensor, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize(("architecture", "naming"), FEW)
+@pytest.mark.parametrize(
+    ("architecture", "naming", "change"), spread([(*few, each) for few in FEW for each in CHANGES])
+)
 def test_some(architecture: str, naming: str, change: Callable[[Sizes, Random], Sizes], tmp_path: Path) -> None:
     known = ARCHITECTURES[architecture]
     check(change(sizes(architecture, naming, known.outlines[0]), Random(0)), known.classes[-1], tmp_path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import perturb
+from covering import spread
 from lycoris import AdapterSet, DoRA, LoKr, LoRA, Rule, plan
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Entry
@@ -27,12 +28,15 @@ from programs.pipelines import PIPELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
 SMALLEST = {"flux2": "flux.2-klein-4b", "wan": "wan2.1-i2v-14b", "sd3": "sd3.5-medium"}
-CASES = [
-    pytest.param(dialect, name, marks=() if name in DIFFUSERS_KEYS.get(dialect, {}) else pytest.mark.slow)
-    for dialect in DIALECTS
-    for name in DENOISER_ARCHITECTURES
-    if dialect not in ("peft", "processors") and not ("musubi" in dialect and "unet" in name)
-]
+CASES = spread(
+    [
+        (dialect, name)
+        for dialect in DIALECTS
+        for name in DENOISER_ARCHITECTURES
+        if dialect not in ("peft", "processors") and not ("musubi" in dialect and "unet" in name)
+    ],
+    lambda dialect, name: (dialect, name in DIFFUSERS_KEYS.get(dialect, {})),
+)
 """Folders and attention processors have readers of their own; Musubi Tuner has no UNets."""
 REFUSES = (ValueError, KeyError, IndexError, RuntimeError)
 X = 3

@@ -29,10 +29,10 @@ Make = Callable[..., Settings]
     [
         {},
         {"algo": "lokr", "factor": 4, "linear_dim": 10000},
-        {"algo": "loha"},
         {"algo": "tlora", "tlora_min_rank": 2},
-        {"algo": "full"},
-        {"dora_wd": True},
+        pytest.param({"algo": "loha"}, marks=pytest.mark.slow),
+        pytest.param({"algo": "full"}, marks=pytest.mark.slow),
+        pytest.param({"dora_wd": True}, marks=pytest.mark.slow),
     ],
     ids=lambda lycoris: "-".join(map(str, lycoris.values())) or "lora",
 )
