@@ -64,7 +64,13 @@ def test_a_file_that_is_right_stays_what_it_is(tmp_path: Path) -> None:
     assert "the tensors and their names are those of the source" in str(done)
 
 
-@pytest.mark.parametrize(("shapes", "to"), [(LOKR, "kohya"), (LINEAR1, "lycoris")], ids=["joined", "cut"])
+@pytest.mark.parametrize(
+    ("shapes", "to"),
+    [
+        pytest.param(LOKR, "kohya", id="joined"),
+        pytest.param(LINEAR1, "lycoris", id="cut", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_grows_unasked(shapes: dict[str, Shape], to: str, tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(fill_tensors(shapes), source, DEV)
@@ -85,6 +91,7 @@ def test_what_is_predicted_is_what_is_written(tmp_path: Path) -> None:
     assert "layers: 6 lora of rank 4; now 3 lora of rank 8" in str(done)
 
 
+@pytest.mark.slow
 def test_programs_get_nothing_that_grows_either(tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(fill_tensors(LINEAR1), source, DEV)
