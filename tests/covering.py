@@ -45,6 +45,11 @@ def spread(rows: Sequence[tuple[Any, ...]], *classes: Callable[..., Hashable]) -
     return [pytest.param(*row, marks=() if at in chosen else pytest.mark.slow) for at, row in enumerate(rows)]
 
 
+def some(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Return the values of a `parametrize`, all slow but the `quick` ones, for values that each take long."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
+
+
 def mark_slow(items: Iterable[pytest.Item]) -> None:
     """Mark what is beyond the covering set of each test."""
     tests: dict[tuple[Hashable, ...], list[pytest.Function]] = defaultdict(list)

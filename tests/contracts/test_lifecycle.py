@@ -224,12 +224,14 @@ def test_small_updates_survive_a_bfloat16_base() -> None:
 
 COMPILED = ["lora", "lora-drops", "loha", "loha-high-rank", "lokr", "lokr-full-matrix", "dylora", "tlora", "glora"]
 COMPILED += ["ia3", "ia3-in", "oft", "full", "full-drops", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
-COMPILED_ON = [(name, "linear") for name in COMPILED] + [("boft", "conv2d"), ("lora-tucker", "conv2d")]
-COMPILED_ON += [("norm", "rms-norm"), ("norm", "own-norm"), ("lora", "embedding"), ("lokr", "embedding")]
-COMPILED_ON += [("lora", "parameter"), ("oft", "experts"), ("lora", "conv1d-transformers")]
+OFTEN = ("lora-drops", "loha", "lokr", "tlora", "ia3", "oft", "dora-lora")
+COMPILED_ON = [pytest.param(name, "linear", marks=() if name in OFTEN else pytest.mark.slow) for name in COMPILED]
+COMPILED_ON += [("boft", "conv2d"), ("lora-tucker", "conv2d"), ("norm", "rms-norm"), ("norm", "own-norm")]
+COMPILED_ON += [("lora", "embedding"), ("lokr", "embedding"), ("lora", "parameter"), ("oft", "experts")]
+COMPILED_ON += [("lora", "conv1d-transformers")]
 
 
-@pytest.mark.parametrize(("name", "layer"), COMPILED_ON, ids=["-on-".join(pair) for pair in COMPILED_ON])
+@pytest.mark.parametrize(("name", "layer"), COMPILED_ON)
 def test_compiles_whole_and_once(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer(torch.float32)), LAYERS[layer].input(torch.float32)
     adapters = adapt(model, WITH_SLICES[name])

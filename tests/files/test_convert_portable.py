@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cases import relative
+from covering import spread
 from lycoris import DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, read, write
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
@@ -74,8 +75,10 @@ def agrees(path: Path, program: str, to: str | None = None) -> bool:
     return True
 
 
-@pytest.mark.parametrize("layers", [ATTENTION, f"{ATTENTION}|{ENDS}"], ids=["attention", "ends"])
-@pytest.mark.parametrize("architecture", FAMILY)
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    spread([(name, layers) for name in FAMILY for layers in (ATTENTION, f"{ATTENTION}|{ENDS}")]),
+)
 def test_what_is_written_is_read_as_trained(architecture: str, layers: str, tmp_path: Path) -> None:
     path = source(tmp_path, architecture, layers=layers)
     for program in PROGRAMS.keys() - {"peft"}:
@@ -86,12 +89,12 @@ def test_what_is_written_is_read_as_trained(architecture: str, layers: str, tmp_
 @pytest.mark.parametrize(
     ("architecture", "layers", "program"),
     [
-        ("flux1", f"{BLOCK}|{ENDS}", "invokeai"),
-        ("flux1", f"{BLOCK}|{ENDS}", "comfyui"),
-        ("flux1", f"{BLOCK}|{ENDS}", "musubi"),
-        ("wan", rf"blocks\.0\..*|{ENDS}", "invokeai"),
         ("wan", rf"blocks\.0\..*|{ENDS}", "diffusers"),
         ("z-image", rf"layers\.0\..*|{ENDS}", "comfyui"),
+        pytest.param("flux1", f"{BLOCK}|{ENDS}", "invokeai", marks=pytest.mark.slow),
+        pytest.param("flux1", f"{BLOCK}|{ENDS}", "comfyui", marks=pytest.mark.slow),
+        pytest.param("flux1", f"{BLOCK}|{ENDS}", "musubi", marks=pytest.mark.slow),
+        pytest.param("wan", rf"blocks\.0\..*|{ENDS}", "invokeai", marks=pytest.mark.slow),
     ],
 )
 def test_every_dialect(architecture: str, layers: str, program: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from covering import spread
 from lycoris import LoHa, LoKr, LoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
@@ -117,8 +118,10 @@ def encode_layers(where: NamedLayout, family: str, dialect: str, layers: str) ->
     return dict(compose(Bundle(entries), dialect, model=where, family=family).tensors) if entries else {}
 
 
-@pytest.mark.parametrize("algorithm", [LoHa(rank=2), LoKr(rank=4)], ids=lambda a: a.name)
-@pytest.mark.parametrize(("family", "outline"), MODELS)
+@pytest.mark.parametrize(
+    ("family", "outline", "algorithm"),
+    spread([(*model, each) for model in MODELS for each in (LoHa(rank=2), LoKr(rank=4))]),
+)
 def test_sizes_from_other_algorithms(family: str, outline: str, algorithm: Algorithm) -> None:
     found = judge(*shapes(outline, family, "lycoris", algorithm))
     assert found.family == family

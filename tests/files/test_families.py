@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from covering import some
 from lycoris.files.skeleton import Skeleton, list_namings, load_skeleton, name_layers, translate_layers
 from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES
@@ -312,9 +313,7 @@ FIRST = {each.outlines[0] for each in ARCHITECTURES.values()}
 
 
 class TestOutlines:
-    @pytest.mark.parametrize(
-        "model", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in COUNTS]
-    )
+    @pytest.mark.parametrize("model", some(COUNTS, *FIRST))
     def test_counts_are_the_published_ones(self, model: str) -> None:
         kinds = Counter(geometry.kind for geometry in load_skeleton(model).values())
         parameters = sum(each.numel() for each in outline.load_model(model).parameters())

@@ -13,16 +13,21 @@ from lycoris.models.families.others import OTHERS
 
 
 class TestClasses:
-    @pytest.mark.parametrize("name", ARCHITECTURES)
-    def test_are_those_of_the_outlines(self, name: str) -> None:
-        architecture = ARCHITECTURES[name]
-        for model in architecture.outlines:
-            told = outline.load_outline(model)
-            assert told["class"] in architecture.classes
-            found = {type(module).__name__ for module in outline.load_model(model).modules()}
-            assert found & set(architecture.blocks)
-            for role in (architecture.attention, architecture.feed_forward):
-                assert found & {name.partition(".")[0] for name in role}
+    @pytest.mark.parametrize(
+        ("name", "model"),
+        [
+            pytest.param(name, model, marks=() if model == each.outlines[0] else pytest.mark.slow)
+            for name, each in ARCHITECTURES.items()
+            for model in each.outlines
+        ],
+    )
+    def test_are_those_of_the_outlines(self, name: str, model: str) -> None:
+        architecture, told = ARCHITECTURES[name], outline.load_outline(model)
+        assert told["class"] in architecture.classes
+        found = {type(module).__name__ for module in outline.load_model(model).modules()}
+        assert found & set(architecture.blocks)
+        for role in (architecture.attention, architecture.feed_forward):
+            assert found & {name.partition(".")[0] for name in role}
 
     def test_exist_in_the_libraries(self) -> None:
         diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
