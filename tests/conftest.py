@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,9 @@ def _seeded() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before `-m` looks at the marks."""
     covering.mark_slow(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays to the end: the libraries, and tens of thousands of tests."""
+    gc.collect()
+    gc.freeze()

@@ -167,6 +167,7 @@ def test_masks_for_the_whole_process_take_it_too() -> None:
         network.restore()
 
 
+@pytest.mark.slow
 def test_compiled_and_set_later() -> None:
     model, adapters = made(nn.Linear(8, 6))
     x = normal(6, 5, 8)

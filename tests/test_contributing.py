@@ -83,6 +83,7 @@ def test_one_file_and_one_line_are_all_that_an_algorithm_needs(interpreter: Warm
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [

@@ -51,6 +51,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     both.stop()
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +62,7 @@ def test_two_processes_train_the_file_that_one_does(
     assert_same_files(paths, trained(Job(name, "one", optimizer), tmp_path))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", DRAWING)
 def test_processes_that_draw_each_for_itself_stay_together(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
@@ -68,6 +70,7 @@ def test_processes_that_draw_each_for_itself_stay_together(name: str, way: str, 
     assert_same_files([one], two)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("way", ["fsdp on layers", "fsdp, checkpointing"])
 @pytest.mark.parametrize("name", ["lora", "lokr-full-matrix", "tlora", "dora-lora"])
 def test_sharded_by_layer_and_recomputed(name: str, way: str, ranks: Ranks, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_paths_are_those_without_the_wrapper(way: str) -> None:
     assert paths.model_order(wrapped) == paths.model_order(plain)
 
 
+@pytest.mark.sample(4)
 @EVERY
 def test_files_go_both_ways(way: str, tmp_path: Path) -> None:
     plain = Net()
@@ -93,6 +94,7 @@ def test_files_go_both_ways(way: str, tmp_path: Path) -> None:
         loaded.detach()
 
 
+@pytest.mark.sample(4)
 @EVERY
 def test_a_set_goes_on_working_when_its_model_is_wrapped_later(way: str, tmp_path: Path) -> None:
     model, x = Net(), torch.randn(2, 8)

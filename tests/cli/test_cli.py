@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from interpreters import WarmInterpreter
 from lycoris.cli import app
 from lycoris.training import data, evaluate, loop
 from lycoris.training.base_model import suppress_library_output
@@ -106,10 +105,8 @@ def test_a_mistake_in_a_config_is_told_before_anything_heavy_is_loaded(name: str
     assert made.stdout.strip() == "loaded"
 
 
-def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path, interpreter: WarmInterpreter) -> None:
-    made = interpreter.run(
-        "from lycoris.cli import main; main()", config.parent, argv=["lycoris", "train", str(config)]
-    )
+def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path) -> None:
+    made = run("train", config)
     assert made.returncode == 0, made.stderr
     assert made.stderr == ""
     out = config.parent / "out"

@@ -93,6 +93,7 @@ FAMILIES = {
 """How many layers outside of blocks the preset full leaves alone in diffusers' own classes."""
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_presets_reach_the_blocks_of_diffusers(name: str) -> None:
     model = outline.load_model(name)

@@ -81,6 +81,7 @@ def made_with(family: str, weights: Path | None, way: str, config: dict[str, Any
     return picture(pipe)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("algo", ADAPTERS)
 def test_flux_inference_script(algo: str, tmp_path: Path) -> None:
     bfl_repo = tmp_path / "base"
@@ -124,6 +125,7 @@ def test_flux_inference_script(algo: str, tmp_path: Path) -> None:
         assert not np.array_equal(np.asarray(picture(base, output_type="pil")), np.asarray(saved))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", PARTS)
 @pytest.mark.parametrize("algo", ADAPTERS)
 def test_merged_applied_and_restored_pictures(algo: str, family: str, tmp_path: Path) -> None:
@@ -140,6 +142,7 @@ def test_merged_applied_and_restored_pictures(algo: str, family: str, tmp_path: 
     assert np.array_equal(picture(pipe), base)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", PARTS)
 def test_tlora_script_merged_equals_applied(family: str, tmp_path: Path) -> None:
     weights = trained(family, TLORA, tmp_path)
@@ -153,6 +156,7 @@ def test_tlora_script_merged_equals_applied(family: str, tmp_path: Path) -> None
     assert np.abs(applied - made_with(family, None, "")).max() > 1e-3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", PARTS)
 @pytest.mark.parametrize("way", ["merge_to", "apply_to"])
 def test_a_schedule_in_the_header_needs_no_tlora_config(family: str, way: str, tmp_path: Path) -> None:
@@ -175,6 +179,7 @@ def test_merged_without_any_schedule_warns_and_counts_every_rank(family: str, tm
     assert np.abs(merged - made_with(family, weights, "apply_to")).max() < CLOSE
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", PARTS)
 @pytest.mark.parametrize(("way", "alpha"), [("merge_to", 1.0), ("apply_to", 0.5)])
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
@@ -213,6 +218,7 @@ def cut(weights: Path, rank: int) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", PARTS)
 def test_other_max_rank_than_the_adapters_is_reported(family: str, tmp_path: Path, caplog: Any) -> None:
     made_with(family, trained(family, TLORA, tmp_path), "apply_to", {"max_rank": 64, "min_rank": 1, "alpha": 1.0})

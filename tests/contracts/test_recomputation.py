@@ -99,6 +99,7 @@ def steer_everything(adapters: AdapterSet, model: nn.Module, at: int) -> None:
     adapters.set_timesteps(torch.tensor([(at * 370) % 1000]))
 
 
+@pytest.mark.sample(45)
 @pytest.mark.parametrize("kind", ["equal", "different latents", "one element"])
 @FORMS
 @pytest.mark.parametrize("name", EVERY)
@@ -108,6 +109,7 @@ def test_every_algorithm_with_strengths_timesteps_and_modes_mixed(name: str, ree
     check_same(gradients(Net(reentrant), passes, steer_everything, WITH_SLICES[name]), exact)
 
 
+@pytest.mark.sample(4)
 @FORMS
 @pytest.mark.parametrize("name", ["lora", "tlora", "dora-lora", "lokr-drops"])
 def test_forty_passes(name: str, reentrant: bool) -> None:

@@ -77,6 +77,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_around_the_houses(name: str, flux: nn.Module, tmp_path: Path) -> None:
@@ -131,6 +132,7 @@ def flux_inputs() -> dict[str, Any]:
     }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("program", ["comfyui", "forge", "invokeai", "diffusers"])
 @pytest.mark.parametrize(
     "algorithm", [DoRA(inner=LoRA(rank=2)), GLoRA(rank=2), IA3(), OFT(block_size=4, rescale=True)], ids=lambda a: a.name

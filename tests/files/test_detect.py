@@ -86,6 +86,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
     assert not found.strange
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:
@@ -118,6 +119,7 @@ def encode_layers(where: NamedLayout, family: str, dialect: str, layers: str) ->
     return dict(compose(Bundle(entries), dialect, model=where, family=family).tensors) if entries else {}
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize(
     ("family", "outline", "algorithm"),
     spread([(*model, each) for model in MODELS for each in (LoHa(rank=2), LoKr(rank=4))]),

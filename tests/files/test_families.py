@@ -313,6 +313,7 @@ FIRST = {each.outlines[0] for each in ARCHITECTURES.values()}
 
 
 class TestOutlines:
+    @pytest.mark.sample(12)
     @pytest.mark.parametrize("model", some(COUNTS, *FIRST))
     def test_counts_are_the_published_ones(self, model: str) -> None:
         kinds = Counter(geometry.kind for geometry in load_skeleton(model).values())

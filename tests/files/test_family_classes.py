@@ -13,6 +13,7 @@ from lycoris.models.families.others import OTHERS
 
 
 class TestClasses:
+    @pytest.mark.sample(16)
     @pytest.mark.parametrize(
         ("name", "model"),
         [

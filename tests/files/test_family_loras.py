@@ -37,6 +37,7 @@ def lora(model: str, naming: str, prefix: str, inside: str) -> Iterator[tuple[st
             yield f"{prefix}{name}.lora_B.weight", torch.arange(rows * RANK, dtype=torch.float32).reshape(rows, RANK)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("model", "naming", "converter", "inside"),
     [

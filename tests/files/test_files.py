@@ -177,6 +177,7 @@ def test_keys_that_partly_match(good: Path, model: Model) -> None:
     refused(changed(good, **extra), model, "1 of its 6 layers", "blocks_7_to_q is like blocks_")
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("algorithm", LINEAR)
 def test_each_tensor_of_a_wrong_shape(algorithm: str, good: Path, model: Model) -> None:
     write(adapted(Model(), ALGORITHMS[algorithm]).bundle(), good)
@@ -187,6 +188,7 @@ def test_each_tensor_of_a_wrong_shape(algorithm: str, good: Path, model: Model) 
         refused(changed(good, **{key: torch.zeros(5, 3)}), model, "head", "(4, 8)")
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("algorithm", LINEAR)
 def test_each_tensor_missing(algorithm: str, good: Path, model: Model) -> None:
     write(adapted(Model(), ALGORITHMS[algorithm]).bundle(), good)
@@ -272,6 +274,7 @@ def effect(path: Path, model: nn.Module, **options: Any) -> Tensor:
     return out
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("algorithm", LINEAR)
 def test_other_precisions(algorithm: str, dtype: torch.dtype, tmp_path: Path) -> None:

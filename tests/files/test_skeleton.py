@@ -59,6 +59,7 @@ class TestSkeletons:
 
 
 class TestGuesses:
+    @pytest.mark.sample(40)
     @pytest.mark.parametrize(("architecture", "naming", "model"), KNOWN)
     def test_a_whole_model(self, architecture, naming, model) -> None:
         layers = spelt(architecture, naming, model)

@@ -32,6 +32,7 @@ def file_of(prefix: str, single: bool, double: bool) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 @pytest.mark.parametrize(("single", "double"), [(True, False), (False, True), (True, True)])
 def test_they_are_read_as_diffusers_does(prefix: str, single: bool, double: bool) -> None:

@@ -45,6 +45,7 @@ def test_adapters_act_on_every_component_and_leave_no_trace(family: str, made: d
     assert not loaded.loaded
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "algorithm",
     [LoHa(rank=2), LoKr(rank=2), OFT(block_size=2), DoRA(inner=LoRA(rank=2)), IA3(), Full(), GLoRA(rank=2)],

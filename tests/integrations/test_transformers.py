@@ -172,6 +172,7 @@ def test_resuming_continues_to_the_last_bit(case: str, tmp_path: Path) -> None:
         assert same(one, other)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_hold_adapters_and_not_the_base(case: str, tmp_path: Path) -> None:
     sets = CASES[case]()
@@ -248,6 +249,7 @@ def test_what_is_pushed_is_the_adapter_with_its_card(tmp_path: Path, monkeypatch
     assert "library_name: transformers" in card
 
 
+@pytest.mark.slow
 def test_sequence_to_sequence(tmp_path: Path) -> None:
     def run(epochs: int, folder: Path, resume: bool = False) -> list[Tensor]:
         torch.manual_seed(0)
@@ -265,6 +267,7 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
     assert same(straight, resumed)
 
 
+@pytest.mark.slow
 def test_a_quantised_base(tmp_path: Path) -> None:
     """Trainer refuses one unless it is told of adapters, and such a base could not be saved in many formats."""
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ def recorded(outcome: str, layers: list[str]) -> dict[str, str]:
     return dict(zip(sorted(layers), reads, strict=True))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "dialect"), CASES)
 def test_what_is_said_is_what_came_of_it(name: str, dialect: str) -> None:
     model, layout = model_of(name)

@@ -162,6 +162,7 @@ def test_the_table_of_keys_says_what_diffusers_does(dialect: str, name: str) -> 
     assert reads == said
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("dialect", "name", "known"),
     [

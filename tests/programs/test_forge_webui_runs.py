@@ -54,6 +54,7 @@ def _find_place(name: str, found: ProgramCheck) -> tuple[str, str]:
     return own, name.removeprefix(f"{own}.") if own else name
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("program", "family", "dialect"), CASES)
 def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str) -> None:
     recorded = {label: code for code, labels in records(program)[family][dialect].items() for label in labels}

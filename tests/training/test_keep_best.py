@@ -49,6 +49,7 @@ def test_without_it_the_last_step_is_saved(settings: Make, console: Console) -> 
     assert outcome.report.held_out_loss_adapter == pytest.approx(_measured(outcome.adapter.parent)[3], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_going_on_from_the_best_step_still_saves_it(settings: Make, console: Console) -> None:
     common = {**OVERSHOOTING, "checkpointing_steps": 1}
     whole = train_adapter(settings(**common), console)

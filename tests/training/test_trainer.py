@@ -79,6 +79,7 @@ def test_the_printed_three_lines_work(settings: Make, console: Console) -> None:
     torch.testing.assert_close(again.unet(x, t, words).sample, pipe.unet(x, t, words).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", some(["lora", "tlora"], "tlora"))
 def test_gradient_checkpointing_trains_the_same(settings: Make, console: Console, algo: str) -> None:
     plain = train_adapter(settings({"algo": algo}, max_train_steps=2), console)
@@ -153,6 +154,7 @@ def test_the_report_measures_at_the_multiplier_that_was_trained_with(settings: M
     assert "create_lycoris_from_weights(2.0, " in console.file.getvalue()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_pictures_are_drawn_at_the_multiplier(
     settings: Make, console: Console, monkeypatch: pytest.MonkeyPatch, strength: float
@@ -174,6 +176,7 @@ def test_pictures_are_drawn_at_the_multiplier(
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("multiplier", [0, 0.0, "inf"])
 def test_a_multiplier_that_trains_nothing_is_refused(settings: Make, console: Console, multiplier: object) -> None:
     with pytest.raises(ConfigError, match=r"lycoris_config\.json: multiplier = .* would train nothing"):
@@ -215,6 +218,7 @@ def test_only_prompts_that_were_trained_on_are_called_so(settings: Make, prompts
     assert _name_table(given.validation_prompts, check_inputs(given).training) == title
 
 
+@pytest.mark.slow
 def test_what_an_interruption_left_is_removed_when_the_run_is_finished(
     settings: Make, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +234,7 @@ def test_what_an_interruption_left_is_removed_when_the_run_is_finished(
     train_adapter(given, console, overwrite=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_were_asked_for_are_kept(settings: Make, console: Console) -> None:
     given = settings(checkpointing_steps=2)
     train_adapter(given, console)
