@@ -37,7 +37,10 @@ def interpreter() -> Iterator[WarmInterpreter]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # torch.manual_seed formats the stack for each kind of device that is not there: it took longer than most tests.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.hookimpl(tryfirst=True)

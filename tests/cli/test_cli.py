@@ -106,8 +106,8 @@ def test_a_mistake_in_a_config_is_told_before_anything_heavy_is_loaded(name: str
 
 
 def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path) -> None:
-    made = run("train", config)
-    assert made.returncode == 0, made.stderr
+    made = invoke("train", config)
+    assert made.exit_code == 0, made.stderr
     assert made.stderr == ""
     out = config.parent / "out"
     assert (out / "report.json").is_file()

@@ -224,7 +224,7 @@ def test_small_updates_survive_a_bfloat16_base() -> None:
 
 COMPILED = ["lora", "lora-drops", "loha", "loha-high-rank", "lokr", "lokr-full-matrix", "dylora", "tlora", "glora"]
 COMPILED += ["ia3", "ia3-in", "oft", "full", "full-drops", "dora-lora", "dora-lokr-in", "dora-loha-high-rank"]
-OFTEN = ("lora-drops", "loha", "lokr", "tlora", "ia3", "oft", "dora-lora")
+OFTEN = ("loha", "lokr", "tlora", "dora-lora")
 COMPILED_ON = [pytest.param(name, "linear", marks=() if name in OFTEN else pytest.mark.slow) for name in COMPILED]
 COMPILED_ON += [("boft", "conv2d"), ("lora-tucker", "conv2d"), ("norm", "rms-norm"), ("norm", "own-norm")]
 COMPILED_ON += [("lora", "embedding"), ("lokr", "embedding"), ("lora", "parameter"), ("oft", "experts")]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-QUICK = {"structure": 300, "bytes": 300, "zips": 100, "legacy": 100, "adapters": 100}
+QUICK = {"structure": 150, "bytes": 150, "zips": 60, "legacy": 60, "adapters": 60}
 LONG = {"structure": 12000, "bytes": 8000, "zips": 3000, "legacy": 3000, "adapters": 3000}
 GROWN = 64 * 2**20
 """Bytes that a batch of files of a few thousand bytes each may add to the process."""

@@ -35,7 +35,7 @@ CASES = spread(
         for name in DENOISER_ARCHITECTURES
         if dialect not in ("peft", "processors") and not ("musubi" in dialect and "unet" in name)
     ],
-    lambda dialect, name: (dialect, name in DIFFUSERS_KEYS.get(dialect, {})),
+    lambda dialect, name: name in DIFFUSERS_KEYS.get(dialect, {}),
 )
 """Folders and attention processors have readers of their own; Musubi Tuner has no UNets."""
 REFUSES = (ValueError, KeyError, IndexError, RuntimeError)
