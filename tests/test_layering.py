@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lycoris"
 ORDER = (
@@ -65,37 +64,47 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-class TestEveryFile:
-    def test_imports_point_left(self, path: Path) -> None:
+def test_imports_point_left() -> None:
+    wrong = []
+    for path in FILES:
         own = owner(path)
-        if own == "__init__":
-            return
-        assert rank(own) >= 0, f"{own} has no place in the import order"
-        for other in imports(parse_file(path)) - {"__version__"}:
-            assert 0 <= rank(other) <= rank(own), f"{own} may not import {other}"
+        if own != "__init__":
+            assert rank(own) >= 0, f"{own} has no place in the import order"
+            others = imports(parse_file(path)) - {"__version__"}
+            wrong += [f"{path}: {own} may not import {other}" for other in others if not 0 <= rank(other) <= rank(own)]
+    assert not wrong, "\n".join(wrong)
 
-    def test_is_of_a_size_to_read(self, path: Path) -> None:
-        text = path.read_text()
-        assert len(text.splitlines()) <= FILE_LIMIT
-        for node in ast.walk(parse_file(path)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < FUNCTION_LIMIT, f"{node.name} is too long"
 
-    def test_has_a_docstring(self, path: Path) -> None:
-        assert ast.get_docstring(parse_file(path))
+def test_files_and_functions_are_of_a_size_to_read() -> None:
+    wrong = [str(path) for path in FILES if len(path.read_text().splitlines()) > FILE_LIMIT]
+    for path in FILES:
+        functions = [node for node in ast.walk(parse_file(path)) if isinstance(node, ast.FunctionDef)]
+        wrong += [f"{path}: {node.name}" for node in functions if node.end_lineno - node.lineno >= FUNCTION_LIMIT]
+    assert not wrong, "\n".join(wrong)
 
-    def test_keeps_no_state_for_the_process(self, path: Path) -> None:
-        name = path.relative_to(SOURCE).as_posix()
-        for node in parse_file(path).body:
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-                continue
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            told = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-            label = ast.unparse(target)
-            if label == "__all__" or (name, label) in SHARED_STATE or told.startswith(IMMUTABLE):
-                continue
-            assert not _mutable(node.value), f"{label} is mutable; annotate it as Mapping or Sequence, or wrap it"
+
+def test_every_file_has_a_docstring() -> None:
+    assert [path for path in FILES if not ast.get_docstring(parse_file(path))] == []
+
+
+def test_no_file_keeps_state_for_the_process() -> None:
+    wrong = [f"{path}: {label}" for path in FILES for label in mutable_names(path)]
+    assert not wrong, "annotate as Mapping or Sequence, or wrap:\n" + "\n".join(wrong)
+
+
+def mutable_names(path: Path) -> Iterator[str]:
+    """Module-level names of mutable values that are not annotated as immutable."""
+    name = path.relative_to(SOURCE).as_posix()
+    for node in parse_file(path).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+        label = ast.unparse(target)
+        if label == "__all__" or (name, label) in SHARED_STATE or annotation.startswith(IMMUTABLE):
+            continue
+        if _mutable(node.value):
+            yield label
 
 
 def _mutable(value: ast.expr) -> bool:

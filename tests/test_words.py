@@ -164,10 +164,14 @@ def test_every_algorithm_says_its_formula_its_tensors_and_its_source(algorithm: 
     assert algorithm.name in own or "arXiv:" in text, "the paper, and its section"
 
 
-@pytest.mark.parametrize("path", [*sorted(SOURCE.rglob("*.py")), *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
-def test_spelling_is_american(path: Path) -> None:
-    found = [f"{number}: {line.strip()}" for number, line in _lines(path) if BRITISH.search(line)]
-    assert not found, found
+def test_spelling_is_american() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in (*SOURCE.rglob("*.py"), *PAGES)
+        for number, line in _lines(path)
+        if BRITISH.search(line)
+    ]
+    assert not found, "\n".join(found)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
