@@ -25,7 +25,7 @@ from tools import site
 
 ROOT = Path(__file__).parent.parent
 WALK = ROOT / "CONTRIBUTING.md"
-"""Adds a file to the library: `test_contributing.py` does that on a copy."""
+"""Adds a file to the library: `test_docs_contributing.py` does that on a copy."""
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "SECURITY.md")),

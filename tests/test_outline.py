@@ -67,7 +67,7 @@ def test_places_are_the_sites(name: str) -> None:
 
 
 # Chroma's class uses one that diffusers means to remove, and warns of it.
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", some(MODELS, *QUICK))
 def test_known_models_are_those_of_the_library(name: str) -> None:

@@ -77,7 +77,7 @@ def test_paths_are_those_without_the_wrapper(way: str) -> None:
     assert paths.model_order(wrapped) == paths.model_order(plain)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @EVERY
 def test_files_go_both_ways(way: str, tmp_path: Path) -> None:
     plain = Net()

@@ -277,7 +277,7 @@ def trained(way: str) -> dict[str, Tensor]:
     return several.state_dict()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_processes_train_slices_as_one_does(way: str, ranks: Ranks) -> None:
     alone = trained("one")

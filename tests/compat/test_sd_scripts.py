@@ -21,7 +21,7 @@ from lycoris.kohya import LycorisNetworkKohya, create_network, create_network_fr
 from pipelines import ARGS, Host, made, sd_scripts_header
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
 @pytest.mark.parametrize("name", ARGS)
 def test_a_training_run(name: str, host: Host, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_training_run(name: str, host: Host, tmp_path: Path) -> None:
     assert relative(second(), live) < 1e-6
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
 @pytest.mark.parametrize("multiplier", [1.0, 0.6])
 @pytest.mark.parametrize("name", ARGS)

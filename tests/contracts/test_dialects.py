@@ -127,7 +127,7 @@ def rightly_refused(error: FileError, bundle: Bundle, kind: str, dialect: str) -
     assert (served is not None and kind not in served) or tied, str(error)
 
 
-@pytest.mark.sample(60)
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("dialect", FILES)
 @pytest.mark.parametrize(("architecture", "outline"), MODELS)
 @pytest.mark.parametrize("name", NAMES)

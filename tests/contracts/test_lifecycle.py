@@ -231,6 +231,7 @@ COMPILED_ON += [("lora", "embedding"), ("lokr", "embedding"), ("lora", "paramete
 COMPILED_ON += [("lora", "conv1d-transformers")]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("name", "layer"), COMPILED_ON)
 def test_compiles_whole_and_once(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer(torch.float32)), LAYERS[layer].input(torch.float32)

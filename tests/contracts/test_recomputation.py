@@ -99,7 +99,7 @@ def steer_everything(adapters: AdapterSet, model: nn.Module, at: int) -> None:
     adapters.set_timesteps(torch.tensor([(at * 370) % 1000]))
 
 
-@pytest.mark.sample(45)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("kind", ["equal", "different latents", "one element"])
 @FORMS
 @pytest.mark.parametrize("name", EVERY)
@@ -265,6 +265,7 @@ def test_two_backwards_through_one_graph(reentrant: bool) -> None:
 
 
 # torch looks at the gradient of every input of a compiled function.
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @FORMS
 @pytest.mark.parametrize("name", some(["lora", "tlora", "dora-lora", "lora-drops"], "dora-lora"))

@@ -75,7 +75,7 @@ def agrees(path: Path, program: str, to: str | None = None) -> bool:
     return True
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("architecture", "layers"),
     spread([(name, layers) for name in FAMILY for layers in (ATTENTION, f"{ATTENTION}|{ENDS}")]),

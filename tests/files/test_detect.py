@@ -86,7 +86,7 @@ def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> No
     assert not found.strange
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("layers", [r".*\.1\..*", pytest.param(".*", marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", [model[0] for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]])
 def test_reading_for_the_model_that_was_found_chooses_the_same_format(family: str, layers: str) -> None:

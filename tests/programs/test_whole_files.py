@@ -68,7 +68,7 @@ def recorded(outcome: str | Mapping[str, list[str]], layers: list[str]) -> dict[
     return {layer: kinds.get(layer, "as trained") for layer in layers}
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("program", "family", "dialect"), CASES)
 def test_what_is_said_is_what_came_of_it(program: str, family: str, dialect: str) -> None:
     record = records(program)
@@ -102,7 +102,7 @@ def run_by_diffusers(family: str, path: Path) -> dict[str, Affine]:
     return found
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:::diffusers", "ignore:::peft")
 @pytest.mark.parametrize("dialect", ["diffusers", "onetrainer-diffusers"])
 @pytest.mark.parametrize(
