@@ -6,9 +6,10 @@ few of them run everything that all of them do. Those few have, together,
 - every value along every axis, and every setting and every layer;
 - every pair of classes of two axes: of an algorithm and a kind of layer, of an algorithm and a dtype.
 
-The other combinations are marked slow. `sample` is for tests whose cases each take long and run the same code on other
-data: some of them, evenly spaced, are quick. `product` says that a test needs all of them, and `covers` names values
-of a parameter that have to be among the quick ones, where something else than its class tells what a case runs.
+The other combinations are marked slow. `product` says that a test needs all of them; `each_value`, that values do and
+pairs need not be there, as in tests of tables. `sample` is for tests whose cases each take long and run the same code
+on other data: some, evenly spaced, are quick. `covers` names values of a parameter that have to be among the quick
+ones, where something else than its class tells what a case runs.
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
             checks = [value.__qualname__ for value in item.callspec.params.values() if inspect.isfunction(value)]
             tests[(item.nodeid.partition("[")[0], *checks)].append(item)
     for name, cases in tests.items():
-        sample = cases[0].get_closest_marker("sample")
-        if sample is not None:
+        if sample := cases[0].get_closest_marker("sample"):
             chosen = spaced(len(cases), *sample.args)
         elif len(cases) <= SMALL:
             continue
         else:
-            chosen = covering_set([axes_of(case) for case in cases], start=zlib.crc32(repr(name).encode()) % len(cases))
+            start = zlib.crc32(repr(name).encode()) % len(cases)
+            pairs = cases[0].get_closest_marker("each_value") is None
+            chosen = covering_set([axes_of(case) for case in cases], start, pairs=pairs)
         for at, case in enumerate(cases):
             if at not in chosen and not is_named(case):
                 case.add_marker(pytest.mark.slow)

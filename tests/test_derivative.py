@@ -146,6 +146,7 @@ def test_under_checkpointing(reentrant: bool) -> None:
         loss.backward()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_refused_too() -> None:
     model = chain(NoGrad)
     adapted(model)

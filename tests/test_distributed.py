@@ -326,6 +326,7 @@ def test_the_documented_interface(way: str, ranks: Ranks, tmp_path: Path) -> Non
     assert_same_files(ranks.run(with_network, way, tmp_path), with_network("one", tmp_path))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_no_trained_tensor_is_a_scalar(name: str, layer: str) -> None:
     """FSDP2 shards the first dimension, and refuses tensors that have none."""

@@ -22,6 +22,7 @@ from lycoris.layers.sites import ModelSites
 IDS = ["-on-".join(pair) for pair in PAIRS_WITH_SLICES]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_parameters_and_file_are_those_of_the_adapters(name: str, layer: str) -> None:
     model = One(LAYERS[layer].layer(torch.float32))
@@ -35,6 +36,7 @@ def test_parameters_and_file_are_those_of_the_adapters(name: str, layer: str) ->
     assert told.layers == explain(planned).layers
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "layer"), PAIRS_WITH_SLICES, ids=IDS)
 def test_no_change_has_a_higher_rank_and_some_change_has_it(name: str, layer: str) -> None:
     model = One(LAYERS[layer].layer())
@@ -155,6 +157,7 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
         explain(plan(One(nn.Linear(4, 4)), Rule(LoRA(rank=2))), **wrong)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "layer"), PAIRS, ids=["-on-".join(pair) for pair in PAIRS])
 def test_the_way_that_is_told_is_the_way_that_is_gone(name: str, layer: str) -> None:
     """Factored products are told by the algorithm's own `product` being called."""

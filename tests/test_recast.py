@@ -74,6 +74,7 @@ def made(request: pytest.FixtureRequest) -> tuple[Entry, Affine]:
     return entry_of(LAYERS[layer], ALGORITHMS[name])
 
 
+@pytest.mark.each_value
 def test_a_dense_entry_does_the_same(made: tuple[Entry, Affine]) -> None:
     entry, base = made
     whole = dense(entry, base if needs_base(entry) else None)
@@ -82,6 +83,7 @@ def test_a_dense_entry_does_the_same(made: tuple[Entry, Affine]) -> None:
     is_read_again(whole)
 
 
+@pytest.mark.each_value
 def test_a_low_rank_entry_does_the_same(made: tuple[Entry, Affine]) -> None:
     entry, base = made
     thin = low_rank(entry, base, always=True)

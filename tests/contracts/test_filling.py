@@ -27,6 +27,7 @@ OTHER: dict[str, tuple[Any, ...]] = {"bool": (True, False), "Axis": ("out", "in"
 """Values of a setting, by its type."""
 
 
+@pytest.mark.each_value
 @EVERY
 def test_filling_a_set_with_its_own_bundle_changes_nothing(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()
@@ -38,6 +39,7 @@ def test_filling_a_set_with_its_own_bundle_changes_nothing(name: str, layer: str
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.each_value
 @EVERY
 def test_filling_a_set_with_its_own_file_changes_nothing_that_it_does(name: str, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()
@@ -81,6 +83,7 @@ ALL = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("algorithm", "variant", "layer"), ALL)
 def test_another_setting_does_the_same_or_is_refused(algorithm: Algorithm, variant: Algorithm, layer: str) -> None:
     model, x = One(LAYERS[layer].layer()).eval(), LAYERS[layer].input()

@@ -187,6 +187,7 @@ def test_autocast(name: str, layer: str, dtype: torch.dtype) -> None:
     assert relative(base, exact) > 0.01
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 @EVERY
@@ -359,6 +360,7 @@ def test_names_of_sets_may_have_dots() -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("alone", [False, True], ids=["layer", "weight-alone"])
 @pytest.mark.parametrize(("name", "layer"), PAIRS_WITH_SLICES, ids=["-on-".join(pair) for pair in PAIRS_WITH_SLICES])
 def test_a_start_sets_every_value(name: str, layer: str, alone: bool) -> None:

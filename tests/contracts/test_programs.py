@@ -178,6 +178,7 @@ def ways(case: Made) -> list[tuple[str, str | None]]:
     return [(consumer, dialect) for consumer in READERS for dialect in formats(consumer, case.entry)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str, str]) -> None:
     case = made(*pair)
@@ -191,6 +192,7 @@ def test_without_the_base_weight_they_say_no_more_than_they_know(pair: tuple[str
             assert "depends on the base weight" in alone.why
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) -> None:
     """PEFT reads as trained exactly what is written for it."""
@@ -205,6 +207,7 @@ def test_the_table_says_what_peft_does(pair: tuple[str, str], tmp_path: Path) ->
     assert error(found - case.plain, case.adapted - case.plain) <= SAME
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_the_table_says_what_diffusers_does(pair: tuple[str, str]) -> None:
     case = made(*pair)
@@ -267,6 +270,7 @@ def test_an_export_is_read_as_trained_or_refused_with_the_reason(pair: tuple[str
         is_read_again(exported, case.entry.geometry)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> None:
     case = made(*pair)
@@ -282,6 +286,7 @@ def test_an_export_is_run_as_trained(pair: tuple[str, str], tmp_path: Path) -> N
         is_read_again(exported, case.entry.geometry)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_what_depends_on_the_weight_needs_it_and_nothing_else(pair: tuple[str, str]) -> None:
     case = made(*pair)
@@ -346,6 +351,7 @@ def test_what_no_export_makes_right() -> None:
         make_portable(made("norm", "layer-norm").entry, "musubi")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-on-".join)
 def test_they_say_what_strength_does_elsewhere(pair: tuple[str, str]) -> None:
     case = made(*pair)

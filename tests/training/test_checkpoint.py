@@ -61,6 +61,7 @@ def test_ten_steps_equal_five_and_five_bit_for_bit(settings: Make, console: Cons
     assert states_equal(one, two)
 
 
+@pytest.mark.slow
 def test_only_the_newest_are_kept(settings: Make, console: Console) -> None:
     given = settings(**BARE, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     train_adapter(given, console)
@@ -108,6 +109,7 @@ def test_changed_settings_are_refused_and_all_named(settings: Make, console: Con
     assert "lr_scheduler was 'constant_with_warmup' and is 'cosine'" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_changed_captions_are_refused(settings: Make, console: Console, images: Path) -> None:
     train_adapter(settings(**BARE, checkpointing_steps=2), console)
     (images / "red.txt").write_text("a crimson ball")

@@ -42,6 +42,7 @@ def test_the_saved_adapter_has_the_lowest_loss_that_was_measured(settings: Make,
     assert f"step {best}" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_without_it_the_last_step_is_saved(settings: Make, console: Console) -> None:
     outcome = train_adapter(settings(**{**OVERSHOOTING, "keep_best": False}), console)
     assert outcome.report is not None

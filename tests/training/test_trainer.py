@@ -191,6 +191,7 @@ def test_an_output_dir_that_cannot_be_a_folder_is_refused_first(settings: Make, 
     assert (tmp_path / "taken").read_text() == "a file"
 
 
+@pytest.mark.slow
 def test_paths_are_printed_as_they_are(settings: Make, console: Console) -> None:
     outcome = train_adapter(settings(output_dir="a[/bold]:smile:"), console)
     text = console.file.getvalue()
