@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -85,11 +86,26 @@ def test_pairs(pair, number): pass
 @each
 @pytest.mark.parametrize("check", [half, third])
 def test_checks(check, number): pass
+
+@pytest.mark.parametrize("one", range(5))
+@pytest.mark.parametrize("two", range(5))
+@pytest.mark.each_value
+def test_values(one, two): pass
+
+@each
+@pytest.mark.sample(3)
+def test_sampled(number): pass
+
+@pytest.mark.parametrize("value", covering.some("abc", "b"))
+def test_some(value): pass
+
+@pytest.mark.parametrize(("one", "two"), covering.spread([(a, b) for a in range(3) for b in "xy"], lambda a, b: a > 1))
+def test_spread(one, two): pass
 """
 
 
 def test_what_is_beyond_it_is_slow(pytester: pytest.Pytester) -> None:
-    pytester.makeini("[pytest]\nmarkers =\n    slow\n    product\n")
+    pytester.makeini("[pytest]\nmarkers =\n    slow\n    product\n    each_value\n    sample\n")
     pytester.makeconftest(
         "import covering, pytest\n"
         "@pytest.hookimpl(tryfirst=True)\n"
@@ -98,8 +114,7 @@ def test_what_is_beyond_it_is_slow(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(PAGES)
     found = pytester.inline_run("--collect-only", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     (call,) = found.getcalls("pytest_collection_finish")
-    counts = dict.fromkeys(("thinned", "all", "named", "small", "pairs", "checks"), 0)
-    for item in call.session.items:
-        counts[item.originalname.removeprefix("test_")] += 1
+    counts = Counter(item.originalname.removeprefix("test_") for item in call.session.items)
     assert counts.pop("named") >= 10 + 20 - 1
-    assert counts == {"thinned": 20, "all": 200, "small": 16, "pairs": 20, "checks": 40}
+    assert counts.pop("spread") == counts.pop("sampled") == 3
+    assert counts == {"thinned": 20, "all": 200, "small": 16, "pairs": 20, "checks": 40, "values": 5, "some": 1}
