@@ -82,7 +82,7 @@ class Verification:
         Under "" is the error that ended the backward pass, or else a gradient that is more than `APART` off.
         """
         found = {layer.path: layer.problem(self.tolerance) for layer in self.layers}
-        return {path: told for path, told in {**found, "": self._whole()}.items() if told}
+        return {path: problem for path, problem in {**found, "": self._whole()}.items() if problem}
 
     @property
     def ok(self) -> bool:
@@ -107,7 +107,7 @@ class Verification:
         lines = [head, *(self._line(layer) for layer in self.layers)]
         widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        notes = [f"problem: {told}" for path, told in self.problems.items() if not path]
+        notes = [f"problem: {problem}" for path, problem in self.problems.items() if not path]
         if any(layer.fresh for layer in self.layers):
             notes.append("*: does nothing yet; nudged for this check")
         if self.noise > 0:
@@ -118,8 +118,8 @@ class Verification:
         gradient = "none" if layer.gradient is None else f"{layer.gradient:.1e}"
         difference = "cannot" if layer.difference is None else f"{layer.difference:.1e}"
         effect = f"{layer.effect:.1e}{'*' if layer.fresh else ''}"
-        told = layer.problem(self.tolerance) or ("ok" if layer.difference is not None else "ok, attached")
-        return layer.path, str(layer.calls), gradient if layer.trains else "frozen", effect, difference, told
+        problem = layer.problem(self.tolerance) or ("ok" if layer.difference is not None else "ok, attached")
+        return layer.path, str(layer.calls), gradient if layer.trains else "frozen", effect, difference, problem
 
 
 def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

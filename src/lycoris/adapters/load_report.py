@@ -52,13 +52,13 @@ class Report:
             names = ", ".join(name or "the denoiser" for name in sorted(self.elsewhere))
             lines.append(f"{count} tensors are for {names} and were left out")
         for what, count in Counter(self.changed.values()).items():
-            first = next(layer for layer, told in self.changed.items() if told == what)
+            first = next(layer for layer, change in self.changed.items() if change == what)
             lines.append(f"{first}{f' and {count - 1} more' if count > 1 else ''}: {what}")
         return [*lines, *self.remarks]
 
     def __str__(self) -> str:
         kinds = Counter(self.applied.values())
-        lines = [f"{len(self.applied)} layers applied" + (f": {told}" if (told := _count_kinds(kinds)) else "")]
+        lines = [f"{len(self.applied)} layers applied" + (f": {counts}" if (counts := _count_kinds(kinds)) else "")]
         if self.dialect:
             lines[0] += f" (format {self.dialect})"
         lines += [f"unused: {key}: {why}" for key, why in self.unused.items()]

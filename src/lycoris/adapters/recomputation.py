@@ -241,13 +241,13 @@ def _passes(owner: Any) -> _Passes:
 def replayed_random(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """Draw dropout from this state of the random number generator, whatever a checkpoint does about it.
 
-    Afterwards the generator goes on from where it was, unless it was in this very state already.
+    Afterwards the generator continues from where it was, unless it was in this very state already.
 
     Args:
         state: Of the generator of `device`. None: draw from the generator as it is.
     """
     if state is None or torch.equal(now := _read_random_state(device), state):
-        # A checkpoint that has put the state back itself: what is drawn after this pass goes on from here.
+        # A checkpoint that has put the state back itself: what is drawn after this pass continues from here.
         yield
         return
     _set_random_state(state, device)

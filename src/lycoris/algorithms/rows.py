@@ -171,20 +171,20 @@ def _then_on(step: Step, g: Geometry, where: str) -> Step:
 
 
 def _cut_to(entry: Entry, run: RowRange, where: str, dense: bool) -> Step:
-    entry, told = _separate_dora(_computable(slices.own_rows(entry) or entry), where, dense)
+    entry, note = _separate_dora(_computable(slices.own_rows(entry) or entry), where, dense)
     algorithm, g, _ = entry
     if run.splits(algorithm.row_block_size(g)):
         few = run.rows < run.total
         what = f"cut to {run.rows} of its {g.out_features} rows" if few else "given its rows in another order"
         plain = _as_lora_or_full(entry, what, where, dense)
-        return Step(found := slices.cut_entry(plain, run), told or _describe_change([entry], found))
+        return Step(found := slices.cut_entry(plain, run), note or _describe_change([entry], found))
     if not conversion.has_start(entry):
         raise FileError(
             f"{where}: what its {algorithm.name} started from is left out and follows from the weight of the fused "
             f"layer; without the base model's weights it cannot be cut to {run.rows} of its {g.out_features} rows"
         )
     own = _separate_dora(slices.cut_entry(entry, run), where, dense)
-    return own._replace(note=told or own.note)
+    return own._replace(note=note or own.note)
 
 
 def _separate_dora(entry: Entry, where: str, dense: bool) -> Step:

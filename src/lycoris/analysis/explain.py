@@ -80,8 +80,8 @@ class LayerCost:
         `why` and `way` are among it, the shapes of the trained tensors are not.
         """
         g, names = self.geometry, ("parameters", "frozen", "file_bytes", "rank", "flops", "training_flops")
-        told = {name: getattr(self, name) for name in (*names, "base_flops", "ratio", "kept", "input", "way", "why")}
-        return {"path": self.path, "kind": g.kind, "shape": [*g.shape], "algorithm": str(self.algorithm)} | told
+        values = {name: getattr(self, name) for name in (*names, "base_flops", "ratio", "kept", "input", "way", "why")}
+        return {"path": self.path, "kind": g.kind, "shape": [*g.shape], "algorithm": str(self.algorithm)} | values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,12 +84,12 @@ class Memory:
             "kept": "activations inside adapters",
             "inputs": "inputs of their layers, at most",
         }
-        return [(told, size_text(getattr(self, name))) for name, told in words.items()] + [
+        return [(label, size_text(getattr(self, name))) for name, label in words.items()] + [
             ("sum", size_text(self.total))
         ]
 
     def __str__(self) -> str:
-        return "\n".join(f"{told:34s}{size:>10s}" for told, size in self.rows())
+        return "\n".join(f"{label:34s}{size:>10s}" for label, size in self.rows())
 
 
 def memory(explained: Explanation, base_parameters: int, *, optimizer: str = "adamw", batch: int = 1) -> Memory:

@@ -46,7 +46,7 @@ def train_command(
         given: dict[str, Any] = {"output_dir": output_dir, "resume_from_checkpoint": resume}
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = load_settings(config, overrides, allow_unsupported=allow_unsupported, say=print)
-        # Mistakes in the files are told before the libraries that training needs are imported, which takes seconds.
+        # Mistakes in the files are reported before the libraries that training needs are imported, which takes seconds.
         load_recipe(settings.lycoris_config)
         from rich.console import Console
 

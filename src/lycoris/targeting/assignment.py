@@ -204,6 +204,6 @@ def _nothing(recipe: Recipe, sites: ModelSites) -> str:
     close = sorted({hit for name in wanted for hit in alike(name, have)[:1]})
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     return (
-        f"no layer of {type(sites.model).__name__} is meant by the targets {', '.join(dict.fromkeys(wanted))}.{hint} "
+        f"no layer of {type(sites.model).__name__} matches the targets {', '.join(dict.fromkeys(wanted))}.{hint} "
         f"Classes with layers that adapters can serve: {', '.join(have) or '(none)'}"
     )

@@ -294,8 +294,8 @@ def assign_layers(
         placements.append(Placement(path, geometry, algorithms))
     if left_out and not placements:
         raise PlanError("\n".join([f"none of {len(left_out)} layers can be served:", *_some_left_out(left_out)]))
-    told = (*remarks, *_shorten(tied), *_shorten(wasted))
-    return Plan(tuple(placements), tuple(skipped), told, tuple(left_out), sites)
+    notes = (*remarks, *_shorten(tied), *_shorten(wasted))
+    return Plan(tuple(placements), tuple(skipped), notes, tuple(left_out), sites)
 
 
 def _refusal(algorithms: Sequence[Algorithm], geometry: Geometry) -> str:

@@ -36,7 +36,7 @@ PRESETS_WITH_CONV: Mapping[str, bool] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The `apply_preset` part of a config. A layer is meant by its name first, else by the classes around it.
+    """The `apply_preset` part of a config. A layer is matched by its name first, else by the classes around it.
 
     The constructor takes values as they are; `parse` checks them.
     """
