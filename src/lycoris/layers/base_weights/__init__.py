@@ -232,8 +232,8 @@ def capabilities(layers: Mapping[str, nn.Module], cut: Collection[str] = ()) -> 
         own = row.passes_gradient(layer) and (type(layer), row.label(layer)) not in alike
         trains = own or stands_in(layer, describe(layer))
         able = row.low_bit, trains, not unreadable, not (unreadable or unwritable)
-        derivative_note = "" if own else "no derivative of its own: backward decodes the weight" if trains else NO_DERIVATIVE
-        remark = "; ".join(dict.fromkeys(why for why in (derivative_note, unreadable, unwritable) if why))
+        backward = "" if own else "no derivative of its own: backward decodes the weight" if trains else NO_DERIVATIVE
+        remark = "; ".join(dict.fromkeys(why for why in (backward, unreadable, unwritable) if why))
         found.setdefault((row.label(layer), *able, row.stochastic(layer), remark), []).append(path)
     return Capabilities(
         tuple(
