@@ -156,8 +156,8 @@ def _train_once(
             )
         try:
             _reduce_output(found, which).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
-        except AttachError as error:
-            stopped = str(error)
+        except AttachError as refused:
+            stopped = str(refused)
         gradients = [_gradient(layer) for layer in layers]
         error = None if stopped else _gradient_error(layers, lambda: tensors_in(again(run)), which)
     innermost = [name for name in cuts if not any(other.startswith(f"{name}.") for other in cuts)]
