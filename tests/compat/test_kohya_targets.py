@@ -138,7 +138,7 @@ def test_no_preset_leaks_into_the_next_network(host: Host) -> None:
 
 
 def test_models_without_any_target_are_an_error(host: Host) -> None:
-    with pytest.raises(PlanError, match=r"no layer of Sequential is meant"):
+    with pytest.raises(PlanError, match=r"no layer of Sequential matches the targets"):
         create_network(1.0, 4, 1, None, None, nn.Sequential(nn.Linear(2, 2)))
     assert len(create_network(1.0, 4, 1, None, host.encoders, nn.Sequential(nn.Linear(2, 2))).loras) == 12
 
