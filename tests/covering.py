@@ -9,7 +9,7 @@ few of them run everything that all of them do. Those few have, together,
 The other combinations are marked slow. `product` says that a test needs all of them; `each_value`, that values do and
 pairs need not be there, as in tests of tables. `sample` is for tests whose cases each take long and run the same code
 on other data: some, evenly spaced, are quick. `covers` names values of a parameter that have to be among the quick
-ones, where something else than its class tells what a case runs.
+ones, where something else than its class determines what a case runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def spread(rows: Sequence[tuple[Any, ...]], *classes: Callable[..., Hashable]) -
     return [pytest.param(*row, marks=() if at in chosen else pytest.mark.slow) for at, row in enumerate(rows)]
 
 
-def some(values: Iterable[Any], *quick: Any) -> list[Any]:
+def select_quick(values: Iterable[Any], *quick: Any) -> list[Any]:
     """Return the values of a `parametrize`, all slow but the `quick` ones, for values that each take long."""
     return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
@@ -62,7 +62,7 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
             tests[(item.nodeid.partition("[")[0], *checks)].append(item)
     for name, cases in tests.items():
         if sample := cases[0].get_closest_marker("sample"):
-            chosen = spaced(len(cases), *sample.args)
+            chosen = space_evenly(len(cases), *sample.args)
         elif len(cases) <= SMALL:
             continue
         else:
@@ -74,7 +74,7 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
                 case.add_marker(pytest.mark.slow)
 
 
-def spaced(count: int, wanted: int) -> set[int]:
+def space_evenly(count: int, wanted: int) -> set[int]:
     """Return `wanted` of so many places, or all there are, evenly spaced."""
     return {at * count // min(wanted, count) for at in range(min(wanted, count))}
 

@@ -29,7 +29,7 @@ for line in sys.stdin:
                 os.dup2(os.open(request[stream], os.O_WRONLY), number)
             os.chdir(request["cwd"])
             sys.path[:0] = ["", *request["path"]]
-            sys.argv = request["argv"]
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
             status = 0
         except SystemExit as end:
@@ -46,32 +46,41 @@ for line in sys.stdin:
 class WarmInterpreter:
     """Forks for each piece of code from one process that has loaded torch, diffusers and transformers.
 
-    The library itself is not loaded there, so each piece of code imports it anew. What loading costs, and what is
+    The library itself is not loaded there, so each piece of code imports it itself. What loading costs, and what is
     loaded, needs an interpreter of its own.
     """
 
     def __init__(self) -> None:
         command = [sys.executable, "-W", "ignore", "-c", SERVER]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # What the libraries say while they load is of interest only if they fail.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` closes it
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
 
-    def run(
-        self, code: str, cwd: Path, *, argv: Sequence[str] = ("-c",), path: Sequence[str] = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, cwd: Path, *, path: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """Run code as `python -c` does, with `path` before everything else that is imported from."""
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            request = {"code": code, "cwd": str(cwd), "argv": [*argv], "path": [*path]}
+            request = {"code": code, "cwd": str(cwd), "path": [*path]}
             self._ask(json.dumps({**request, "stdout": out.name, "stderr": err.name}))
-            status = int(_pipe(self._server.stdout).readline())
-            return subprocess.CompletedProcess(list(argv), status, out.read(), err.read())
+            answer = _pipe(self._server.stdout).readline()
+            assert answer, f"the warm interpreter has ended: {self._read_said()[-3000:]}"
+            status = int(answer)
+            return subprocess.CompletedProcess(["python", "-c", code], status, out.read(), err.read())
 
     def _ask(self, request: str) -> None:
         pipe = _pipe(self._server.stdin)
         pipe.write(request + "\n")
         pipe.flush()
 
+    def _read_said(self) -> str:
+        self._said.seek(0)
+        return self._said.read()
+
     def close(self) -> None:
         """End the process."""
         self._server.communicate()
+        self._said.close()
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:

@@ -96,7 +96,7 @@ def test_values(one, two): pass
 @pytest.mark.sample(3)
 def test_sampled(number): pass
 
-@pytest.mark.parametrize("value", covering.some("abc", "b"))
+@pytest.mark.parametrize("value", covering.select_quick("abc", "b"))
 def test_some(value): pass
 
 @pytest.mark.parametrize(("one", "two"), covering.spread([(a, b) for a in range(3) for b in "xy"], lambda a, b: a > 1))

@@ -88,11 +88,11 @@ def test_every_file_has_a_docstring() -> None:
 
 
 def test_no_file_keeps_state_for_the_process() -> None:
-    wrong = [f"{path}: {label}" for path in FILES for label in mutable_names(path)]
+    wrong = [f"{path}: {label}" for path in FILES for label in find_mutable_names(path)]
     assert not wrong, "annotate as Mapping or Sequence, or wrap:\n" + "\n".join(wrong)
 
 
-def mutable_names(path: Path) -> Iterator[str]:
+def find_mutable_names(path: Path) -> Iterator[str]:
     """Module-level names of mutable values that are not annotated as immutable."""
     name = path.relative_to(SOURCE).as_posix()
     for node in parse_file(path).body:

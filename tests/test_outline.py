@@ -11,7 +11,6 @@ from tools.models import known as known_models
 from torch import nn
 
 from cases import LAYERS
-from covering import some
 from lycoris import ConfigError
 from lycoris.layers.geometry import describe
 from lycoris.layers.sites import ModelSites
@@ -19,7 +18,6 @@ from lycoris.models import outline
 from lycoris.models.families import ARCHITECTURES, FAMILIES
 
 MODELS = known_models()
-QUICK = tuple(each.outlines[0] for each in ARCHITECTURES.values())
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -59,7 +57,8 @@ def test_a_tied_parameter_is_one() -> None:
     assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", some(outline.list_models(), *QUICK[::5]))
+@pytest.mark.sample(7)
+@pytest.mark.parametrize("name", outline.list_models())
 def test_places_are_the_sites(name: str) -> None:
     assert [*outline.iterate_layers(outline.load_outline(name))] == [
         (s.path, s.geometry) for s in ModelSites(outline.load_model(name)).values()
@@ -69,7 +68,7 @@ def test_places_are_the_sites(name: str) -> None:
 # Chroma's class uses one that diffusers means to remove, and warns of it.
 @pytest.mark.sample(6)
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", some(MODELS, *QUICK))
+@pytest.mark.parametrize("name", MODELS)
 def test_known_models_are_those_of_the_library(name: str) -> None:
     """What `make models` would write now, and a model that is built from it."""
     pytest.importorskip("diffusers")

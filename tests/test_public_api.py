@@ -94,7 +94,7 @@ print(json.dumps([at_first, [*sys.modules]]))
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[set[str], set[str]]:
+def module_names() -> tuple[set[str], set[str]]:
     """The modules that a new interpreter has after `import lycoris`, and after every public name was used."""
     found = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
@@ -102,20 +102,20 @@ def loaded() -> tuple[set[str], set[str]]:
     return set(at_first), set(at_last)
 
 
-def test_importing_it_brings_nothing_heavy(loaded: tuple[set[str], set[str]]) -> None:
-    assert not {*HEAVY} & loaded[1]
+def test_importing_it_brings_nothing_heavy(module_names: tuple[set[str], set[str]]) -> None:
+    assert not {*HEAVY} & module_names[1]
 
 
-def test_importing_it_leaves_the_interfaces_of_old_clients_aside(loaded: tuple[set[str], set[str]]) -> None:
+def test_importing_it_leaves_the_interfaces_of_old_clients_aside(module_names: tuple[set[str], set[str]]) -> None:
     # The file dialect of that name is one of the formats that are always there.
-    assert {name for name in loaded[1] if name.startswith("lycoris.") and "kohya" in name} == {
+    assert {name for name in module_names[1] if name.startswith("lycoris.") and "kohya" in name} == {
         "lycoris.files.dialects.kohya"
     }
 
 
-def test_importing_it_does_not_import_torch(loaded: tuple[set[str], set[str]]) -> None:
-    assert "lycoris" in loaded[0]
-    assert "torch" not in loaded[0]
+def test_importing_it_does_not_import_torch(module_names: tuple[set[str], set[str]]) -> None:
+    assert "lycoris" in module_names[0]
+    assert "torch" not in module_names[0]
 
 
 def test_the_version_is_that_of_the_package() -> None:

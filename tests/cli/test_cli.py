@@ -106,8 +106,8 @@ def test_a_mistake_in_a_config_is_told_before_anything_heavy_is_loaded(name: str
 
 
 def test_training_prints_the_result_and_lines_that_draw_with_it(config: Path) -> None:
-    made = invoke("train", config)
-    assert made.exit_code == 0, made.stderr
+    made = run("train", config)
+    assert made.returncode == 0, made.stderr
     assert made.stderr == ""
     out = config.parent / "out"
     assert (out / "report.json").is_file()
@@ -217,13 +217,15 @@ def test_any_folder_name_will_do(config: Path) -> None:
     assert (config.parent / "x[" / "bold]" / "report.json").is_file()
 
 
-def test_the_same_demo_command_finishes_what_ctrl_c_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("images", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_same_demo_command_finishes_what_ctrl_c_stopped(
+    images: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     words = ["demo", "--output-dir", str(out), "--steps", "2"]
     monkeypatch.setattr(evaluate, "build_sampling", lambda settings: Sampling(settings.resolution, 1, 1.0, 0))
-    # Of the images, a few: what they cost is not asked here.
     split_all = data.split_examples
-    monkeypatch.setattr(data, "split_examples", lambda *args, **kw: [part[:4] for part in split_all(*args, **kw)])
+    monkeypatch.setattr(data, "split_examples", lambda *args, **kw: [part[:images] for part in split_all(*args, **kw)])
     with monkeypatch.context() as patched:
         patched.setattr(loop, "catch_interrupt", lambda: nullcontext(lambda: True))
         assert invoke(*words).exit_code == 130

@@ -160,8 +160,9 @@ MORE = {"a module by itself": [], "a network": ["member", "load"], "a pipeline":
 
 
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=250)
 @given(data=st.data())
 def test_every_sequence_of_calls_gives_the_formula_of_its_state(kind: str, data: st.DataObject) -> None:
     """A call that is not possible in a state raises, and changes nothing."""
@@ -305,8 +306,9 @@ SINGLE = ["single_apply_to", "single_merge_to", "single_restore", "single_onfly_
 
 
 @pytest.mark.filterwarnings("ignore:merging adapters that were trained:UserWarning")
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a module by itself"])
-@settings(derandomize=True, max_examples=25)
+@settings(derandomize=True, max_examples=200)
 @given(data=st.data())
 def test_modules_used_by_themselves_and_their_network_keep_out_of_each_others_way(
     kind: str, data: st.DataObject

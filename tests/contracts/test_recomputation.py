@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import PAIRS_WITH_SLICES, WITH_SLICES, adapt, relative
-from covering import some
+from covering import select_quick
 from lycoris import OFT, AdapterSet, AttachError, DoRA, LoRA, RankSchedule, TLoRA
 
 EVERY = sorted({name for name, layer in PAIRS_WITH_SLICES if layer == "linear"})
@@ -268,7 +268,7 @@ def test_two_backwards_through_one_graph(reentrant: bool) -> None:
 @pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @FORMS
-@pytest.mark.parametrize("name", some(["lora", "tlora", "dora-lora", "lora-drops"], "dora-lora"))
+@pytest.mark.parametrize("name", select_quick(["lora", "tlora", "dora-lora", "lora-drops"], "dora-lora"))
 def test_compiled_blocks_in_checkpoints(name: str, reentrant: bool) -> None:
     """As diffusers compiles: block by block, with the checkpoint around them."""
     torch._dynamo.reset()

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cases import relative
-from covering import spread
 from lycoris import DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, read, write
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
@@ -77,8 +76,7 @@ def agrees(path: Path, program: str, to: str | None = None) -> bool:
 
 @pytest.mark.sample(8)
 @pytest.mark.parametrize(
-    ("architecture", "layers"),
-    spread([(name, layers) for name in FAMILY for layers in (ATTENTION, f"{ATTENTION}|{ENDS}")]),
+    ("architecture", "layers"), [(name, layers) for name in FAMILY for layers in (ATTENTION, f"{ATTENTION}|{ENDS}")]
 )
 def test_what_is_written_is_read_as_trained(architecture: str, layers: str, tmp_path: Path) -> None:
     path = source(tmp_path, architecture, layers=layers)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from covering import spread
 from lycoris import LoHa, LoKr, LoRA
 from lycoris.adapters.bundle import Bundle
 from lycoris.algorithms.base import Algorithm, Entry
@@ -61,7 +60,7 @@ TYPICAL = "flux1"
 """The family that is here read in every dialect."""
 
 
-def pairs() -> list[Any]:
+def list_pairs() -> list[Any]:
     """Every model in every dialect: the first of each family in the usual ones, and one family in all, are quick."""
     first = [model for at, model in enumerate(MODELS) if model[0] != MODELS[at - 1][0]]
     return [
@@ -71,7 +70,7 @@ def pairs() -> list[Any]:
     ] + [pytest.param(*model, "lycoris", marks=pytest.mark.slow) for model in MODELS if model not in first]
 
 
-@pytest.mark.parametrize(("family", "outline", "dialect"), pairs())
+@pytest.mark.parametrize(("family", "outline", "dialect"), list_pairs())
 def test_family_model_and_dialect(family: str, outline: str, dialect: str) -> None:
     names, header = shapes(outline, family, dialect, LoRA(rank=4))
     if not names:
@@ -122,7 +121,7 @@ def encode_layers(where: NamedLayout, family: str, dialect: str, layers: str) ->
 @pytest.mark.sample(30)
 @pytest.mark.parametrize(
     ("family", "outline", "algorithm"),
-    spread([(*model, each) for model in MODELS for each in (LoHa(rank=2), LoKr(rank=4))]),
+    [(*model, each) for model in MODELS for each in (LoHa(rank=2), LoKr(rank=4))],
 )
 def test_sizes_from_other_algorithms(family: str, outline: str, algorithm: Algorithm) -> None:
     found = judge(*shapes(outline, family, "lycoris", algorithm))

@@ -23,8 +23,8 @@ class TestClasses:
         ],
     )
     def test_are_those_of_the_outlines(self, name: str, model: str) -> None:
-        architecture, told = ARCHITECTURES[name], outline.load_outline(model)
-        assert told["class"] in architecture.classes
+        architecture, known = ARCHITECTURES[name], outline.load_outline(model)
+        assert known["class"] in architecture.classes
         found = {type(module).__name__ for module in outline.load_model(model).modules()}
         assert found & set(architecture.blocks)
         for role in (architecture.attention, architecture.feed_forward):
